@@ -1,0 +1,57 @@
+# Every target sets up what it needs in .venv and needs nothing but Python (data also npm).
+#   make demo        a video from a sentence, by the model in the box, in demo.mp4
+#   make test        every quick test
+#   make test-slow   training runs, several processes, real art, the docs' commands
+#   make check       style and types
+#   make data        the real art, and the emoji world made from it, in data/
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+DEMO_PROMPT ?= a whale moving left on a blue background
+ART := @lobehub/fluent-emoji-3d@1.1.0
+NAMES := emojibase-data@17.0.0
+
+.PHONY: demo test test-slow check data clean
+
+demo: .venv/.demo
+	$(BIN)/nova generate "$(DEMO_PROMPT)" --output demo.mp4 --seed 0
+
+test: .venv/.dev
+	$(BIN)/python -m pytest tests
+
+test-slow: .venv/.dev
+	$(BIN)/python -m pytest tests -m slow
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+data: data/emoji
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache demo.mp4
+
+# The environment: one stamp for what a user needs, one for what a developer needs on top.
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[train,eval,demo,docs,dev]'
+	touch $@ .venv/.demo
+
+# The art (MIT) is fetched by package name and never committed.
+data/downloads/art data/downloads/names:
+	mkdir -p $@
+	npm pack --silent --pack-destination $@ $(if $(findstring art,$@),$(ART),$(NAMES))
+	cd $@ && tar -xzf *.tgz
+
+data/emoji: .venv/.dev | data/downloads/art data/downloads/names
+	$(BIN)/nova data emoji --art data/downloads/art/package/assets --names data/downloads/names/package/en/data.json \
+	  --output data/emoji

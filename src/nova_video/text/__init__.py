@@ -1,0 +1,1 @@
+"""Words to features: text encoders through transformers."""

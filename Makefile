@@ -52,6 +52,6 @@ data/downloads/art data/downloads/names:
 	npm pack --silent --pack-destination $@ $(if $(findstring art,$@),$(ART),$(NAMES))
 	cd $@ && tar -xzf *.tgz
 
-data/emoji: .venv/.dev | data/downloads/art data/downloads/names
+data/emoji: | .venv/.dev data/downloads/art data/downloads/names
 	$(BIN)/nova data emoji --art data/downloads/art/package/assets --names data/downloads/names/package/en/data.json \
 	  --output data/emoji

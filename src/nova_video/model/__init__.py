@@ -1,0 +1,20 @@
+"""The network: weights and the maths that need them, without state of any call.
+
+`transformer.py` assembles the parts; `sampling` and `training` are its only users.
+"""
+
+from nova_video.model.masking import mask_ratios, random_order, set_sizes
+from nova_video.model.patches import patchify, unpatchify
+from nova_video.model.transformer import NOVATransformer3DModel, Positions
+from nova_video.model.vit import TemporalCache
+
+__all__ = [
+    "NOVATransformer3DModel",
+    "Positions",
+    "TemporalCache",
+    "mask_ratios",
+    "patchify",
+    "random_order",
+    "set_sizes",
+    "unpatchify",
+]

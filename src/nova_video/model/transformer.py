@@ -1,0 +1,291 @@
+"""NOVA: frame by frame in time, set by set in space, and a per-token denoiser (arXiv 2412.14169).
+
+The order of this file is the order of the paper: the temporal encoder (section 3.1), the spatial encoder (3.2), the
+denoiser (3.3, in `denoiser.py`), then the assembled model. Module names are the released checkpoints' keys.
+Modules hold weights only: masks, orders, caches and random numbers are the caller's (`sampling` or `training`).
+
+Legend: B batch, F latent frames, h w latent grid, L tokens of a frame, Lc temporal tokens of a frame (L / 4), S tokens
+predicted together, T condition tokens, C latent channels, D width, P = p * p * C values of a token.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nova_video.errors import InputError
+from nova_video.model.denoiser import Denoiser
+from nova_video.model.embeddings import (
+    MaskEmbed,
+    MotionEmbed,
+    Rotary,
+    TextEmbed,
+    VideoPosEmbed,
+    rotary_angles,
+    space_table,
+)
+from nova_video.model.patches import PatchEmbed, gather_tokens, scatter_tokens, token_positions
+from nova_video.model.vit import Block, CacheLayer, TemporalCache, block_causal_mask, heads_for_width
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where tokens are, for one size and length; once per call. Absolute tables or rotary angles, never both."""
+
+    num_frames: int
+    time: Tensor | None  # (F, 1, D)
+    video_space: Tensor | None  # (Lc, D)
+    image_space: Tensor | None  # (L, D)
+    video_rotary: Rotary | None  # (F * Lc, head_dim / 2)
+    image_rotary: Rotary | None  # (L, head_dim / 2)
+
+
+class Mixer(nn.Module):
+    """Scale-and-shift of the first frame's feature by the current one's (section 3.2): c_0 * (1 + s) + b."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.lora = nn.Linear(width, rank, bias=False) if rank > 0 else nn.Identity()
+        self.proj = nn.Linear(rank if rank > 0 else width, 2 * width)
+
+    def forward(self, first: Tensor, feature: Tensor) -> Tensor:
+        """first, feature (..., Lc, D) -> (..., Lc, D)."""
+        scale, shift = self.proj(self.lora(functional.silu(feature))).chunk(2, dim=-1)
+        return first * (1 + scale) + shift
+
+
+class VideoEncoder(nn.Module):
+    """Temporal encoder: reads text, motion and all earlier frames, causally frame by frame."""
+
+    def __init__(self, depth: int, width: int, channels: int, patch: int, mixer_rank: int | None) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(channels, width, patch)
+        self.blocks = nn.ModuleList(Block(width, heads_for_width(width)) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.mixer = Mixer(width, mixer_rank) if mixer_rank else None
+
+    def forward(self, condition: Tensor, frames: Tensor, rotary: Rotary | None) -> Tensor:
+        """All frames at once: condition (B, T, D), frames (B, F, Lc, D) -> features (B, F, Lc, D)."""
+        text, (num_frames, tokens) = condition.shape[1], frames.shape[1:3]
+        mask = None  # a single frame forms one block with the condition: nothing to hide
+        if num_frames > 1:
+            mask = block_causal_mask(text, tokens, num_frames, frames.device)
+        x = torch.cat([condition, frames.flatten(1, 2)], dim=1)  # (B, T + F * Lc, D)
+        rotary = None if rotary is None else rotary.after_condition(text)
+        for block in self.blocks:
+            x = block(x, rotary, mask)
+        return self.norm(x[:, text:]).unflatten(1, (num_frames, tokens))
+
+    def step(self, condition: Tensor | None, frame: Tensor, rotary: Rotary | None, cache: TemporalCache) -> Tensor:
+        """The next frame alone: condition (B, T, D) for the first, frame (B, Lc, D) -> feature (B, Lc, D)."""
+        x = frame
+        if condition is not None:
+            x = torch.cat([condition, frame], dim=1)  # (B, T + Lc, D)
+            rotary = None if rotary is None else rotary.after_condition(condition.shape[1])
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, None, CacheLayer(cache, layer))
+        cache.advance(x.shape[1])
+        return self.norm(x[:, -frame.shape[1] :])
+
+
+class ImageEncoder(nn.Module):
+    """Spatial encoder: bidirectional, first half over what is revealed, second half over the whole frame."""
+
+    def __init__(self, depth: int, width: int, channels: int, patch: int) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(channels, width, patch)
+        self.blocks = nn.ModuleList(Block(width, heads_for_width(width)) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(
+        self, condition: Tensor, tokens: Tensor, visible_ids: Tensor, space: Tensor | None, rotary: Rotary | None
+    ) -> Tensor:
+        """condition (B, Lc, D), tokens (B, L, D) as they are, visible_ids (B, V) as revealed -> z (B, L, D)."""
+        count = condition.shape[1]
+        half = len(self.blocks) // 2
+        if space is not None:
+            tokens = tokens + space
+        x = torch.cat([condition, gather_tokens(tokens, visible_ids)], dim=1)  # (B, Lc + V, D)
+        seen = None if rotary is None else rotary.at(visible_ids).after_condition(count)
+        for block in self.blocks[:half]:
+            x = block(x, seen)
+        x = torch.cat([x[:, :count], scatter_tokens(tokens, visible_ids, x[:, count:])], dim=1)  # (B, Lc + L, D)
+        every = None if rotary is None else rotary.after_condition(count)
+        for block in self.blocks[half:]:
+            x = block(x, every)
+        return self.norm(x[:, count:])
+
+
+def parse_arch(name: str, kind: str) -> tuple[int, int]:
+    """Depth and width of an `arch` entry such as `vit_d16w1024`; `kind` is vit or mlp."""
+    match = re.fullmatch(rf"{kind}_d(\d+)w(\d+)", name)
+    if match is None:
+        raise InputError(f"arch entry {name!r}: expected {kind}_d<depth>w<width>, such as {kind}_d6w1024")
+    return int(match[1]), int(match[2])
+
+
+class NOVATransformer3DModel(ModelMixin, ConfigMixin):
+    """The whole network. Each method is one step of sampling or training; none keeps anything between calls."""
+
+    _supports_gradient_checkpointing = False
+    _no_split_modules = ["Block", "DenoiserBlock"]
+    _skip_layerwise_casting_patterns = ["norm", "pos_embed", "text_embed"]
+
+    @register_to_config
+    def __init__(
+        self,
+        image_dim: int = 4,
+        image_size: Sequence[int] = (512, 512),
+        image_stride: int = 8,
+        text_token_dim: int = 2560,
+        text_token_len: int = 256,
+        image_base_size: Sequence[int] = (32, 32),
+        video_base_size: Sequence[int] = (1, 16, 16),
+        video_mixer_rank: int | None = None,
+        rotary_pos_embed: bool = False,
+        arch: Sequence[str] = ("vit_d16w1024", "vit_d32w1024", "mlp_d6w1024"),
+    ) -> None:
+        super().__init__()
+        (video_depth, width), (image_depth, image_width) = parse_arch(arch[0], "vit"), parse_arch(arch[1], "vit")
+        if width != image_width:
+            raise InputError(f"arch {arch[0]} and {arch[1]}: the two encoders need the same width")
+        mlp_depth, mlp_width = parse_arch(arch[2], "mlp")
+        self.patch_size = 15 // image_stride + 1
+        self.width = width
+        self.has_motion = video_base_size[0] > 1
+        self.text_embed = TextEmbed(text_token_dim, text_token_len, width)
+        self.motion_embed = MotionEmbed(width) if self.has_motion else None
+        self.video_pos_embed = None if rotary_pos_embed else VideoPosEmbed(width, video_base_size[0])
+        self.mask_embed = MaskEmbed(width)
+        self.video_encoder = VideoEncoder(video_depth, width, image_dim, 2 * self.patch_size, video_mixer_rank)
+        self.image_encoder = ImageEncoder(image_depth, width, image_dim, self.patch_size)
+        self.image_decoder = Denoiser(mlp_depth, mlp_width, width, image_dim, self.patch_size)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """For training from scratch: normal(0.02) linears; the denoiser's gates and output start at zero (as in DiT)."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                zero = name.startswith("image_decoder") and name.endswith(("norm1.proj", "norm.proj", "head"))
+                nn.init.zeros_(module.weight) if zero else nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    # Conditioning, once per call ----------------------------------------------------------------------------------
+
+    def embed_condition(self, text: Tensor, lengths: Tensor, motion: Tensor | None, fps: Tensor | None) -> Tensor:
+        """Text features (B, T', text_token_dim) with lengths (B,), motion and fps (B,) -> condition tokens (B, T, D).
+
+        A length of 0 is the null prompt. Models of single images have no motion tokens and ignore both numbers.
+        """
+        tokens = self.text_embed(text, lengths)  # (B, text_token_len, D)
+        if self.motion_embed is None:
+            return tokens
+        if motion is None or fps is None:
+            raise ValueError("this model needs a motion score and frames per second")
+        return torch.cat([tokens, self.motion_embed(motion, fps)], dim=1)
+
+    def positions(self, num_frames: int, grid: tuple[int, int]) -> Positions:
+        """Position tables of `num_frames` latent frames on the latent grid (h, w)."""
+        rows, columns = grid[0] // self.patch_size, grid[1] // self.patch_size
+        video_rows, video_columns = rows // 2, columns // 2
+        if self.video_pos_embed is not None:
+            time = self.video_pos_embed(num_frames)
+            video_space = space_table(video_rows, video_columns, self.width, self.device).to(self.dtype)
+            image_space = space_table(rows, columns, self.width, self.device).to(self.dtype)
+            return Positions(num_frames, time, video_space, image_space, None, None)
+        head_dim = self.width // heads_for_width(self.width)
+        row, column = token_positions(video_rows, video_columns, self.device)
+        frame = torch.arange(num_frames, device=self.device).repeat_interleave(row.numel())
+        video = rotary_angles(frame, row.repeat(num_frames), column.repeat(num_frames), head_dim)
+        row, column = token_positions(rows, columns, self.device)
+        image = rotary_angles(torch.zeros_like(row), row, column, head_dim)
+        return Positions(num_frames, None, None, None, Rotary.from_angles(video), Rotary.from_angles(image))
+
+    # In time, frame by frame --------------------------------------------------------------------------------------
+
+    def embed_history(
+        self, latents: Tensor | None, frame: int, batch: int, positions: Positions, bare: bool = False
+    ) -> Tensor:
+        """Temporal input of `frame`: frame - 1's latents (B, C, h, w), or BOS for frame 0 (latents None) -> (B, Lc, D).
+
+        `bare` leaves the position tables out (image guidance's second pass).
+        """
+        if latents is not None:
+            tokens = self.video_encoder.patch_embed(latents)
+        else:
+            count = self._video_tokens(positions)
+            tokens = self.mask_embed.bos_token.expand(batch, count, -1)
+        if bare:
+            return tokens
+        if positions.time is None or positions.video_space is None:
+            return tokens
+        return tokens + positions.time[frame] + positions.video_space
+
+    def encode_frame(
+        self, condition: Tensor | None, tokens: Tensor, frame: int, positions: Positions, cache: TemporalCache
+    ) -> Tensor:
+        """One temporal step. condition (B, T, D) goes in front at frame 0 only; tokens (B, Lc, D) -> c_f (B, Lc, D)."""
+        rotary = positions.video_rotary
+        if rotary is not None:
+            rotary = rotary.slice(frame * tokens.shape[1], (frame + 1) * tokens.shape[1])
+        return self.video_encoder.step(condition, tokens, rotary, cache)
+
+    def encode_frames(self, condition: Tensor, latents: Tensor, positions: Positions) -> Tensor:
+        """All frames at once (training): condition (B, T, D), latents (B, C, F, h, w) -> mixed features (B, F, Lc, D)."""
+        batch, _, num_frames = latents.shape[:3]
+        first = self.embed_history(None, 0, batch, positions)
+        later = [self.embed_history(latents[:, :, f - 1], f, batch, positions) for f in range(1, num_frames)]
+        frames = torch.stack([first, *later], dim=1)  # (B, F, Lc, D)
+        features = self.video_encoder(condition, frames, positions.video_rotary)
+        if num_frames == 1:
+            return features
+        return torch.cat([features[:, :1], self.mix(features[:, :1], features[:, 1:])], dim=1)
+
+    def mix(self, first: Tensor, feature: Tensor) -> Tensor:
+        """Spatial condition of a frame f >= 1 from c_0 and c_f, both (..., Lc, D); c_f itself without a mixer."""
+        return feature if self.video_encoder.mixer is None else self.video_encoder.mixer(first, feature)
+
+    def new_cache(self, batch: int, positions: Positions) -> TemporalCache:
+        """An empty temporal cache with room for the condition tokens and all frames of `positions`."""
+        text = self.text_embed.token_len + (2 if self.has_motion else 0)
+        capacity = text + positions.num_frames * self._video_tokens(positions)
+        heads = heads_for_width(self.width)
+        like = self.mask_embed.bos_token
+        return TemporalCache(len(self.video_encoder.blocks), batch, heads, capacity, self.width // heads, like)
+
+    def _video_tokens(self, positions: Positions) -> int:
+        if positions.video_space is not None:
+            return positions.video_space.shape[0]
+        assert positions.video_rotary is not None
+        return positions.video_rotary.cos.shape[0] // positions.num_frames
+
+    # In space, set by set -----------------------------------------------------------------------------------------
+
+    def embed_tokens(self, patches: Tensor) -> Tensor:
+        """Token values (B, n, P) in patchify order -> (B, n, D) of the spatial encoder."""
+        return self.image_encoder.patch_embed.embed_tokens(patches)
+
+    def encode_tokens(self, condition: Tensor, tokens: Tensor, visible_ids: Tensor, positions: Positions) -> Tensor:
+        """condition (B, Lc, D), tokens (B, L, D), visible_ids (B, V) -> features z (B, L, D).
+
+        Rows of `tokens` outside `visible_ids` are replaced by the mask token, whatever they hold.
+        """
+        masked = self.mask_embed.mask_token.to(tokens.dtype).expand(*tokens.shape[:2], -1)
+        tokens = scatter_tokens(masked, visible_ids, gather_tokens(tokens, visible_ids))
+        return self.image_encoder(condition, tokens, visible_ids, positions.image_space, positions.image_rotary)
+
+    # Token by token -----------------------------------------------------------------------------------------------
+
+    def project_features(self, z: Tensor) -> Tensor:
+        """Features z (B, S, D) -> the denoiser's condition (B, S, width): once per set, shared by all its steps."""
+        return self.image_decoder.project_condition(z)
+
+    def denoise(self, noisy: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        """noisy (B, S, P), timestep (B,) or (B, S), condition from `project_features` -> prediction (B, S, P)."""
+        return self.image_decoder(noisy, timestep, condition)

@@ -1,0 +1,115 @@
+"""The transformer block both encoders are made of, and the temporal encoder's key/value cache.
+
+Unusual against a standard ViT: post-norm inside the residual branch, x + LN(f(x)), and rotary positions over
+(time, row, column) where a checkpoint asks for them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nova_video.model.embeddings import Rotary
+
+
+class TemporalCache:
+    """Keys and values of all earlier frames, for one request: made by the caller, handed to every step.
+
+    Storage is allocated once for `capacity` tokens. `length` tokens of it are filled; every layer of a step appends
+    behind them, and `advance` counts the step once all layers have.
+    """
+
+    def __init__(self, layers: int, batch: int, heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
+        self.keys = like.new_empty(layers, batch, heads, capacity, head_dim)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store key and value (B, heads, N, head_dim); returns that layer's so far (B, heads, length + N, head_dim)."""
+        end = self.length + key.shape[2]
+        if end > self.keys.shape[3]:
+            raise ValueError(f"the temporal cache holds {self.keys.shape[3]} tokens; {end} were to be stored")
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, count: int) -> None:
+        self.length += count
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """One layer's door into a `TemporalCache`."""
+
+    cache: TemporalCache
+    layer: int
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cache.append(self.layer, key, value)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: CacheLayer | None) -> Tensor:
+        batch, count, width = x.shape
+        qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)  # (B, N, 3, heads, head_dim)
+        query, key, value = qkv.unbind(2)
+        if rotary is not None:
+            query, key = rotary.rotate(qkv[:, :, :2]).unbind(2)
+        query, key, value = (y.transpose(1, 2) for y in (query, key, value))  # (B, heads, N, head_dim)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).reshape(batch, count, width))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(functional.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """x + LN(attn(x)), then x + LN(mlp(x)); (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.norm1 = nn.LayerNorm(width)
+        self.mlp = Mlp(width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(
+        self, x: Tensor, rotary: Rotary | None, mask: Tensor | None = None, cache: CacheLayer | None = None
+    ) -> Tensor:
+        x = x + self.norm1(self.attn(x, rotary, mask, cache))
+        return x + self.norm2(self.mlp(x))
+
+
+def heads_for_width(width: int) -> int:
+    """Attention heads of the released sizes; any other width has heads of 32 channels."""
+    return {768: 12, 1024: 16, 1536: 16}.get(width, width // 32)
+
+
+def block_causal_mask(condition_tokens: int, frame_tokens: int, num_frames: int, device: torch.device) -> Tensor:
+    """(N, N) bool, True where row may attend to column.
+
+    Condition and frame 0 form the first block, each later frame one block. A token sees its own block and all earlier ones (figure 2 of the paper).
+    """
+    block = torch.cat(
+        [
+            torch.zeros(condition_tokens, dtype=torch.long, device=device),
+            torch.arange(num_frames, device=device).repeat_interleave(frame_tokens),
+        ]
+    )
+    return block.unsqueeze(1) >= block.unsqueeze(0)

@@ -1,0 +1,1 @@
+"""Batches to weights: the loss, the checkpoints and the trainer. Meets `sampling` only through saved weights."""

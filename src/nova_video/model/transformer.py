@@ -168,7 +168,7 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """For training from scratch: normal(0.02) linears; the denoiser's gates and output start at zero (as in DiT)."""
+        """To train from scratch: normal(0.02) linears; the denoiser's gates and output start at zero, as in DiT."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 zero = name.startswith("image_decoder") and name.endswith(("norm1.proj", "norm.proj", "head"))
@@ -237,7 +237,7 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin):
         return self.video_encoder.step(condition, tokens, rotary, cache)
 
     def encode_frames(self, condition: Tensor, latents: Tensor, positions: Positions) -> Tensor:
-        """All frames at once (training): condition (B, T, D), latents (B, C, F, h, w) -> mixed features (B, F, Lc, D)."""
+        """All frames at once (training): condition (B, T, D), latents (B, C, F, h, w) -> mixed (B, F, Lc, D)."""
         batch, _, num_frames = latents.shape[:3]
         first = self.embed_history(None, 0, batch, positions)
         later = [self.embed_history(latents[:, :, f - 1], f, batch, positions) for f in range(1, num_frames)]

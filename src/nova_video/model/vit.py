@@ -104,7 +104,8 @@ def heads_for_width(width: int) -> int:
 def block_causal_mask(condition_tokens: int, frame_tokens: int, num_frames: int, device: torch.device) -> Tensor:
     """(N, N) bool, True where row may attend to column.
 
-    Condition and frame 0 form the first block, each later frame one block. A token sees its own block and all earlier ones (figure 2 of the paper).
+    Condition and frame 0 form the first block, each later frame one block. A token sees its own
+    block and all earlier ones (figure 2 of the paper).
     """
     block = torch.cat(
         [

@@ -30,12 +30,11 @@ class NoiseTable:
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             fresh = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
             sigma = fresh.sigmas[: fresh.config.num_train_timesteps].float()
-            tables = (1 - sigma, sigma, fresh.timesteps.float())
-            return cls(*(table.to(device) for table in tables), flow=True)
+            return cls((1 - sigma).to(device), sigma.to(device), fresh.timesteps.float().to(device), flow=True)
         if isinstance(scheduler, DDPMScheduler):
             kept = scheduler.alphas_cumprod.float()
-            tables = (kept.sqrt(), (1 - kept).sqrt(), torch.arange(len(kept), dtype=torch.float32))
-            return cls(*(table.to(device) for table in tables), flow=False)
+            steps = torch.arange(len(kept), dtype=torch.float32)
+            return cls(kept.sqrt().to(device), (1 - kept).sqrt().to(device), steps.to(device), flow=False)
         raise InputError(
             f"scheduler {type(scheduler).__name__}: training knows DDPM and FlowMatchEulerDiscrete schedulers"
         )
@@ -74,7 +73,7 @@ def draw(
     repeats: int,
     generator: torch.Generator | None = None,
 ) -> LossDraws:
-    """Fresh draws for `frames` = B * F frames of `tokens` tokens with `values` numbers each, `visible` of them revealed."""
+    """Fresh draws for `frames` = B * F frames of `tokens` tokens of `values` numbers, `visible` of them revealed."""
     device = table.timestep.device
     order = torch.rand(frames, tokens, generator=generator, device=device).argsort(dim=-1)
     hidden = tokens - visible

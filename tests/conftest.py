@@ -1,0 +1,65 @@
+"""Shared by all tests: few threads, and tiny checkpoints with random weights, made once per run."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+CONFORMANCE = Path(__file__).parent / "conformance"
+WORDS = "a the whale apple moving left right up down on blue red green white background slowly staying still"
+
+torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+
+def save_tiny_tokenizer(folder: Path) -> None:
+    """Whole words of a short list, with [CLS] and [SEP] around them; the file truncates and pads, as MiniLM's does."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(special + WORDS.split())}, unk_token="[UNK]")
+    )
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=16)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+
+
+def save_tiny_bert(folder: Path, width: int = 32) -> None:
+    config = BertConfig(
+        vocab_size=4 + len(WORDS.split()),
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random BERT of width 32 and its word tokenizer, laid out as MiniLM is."""
+    folder = tmp_path_factory.mktemp("text_encoder")
+    save_tiny_tokenizer(folder)
+    save_tiny_bert(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole text-to-video checkpoint that reads sentences: the reference one, with a random text encoder added."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    for part in ("transformer", "vae", "scheduler"):
+        shutil.copytree(CONFORMANCE / "text-to-video" / part, folder / part)
+    save_tiny_tokenizer(folder / "tokenizer")
+    save_tiny_bert(folder / "text_encoder")
+    return folder

@@ -1,0 +1,199 @@
+"""Pictures and clips to files and back: mp4, webp, gif and png, each with a JSON record of how it was made.
+
+A file appears whole or not at all: it is written beside its place under a hidden name and then renamed. A png, webp or
+gif of several frames is animated. Legend: F frames, H W pixels.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, ImageSequence, PngImagePlugin
+
+from nova_video.errors import InputError
+
+Frames = NDArray[np.uint8]  # (F, H, W, 3)
+
+SUFFIXES = (".mp4", ".webp", ".gif", ".png")
+PNG_KEY = "nova"  # the text chunk of a png
+EXIF_DESCRIPTION = 0x010E  # the EXIF field of a webp
+MP4_OPTIONS = {"crf": "16", "preset": "medium"}  # near transparent: these clips are short and small
+
+
+def check_output(path: Path) -> None:
+    """Raises for a place that could not be written to later: unknown extension, no such folder, not writable."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(
+            f"cannot write {path}: its extension is {path.suffix or 'missing'!r}, expected {_listed(SUFFIXES)}"
+        )
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder, expected a file name")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {path}: the folder {path.parent} is not writable")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; renamed to it when the block ends well, removed when it does not."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_media(frames: Frames, path: str | Path, fps: float, metadata: dict[str, Any]) -> None:
+    """Writes frames (F, H, W, 3) in the format of the path's extension, with `metadata` as JSON inside the file."""
+    path = Path(path)
+    check_output(path)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
+        raise InputError(f"frames are {frames.dtype} of shape {frames.shape}, expected uint8 (F, H, W, 3) with F >= 1")
+    if fps <= 0:
+        raise InputError(f"fps is {fps}, expected a number above 0")
+    record = json.dumps(metadata)  # plain ASCII, so that every format can hold it
+    suffix = path.suffix.lower()
+    with atomic_path(path) as temporary:
+        if suffix == ".mp4":
+            _write_mp4(frames, temporary, fps, record)
+        else:
+            _write_pictures(frames, temporary, suffix, fps, record)
+
+
+def _write_mp4(frames: Frames, path: Path, fps: float, record: str) -> None:
+    height, width = frames.shape[1:3]
+    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p has even sizes only
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        container.metadata["comment"] = record
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=MP4_OPTIONS)
+        stream.height, stream.width = even.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.colorspace = Colorspace.ITU709  # named in the file, so that every player decodes it alike
+        stream.codec_context.color_primaries = stream.codec_context.color_trc = 1  # BT.709
+        stream.codec_context.color_range = ColorRange.MPEG
+        for pixels in even:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _write_pictures(frames: Frames, path: Path, suffix: str, fps: float, record: str) -> None:
+    first, *rest = [Image.fromarray(pixels) for pixels in frames]
+    tick = 10 if suffix == ".gif" else 1  # milliseconds a file can tell apart
+    ends = [round(1000 * count / fps / tick) * tick for count in range(len(frames) + 1)]
+    settings: dict[str, Any] = {}
+    if rest:
+        durations = [after - before for before, after in pairwise(ends)]
+        settings = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
+    if suffix == ".png":
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_text(PNG_KEY, record)
+        first.save(path, format="PNG", pnginfo=chunks, **settings)
+    elif suffix == ".webp":
+        exif = Image.Exif()
+        exif[EXIF_DESCRIPTION] = record
+        first.save(path, format="WEBP", exif=exif.tobytes(), quality=90, method=4, **settings)
+    else:
+        first, *rest = [image.quantize(256, dither=Image.Dither.NONE) for image in (first, *rest)]
+        if rest:
+            settings["append_images"] = rest
+        first.save(path, format="GIF", comment=record.encode(), **settings)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The record that `write_media` left in a file."""
+    path = _existing(path)
+    record: Any = None
+    if path.suffix.lower() == ".mp4":
+        with _open_video(path) as container:
+            record = container.metadata.get("comment")
+    else:
+        with _open_image(path) as image:
+            if isinstance(image, PngImagePlugin.PngImageFile):
+                image.load()  # text chunks may follow the pixels
+                record = image.text.get(PNG_KEY)
+            elif image.format == "GIF":
+                record = image.info.get("comment")
+            else:
+                record = image.getexif().get(EXIF_DESCRIPTION)
+    try:
+        metadata = json.loads(record)
+    except (TypeError, ValueError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise InputError(f"{path} carries no record of how it was made")
+    return metadata
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """A picture (the first frame of an animated one) as RGB, upright, on white where it is transparent."""
+    path = _existing(path)
+    with _open_image(path) as image:
+        try:
+            upright = ImageOps.exif_transpose(image)
+            if not upright.has_transparency_data:
+                return upright.convert("RGB")
+            rgba = upright.convert("RGBA")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InputError(f"cannot read the image {path}: {error}") from error
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def read_frames(path: str | Path) -> tuple[Frames, float]:
+    """All frames (F, H, W, 3) of a clip or picture, and its frames per second (0 for a still picture)."""
+    path = _existing(path)
+    if path.suffix.lower() not in SUFFIXES[1:]:
+        with _open_video(path) as container:
+            try:
+                rate = float(container.streams.video[0].average_rate or 0)
+                return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]), rate
+            except (av.FFmpegError, IndexError, ValueError) as error:
+                raise InputError(f"cannot read the video {path}: {error}") from error
+    with _open_image(path) as image:
+        try:
+            pixels, milliseconds = [], 0.0
+            for frame in ImageSequence.Iterator(image):
+                pixels.append(np.asarray(frame.convert("RGB")))
+                milliseconds += frame.info.get("duration", 0)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InputError(f"cannot read the image {path}: {error}") from error
+    return np.stack(pixels), 1000 * len(pixels) / milliseconds if milliseconds else 0.0
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    return path
+
+
+def _open_image(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except (OSError, ValueError, SyntaxError) as error:  # PIL's unidentified files are OSErrors
+        raise InputError(f"cannot read the image {path}: it is damaged, or of no known format") from error
+
+
+def _open_video(path: Path) -> "av.container.InputContainer":
+    try:
+        return av.open(str(path))
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"cannot read the video {path}: it is damaged, or of no known format") from error
+
+
+def _listed(words: tuple[str, ...]) -> str:
+    return ", ".join(words[:-1]) + " or " + words[-1]

@@ -1,0 +1,150 @@
+"""Files: what is written reads back, with its record, and a failed or interrupted write leaves nothing behind."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from nova_video import media
+from nova_video.errors import InputError
+
+RECORD = {
+    "prompt": 'a "café" — whale\n',
+    "seed": 7,
+    "model": "emoji",
+    "settings": {"guidance_scale": 4.0, "size": [128, 96]},
+}
+
+
+def clip(frames: int, height: int = 64, width: int = 96) -> media.Frames:
+    """A red square that crosses a blue background: flat colours, so that lossy formats stay close."""
+    pixels = np.empty((frames, height, width, 3), dtype=np.uint8)
+    pixels[:] = (50, 100, 230)
+    for index in range(frames):
+        pixels[index, 16:40, 4 * index : 4 * index + 24] = (220, 40, 40)
+    return pixels
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+@pytest.mark.parametrize("suffix", media.SUFFIXES)
+def test_round_trip(tmp_path: Path, suffix: str, frames: int) -> None:
+    path = tmp_path / f"clip{suffix}"
+    media.write_media(clip(frames), path, 8, RECORD)
+    back, fps = media.read_frames(path)
+    assert back.shape == (frames, 64, 96, 3)
+    assert fps == (pytest.approx(8, rel=0.01) if frames > 1 or suffix == ".mp4" else 0)
+    error = np.abs(back.astype(int) - clip(frames))
+    assert np.median(error) <= 2  # flat areas keep their colour
+    assert error.mean() < 6
+    assert media.read_metadata(path) == RECORD
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
+def test_png_is_lossless(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
+    media.write_media(noise, tmp_path / "noise.png", 12, {})
+    assert np.array_equal(media.read_frames(tmp_path / "noise.png")[0], noise)
+
+
+def test_mp4_plays_everywhere(tmp_path: Path) -> None:
+    """h264, yuv420p, named colours, and an odd size made even by repeating the edge."""
+    media.write_media(clip(3, 63, 95), tmp_path / "odd.mp4", 12.5, RECORD)
+    with av.open(str(tmp_path / "odd.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.height, stream.width) == (64, 96)
+        assert (stream.codec_context.colorspace, stream.average_rate) == (1, 12.5)
+    back, _ = media.read_frames(tmp_path / "odd.mp4")
+    assert np.abs(back[0, -1].astype(int) - back[0, -2]).max() <= 3
+
+
+def test_long_record(tmp_path: Path) -> None:
+    record = {"prompt": "a whale " * 500}
+    for suffix in media.SUFFIXES:
+        media.write_media(clip(2), tmp_path / f"long{suffix}", 8, record)
+        assert media.read_metadata(tmp_path / f"long{suffix}") == record
+
+
+def test_fractional_rates_do_not_drift(tmp_path: Path) -> None:
+    for suffix in (".webp", ".gif", ".png"):
+        media.write_media(clip(15), tmp_path / f"slow{suffix}", 12, {})
+        assert media.read_frames(tmp_path / f"slow{suffix}")[1] == pytest.approx(12, rel=0.005)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_interrupted_write_leaves_the_old_file(tmp_path: Path, failure: type[BaseException]) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_text("old")
+
+    def interrupted() -> None:
+        with media.atomic_path(path) as temporary:
+            temporary.write_text("half of the new")
+            raise failure
+
+    with pytest.raises(failure):
+        interrupted()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("clip.avi", r"its extension is '.avi', expected .mp4, .webp, .gif or .png"),
+        ("clip", "its extension is 'missing'"),
+        ("nowhere/clip.mp4", "there is no folder"),
+        ("folder.mp4", "it is a folder"),
+    ],
+)
+def test_wrong_places(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(InputError, match=message):
+        media.check_output(tmp_path / name)
+
+
+def test_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media.os, "access", lambda *_: False)  # as root every folder is writable
+    with pytest.raises(InputError, match="is not writable"):
+        media.check_output(tmp_path / "clip.mp4")
+
+
+def test_wrong_frames(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"float64 of shape \(2, 3\), expected uint8 \(F, H, W, 3\)"):
+        media.write_media(np.zeros((2, 3)), tmp_path / "clip.mp4", 8, {})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="fps is 0"):
+        media.write_media(clip(1), tmp_path / "clip.mp4", 0, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_load_image(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert media.load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: turned by a quarter
+    Image.new("RGB", (4, 2), "red").save(tmp_path / "turned.jpg", exif=turned)
+    assert media.load_image(tmp_path / "turned.jpg").size == (2, 4)
+    Image.new("L", (4, 2), 128).save(tmp_path / "gray.png")
+    assert media.load_image(tmp_path / "gray.png").mode == "RGB"
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    media.write_media(clip(1), tmp_path / "whole.png", 8, {})
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:150])
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "text.png").write_text("not a picture")
+    Image.new("RGB", (4, 4)).save(tmp_path / "foreign.webp")
+    for call, name, message in [
+        (media.load_image, "missing.png", "there is no file"),
+        (media.load_image, "text.png", "cannot read the image"),
+        (media.load_image, "half.png", "cannot read the image"),
+        (media.read_frames, "half.png", "cannot read the image"),
+        (media.read_frames, "text.mp4", "cannot read the video"),
+        (media.read_metadata, "text.mp4", "cannot read the video"),
+        (media.read_metadata, "foreign.webp", "carries no record"),
+    ]:
+        with pytest.raises(InputError, match=message) as caught:
+            call(tmp_path / name)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,267 @@
+"""`EmojiWorld`: captioned clips of emoji in motion, rendered on the device as training goes.
+
+A prepared folder holds `world.json` (names and where the art is from, the motion table) and `atlas.safetensors`
+(the art, and what is held out). Clips are sampled as a `ClipSpec` (numbers only), then rendered by one `grid_sample`
+per batch: a clip's frames are stacked into one tall canvas, and the grid says where on the art each pixel falls.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from nova_video.data.captions import (
+    CLIP_WORDINGS,
+    IMAGE_WORDINGS,
+    PAIR_WORDINGS,
+    clip_caption,
+    image_caption,
+    pair_caption,
+)
+from nova_video.data.clips import CANVAS, PAIR_SIZES, SIZES, SPAN, ClipSpec, Path, object_path, pair_paths
+from nova_video.data.motion import MotionTable
+from nova_video.data.words import BACKGROUNDS, COLORS, MOTIONS, PLAIN, RELATIONS, SPEEDS, STILL
+from nova_video.errors import InputError
+
+FORMAT = 1
+TILE = 80  # pixels, side of an object's tile in the atlas
+ART = 76  # of them covered by the art's bounding square; the rest is a clear margin
+MAIN_FORM = 0.5  # of training captions are in the main form
+MIRROR = 0.5  # of the other wordings for two objects are told from the second
+RENDER_FRAMES = 8704  # frames rendered at a time (512 clips): bounds the memory, about 3 GB
+
+Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True)
+class WorldInfo:
+    """What `world.json` says."""
+
+    set: str
+    """core, all or shapes."""
+    version: int
+    art: str
+    """Where the art is from, and its licence."""
+    names: list[str]
+    groups: list[str]
+    """Per name."""
+    code_points: list[str]
+    """Per name."""
+    motion_mean: list[list[list[float]]]
+    """(motion, speed, size bucket), pixels a frame."""
+    motion_std: list[list[list[float]]]
+
+
+class EmojiWorld:
+    """A prepared world with its tensors on a device. Holds no state beyond them: randomness is handed in."""
+
+    def __init__(self, info: WorldInfo, tensors: dict[str, Tensor], device: torch.device | str) -> None:
+        self.info = info
+        self.device = torch.device(device)
+        self.names = info.names
+        self.atlas = tensors["atlas"].to(self.device).float() / 255  # (objects, 4, TILE, TILE), premultiplied RGBA
+        self.held_out_clips = tensors["held_out_clips"].to(self.device).bool()  # (objects, motions, backgrounds)
+        self.held_out_pairs = tensors["held_out_pairs"].to(self.device).bool()  # (objects, relations, objects)
+        self.motion_table = MotionTable(torch.tensor(info.motion_mean), torch.tensor(info.motion_std)).to(self.device)
+        self.colors = torch.tensor(list(BACKGROUNDS.values()), device=self.device).float() / 255  # (backgrounds, 3)
+        distinct = ~torch.eye(len(self.names), dtype=torch.bool, device=self.device)[:, None]
+        # Flat indices of what each split may show, so sampling is one random integer per clip.
+        self._clips = {"train": _indices(~self.held_out_clips), "heldout": _indices(self.held_out_clips)}
+        stills = self.held_out_clips[:, STILL]  # (objects, backgrounds)
+        self._images = {"train": _indices(~stills), "heldout": _indices(stills)}
+        self._pairs = {
+            "train": _indices(~self.held_out_pairs & distinct),
+            "heldout": _indices(self.held_out_pairs & distinct),
+        }
+
+    @classmethod
+    def load(cls, folder: str | FilePath, device: torch.device | str = "cpu") -> "EmojiWorld":
+        folder = FilePath(folder)
+        try:
+            content = json.loads((folder / "world.json").read_text(encoding="utf-8"))
+            if content.pop("format") != FORMAT:
+                raise InputError(f"{folder}: prepared by another version, prepare it again")
+            info = WorldInfo(**content)
+            tensors = load_file(folder / "atlas.safetensors")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{folder} is not a prepared world, as `nova data emoji` writes them: {error}") from error
+        return cls(info, tensors, device)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def sample(
+        self,
+        count: int,
+        generator: torch.Generator,
+        *,
+        num_frames: int = SPAN,
+        split: Split = "train",
+        images: bool = False,
+        pairs: float = 0.0,
+    ) -> ClipSpec:
+        """`count` clips of one split, every allowed (object, motion, background) equally likely.
+
+        With `images`, single frames of still objects, a share `pairs` of them (on average) of two objects.
+        `generator` lives on the world's device.
+        """
+        device = self.device
+        if images:
+            num_frames = 1
+            picks = _pick(self._images[split], count, generator)
+            thing, color = picks // len(COLORS), picks % len(COLORS)
+            motion = torch.full_like(thing, STILL)
+        else:
+            picks = _pick(self._clips[split], count, generator)
+            thing, color = picks // (len(MOTIONS) * len(COLORS)), picks % len(COLORS)
+            motion = picks // len(COLORS) % len(MOTIONS)
+        fast = torch.rand(count, generator=generator, device=device)  # a quarter slowly, half plain, a quarter quickly
+        speed = 1 + (fast >= 0.75).long() - (fast < 0.25).long()
+        speed = torch.where(motion == STILL, PLAIN, speed)
+        size = _between(SIZES, count, generator)
+        second_size = _between(PAIR_SIZES, count, generator)
+        second = torch.full_like(thing, -1)
+        relation = torch.full_like(thing, -1)
+        if images and pairs > 0:
+            paired = torch.rand(count, generator=generator, device=device) < pairs
+            picks = _pick(self._pairs[split], count, generator)
+            first = picks // (len(RELATIONS) * len(self.names))
+            thing = torch.where(paired, first, thing)
+            second = torch.where(paired, picks % len(self.names), second)
+            relation = torch.where(paired, picks // len(self.names) % len(RELATIONS), relation)
+            size = torch.where(paired, _between(PAIR_SIZES, count, generator), size)
+            color = torch.where(paired, torch.randint(len(COLORS), (count,), generator=generator, device=device), color)
+        return ClipSpec(
+            num_frames=num_frames,
+            has_pairs=images and pairs > 0,
+            object=thing,
+            background=color,
+            motion=motion,
+            speed=speed,
+            size=size,
+            place=torch.rand(count, 2, generator=generator, device=device),
+            phase=torch.rand(count, generator=generator, device=device),
+            second=second,
+            relation=relation,
+            second_size=second_size,
+            second_place=torch.rand(count, 2, generator=generator, device=device),
+        )
+
+    def render(self, spec: ClipSpec) -> Tensor:
+        """(N, 3, F, CANVAS, CANVAS) in [-1, 1]."""
+        chunk = max(1, RENDER_FRAMES // spec.num_frames)
+        clips = [self._render(spec.select(slice(at, at + chunk))) for at in range(0, len(spec), chunk)]
+        return clips[0] if len(clips) == 1 else torch.cat(clips)
+
+    def _render(self, spec: ClipSpec) -> Tensor:
+        canvas = self.colors[spec.background][:, :, None, None, None]  # (N, 3, 1, 1, 1)
+        path = object_path(spec)
+        if spec.has_pairs:
+            first, second = pair_paths(spec)
+            paired = spec.second >= 0
+            path = Path(
+                torch.where(paired[:, None, None], first.centre, path.centre),
+                torch.where(paired[:, None], first.size, path.size),
+                path.angle,
+            )
+            layer = self._place(spec.second.clamp(min=0), second) * paired.view(-1, 1, 1, 1, 1)
+            canvas = layer[:, :3] + canvas * (1 - layer[:, 3:])
+        layer = self._place(spec.object, path)  # (N, 4, F, H, W)
+        return (layer[:, :3] + canvas * (1 - layer[:, 3:])) * 2 - 1
+
+    def _place(self, index: Tensor, path: Path) -> Tensor:
+        """Objects `index` (N,) along their paths, on a clear canvas: (N, 4, F, CANVAS, CANVAS), premultiplied."""
+        N, frames = path.size.shape
+        pixel = torch.arange(CANVAS, device=self.device) + 0.5
+        scale = 2 * ART / TILE / path.size  # (N, F): a pixel's step on the tile, which spans -1 to 1
+        cos, sin = scale * path.angle.cos(), scale * path.angle.sin()
+        # The tile coordinates of a pixel: turned back by the angle. Affine in the pixel's x and y.
+        dx = pixel - path.centre[..., :1]  # (N, F, W)
+        dy = pixel - path.centre[..., 1:]  # (N, F, H)
+        u = (cos[..., None] * dx)[:, :, None, :] + (sin[..., None] * dy)[:, :, :, None]  # (N, F, H, W)
+        v = (cos[..., None] * dy)[:, :, :, None] - (sin[..., None] * dx)[:, :, None, :]
+        grid = torch.stack((u, v), dim=-1).view(N, frames * CANVAS, CANVAS, 2)
+        tiles = F.grid_sample(self.atlas[index], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        return tiles.view(N, 4, frames, CANVAS, CANVAS)
+
+    def captions(self, spec: ClipSpec, rng: random.Random | None = None) -> list[str]:
+        """One caption per clip: in the main form, or with `rng` in a random wording, the main form half the time.
+
+        Single frames are told as images, which have no motion.
+        """
+        columns = (spec.object, spec.background, spec.motion, spec.speed, spec.second, spec.relation)
+        captions = []
+        for thing, color, motion, speed, second, relation in torch.stack(columns).T.tolist():
+            main = rng is None or rng.random() < MAIN_FORM
+            name, backdrop = self.names[thing], COLORS[color]
+            if second >= 0:
+                wording = 0 if main or rng is None else rng.randrange(len(PAIR_WORDINGS))
+                mirrored = not main and rng is not None and rng.random() < MIRROR
+                relation_word = RELATIONS[relation]
+                caption = pair_caption(name, relation_word, self.names[second], backdrop, wording, mirrored)
+            elif spec.num_frames == 1:
+                wording = 0 if main or rng is None else rng.randrange(1, len(IMAGE_WORDINGS))
+                caption = image_caption(name, backdrop, wording)
+            else:
+                wording = 0 if main or rng is None else rng.randrange(1, len(CLIP_WORDINGS))
+                caption = clip_caption(name, MOTIONS[motion], SPEEDS[speed], backdrop, wording)
+            captions.append(caption)
+        return captions
+
+    def motion_scores(self, spec: ClipSpec) -> Tensor:
+        """(N,) mean optical flow in pixels a frame, from the table; nothing moves in an image."""
+        if spec.num_frames == 1:
+            return torch.zeros(len(spec), device=self.device)
+        return self.motion_table.lookup(spec.motion, spec.speed, spec.size)
+
+    def sentences(self, images: bool = False) -> list[str]:
+        """Every caption of clips (or of single images) in every wording, in the order of `sentence_index`: so that
+        their features can be made once and looked up on the device."""
+        if images:
+            return [
+                image_caption(name, color, wording)
+                for name in self.names
+                for color in COLORS
+                for wording in range(len(IMAGE_WORDINGS))
+            ]
+        return [
+            clip_caption(name, motion, speed, color, wording)
+            for name in self.names
+            for motion in MOTIONS
+            for speed in SPEEDS
+            for color in COLORS
+            for wording in range(len(CLIP_WORDINGS))
+        ]
+
+    def sentence_index(self, spec: ClipSpec, wording: Tensor | int = 0) -> Tensor:
+        """(N,) where in `sentences` the captions of `spec` are, in wording (N,) or the same for all. Not for pairs."""
+        if spec.num_frames == 1:
+            return (spec.object * len(COLORS) + spec.background) * len(IMAGE_WORDINGS) + wording
+        kind = (spec.object * len(MOTIONS) + spec.motion) * len(SPEEDS) + spec.speed
+        return (kind * len(COLORS) + spec.background) * len(CLIP_WORDINGS) + wording
+
+
+def to_uint8(clips: Tensor) -> Tensor:
+    """Clips as rendered (N, 3, F, H, W) in [-1, 1] -> frames (N, F, H, W, 3) uint8."""
+    return ((clips.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+
+def _indices(flags: Tensor) -> Tensor:
+    return flags.flatten().nonzero().flatten()
+
+
+def _pick(allowed: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return allowed[torch.randint(len(allowed), (count,), generator=generator, device=allowed.device)]
+
+
+def _between(bounds: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
+    low, high = bounds
+    return low + (high - low) * torch.rand(count, generator=generator, device=generator.device)

@@ -1,0 +1,48 @@
+"""Random numbers of one request, from explicit generators in a fixed order.
+
+The order is what makes a seed give one picture: the posterior noise of a given image, the order of revelation, then for
+every set a frame of noise and, with DDPM, a frame of noise at every step but the last.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nova_video.model import patchify
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """One generator for the whole batch or, so that a sample does not depend on its neighbours, one for each."""
+
+    generators: Sequence[torch.Generator]
+    device: torch.device
+    dtype: torch.dtype
+
+    def uniform(self, *shape: int) -> Tensor:
+        return self._draw(torch.rand, shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        return self._draw(torch.randn, shape)
+
+    def _draw(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Drawn where the generator lives, so that its numbers are the same whatever the model's device."""
+        share = (shape[0] // len(self.generators), *shape[1:])
+        parts = [draw(share, generator=g, device=g.device, dtype=self.dtype) for g in self.generators]
+        return torch.cat(parts).to(self.device)
+
+
+@dataclass(frozen=True)
+class FrameNoise:
+    """Normal noise of a full latent frame, as its tokens."""
+
+    random: RandomState
+    shape: tuple[int, int, int, int]
+    """(B, C, h, w)"""
+    patch: int
+
+    def draw(self) -> Tensor:
+        """(B, L, P)."""
+        return patchify(self.random.normal(*self.shape), self.patch)

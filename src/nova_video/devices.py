@@ -1,0 +1,31 @@
+"""Where to compute and in what precision, from the words a user types."""
+
+import torch
+
+from nova_video.errors import InputError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` is the GPU if there is one. A device that is not there is an error."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device is {name!r}, expected auto, cpu, cuda or cuda:NUMBER") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise InputError(f"device {name!r} asked for, but this machine has no usable CUDA device; expected cpu")
+        if device.index is not None and device.index >= count:
+            raise InputError(f"device {name!r} asked for, expected cuda:0 to cuda:{count - 1}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is what checkpoints are stored in where that is fast: float16 on a GPU, float32 elsewhere."""
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]

@@ -1,0 +1,58 @@
+"""Samples held ready on the device: a training step takes random rows, and old rows are replaced as training goes.
+
+What a pool holds depends on its seed and on the number of fills alone, so a resumed run sees the same samples.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Rows = dict[str, Tensor]
+"""Named columns, each (rows, ...)."""
+
+
+@dataclass
+class Pool:
+    """`size` rows in chunks; chunk k is first made by fill k, then again by every later fill n with n % chunks == k."""
+
+    make: Callable[[int, int], Rows]
+    """(rows, fill number) -> that many new rows, fixed by the fill number."""
+    size: int
+    share: float
+    """Share of the rows that one fill replaces."""
+
+    def __post_init__(self) -> None:
+        self.chunks = max(1, math.ceil(1 / self.share - 1e-6))
+        self.chunk = math.ceil(self.size / self.chunks)
+        self.fills = 0
+        self.rows: Rows = {}
+
+    def fill_to(self, fills: int) -> None:
+        """Bring the pool to the state after `fills` fills, making only what is still in it then."""
+        for number in range(max(self.fills, fills - self.chunks), fills):
+            new = self.make(self.chunk, number)
+            if not self.rows:
+                self.rows = {k: v.new_zeros(self.chunks * self.chunk, *v.shape[1:]) for k, v in new.items()}
+            start = number % self.chunks * self.chunk
+            for name, column in self.rows.items():
+                column[start : start + self.chunk].copy_(new[name])
+        self.fills = fills
+
+    def fill_for(self, step: int, refresh_every: int) -> None:
+        """The state that belongs to `step`: all chunks once, then one more for every `refresh_every` steps."""
+        self.fill_to(self.chunks + (step // refresh_every if refresh_every else 0))
+
+    def draw(self, count: int) -> Rows:
+        """`count` random rows, drawn with the device's default generator: safe inside a CUDA graph."""
+        column = next(iter(self.rows.values()))
+        index = torch.randint(len(column), (count,), device=column.device)
+        return {name: column[index] for name, column in self.rows.items()}
+
+
+def fill_seed(*numbers: int) -> int:
+    """A seed that depends on all of `numbers`, the same on every machine."""
+    return random.Random(repr(numbers)).getrandbits(63)

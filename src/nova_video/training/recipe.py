@@ -1,0 +1,249 @@
+"""Recipes: everything a training run depends on, as typed records read from one TOML file.
+
+`load_recipe` opens a file, takes dotted overrides (`--optimizer.lr 3e-4`) through tyro and refuses unknown keys. The
+resolved recipe is saved beside the weights it made.
+"""
+
+import dataclasses
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from nova_video.errors import InputError
+from nova_video.request import Defaults
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """What is learned from: a prepared world, rendered on the device as training goes."""
+
+    world: str = "data/emoji"
+    """Folder written by `nova data emoji` or `nova data shapes`."""
+    frames: tuple[int, ...] = (17,)
+    """Clip lengths, each 4k + 1; 1 is an image."""
+    probability: tuple[float, ...] = (1.0,)
+    """Share of the steps each length gets."""
+    batch: tuple[int, ...] = (64,)
+    """Clips of a batch, for each length."""
+    pool: tuple[int, ...] = (65536,)
+    """Clips of each length held ready on the device."""
+    refresh_every: int = 1000
+    """Steps after which some of the pool is replaced by new clips; 0: never."""
+    refresh: float = 0.05
+    """Share of the pool that is replaced then."""
+    pairs: float = 0.3
+    """Share of the images that show two objects."""
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(getattr(self, name)) for name in ("frames", "probability", "batch", "pool")}
+        if len(set(lengths.values())) != 1:
+            raise InputError(f"data.frames, probability, batch and pool need one entry for each length; got {lengths}")
+        if any(frames < 1 or frames % 4 != 1 for frames in self.frames):
+            raise InputError(f"data.frames = {self.frames}: expected lengths 4k + 1, such as 1, 9 or 17")
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """AdamW with a linear warm-up and a cosine down to `final` of the rate."""
+
+    lr: float = 6e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.03
+    """Of matrices; biases, norms and single tokens are not decayed."""
+    warmup: int = 1000
+    """Steps of linear warm-up."""
+    final: float = 0.1
+    """Learning rate at the last step, as a share of `lr`."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    ema: float = 0.999
+    """Decay of the averaged weights, which are the ones saved for use."""
+
+
+@dataclass(frozen=True)
+class LogRecipe:
+    """What is written while training, and when (in steps; 0: never)."""
+
+    every: int = 100
+    """Losses, to the screen and TensorBoard."""
+    validate_every: int = 1000
+    """Losses on held-out clips: with the right prompt and with a wrong one, or the autoencoder's PSNR."""
+    sample_every: int = 0
+    """A sheet of samples (or reconstructions)."""
+    score_every: int = 0
+    """`nova evaluate emoji` on a few clips."""
+    score_clips: int = 120
+    checkpoint_every: int = 1000
+    """Everything that is needed to go on."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe:
+    """Trains `AutoencoderKLCausalTiny`."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    name: str = "autoencoder"
+    steps: int = 8000
+    seconds: float = 0.0
+    """End after this many seconds of training if that comes first, with the schedule fitted to it; 0: no limit."""
+    seed: int = 0
+    device: str = "auto"
+    output: str = "runs/autoencoder"
+    latent_channels: int = 16
+    l1: float = 1.0
+    mse: float = 2.0
+    gradient: float = 2.0
+    """Weight of the L1 distance of differences between neighbouring pixels."""
+    kl: float = 1e-3
+    foreground: float = 4.0
+    """Pixels of the object weigh 1 + this."""
+    cuda_graph: bool = True
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    log: LogRecipe = field(default_factory=LogRecipe)
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The transformer's size (`NOVATransformer3DModel`'s configuration follows from it and the autoencoder)."""
+
+    arch: tuple[str, str, str] = ("vit_d4w256", "vit_d9w256", "mlp_d3w320")
+    video_mixer_rank: int = -1
+    """0: none, below 0: full rank."""
+    rotary_pos_embed: bool = True
+    text_token_len: int = 32
+    video_base_frames: int = 5
+    """Latent frames of the temporal encoder's grid; above 1 the model has motion tokens."""
+
+
+@dataclass(frozen=True)
+class TransformerRecipe:
+    """Trains `NOVATransformer3DModel`: stage one on images, stage two on clips from stage one's weights (`init`)."""
+
+    kind: Literal["transformer"] = "transformer"
+    name: str = "emoji-image"
+    steps: int = 40000
+    seconds: float = 0.0
+    """End after this many seconds of training if that comes first, with the schedule fitted to it; 0: no limit."""
+    seed: int = 0
+    device: str = "auto"
+    output: str = "runs/emoji-image"
+    init: str = ""
+    """Checkpoint folder whose transformer is started from; empty: from scratch."""
+    autoencoder: str = "runs/autoencoder/model"
+    """Checkpoint folder (or `emoji`) whose autoencoder makes the latents."""
+    text_encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Local folder, name of an installed package's model, or hub id; in that order."""
+    scheduler: Literal["flow", "ddpm"] = "flow"
+    visible: tuple[int, ...] = ()
+    """Numbers of revealed tokens that batches are trained with; empty: the paper's truncated normal."""
+    visible_probability: tuple[float, ...] = ()
+    loss_repeat: int = 2
+    """Noise draws for each scored token."""
+    prompt_dropout: float = 0.1
+    motion_dropout: float = 0.5
+    """Share of the samples whose motion score is replaced by `defaults.motion_flow`, so that a call that gives none is
+    no stranger than one that does."""
+    history_noise: float = 0.1
+    """Largest standard deviation of noise on what the temporal encoder reads of earlier frames."""
+    compile: bool = False
+    """Compile the transformer blocks (GPU)."""
+    cuda_graph: bool = True
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    defaults: Defaults = field(default_factory=Defaults)
+    """What a call of the trained checkpoint means by None."""
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    log: LogRecipe = field(default_factory=LogRecipe)
+
+    def __post_init__(self) -> None:
+        if len(self.visible) != len(self.visible_probability):
+            counts = f"{len(self.visible)} and {len(self.visible_probability)}"
+            raise InputError(f"visible and visible_probability: expected as many entries in both, got {counts}")
+
+
+Recipe = AutoencoderRecipe | TransformerRecipe
+KINDS: dict[str, type[Recipe]] = {"autoencoder": AutoencoderRecipe, "transformer": TransformerRecipe}
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of a TOML file, with command-line overrides such as ["--optimizer.lr", "3e-4"] on top."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise InputError(
+            f"recipe {path}: {error.strerror or error}; expected a TOML file such as recipes/tiny.toml"
+        ) from error
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"recipe {path} is not TOML: {error}") from error
+    kind = values.get("kind")
+    if kind not in KINDS:
+        raise InputError(f"recipe {path}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    recipe = _build(KINDS[kind], values, f"recipe {path}")
+    if not overrides:
+        return recipe
+    import tyro
+
+    return tyro.cli(type(recipe), default=recipe, args=overrides, prog="nova train")
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """The recipe as TOML, every default spelt out: what is saved beside the weights."""
+    return _toml(dataclasses.asdict(recipe), "")
+
+
+def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
+    """A dataclass from a TOML table; unknown keys and wrong types are errors that name the key."""
+    known = typing.get_type_hints(kind)
+    for key in values:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}; expected one of {', '.join(known)}")
+    return kind(**{key: _convert(known[key], value, f"{where}: {key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise InputError(f"{where} is {value!r}, expected a table")
+        return _build(typing.cast(type[Any], hint), value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        kinds = arguments[:1] * len(value) if isinstance(value, list) and arguments[-1] is Ellipsis else arguments
+        if not isinstance(value, list) or len(kinds) != len(value):
+            raise InputError(f"{where} is {value!r}, expected a list{'' if kinds else f' of {len(arguments)}'}")
+        return tuple(_convert(each, item, where) for each, item in zip(kinds, value, strict=True))
+    if origin is Literal:
+        if value not in arguments:
+            raise InputError(f"{where} is {value!r}, expected one of {', '.join(map(repr, arguments))}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise InputError(f"{where} is {value!r}, expected {getattr(hint, '__name__', hint)}")
+    return value
+
+
+def _toml(values: dict[str, Any], prefix: str) -> str:
+    lines = [f"{key} = {_toml_value(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{prefix}{key}]", _toml(value, f"{prefix}{key}.").rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return repr(value)

@@ -6,7 +6,6 @@ with any model, and in `resolve`, against one checkpoint, which also replaces ev
 
 import json
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,13 +26,13 @@ def check_number(
     name: str, value: object, low: float, *, integer: bool = False, above: bool = False, high: float | None = None
 ) -> None:
     """`value` is a finite number of at least `low` (more than it with `above`) and at most `high`, or an InputError."""
-    kind = numbers.Integral if integer else numbers.Real
-    good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < low or (above and value == low) or (high is not None and value > high):  # type: ignore[operator]
-        bound = f"{'more than' if above else 'at least'} {low:g}" + (
-            f" and at most {high:g}" if high is not None else ""
-        )
-        raise InputError(f"{name} is {value!r}: expected {'a whole number' if integer else 'a number'} of {bound}")
+    kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
+    if isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value):
+        number = float(value)
+        if number >= low and not (above and number == low) and (high is None or number <= high):
+            return
+    bound = f"{'more than' if above else 'at least'} {low:g}" + ("" if high is None else f" and at most {high:g}")
+    raise InputError(f"{name} is {value!r}: expected {'a whole number' if integer else 'a number'} of {bound}")
 
 
 @dataclass(frozen=True)

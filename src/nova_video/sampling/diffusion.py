@@ -8,6 +8,7 @@ Legend: B batch, N guidance passes, L tokens of a frame, S tokens of the set, P 
 
 import copy
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,8 +121,10 @@ class SetOfTokens:
             return ddpm_step(self.scheduler, output, t, x, fresh if ids is None else gather_tokens(fresh, ids))
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             generators = list(self.noise.random.generators)
-            return self.scheduler.step(output, t, x, generator=generators, return_dict=False)[0]
-        return self.scheduler.step(output, t, x, return_dict=False)[0]
+            stepped: Tensor = self.scheduler.step(output, t, x, generator=generators, return_dict=False)[0]
+        else:
+            stepped = self.scheduler.step(output, t, x, return_dict=False)[0]
+        return stepped
 
 
 def ddpm_step(scheduler: DDPMScheduler, output: Tensor, t: Tensor, x: Tensor, noise: Tensor | None) -> Tensor:
@@ -142,8 +145,8 @@ def ddpm_step(scheduler: DDPMScheduler, output: Tensor, t: Tensor, x: Tensor, no
         data = output
     if config.clip_sample:
         data = data.clamp(-config.clip_sample_range, config.clip_sample_range)
-    mean = (kept_before**0.5 * (1 - alpha) * data + alpha**0.5 * (1 - kept_before) * x) / (1 - kept)
+    mean: Tensor = (kept_before**0.5 * (1 - alpha) * data + alpha**0.5 * (1 - kept_before) * x) / (1 - kept)
     if noise is None:
         return mean
-    variance = max((1 - kept_before) / (1 - kept) * (1 - alpha), 1e-20)
-    return mean + variance**0.5 * noise
+    deviation = math.sqrt(max((1 - kept_before) / (1 - kept) * (1 - alpha), 1e-20))
+    return mean + deviation * noise

@@ -3,7 +3,8 @@
 A state is all that has to travel for a generation to go on: frames so far, the frame in progress, the temporal cache,
 the order of revelation and the random generators. It is made by the pipeline and advanced by `generate.py`.
 
-Legend: B batch, N guidance passes, C latent channels, h w latent grid, L tokens of a frame, Lc temporal tokens, D width.
+Legend: B batch, N guidance passes, C latent channels, h w latent grid, L tokens of a frame, Lc temporal tokens of it,
+T condition tokens, D width.
 """
 
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ class SamplingState:
         random: RandomState,
         given: Sequence[Tensor] = (),
     ) -> "SamplingState":
-        """A fresh request. text (N * B, T, D) holds the condition tokens of every pass, in the order of `guidance.py`."""
+        """A fresh request. text (N * B, T, D): condition tokens of every pass, in the order of `guidance.py`."""
         batch = text.shape[0] // guidance.passes
         positions = model.positions(num_frames, grid)
         tokens = (grid[0] // model.patch_size) * (grid[1] // model.patch_size)

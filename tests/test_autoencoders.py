@@ -1,21 +1,36 @@
 """Both video autoencoders: their shapes, their causality, their numbers, and the scaling of latents."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 
-from nova_video.autoencoders import AutoencoderKLCausalTiny, scale_latents, unscale_latents
+from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSora, scale_latents, unscale_latents
 from nova_video.autoencoders.base import VideoAutoencoder
+from nova_video.autoencoders.opensora import CausalConv3d, first_frame_padded
 from nova_video.autoencoders.tiling import map_tiles, tile_starts
 from nova_video.errors import InputError
+
+CASE = Path(__file__).parent / "conformance" / "text-to-video"
 
 
 @pytest.fixture(scope="module")
 def tiny() -> AutoencoderKLCausalTiny:
     torch.manual_seed(0)
     return AutoencoderKLCausalTiny().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def released() -> AutoencoderKLOpenSora:
+    return AutoencoderKLOpenSora.from_pretrained(CASE / "vae").float().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, torch.Tensor]:
+    return load_file(CASE / "vae.safetensors")
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -119,6 +134,18 @@ def test_tiny_saves_and_loads_its_statistics(tmp_path) -> None:
     assert torch.allclose(scale_latents(loaded, latents), (latents - 0.5) / 2)
 
 
+def test_tiny_compiles_without_a_break(tiny: AutoencoderKLCausalTiny) -> None:
+    """No branch depends on values: the whole of encode and decode is one graph, also under autocast."""
+
+    def there_and_back(x: torch.Tensor) -> torch.Tensor:
+        return tiny.decode(tiny.encode(x).latent_dist.mean).sample
+
+    clip = noise(1, 3, 5, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(there_and_back, backend="eager", fullgraph=True)(clip)
+        assert_close(compiled, there_and_back(clip))
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
@@ -196,3 +223,123 @@ def test_scaling_follows_diffusers_configs() -> None:
     expected = (latents[:, 3] - 4) * 0.5 / 8
     assert torch.allclose(scale_latents(vae, latents)[:, 3], expected)
     assert torch.allclose(unscale_latents(vae, scale_latents(vae, latents)), latents, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_frames", [1, 9, 33])
+def test_released_encoder_gives_the_recorded_moments(released, recorded, num_frames: int) -> None:
+    moments = released.encode(recorded[f"video{num_frames}"]).latent_dist.parameters
+    assert_close(moments, recorded[f"moments{num_frames}"])
+
+
+@pytest.mark.parametrize("num_frames", [1, 9, 33])
+def test_released_decoder_gives_the_recorded_pixels(released, recorded, num_frames: int) -> None:
+    mean = recorded[f"moments{num_frames}"].chunk(2, dim=1)[0]
+    assert_close(released.decode(mean).sample, recorded[f"recon{num_frames}"])
+
+
+def test_released_encoder_takes_pictures(released, recorded) -> None:
+    posterior = released.encode(recorded["image"]).latent_dist
+    assert_close(posterior.parameters, recorded["image_moments"])
+    assert released.decode(posterior.mean).sample.shape == recorded["image"].shape
+
+
+def test_released_decoder_gives_the_recorded_generated_pixels(released) -> None:
+    generated = load_file(CASE / "generate.safetensors")
+    latents = unscale_latents(released, generated["latents"])
+    assert_close(released.decode(latents).sample, generated["pixels"])
+
+
+def test_released_size() -> None:
+    with torch.device("meta"):
+        vae = AutoencoderKLOpenSora()
+    assert sum(p.numel() for p in vae.parameters()) == 239_189_991
+
+
+@pytest.mark.parametrize(("num_latents", "num_frames"), [(5, 17), (6, 21), (8, 29), (9, 33), (10, 37)])
+def test_released_trailing_tile_is_kept(released, num_latents: int, num_frames: int) -> None:
+    """Tiles of 5 latents share one; the last may be shorter and is decoded too."""
+    latents = noise(1, 4, num_latents, 2, 2)
+    pixels = released.decode(latents).sample
+    assert pixels.shape == (1, 3, num_frames, 16, 16)
+    assert_close(pixels[:, :, :17], released.decode(latents[:, :, :5]).sample)
+    if num_latents > 5:
+        assert_close(pixels[:, :, 17:33], released.decode(latents[:, :, 4:9]).sample[:, :, 1:])
+    moments = released.encode(pixels).latent_dist.parameters
+    assert moments.shape == (1, 8, num_latents, 2, 2)
+    assert_close(moments[:, :, :5], released.encode(pixels[:, :, :17]).latent_dist.parameters)
+
+
+def test_released_calls_leave_nothing_behind(released) -> None:
+    """A call's result does not depend on the calls before it, and no module gains an attribute."""
+    before = [dict(vars(module)) for module in released.modules()]
+    latents = noise(1, 4, 3, 2, 2)
+    first = released.decode(latents).sample
+    released.decode(noise(2, 4, 7, 3, 2))
+    released.encode(noise(1, 3, 5, 16, 24))
+    assert torch.equal(released.decode(latents).sample, first)
+    assert [dict(vars(module)) for module in released.modules()] == before
+
+
+def test_released_slicing_gives_the_same_numbers(released) -> None:
+    clips = noise(2, 3, 5, 16, 16)
+    latents = released.encode(clips).latent_dist.mean
+    pixels = released.decode(latents).sample
+    released.enable_slicing()
+    assert_close(released.encode(clips).latent_dist.mean, latents)
+    assert_close(released.decode(latents).sample, pixels)
+    released.disable_slicing()
+
+
+def test_released_tiling_takes_tiles_of_the_sample_size() -> None:
+    """Far inside a tile, where no neighbour is blended in, the numbers are those of the tile alone."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLOpenSora(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=64)
+    vae = vae.eval().requires_grad_(False)
+    vae.enable_tiling()
+    clip = noise(1, 3, 5, 64, 96)
+    latents = vae.encode(clip).latent_dist.parameters
+    assert latents.shape == (1, 8, 2, 8, 12)
+    assert_close(latents[..., :4], vae.encode(clip[..., :64]).latent_dist.parameters[..., :4])
+    latents = noise(1, 4, 2, 8, 12)
+    pixels = vae.decode(latents).sample
+    assert pixels.shape == clip.shape
+    assert_close(pixels[..., :32], vae.decode(latents[..., :8]).sample[..., :32])
+    assert_close(pixels[..., 64:], vae.decode(latents[..., 4:]).sample[..., 32:])
+
+
+def test_one_frame_takes_the_short_way() -> None:
+    torch.manual_seed(0)
+    conv = CausalConv3d(4, 6)
+    x = noise(2, 4, 1, 5, 5)
+    padded = first_frame_padded(x, 3)
+    assert_close(conv(x), torch.nn.functional.conv3d(padded, conv.weight, conv.bias, padding=(0, 1, 1)), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"act_fn": "relu"}, "got activation relu"),
+        ({"down_block_types": ("DownEncoderBlock2D",) * 3 + ("Strange",)}, "got Strange"),
+        ({"block_out_channels": (32, 32)}, "4 levels, got 2 widths"),
+    ],
+)
+def test_unknown_released_config_is_named(settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        AutoencoderKLOpenSora(**settings)
+
+
+def test_offload_finds_encode_and_decode() -> None:
+    """Pipelines offload by hooks that run before encode and decode, not only before forward."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    calls = []
+
+    class Count(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    vae = AutoencoderKLCausalTiny(block_out_channels=(16, 16, 16), norm_num_groups=4)
+    add_hook_to_module(vae, Count())
+    vae.decode(vae.encode(noise(1, 3, 8, 8)).latent_dist.mean)
+    assert calls == [vae, vae]

@@ -1,6 +1,7 @@
 """Pixels <-> latents: the causal video autoencoders that diffusers does not have, and the scaling of latents."""
 
 from nova_video.autoencoders.latents import scale_latents, unscale_latents
+from nova_video.autoencoders.opensora import AutoencoderKLOpenSora
 from nova_video.autoencoders.tiny import AutoencoderKLCausalTiny
 
-__all__ = ["AutoencoderKLCausalTiny", "scale_latents", "unscale_latents"]
+__all__ = ["AutoencoderKLCausalTiny", "AutoencoderKLOpenSora", "scale_latents", "unscale_latents"]

@@ -10,6 +10,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from nova_video.autoencoders.tiling import map_tiles
@@ -39,6 +40,7 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
         """Whole latents (B, C, F, h, w) -> pixels (B, 3, T, H, W)."""
         raise NotImplementedError
 
+    @apply_forward_hook  # CPU offload moves the weights here
     def encode(self, x: Tensor) -> AutoencoderKLOutput:
         """Pixels in [-1, 1], a clip or a picture -> the posterior of its unscaled latents."""
         clip = _as_clip(x, self.config.in_channels, "pixels")
@@ -51,6 +53,7 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
         moments = moments.squeeze(2) if x.ndim == 4 else moments
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
 
+    @apply_forward_hook
     def decode(self, z: Tensor) -> DecoderOutput:
         """Unscaled latents of a clip or a picture -> pixels, about [-1, 1] (not clamped)."""
         clip = _as_clip(z, self.config.latent_channels, "latents")

@@ -1,0 +1,327 @@
+"""The command: files with records for right input, one line and exit code 2 for wrong, nothing left when stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nova_video import cli, media
+
+Run = Callable[..., tuple[int, str, str]]
+QUICK = ["--sets", "2", "--diffusion-steps", "1"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `nova ARGUMENTS` in an empty folder and returns its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = cli.main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+def files() -> list[str]:
+    return sorted(path.name for path in Path().iterdir())
+
+
+def test_generate_writes_a_clip_and_its_record(run: Run, tiny_checkpoint: Path) -> None:
+    settings = ["--num-frames", 5, "--fps", 6, "--guidance", 3, "--motion", 4, "--negative", "the background"]
+    code, out, err = run(
+        "generate", "a whale", "-o", "whale.mp4", "--model", tiny_checkpoint, "--seed", 3, *settings, *QUICK
+    )
+    assert (code, out, err) == (0, "whale.mp4\n", "")
+    frames, fps = media.read_frames("whale.mp4")
+    assert (frames.shape, fps) == ((5, 64, 96, 3), 6)
+    record = media.read_metadata("whale.mp4")
+    expected = {"prompt": "a whale", "negative": "the background", "seed": 3, "model": str(tiny_checkpoint)}
+    assert expected.items() <= record.items()
+    expected = {"num_frames": 5, "fps": 6, "guidance": 3, "motion": 4, "sets": 2, "diffusion_steps": 1, "image": None}
+    assert expected.items() <= record["settings"].items()
+    assert (record["settings"]["width"], record["settings"]["height"]) == (96, 64)
+
+
+def test_generate_reaches_the_pipeline(run: Run, tiny_checkpoint: Path) -> None:
+    """The file shows exactly what the pipeline makes for the same settings."""
+    from nova_video import NovaPipeline
+
+    run("generate", "a whale", "-o", "whale.png", "--model", tiny_checkpoint, "--seed", 3, "--guidance", 2, *QUICK)
+    pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
+    made = pipe(
+        "a whale",
+        num_inference_steps=2,
+        num_diffusion_steps=1,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]
+    assert np.array_equal(media.read_frames("whale.png")[0][0], np.asarray(made))
+
+
+def test_seed_decides(run: Run, tiny_checkpoint: Path) -> None:
+    for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        run("generate", "a whale", "-o", f"{name}.png", "--model", tiny_checkpoint, "--seed", seed, *QUICK)
+    first, again, other = (media.read_frames(f"{name}.png")[0] for name in "abc")
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_drawn_seed_is_told_and_repeats(run: Run, tiny_checkpoint: Path) -> None:
+    run("generate", "a whale", "-o", "a.png", "--model", tiny_checkpoint, *QUICK)
+    seed = media.read_metadata("a.png")["seed"]
+    run("generate", "a whale", "-o", "b.png", "--model", tiny_checkpoint, "--seed", seed, *QUICK)
+    assert np.array_equal(media.read_frames("a.png")[0], media.read_frames("b.png")[0])
+
+
+def test_several_sentences(run: Run, tiny_checkpoint: Path) -> None:
+    Path("list.txt").write_text("the red apple\n\n  the white whale \n", encoding="utf-8")
+    code, out, _ = run(
+        "generate", "a whale", "--prompts", "list.txt", "-o", "x.png", "--model", tiny_checkpoint, "--seed", 7, *QUICK
+    )
+    assert (code, out.split()) == (0, ["x-1.png", "x-2.png", "x-3.png"])
+    records = [media.read_metadata(name) for name in out.split()]
+    assert [record["prompt"] for record in records] == ["a whale", "the red apple", "the white whale"]
+    assert [record["seed"] for record in records] == [7, 8, 9]
+    run("generate", "the red apple", "-o", "alone.png", "--model", tiny_checkpoint, "--seed", 8, *QUICK)
+    assert np.array_equal(media.read_frames("x-2.png")[0], media.read_frames("alone.png")[0])
+
+
+def test_names_come_from_the_sentence(run: Run, tiny_checkpoint: Path) -> None:
+    common = ["--model", tiny_checkpoint, *QUICK]
+    assert run("generate", "A whale, moving left!", *common)[1] == "a-whale-moving-left.png\n"
+    assert run("generate", "A whale, moving left!", *common)[1] == "a-whale-moving-left-2.png\n"
+    assert run("generate", "A whale", "--num-frames", 2, *common)[1] == "a-whale.mp4\n"
+    Path("out").mkdir()
+    assert run("generate", "a whale", "on red", "-o", "out", *common)[1].split() == [
+        "out/1-a-whale.png",
+        "out/2-on-red.png",
+    ]
+
+
+def test_image_is_the_first_frame(run: Run, tiny_checkpoint: Path) -> None:
+    Image.new("RGB", (300, 200), (200, 30, 30)).save("red.jpg")
+    common = ["--model", tiny_checkpoint, "--num-frames", 5, "--seed", 0, *QUICK]
+    code, _, err = run("generate", "a whale", "--image", "red.jpg", "-o", "from.png", *common)
+    assert (code, err) == (0, "")
+    run("generate", "a whale", "-o", "without.png", *common)
+    assert not np.array_equal(media.read_frames("from.png")[0], media.read_frames("without.png")[0])
+    assert media.read_metadata("from.png")["settings"]["image"] == "red.jpg"
+
+
+def test_json(run: Run, tiny_checkpoint: Path) -> None:
+    _, out, _ = run("generate", "a whale", "the apple", "-o", "x.webp", "--json", "--model", tiny_checkpoint, *QUICK)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["file"] for line in lines] == ["x-1.webp", "x-2.webp"]
+    for line in lines:
+        assert line.items() >= media.read_metadata(line["file"]).items()
+        assert json.loads(run("info", line["file"], "--json")[1]) == media.read_metadata(line["file"])
+
+
+def test_info(run: Run) -> None:
+    record = {"prompt": "a whale", "seed": 3, "settings": {"guidance": 4.0, "image": None}}
+    media.write_media(np.zeros((2, 8, 8, 3), np.uint8), "whale.mp4", 8, record)
+    assert run("info", "whale.mp4") == (0, "prompt    a whale\nseed      3\nguidance  4.0\n", "")
+
+
+def test_long_sentence_is_cut_with_one_warning(
+    run: Run, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    code, *_ = run("generate", "a whale " * 9, "-o", "x.png", "--model", tiny_checkpoint, *QUICK)
+    assert code == 0
+    assert [record.message.split(",")[0] for record in caplog.records if record.name.startswith("nova_video")] == [
+        "1 of 2 prompts longer than the 8 tokens the model reads"
+    ]
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no command": ([], "expected one of {generate, info, train, evaluate, data}"),
+    "unknown command": (["paint", "a whale"], "got: nova paint 'a whale'"),
+    "unknown option": (["generate", "a whale", "--sede", "3"], "unknown option --sede"),
+    "not a number": (["generate", "a whale", "--num-frames", "five"], "--num-frames"),
+    "unknown choice": (["generate", "a whale", "--dtype", "float8"], "'float8'"),
+    "missing argument": (["info"], "FILE"),
+    "no sentence": (["generate"], "no sentence given"),
+    "empty sentence": (["generate", " "], "prompt is ' ': expected a sentence"),
+    "no prompts file": (["generate", "--prompts", "none.txt"], "none.txt: No such file"),
+    "empty prompts file": (["generate", "--prompts", "empty.txt"], "empty.txt is empty, expected one sentence a line"),
+    "binary prompts file": (["generate", "--prompts", "binary.txt"], "binary.txt is not a text file"),
+    "no frames": (
+        ["generate", "a whale", "--num-frames", "0"],
+        "num_frames is 0: expected a whole number of at least 1",
+    ),
+    "no sets": (["generate", "a whale", "--sets", "0"], "num_inference_steps is 0"),
+    "no steps": (["generate", "a whale", "--diffusion-steps", "0"], "num_diffusion_steps is 0"),
+    "negative guidance": (["generate", "a whale", "--guidance", "-1"], "guidance_scale is -1.0"),
+    "negative seed": (["generate", "a whale", "--seed", "-1"], "seed is -1"),
+    "no rate": (["generate", "a whale", "--fps", "0"], "fps is 0.0"),
+    "wrong size": (["generate", "a whale", "--size", "large"], "size is 'large', expected WIDTHxHEIGHT"),
+    "unknown extension": (["generate", "a whale", "-o", "x.avi"], "'.avi', expected .mp4, .webp, .gif or .png"),
+    "no extension": (["generate", "a whale", "-o", "x"], "expected .mp4, .webp, .gif or .png"),
+    "no output folder": (["generate", "a whale", "-o", "none/x.mp4"], "there is no folder none"),
+    "no image": (["generate", "a whale", "--image", "none.png"], "there is no file none.png"),
+    "unreadable image": (["generate", "a whale", "--image", "empty.txt"], "cannot read the image empty.txt"),
+    "no such model": (["generate", "a whale", "--model", "./none"], "'./none' not found"),
+    "model is a file": (["generate", "a whale", "--model", "empty.txt"], "model empty.txt: is a file"),
+    "unknown device": (["generate", "a whale", "--device", "abacus"], "device is 'abacus'"),
+    "no file to tell of": (["info", "none.mp4"], "there is no file none.mp4"),
+    "nothing to tell": (["info", "plain.png"], "plain.png carries no record"),
+    "no recipe": (["train", "none.toml"], "none.toml"),
+    "unknown recipe key": (["train", "bad.toml"], "stepz"),
+    "unknown recipe option": (["train", "good.toml", "--stepz", "3"], "stepz"),
+    "no art": (["data", "emoji", "--art", "none", "--names", "none.json", "-o", "world"], "none"),
+    "no world folder": (["data", "shapes", "-o", "empty.txt"], "empty.txt"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(run: Run, case: str) -> None:
+    Path("empty.txt").write_text("\n")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x80")
+    Path("bad.toml").write_text('kind = "transformer"\nstepz = 3\n')
+    Path("good.toml").write_text('kind = "transformer"\nsteps = 3\n')
+    Image.new("RGB", (4, 4)).save("plain.png")
+    before = files()
+    arguments, message = WRONG[case]
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("nova: ")
+    assert err.count("\n") == 1
+    assert message.lower() in err.lower()
+    assert files() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_asked_for_and_absent(run: Run) -> None:
+    code, _, err = run("generate", "a whale", "--device", "cuda")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "device 'cuda' asked for" in err
+
+
+def test_folder_that_cannot_be_written_to(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as root every folder is writable
+    for output in (["-o", "x.mp4"], []):
+        code, _, err = run("generate", "a whale", *output)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "is not writable" in err
+
+
+def test_limits_of_the_checkpoint(run: Run, tiny_checkpoint: Path) -> None:
+    common = ["generate", "a whale", "-o", "x.mp4", "--model", tiny_checkpoint]
+    for extra, message in [
+        (["--size", "100x64"], "multiples of 32"),
+        (["--size", "128x64"], "expected 64x96"),
+        (["--image", tiny_checkpoint / "x.png"], "no file"),
+    ]:
+        code, _, err = run(*common, *extra)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+    assert files() == []
+
+
+def test_corrupt_checkpoint(run: Run, tiny_checkpoint: Path) -> None:
+    folder = Path("broken")
+    for part in ("transformer", "vae", "scheduler", "text_encoder", "tokenizer"):
+        (folder / part).mkdir(parents=True)
+        for file in (tiny_checkpoint / part).iterdir():
+            (folder / part / file.name).write_bytes(file.read_bytes())
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, err = run("generate", "a whale", "-o", "x.mp4", "--model", folder)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "diffusion_pytorch_model.safetensors" in err
+
+
+def test_missing_package_names_its_extra(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(_: object) -> None:
+        raise ModuleNotFoundError("No module named 'tensorboard'", name="tensorboard")
+
+    monkeypatch.setitem(cli.COMMANDS, cli.Train, lacking)
+    assert run("train", "x.toml")[::2] == (
+        2,
+        "nova: this needs the package tensorboard: pip install 'nova-video[train]'\n",
+    )
+
+
+def test_faults_of_our_own_are_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(_: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setitem(cli.COMMANDS, cli.Train, faulty)
+    with pytest.raises(RuntimeError, match="a fault"):
+        run("train", "x.toml")
+
+
+def test_interrupted_while_writing(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        Path(str(_[1])).write_bytes(b"half a clip")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(media, "_write_mp4", interrupted)
+    assert run("generate", "a whale", "-o", "x.mp4", "--model", tiny_checkpoint, *QUICK) == (
+        130,
+        "",
+        "nova: interrupted\n",
+    )
+    assert files() == []
+
+
+def test_progress_counts_every_set(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.progress import Progress
+
+    totals, done = [], []
+    monkeypatch.setattr(Progress, "add_task", lambda self, text, total: totals.append(total))
+    monkeypatch.setattr(Progress, "update", lambda self, task, advance, description: done.append(description))
+    common = ["-o", "x.mp4", "--model", tiny_checkpoint, "--num-frames", 5, "--sets", 3, "--diffusion-steps", 1]
+    run("generate", "a whale", "the apple", *common)
+    assert totals == [12]
+    assert (len(done), done[0], done[-1]) == (12, "1/2: frame 1/2, set 1/3", "2/2: frame 2/2, set 3/3")
+    Image.new("RGB", (96, 64)).save("first.png")
+    run("generate", "a whale", "--image", "first.png", *common)
+    assert totals == [12, 3]
+    assert (len(done), done[-1]) == (15, "frame 2/2, set 3/3")
+
+
+def test_help_and_import_are_quick_and_light(tmp_path: Path) -> None:
+    """`import nova_video` and `nova --help` load no torch, start no connection and set no variable."""
+    program = (
+        "import os, sys, time; before = dict(os.environ); start = time.perf_counter()\n"
+        "import nova_video, nova_video.cli\n"
+        "try: nova_video.cli.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = ('torch', 'diffusers', 'transformers', 'av', 'requests', 'httpx')\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+        "assert before == dict(os.environ); print(time.perf_counter() - start)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
+    *_, modules, seconds = done.stdout.splitlines()
+    assert "generate" in done.stdout
+    assert modules == "[]"
+    assert float(seconds) < 5  # about 0.3 on an idle machine
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_control_c_while_sampling(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.progress import Progress
+
+    sets = []
+
+    def press(*_: object, **__: object) -> None:
+        sets.append(1)
+        if len(sets) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Progress, "update", press)
+    done = run("generate", "a whale", "-o", "x.mp4", "--model", tiny_checkpoint, "--sets", 8, "--diffusion-steps", 1)
+    assert done == (130, "", "nova: interrupted\n")
+    assert len(sets) == 3
+    assert files() == []

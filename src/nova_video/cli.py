@@ -1,11 +1,10 @@
-"""The command `nova`: parses, calls the library, presents. No tensor work, and no heavy import before a command runs.
+"""The command `nova`: calls the library and presents. No tensor work, and no heavy import before a command runs.
 
-Each sub-command is a frozen dataclass that tyro fills in and a function that runs it, joined in `COMMANDS`. Wrong input
-is one line on stderr and exit code 2; Ctrl-C is exit code 130. Results go to stdout, all else to stderr.
+Each sub-command of `arguments.py` has its function in `COMMANDS`. Wrong input is one line on stderr and exit code 2;
+Ctrl-C is exit code 130. Results go to stdout, all else to stderr.
 """
 
 import contextlib
-import io
 import json
 import logging
 import re
@@ -13,125 +12,22 @@ import secrets
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import tyro
-from tyro.conf import Positional, arg, subcommand
-
+from nova_video.arguments import DataEmoji, DataShapes, EvaluateEmoji, Generate, Info, Train, one_line_errors, parse
 from nova_video.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from rich.progress import Progress
 
     from nova_video.pipeline import NovaPipeline, StepCallback
     from nova_video.request import GenerateRequest, Plan
 
 BAD_INPUT, INTERRUPTED = 2, 130
-OWN = "(default: the model's own)"
-EXTRAS = {"tensorboard": "train", "cv2": "eval", "matplotlib": "eval"}  # package -> the extra that brings it
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Make videos or pictures from sentences."""
-
-    prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...", help_behavior_hint="")] = ()
-    """One or several sentences, each in quotes; every one gives a file."""
-    prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """A text file with one sentence a line."""
-    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE", help_behavior_hint="")] = None
-    """File to write (mp4, webp, gif or png), numbered if there are several sentences. If absent, named after it."""
-    model: Annotated[str, arg(metavar="NAME")] = "emoji"
-    """`emoji` (the model in the box), a checkpoint folder, or the name of a released checkpoint."""
-    num_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
-    """Frames; 1 is a picture."""
-    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
-    """Size in pixels, such as 768x480."""
-    fps: Annotated[float | None, arg(metavar="N", help_behavior_hint=OWN)] = None
-    """Frames per second, told to the model and written into the file."""
-    image: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """A picture to start the video from."""
-    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
-    """Fixes the result; the next sentence gets the next seed. Drawn at random if absent."""
-    sets: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
-    """Sets in which a frame's tokens are made: more is slower and finer."""
-    diffusion_steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
-    """Denoising steps of each set."""
-    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=OWN)] = None
-    """How strictly to follow the sentence; 1 is off."""
-    motion: Annotated[float | None, arg(metavar="SCORE", help_behavior_hint=OWN)] = None
-    """How much to move, in pixels a frame."""
-    negative: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
-    """What to stay away from."""
-    device: Annotated[str, arg(metavar="NAME")] = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Precision; auto is float16 on a GPU and float32 elsewhere."""
-    json: bool = False
-    """Print one JSON object a file."""
-
-
-@dataclass(frozen=True)
-class Info:
-    """Print how a file was made."""
-
-    file: Annotated[Positional[Path], arg(metavar="FILE")]
-    """A file written by `nova generate`."""
-    json: bool = False
-    """Print it as JSON."""
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train what a recipe describes. Its settings can follow, as in nova train recipes/tiny.toml --optimizer.lr 1e-3"""
-
-    recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
-    """A TOML file, or the name of one in recipes/."""
-    overrides: tyro.conf.Suppress[tuple[str, ...]] = field(default=())
-
-
-@dataclass(frozen=True)
-class EvaluateEmoji:
-    """Generate held-out combinations of the emoji world and measure exactly what their captions ask for."""
-
-    model: Annotated[str, arg(metavar="NAME")] = "emoji"
-    """As for `nova generate`."""
-    data: Annotated[Path, arg(metavar="FOLDER")] = Path("data/emoji")
-    """A prepared world."""
-    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate")
-    """Where scores (JSON) and the contact sheet go."""
-    num_clips: Annotated[int, arg(metavar="N")] = 400
-    """Clips to judge."""
-    seed: Annotated[int, arg(metavar="N")] = 0
-    """Which combinations, and their random numbers."""
-    device: Annotated[str, arg(metavar="NAME")] = "auto"
-    """As for `nova generate`."""
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """As for `nova generate`."""
-
-
-@dataclass(frozen=True)
-class DataEmoji:
-    """Prepare the emoji world from the art and its names (`make data` fetches both)."""
-
-    art: Annotated[Path, arg(metavar="FOLDER")]
-    """The unpacked npm package @lobehub/fluent-emoji-3d, or its assets."""
-    names: Annotated[Path, arg(metavar="FILE")]
-    """en/data.json of the npm package emojibase-data."""
-    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
-    """Folder to write."""
-    set: Literal["core", "all"] = "core"
-    """core: animals, nature, food and drink; all: also travel, activities, objects and smileys."""
-
-
-@dataclass(frozen=True)
-class DataShapes:
-    """Prepare a world of shapes drawn by code, which needs no download."""
-
-    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
-    """Folder to write."""
+EXTRAS = {"tensorboard": "train", "cv2": "train", "matplotlib": "docs"}  # package -> the extra that brings it
 
 
 def run_generate(args: Generate) -> None:
@@ -222,24 +118,14 @@ def _load_pipeline(model: str, device: str, dtype: str) -> "NovaPipeline":
 @contextlib.contextmanager
 def _progress(pipe: "NovaPipeline", plans: Sequence["Plan"], given: bool) -> Iterator["StepCallback"]:
     """A bar over all sets of all frames of all files, on stderr, where that is a terminal. Yields what moves it."""
-    from rich import progress
-    from rich.console import Console
-
     from nova_video.model import set_sizes
 
     sets = [
         len(set_sizes(p.grid[0] * p.grid[1] // pipe.transformer.patch_size**2, p.num_inference_steps)) for p in plans
     ]
     steps = [count * (plan.latent_frames - given) for plan, count in zip(plans, sets, strict=True)]
-    console = Console(stderr=True)
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.TaskProgressColumn(),
-        progress.TimeRemainingColumn(),
-    )
     file = 0
-    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with _bar() as bar:
         task = bar.add_task("starting", total=sum(steps))
 
         def on_step(_: object, step: int, frame: int, __: object) -> bool:
@@ -251,6 +137,24 @@ def _progress(pipe: "NovaPipeline", plans: Sequence["Plan"], given: bool) -> Ite
             return True
 
         yield on_step
+
+
+def _bar() -> "Progress":
+    """An empty progress bar with the time left, on stderr, where that is a terminal."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # else what is printed would leave the file or pipe that waits for it
+    )
 
 
 def _check_place(args: Generate) -> None:
@@ -320,7 +224,7 @@ def run_train(args: Train) -> None:
     path = args.recipe
     if not path.exists() and path.name == str(path):  # a bare name
         path = Path("recipes") / path.with_suffix(".toml")
-    with _one_line_errors(["train", str(args.recipe), *args.overrides]):
+    with one_line_errors(["train", str(args.recipe), *args.overrides]):
         recipe = load_recipe(path, list(args.overrides))
     from nova_video.training.trainer import train
 
@@ -328,8 +232,52 @@ def run_train(args: Train) -> None:
 
 
 def run_evaluate_emoji(args: EvaluateEmoji) -> None:
-    """The judge's table, its JSON and its contact sheet."""
-    raise NotImplementedError
+    """The judge's tables, its JSON and its contact sheet."""
+    from rich.console import Console
+
+    from nova_video.data.world import EmojiWorld
+    from nova_video.devices import choose_device
+    from nova_video.evaluation.emoji import EmojiSettings, evaluate_emoji
+    from nova_video.evaluation.report import check_report_folder, print_report, write_report
+
+    settings = EmojiSettings(
+        num_clips=args.num_clips,
+        num_pairs=args.num_pairs,
+        num_frames=args.num_frames,
+        split=args.split,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        num_inference_steps=args.sets,
+        num_diffusion_steps=args.diffusion_steps,
+        guidance_scale=args.guidance,
+        motion_flow=args.motion,
+    )
+    check_report_folder(args.output)
+    world = EmojiWorld.load(args.data, choose_device(args.device))
+    pipe = _load_pipeline(args.model, args.device, args.dtype)
+    with _bar() as bar:
+        tasks: dict[str, Any] = {}
+
+        def on_progress(source: str, done: int, total: int) -> None:
+            if source not in tasks:
+                tasks[source] = bar.add_task(source, total=total)
+            bar.update(tasks[source], completed=done)
+
+        report = evaluate_emoji(
+            pipe, world, settings, model=args.model, command=_command_line(args), on_progress=on_progress
+        )
+    write_report(report, args.output)
+    print_report(report, Console())
+    print(args.output)
+
+
+def _command_line(args: EvaluateEmoji) -> str:
+    """The command that repeats this evaluation."""
+    words = ["nova", "evaluate", "emoji"]
+    for field in fields(args):
+        if (value := getattr(args, field.name)) != field.default:
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
 def run_data_emoji(args: DataEmoji) -> None:
@@ -354,53 +302,6 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
     DataEmoji: run_data_emoji,
     DataShapes: run_data_shapes,
 }
-
-Group = Annotated[EvaluateEmoji, subcommand("emoji")] | Annotated[None, tyro.conf.Suppress]  # tyro asks for two
-Worlds = Annotated[DataEmoji, subcommand("emoji")] | Annotated[DataShapes, subcommand("shapes")]
-Command = (
-    Annotated[Generate, subcommand("generate")]
-    | Annotated[Info, subcommand("info")]
-    | Annotated[Train, subcommand("train")]
-    | Annotated[Any, subcommand("evaluate", description="Measure a model.", constructor_factory=lambda: Group)]
-    | Annotated[
-        Any, subcommand("data", description="Prepare what is learned from.", constructor_factory=lambda: Worlds)
-    ]
-)
-
-
-def parse(arguments: Sequence[str]) -> Any:
-    """One of the dataclasses above, or exit: code 0 for --help, 2 and one line for what cannot be understood."""
-    with _one_line_errors(arguments):
-        command, unknown = tyro.cli(
-            Command,
-            prog="nova",
-            args=arguments,
-            description="Text in, video out.",
-            return_unknown_args=True,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-    if isinstance(command, Train):
-        return Train(command.recipe, tuple(unknown))
-    if unknown:
-        raise InputError(f"unknown option {unknown[0]}, see nova --help for what there is")
-    return command
-
-
-@contextlib.contextmanager
-def _one_line_errors(arguments: Sequence[str]) -> Iterator[None]:
-    """tyro prints a box of several lines about what it cannot parse: made an InputError of its first section."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            yield
-    except SystemExit as stop:
-        if stop.code != BAD_INPUT:
-            raise
-        lines = [line.strip("│╭╰╮╯ ") for line in box.getvalue().splitlines()]
-        rule = next((index for index, line in enumerate(lines) if index and line.startswith("─")), len(lines))
-        text = " ".join(" ".join(lines[1:rule]).split("Got errors:")[0].split())
-        given = f"got: nova {shlex.join(arguments)}" if arguments else "got nothing"
-        raise InputError(f"{text or 'cannot understand these arguments'} ({given})") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

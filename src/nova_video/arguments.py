@@ -1,0 +1,187 @@
+"""What can be typed after `nova`: a frozen dataclass for each sub-command, filled in by tyro. Imports nothing heavy.
+
+None stands for the checkpoint's own default.
+"""
+
+import contextlib
+import io
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from nova_video.errors import InputError
+
+PARSE_ERROR = 2  # tyro's exit code
+OWN = "(default: the model's own)"
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Make videos or pictures from sentences."""
+
+    prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...", help_behavior_hint="")] = ()
+    """One or several sentences, each in quotes; every one gives a file."""
+    prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A text file with one sentence a line."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE", help_behavior_hint="")] = None
+    """File to write (mp4, webp, gif or png), numbered if there are several sentences. If absent, named after it."""
+    model: Annotated[str, arg(metavar="NAME")] = "emoji"
+    """`emoji` (the model in the box), a checkpoint folder, or the name of a released checkpoint."""
+    num_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Frames; 1 is a picture."""
+    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
+    """Size in pixels, such as 768x480."""
+    fps: Annotated[float | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Frames per second, told to the model and written into the file."""
+    image: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A picture to start the video from."""
+    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Fixes the result; the next sentence gets the next seed. Drawn at random if absent."""
+    sets: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Sets in which a frame's tokens are made: more is slower and finer."""
+    diffusion_steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Denoising steps of each set."""
+    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=OWN)] = None
+    """How strictly to follow the sentence; 1 is off."""
+    motion: Annotated[float | None, arg(metavar="SCORE", help_behavior_hint=OWN)] = None
+    """How much to move, in pixels a frame."""
+    negative: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
+    """What to stay away from."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    dtype: Dtype = "auto"
+    """Precision; auto is float16 on a GPU and float32 elsewhere."""
+    json: bool = False
+    """Print one JSON object a file."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Print how a file was made."""
+
+    file: Annotated[Positional[Path], arg(metavar="FILE")]
+    """A file written by `nova generate`."""
+    json: bool = False
+    """Print it as JSON."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train what a recipe describes. Its settings can follow, as in nova train recipes/tiny.toml --optimizer.lr 1e-3"""
+
+    recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
+    """A TOML file, or the name of one in recipes/."""
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """What follows the recipe, as typed."""
+
+
+@dataclass(frozen=True)
+class EvaluateEmoji:
+    """Generate held-out combinations of the emoji world and measure exactly what their captions ask for."""
+
+    model: Annotated[str, arg(metavar="NAME")] = "emoji"
+    """As for `nova generate`."""
+    data: Annotated[Path, arg(metavar="FOLDER")] = Path("data/emoji")
+    """A prepared world."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-emoji")
+    """Where the scores (JSON) and the contact sheet go."""
+    num_clips: Annotated[int, arg(metavar="N")] = 400
+    """Clips to judge."""
+    num_pairs: Annotated[int, arg(metavar="N")] = 100
+    """Pictures of two objects to judge; 0 leaves them out."""
+    num_frames: Annotated[int, arg(metavar="N")] = 17
+    """Frames of a clip; 1 is for a model of pictures."""
+    split: Literal["heldout", "train"] = "heldout"
+    """Combinations that were never trained on, or those that were."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Which combinations, and their random numbers."""
+    batch_size: Annotated[int, arg(metavar="N")] = 25
+    """Clips made at once."""
+    sets: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    diffusion_steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    motion: Annotated[float | None, arg(metavar="SCORE", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """As for `nova generate`."""
+    dtype: Dtype = "auto"
+    """As for `nova generate`."""
+
+
+@dataclass(frozen=True)
+class DataEmoji:
+    """Prepare the emoji world from the art and its names (`make data` fetches both)."""
+
+    art: Annotated[Path, arg(metavar="FOLDER")]
+    """The unpacked npm package @lobehub/fluent-emoji-3d, or its assets."""
+    names: Annotated[Path, arg(metavar="FILE")]
+    """en/data.json of the npm package emojibase-data."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
+    """Folder to write."""
+    set: Literal["core", "all"] = "core"
+    """core: animals, nature, food and drink; all: also travel, activities, objects and smileys."""
+
+
+@dataclass(frozen=True)
+class DataShapes:
+    """Prepare a world of shapes drawn by code, which needs no download."""
+
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
+    """Folder to write."""
+
+
+Group = Annotated[EvaluateEmoji, subcommand("emoji")] | Annotated[None, tyro.conf.Suppress]  # tyro asks for two
+Worlds = Annotated[DataEmoji, subcommand("emoji")] | Annotated[DataShapes, subcommand("shapes")]
+Command = (
+    Annotated[Generate, subcommand("generate")]
+    | Annotated[Info, subcommand("info")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Any, subcommand("evaluate", description="Measure a model.", constructor_factory=lambda: Group)]
+    | Annotated[
+        Any, subcommand("data", description="Prepare what is learned from.", constructor_factory=lambda: Worlds)
+    ]
+)
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """One of the dataclasses above, or exit: code 0 for --help, 2 and one line for what cannot be understood."""
+    with one_line_errors(arguments):
+        command, unknown = tyro.cli(
+            Command,
+            prog="nova",
+            args=arguments,
+            description="Text in, video out.",
+            return_unknown_args=True,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    if isinstance(command, Train):
+        return Train(command.recipe, tuple(unknown))
+    if unknown:
+        raise InputError(f"unknown option {unknown[0]}, see nova --help for what there is")
+    return command
+
+
+@contextlib.contextmanager
+def one_line_errors(arguments: Sequence[str]) -> Iterator[None]:
+    """tyro prints a box of several lines about what it cannot parse: made an InputError of its first section."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            yield
+    except SystemExit as stop:
+        if stop.code != PARSE_ERROR:
+            raise
+        lines = [line.strip("│╭╰╮╯ ") for line in box.getvalue().splitlines()]
+        rule = next((index for index, line in enumerate(lines) if index and line.startswith("─")), len(lines))
+        text = " ".join(" ".join(lines[1:rule]).split("Got errors:")[0].split())
+        given = f"got: nova {shlex.join(arguments)}" if arguments else "got nothing"
+        raise InputError(f"{text or 'cannot understand these arguments'} ({given})") from None

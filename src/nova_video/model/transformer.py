@@ -239,9 +239,11 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin):
     def encode_frames(self, condition: Tensor, latents: Tensor, positions: Positions) -> Tensor:
         """All frames at once (training): condition (B, T, D), latents (B, C, F, h, w) -> mixed (B, F, Lc, D)."""
         batch, _, num_frames = latents.shape[:3]
-        first = self.embed_history(None, 0, batch, positions)
-        later = [self.embed_history(latents[:, :, f - 1], f, batch, positions) for f in range(1, num_frames)]
-        frames = torch.stack([first, *later], dim=1)  # (B, F, Lc, D)
+        first = self.mask_embed.bos_token.expand(batch, 1, self._video_tokens(positions), -1)
+        earlier = self.video_encoder.patch_embed(latents[:, :, :-1].transpose(1, 2).flatten(0, 1))
+        frames = torch.cat([first, earlier.unflatten(0, (batch, num_frames - 1))], dim=1)  # (B, F, Lc, D)
+        if positions.time is not None and positions.video_space is not None:
+            frames = frames + positions.time + positions.video_space
         features = self.video_encoder(condition, frames, positions.video_rotary)
         if num_frames == 1:
             return features

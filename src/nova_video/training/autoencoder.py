@@ -1,48 +1,42 @@
 """What is particular to training the autoencoder: its samples, its loss and how good its reconstructions are."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny
-from nova_video.data.world import EmojiWorld, to_uint8
-from nova_video.training.pool import Pool, Rows, fill_seed
+from nova_video.data.world import Split, to_uint8
+from nova_video.training.pool import Rows
 from nova_video.training.recipe import AutoencoderRecipe
+from nova_video.training.task import Task
 
 
-class AutoencoderTask:
-    """Implements `trainer.Task`; a variant is a clip length."""
+class AutoencoderTask(Task[AutoencoderKLCausalTiny, int]):
+    """A variant is a clip length."""
+
+    loss_names = ("loss", "l1", "mse", "kl")
 
     def __init__(self, recipe: AutoencoderRecipe, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
-        self.world = EmojiWorld.load(recipe.data.world, device)
-        self.model: AutoencoderKLCausalTiny = AutoencoderKLCausalTiny(latent_channels=recipe.latent_channels).to(device)
-        data = recipe.data
-        self.pools = {
-            frames: Pool(lambda count, fill, frames=frames: self._make(count, fill, frames), size, data.refresh)
-            for frames, size in zip(data.frames, data.pool, strict=True)
-        }
-        self.batch = dict(zip(data.frames, data.batch, strict=True))
-        self.loss_names = ("loss", "l1", "mse", "kl")
+        super().__init__(recipe.data, recipe.seed, device)
+        self.recipe = recipe
+        self.model = AutoencoderKLCausalTiny(latent_channels=recipe.latent_channels).to(device)
+        self.longest = max(recipe.data.frames)
 
-    def _make(self, count: int, fill: int, frames: int) -> Rows:
-        generator = torch.Generator(self.device).manual_seed(fill_seed(self.recipe.seed, frames, fill))
-        spec = self.world.sample(count, generator, num_frames=frames, images=frames == 1, pairs=self.recipe.data.pairs)
+    def make_rows(self, frames: int, count: int, seed: int) -> Rows:
+        images = frames == 1
+        spec = self.world.sample(
+            count, self.generator(seed), num_frames=frames, images=images, pairs=self.data.pairs if images else 0.0
+        )
         return {
             "clip": ((self.world.render(spec) + 1) * 127.5).round().to(torch.uint8),  # (N, 3, F, H, W)
             "background": self.world.colors[spec.background] * 2 - 1,  # (N, 3)
         }
 
-    def prepare(self, step: int) -> None:
-        for pool in self.pools.values():
-            pool.fill_for(step, self.recipe.data.refresh_every)
-
-    def variants(self) -> tuple[list[Any], list[float]]:
-        return list(self.recipe.data.frames), list(self.recipe.data.probability)
+    def variants(self) -> tuple[list[int], list[float]]:
+        return list(self.data.frames), list(self.data.probability)
 
     def loss(self, variant: int) -> dict[str, Tensor]:
         recipe, rows = self.recipe, self.pools[variant].draw(self.batch[variant])
@@ -60,47 +54,41 @@ class AutoencoderTask:
         loss = recipe.l1 * l1 + recipe.mse * mse + recipe.gradient * gradient + recipe.kl * kl
         return {"loss": loss, "l1": l1, "mse": error.square().mean(), "kl": kl}
 
-    def _held_out(self, count: int) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(self.recipe.seed)
-        frames = max(self.recipe.data.frames)
-        spec = self.world.sample(count, generator, num_frames=frames, split="heldout", images=frames == 1)
-        return ((self.world.render(spec) + 1) * 127.5).round() / 127.5 - 1  # (N, 3, F, H, W)
+    def _clips(self, count: int, seed: int, split: Split) -> Tensor:
+        """(N, 3, F, H, W) in [-1, 1] of the longest length, in steps of a pixel value as files have them."""
+        spec = self.world.sample(
+            count, self.generator(seed), num_frames=self.longest, split=split, images=self.longest == 1
+        )
+        return ((self.world.render(spec) + 1) * 127.5).round() / 127.5 - 1
 
     @torch.no_grad()
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self, model: AutoencoderKLCausalTiny) -> dict[str, float]:
         """PSNR in dB of reconstructed held-out clips (from the posterior's mean), peak 2 as pixels span [-1, 1]."""
-        clips = self._held_out(128 if self.device.type == "cuda" else 8)
+        clips = self._clips(256 if self.on_gpu else 8, self.seed, "heldout")
         errors = [(reconstruct(model, part) - part).square().mean((1, 2, 3, 4)) for part in clips.split(16)]
         return {"psnr": (10 * (4 / torch.cat(errors)).log10()).mean().item()}
 
     @torch.no_grad()
-    def sheet(self, model: nn.Module, folder: Path) -> Image.Image:
+    def sheet(self, model: AutoencoderKLCausalTiny, folder: Path) -> Image.Image:
         """Held-out clips, and below each its reconstruction; every fourth frame."""
-        clips = self._held_out(6)
+        clips = self._clips(6, self.seed, "heldout")
         rows = torch.stack([clips, reconstruct(model, clips)], dim=1).flatten(0, 1)[:, :, ::4]  # (12, 3, F, H, W)
-        return Image.fromarray(
-            np.concatenate([np.concatenate(list(row), axis=1) for row in to_uint8(rows).cpu().numpy()])
-        )
-
-    def score(self, folder: Path, clips: int) -> dict[str, float]:
-        return {}
+        pixels = to_uint8(rows).cpu().numpy()  # (12, F, H, W, 3)
+        return Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in pixels]))
 
     @torch.no_grad()
-    def export(self, model: nn.Module, folder: Path) -> None:
+    def export(self, model: AutoencoderKLCausalTiny, folder: Path) -> None:
         """Write `folder`/vae in fp16, with the statistics of its latents so that a transformer sees unit variance."""
-        generator = torch.Generator(self.device).manual_seed(self.recipe.seed + 1)
-        frames = max(self.recipe.data.frames)
-        spec = self.world.sample(
-            1024 if self.device.type == "cuda" else 16, generator, num_frames=frames, images=frames == 1
-        )
-        parts = [model.encode(part).latent_dist.mean.float() for part in self.world.render(spec).split(16)]
-        latents = torch.cat(parts).transpose(0, 1).flatten(1)  # (C, everything)
-        assert isinstance(model, AutoencoderKLCausalTiny)
-        model.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
+        clips = self._clips(1024 if self.on_gpu else 16, self.seed + 1, "train")
+        means = torch.cat([model.encode(part).latent_dist.mean.float() for part in clips.split(16)])
+        latents = means.transpose(0, 1).flatten(1)  # (C, everything)
         copy = AutoencoderKLCausalTiny.from_config(model.config)
+        copy.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
         copy.load_state_dict(model.state_dict())
-        copy.to(torch.float16).save_pretrained(folder / "vae")
+        copy.half().save_pretrained(folder / "vae")
 
 
-def reconstruct(model: nn.Module, clips: Tensor) -> Tensor:
-    return model.decode(model.encode(clips).latent_dist.mode()).sample.float().clamp(-1, 1)
+def reconstruct(model: AutoencoderKLCausalTiny, clips: Tensor) -> Tensor:
+    """Clips through the mean of their posterior and back, in [-1, 1]."""
+    out: Tensor = model.decode(model.encode(clips).latent_dist.mode()).sample
+    return out.float().clamp(-1, 1)

@@ -1,8 +1,8 @@
 """The trainer: `nova train recipes/NAME.toml`. Set up, loop, step, log, save; one file, top to bottom.
 
 What is trained is a `Task` (`autoencoder.py`, `transformer.py`); this file is what all training shares. On a GPU
-a whole step (drawing the batch, forward, backward, clipping, AdamW, averaging) is one CUDA graph for each variant of it,
-because small models spend their time launching kernels.
+a whole step (drawing the batch, forward, backward, clipping, AdamW, averaging) is one CUDA graph for each variant
+of it, because small models spend their time launching kernels.
 """
 
 import copy
@@ -13,7 +13,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -25,35 +25,8 @@ from nova_video.errors import InputError
 from nova_video.training.autoencoder import AutoencoderTask
 from nova_video.training.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from nova_video.training.recipe import AutoencoderRecipe, OptimizerRecipe, Recipe, recipe_toml
+from nova_video.training.task import Task
 from nova_video.training.transformer import TransformerTask
-
-
-class Task(Protocol):
-    """What differs between trainings. A variant is what changes the shapes of a step, such as a clip length."""
-
-    model: nn.Module
-    loss_names: tuple[str, ...]
-
-    def prepare(self, step: int) -> None:
-        """Bring the samples to the state that belongs to `step`."""
-
-    def variants(self) -> tuple[list[Any], list[float]]:
-        """All variants and the share of the steps each gets."""
-
-    def loss(self, variant: Any) -> dict[str, Tensor]:
-        """A batch's losses, scalars; "loss" is the one to minimise."""
-
-    def validate(self, model: nn.Module) -> dict[str, float]:
-        """Numbers on held-out samples."""
-
-    def sheet(self, model: nn.Module, folder: Path) -> Image.Image:
-        """A picture of what the model makes; `folder` is its latest export."""
-
-    def score(self, folder: Path, clips: int) -> dict[str, float]:
-        """Scores of the exported model in `folder`, if there is a judge."""
-
-    def export(self, model: nn.Module, folder: Path) -> None:
-        """Write a checkpoint folder that `NovaPipeline.from_pretrained` opens."""
 
 
 def train(recipe: Recipe, resume: bool = True) -> Path:
@@ -66,8 +39,9 @@ def train(recipe: Recipe, resume: bool = True) -> Path:
 
     torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN once under graphs and compiled blocks; cause not isolated
-    task: Task = (
+    task: Task[Any, Any] = (
         AutoencoderTask(recipe, device) if isinstance(recipe, AutoencoderRecipe) else TransformerTask(recipe, device)
     )
     model = task.model
@@ -89,16 +63,18 @@ def train(recipe: Recipe, resume: bool = True) -> Path:
     step, spent = progress.step, progress.seconds
     clock = time.monotonic() - spent
     logged_step, logged_at = step, spent
+
+    def done() -> float:
+        return max(step / recipe.steps, spent / recipe.seconds if recipe.seconds else 0.0)
+
     with StopSignal() as stop:
-        while True:
-            done = max(step / recipe.steps, spent / recipe.seconds if recipe.seconds else 0.0)
-            last = done >= 1 or stop.asked
-            if not last:
-                set_rate(optimizer, learning_rate(recipe.optimizer, step, done))
-                stepper.step(random.Random(f"{recipe.seed}-{step}").choices(variants, shares)[0])
-                step += 1
-                if recipe.data.refresh_every and step % recipe.data.refresh_every == 0:
-                    task.prepare(step)
+        last = done() >= 1
+        while not last:
+            set_rate(optimizer, learning_rate(recipe.optimizer, step, done()))
+            stepper.step(random.Random(f"{recipe.seed}-{step}").choices(variants, shares)[0])
+            step += 1
+            spent = time.monotonic() - clock
+            last = done() >= 1 or stop.asked
 
             def due(every: int, step: int = step, last: bool = last) -> bool:
                 return bool(every) and (last or step % every == 0)
@@ -106,29 +82,25 @@ def train(recipe: Recipe, resume: bool = True) -> Path:
             if due(recipe.log.every):
                 losses = stepper.losses()  # waits for the device
                 spent = time.monotonic() - clock
+                if not all(map(math.isfinite, losses.values())):
+                    raise FloatingPointError(f"step {step}: a loss is not finite ({losses}); checkpoints are intact")
                 rate = (step - logged_step) / max(spent - logged_at, 1e-9)
                 logged_step, logged_at = step, spent
-                if not all(map(math.isfinite, losses.values())):
-                    raise FloatingPointError(
-                        f"step {step}: a loss is not finite ({losses}); the last checkpoint is intact"
-                    )
-                if losses:
-                    log.write(step, spent, losses | {"steps_per_second": rate}, recipe.steps)
-            elif recipe.seconds:
-                spent = time.monotonic() - clock
+                log.write(step, spent, losses | {"steps_per_second": rate}, recipe.steps)
             if due(recipe.log.validate_every):
                 log.write(step, spent, task.validate(ema), recipe.steps)
             if due(recipe.log.checkpoint_every):
                 folder = output / "checkpoints"
                 save_checkpoint(folder, Progress(step, spent), model, ema, optimizer, recipe.log.keep)
-            if due(recipe.log.sample_every) or due(recipe.log.score_every) or last:
+            if due(recipe.log.sample_every) or due(recipe.log.score_every):
                 task.export(ema, model_folder)
             if due(recipe.log.sample_every):
                 log.picture(step, task.sheet(ema, model_folder))
             if due(recipe.log.score_every):
                 log.write(step, spent, task.score(model_folder, recipe.log.score_clips), recipe.steps)
-            if last:
-                break
+            if recipe.data.refresh_every and step % recipe.data.refresh_every == 0:
+                task.prepare(step)
+    task.export(ema, model_folder)
     (model_folder / "recipe.toml").write_text(recipe_toml(recipe))
     log.say(f"{'stopped' if stop.asked else 'finished'} at step {step} after {spent:.0f} s: {model_folder}")
     return model_folder
@@ -138,12 +110,17 @@ class Stepper:
     """One optimisation step: plain, or recorded as a CUDA graph the second time a variant comes up."""
 
     def __init__(
-        self, task: Task, optimizer: torch.optim.Optimizer, ema: nn.Module, recipe: OptimizerRecipe, graph: bool
+        self,
+        task: Task[Any, Any],
+        optimizer: torch.optim.Optimizer,
+        ema: nn.Module,
+        recipe: OptimizerRecipe,
+        graph: bool,
     ) -> None:
         self.task, self.optimizer, self.recipe, self.graph = task, optimizer, recipe, graph
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
-        self.averaged = list(ema.parameters())
-        self.current = list(task.model.parameters())
+        self.averaged: list[Tensor] = list(ema.parameters())
+        self.current: list[Tensor] = list(task.model.parameters())
         device = self.parameters[0].device
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
         self.sums = torch.zeros(len(task.loss_names), 2, device=device, dtype=torch.float64)  # sum, count

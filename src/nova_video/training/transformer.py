@@ -7,7 +7,6 @@ only picks rows of the pool.
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -16,15 +15,27 @@ from torch import Tensor, nn
 
 from nova_video.autoencoders import scale_latents
 from nova_video.data.clips import CANVAS, FPS, ClipSpec
-from nova_video.data.world import EmojiWorld
 from nova_video.errors import InputError
+from nova_video.evaluation.emoji import (
+    GENERATED,
+    SHEET_CLIPS,
+    EmojiSettings,
+    asked_specs,
+    describe,
+    evaluate_emoji,
+    generate,
+)
+from nova_video.evaluation.judge import Judge
+from nova_video.evaluation.report import contact_sheet
 from nova_video.loading import load_autoencoder, load_transformer, resolve_checkpoint
-from nova_video.model import NOVATransformer3DModel, Positions, mask_ratios
+from nova_video.model import NOVATransformer3DModel, mask_ratios
+from nova_video.pipeline import NovaPipeline
 from nova_video.request import CheckpointSettings
 from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.training.loss import NoiseTable, draw, frame_losses, loss_parts
-from nova_video.training.pool import Pool, Rows, fill_seed
+from nova_video.training.pool import Rows
 from nova_video.training.recipe import TransformerRecipe
+from nova_video.training.task import Task
 
 ENCODE = 256  # clips that go through the autoencoder together
 
@@ -32,17 +43,19 @@ Variant = tuple[int, int]
 """Clip length in frames, revealed tokens."""
 
 
-class TransformerTask:
-    """Implements `trainer.Task`."""
+class TransformerTask(Task[NOVATransformer3DModel, Variant]):
+    """A variant is a clip length and a number of revealed tokens."""
+
+    loss_names = ("loss", "loss_t2i", "loss_i2i")
 
     def __init__(self, recipe: TransformerRecipe, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
-        self.world = EmojiWorld.load(recipe.data.world, device)
+        super().__init__(recipe.data, recipe.seed, device)
+        self.recipe = recipe
         vae = load_autoencoder(resolve_checkpoint(recipe.autoencoder))
         if vae is None:
             raise InputError(f"autoencoder = {recipe.autoencoder!r}: expected a checkpoint folder with vae/")
         self.vae = vae.to(device).requires_grad_(False)
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        dtype = torch.float16 if self.on_gpu else torch.float32
         self.tokenizer, self.text_encoder = load_text_encoder(recipe.text_encoder, dtype, device)
         self.scheduler = (
             FlowMatchEulerDiscreteScheduler()
@@ -55,17 +68,9 @@ class TransformerTask:
         self.grid = (side, side)
         self.tokens = (side // self.model.patch_size) ** 2
         self.values = self.model.patch_size**2 * self.vae.config.latent_channels
-        if recipe.compile and device.type == "cuda":
+        if recipe.compile and self.on_gpu:
             for block in (*self.model.video_encoder.blocks, *self.model.image_encoder.blocks):
                 block.compile(dynamic=True)
-        data = recipe.data
-        self.pools = {
-            frames: Pool(lambda count, fill, frames=frames: self._make(count, fill, frames), size, data.refresh)
-            for frames, size in zip(data.frames, data.pool, strict=True)
-        }
-        self.batch = dict(zip(data.frames, data.batch, strict=True))
-        self.placed: dict[int, Positions] = {frames: self._positions(frames) for frames in data.frames}
-        self.loss_names = ("loss", "loss_t2i", "loss_i2i")
 
     def _new_model(self) -> NOVATransformer3DModel:
         recipe, stride = self.recipe, self.vae.spatial_stride
@@ -92,25 +97,21 @@ class TransformerTask:
                 raise InputError(f"init = {recipe.init!r} does not fit this recipe's model: {error}") from error
         return model
 
-    def _positions(self, frames: int) -> Positions:
-        return self.model.positions((frames - 1) // self.vae.temporal_stride + 1, self.grid)
-
     # Samples ------------------------------------------------------------------------------------------------------
 
-    def _make(self, count: int, fill: int, frames: int) -> Rows:
-        seed = fill_seed(self.recipe.seed, frames, fill)
-        generator = torch.Generator(self.device).manual_seed(seed)
-        spec = self.world.sample(count, generator, num_frames=frames, images=frames == 1, pairs=self.recipe.data.pairs)
+    def make_rows(self, frames: int, count: int, seed: int) -> Rows:
+        generator, images = self.generator(seed), frames == 1
+        pairs = self.data.pairs if images else 0.0
+        spec = self.world.sample(count, generator, num_frames=frames, images=images, pairs=pairs)
         return self._encode(spec, generator, random.Random(seed))
 
     @torch.no_grad()
     def _encode(self, spec: ClipSpec, generator: torch.Generator, wording: random.Random | None) -> Rows:
         text, lengths = self._describe(self.world.captions(spec, wording))
         latents = []
-        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
         for start in range(0, len(spec), ENCODE):
             clips = self.world.render(spec.select(slice(start, start + ENCODE)))  # (n, 3, F, H, W)
-            with half:
+            with self.half():
                 posterior = self.vae.encode(clips).latent_dist
             mean, std = posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
             z = mean + std * torch.randn(mean.shape, generator=generator, device=self.device)
@@ -124,13 +125,9 @@ class TransformerTask:
         text, lengths = encode_batch(self.tokenizer, self.text_encoder, captions, length)
         return nn.functional.pad(text, (0, 0, 0, length - text.shape[1])), lengths
 
-    def prepare(self, step: int) -> None:
-        for pool in self.pools.values():
-            pool.fill_for(step, self.recipe.data.refresh_every)
-
     # One step -----------------------------------------------------------------------------------------------------
 
-    def variants(self) -> tuple[list[Any], list[float]]:
+    def variants(self) -> tuple[list[Variant], list[float]]:
         recipe = self.recipe
         counts, shares = list(recipe.visible), list(recipe.visible_probability)
         if not counts:  # the paper's mask ratios, as the share each number of revealed tokens gets of many draws
@@ -154,7 +151,7 @@ class TransformerTask:
         noise = recipe.history_noise * torch.rand(count, 1, latents.shape[2], 1, 1, device=self.device)
         history = latents + noise * torch.randn_like(latents)
         per_frame = self._frame_losses(
-            self.model, latents, history, (rows["text"].float(), lengths, motion), visible, recipe.loss_repeat, frames
+            self.model, latents, history, (rows["text"].float(), lengths, motion), visible, recipe.loss_repeat
         )
         return {"loss": per_frame.sum()} | {k: v for k, v in loss_parts(per_frame).items() if k != "loss"}
 
@@ -166,25 +163,24 @@ class TransformerTask:
         condition: tuple[Tensor, Tensor, Tensor],
         visible: int,
         repeats: int,
-        frames: int,
     ) -> Tensor:
         fps = torch.full_like(condition[2], FPS)
         tokens = model.embed_condition(condition[0], condition[1], condition[2], fps)  # (B, T, D)
+        positions = model.positions(latents.shape[2], self.grid)
         draws = draw(self.table, latents.shape[0] * latents.shape[2], self.tokens, self.values, visible, repeats)
-        return frame_losses(model, latents, history, tokens, self.placed[frames], self.table, draws)
+        return frame_losses(model, latents, history, tokens, positions, self.table, draws)
 
     # Looking at it ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self, model: NOVATransformer3DModel) -> dict[str, float]:
         """Loss on held-out clips with their own caption, with another object's, and (for clips) with another motion's.
 
         The distance between them is what the model knows of the prompt, long before samples show it.
         """
-        assert isinstance(model, NOVATransformer3DModel)
         frames = self.recipe.data.frames[0]
         generator = torch.Generator(self.device).manual_seed(self.recipe.seed)
-        count = 512 if self.device.type == "cuda" else 32
+        count = 512 if self.on_gpu else 32
         spec = self.world.sample(count, generator, num_frames=frames, split="heldout", images=frames == 1)
         rows = self._encode(spec, generator, None)
         shift = torch.randint(1, len(self.world.names), (count,), generator=generator, device=self.device)
@@ -194,37 +190,38 @@ class TransformerTask:
         latents = rows["latents"].float()
         unknown = torch.full_like(rows["motion"], self.recipe.defaults.motion_flow)
         losses = {}
-        devices = [self.device] if self.device.type == "cuda" else []
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        devices = [self.device] if self.on_gpu else []
         for name, shown in told.items():
             text, lengths = self._describe(self.world.captions(shown))
-            with torch.random.fork_rng(devices), autocast:
+            with torch.random.fork_rng(devices), self.half():
                 torch.manual_seed(self.recipe.seed)
                 condition = (text.float(), lengths, unknown)
-                per_frame = self._frame_losses(model, latents, latents, condition, self.tokens // 8, 1, frames)
+                per_frame = self._frame_losses(model, latents, latents, condition, self.tokens // 8, 1)
             losses[f"held_out_loss{name}"] = per_frame.sum().item()
         return losses
 
-    def sheet(self, model: nn.Module, folder: Path) -> Image.Image:
-        from nova_video.evaluation.emoji import sample_sheet
-        from nova_video.pipeline import NovaPipeline
-
-        pipe = NovaPipeline.from_pretrained(folder).to(self.device)
-        return sample_sheet(pipe, self.world, num_frames=self.recipe.data.frames[0], seed=self.recipe.seed)
+    def sheet(self, model: NOVATransformer3DModel, folder: Path) -> Image.Image:
+        """Clips generated from held-out captions, with what the judge sees in them."""
+        settings = EmojiSettings(num_clips=SHEET_CLIPS, num_frames=self.data.frames[0])
+        spec = asked_specs(self.world, settings)[0].select(slice(SHEET_CLIPS))
+        frames = generate(self._open(folder), self.world, spec, settings, 0)
+        return contact_sheet(describe(self.world, frames, spec, Judge(self.world)(frames, spec)))
 
     def score(self, folder: Path, clips: int) -> dict[str, float]:
-        from nova_video.evaluation.emoji import evaluate_emoji
-        from nova_video.pipeline import NovaPipeline
+        """`nova evaluate emoji` on so many clips and half as many pictures of two objects, in percent."""
+        settings = EmojiSettings(clips, clips // 2, self.data.frames[0], batch_size=clips)
+        report = evaluate_emoji(self._open(folder), self.world, settings)
+        return {f"score_{name}": 100 * rate.value for name, rate in report.sources[GENERATED].rates.items()}
 
+    def _open(self, folder: Path) -> NovaPipeline:
         pipe = NovaPipeline.from_pretrained(folder).to(self.device)
-        scores = evaluate_emoji(pipe, self.world, num_clips=clips, num_frames=self.recipe.data.frames[0])
-        return scores.summary()
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
-    def export(self, model: nn.Module, folder: Path) -> None:
-        assert isinstance(model, NOVATransformer3DModel)
+    def export(self, model: NOVATransformer3DModel, folder: Path) -> None:
         copy = NOVATransformer3DModel.from_config(model.config)
         copy.load_state_dict(model.state_dict())
-        copy.to(torch.float16).save_pretrained(folder / "transformer")
+        copy.half().save_pretrained(folder / "transformer")
         self.vae.save_pretrained(folder / "vae")
         self.scheduler.save_pretrained(folder / "scheduler")
         CheckpointSettings(self.recipe.text_encoder, self.recipe.defaults).save(folder)

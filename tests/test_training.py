@@ -1,0 +1,301 @@
+"""Training: recipes, the pool, the noise tables, the loop; a stopped run goes on as if it had never stopped."""
+
+import json
+import math
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
+from torch import nn
+
+from nova_video.autoencoders import AutoencoderKLCausalTiny
+from nova_video.data.shapes import prepare_shapes
+from nova_video.errors import InputError
+from nova_video.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from nova_video.training.loss import NoiseTable, draw
+from nova_video.training.pool import Pool, Rows, fill_seed
+from nova_video.training.recipe import (
+    AutoencoderRecipe,
+    DataRecipe,
+    LogRecipe,
+    ModelRecipe,
+    OptimizerRecipe,
+    TransformerRecipe,
+    load_recipe,
+    recipe_toml,
+)
+from nova_video.training.trainer import StopSignal, learning_rate, make_optimizer, set_rate, train
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world") / "shapes"
+    prepare_shapes(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("autoencoder")
+    torch.manual_seed(0)
+    vae = AutoencoderKLCausalTiny(block_out_channels=(16, 16, 16), latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
+LOG = LogRecipe(every=2, validate_every=0, checkpoint_every=2)
+
+
+@pytest.fixture
+def transformer_recipe(tmp_path: Path, shapes: Path, autoencoder: Path, tiny_text_encoder: Path) -> TransformerRecipe:
+    return TransformerRecipe(
+        steps=6,
+        output=str(tmp_path / "run"),
+        device="cpu",
+        autoencoder=str(autoencoder),
+        text_encoder=str(tiny_text_encoder),
+        model=ModelRecipe(arch=("vit_d2w64", "vit_d2w64", "mlp_d1w64"), text_token_len=16),
+        data=DataRecipe(
+            world=str(shapes),
+            frames=(1, 5),
+            probability=(0.5, 0.5),
+            batch=(4, 2),
+            pool=(8, 4),
+            refresh_every=2,
+            refresh=0.5,
+        ),
+        optimizer=OptimizerRecipe(warmup=2, ema=0.9),
+        log=LOG,
+    )
+
+
+# Recipes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_load_and_are_written_back_whole(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    copy = tmp_path / "recipe.toml"
+    copy.write_text(recipe_toml(recipe))
+    assert load_recipe(copy) == recipe
+
+
+def test_there_are_the_recipes_the_documentation_names() -> None:
+    assert {"autoencoder", "emoji-image", "emoji-video", "tiny"} <= {path.stem for path in RECIPES}
+
+
+def test_overrides_reach_nested_keys() -> None:
+    recipe = load_recipe(RECIPES[0], ["--optimizer.lr", "0.25", "--steps", "7"])
+    assert recipe.optimizer.lr == 0.25
+    assert recipe.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('kind = "transformer"\nstepz = 3', "unknown key 'stepz'"),
+        ('kind = "transformer"\n[optimizer]\nlearning = 3', "unknown key 'learning'"),
+        ('kind = "transformer"\nsteps = "many"', "steps is 'many', expected int"),
+        ('kind = "gan"', "kind is 'gan', expected one of autoencoder, transformer"),
+        ('kind = "transformer"\nscheduler = "euler"', "expected one of 'flow', 'ddpm'"),
+        ('kind = "transformer"\n[data]\nframes = [4]', "expected lengths 4k + 1"),
+        ('kind = "transformer"\n[data]\nframes = [1, 5]', "one entry for each length"),
+        ('kind = "transformer"\nvisible = [1, 2]', "expected as many entries"),
+        ("kind =", "is not TOML"),
+    ],
+)
+def test_wrong_recipes_are_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.toml: No such file"):
+        load_recipe(tmp_path / "none.toml")
+
+
+# Pool --------------------------------------------------------------------------------------------------------------
+
+
+def make_rows(count: int, fill: int) -> Rows:
+    return {"fill": torch.full((count,), fill), "x": torch.arange(count) + 100 * fill}
+
+
+def test_pool_depends_on_the_step_alone() -> None:
+    steady, resumed = Pool(make_rows, 8, 0.25), Pool(make_rows, 8, 0.25)
+    for step in range(0, 21, 5):
+        steady.fill_for(step, 5)
+    resumed.fill_for(20, 5)
+    assert torch.equal(steady.rows["x"], resumed.rows["x"])
+    assert steady.rows["fill"].unique().tolist() == [4, 5, 6, 7]
+    drawn = steady.draw(50)
+    assert torch.equal(drawn["x"] // 100, drawn["fill"])
+
+
+def test_fill_seeds_differ_and_are_stable() -> None:
+    assert fill_seed(0, 17, 3) == fill_seed(0, 17, 3)
+    assert len({fill_seed(seed, frames, fill) for seed in (0, 1) for frames in (1, 17) for fill in range(9)}) == 36
+
+
+# Loss --------------------------------------------------------------------------------------------------------------
+
+
+def test_noise_tables_are_the_schedulers() -> None:
+    data, noise = torch.randn(5, 3), torch.randn(5, 3)
+    index = torch.tensor([0, 10, 500, 900, 999])
+    ddpm = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    noisy, target = NoiseTable.from_scheduler(ddpm, "cpu").noisy_and_target(data, noise, index)
+    assert torch.allclose(noisy, ddpm.add_noise(data, noise, index), atol=1e-6)
+    assert torch.equal(target, noise)
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    table = NoiseTable.from_scheduler(flow, "cpu")
+    noisy, target = table.noisy_and_target(data, noise, index)
+    assert torch.allclose(noisy, flow.scale_noise(data, flow.timesteps[index], noise), atol=1e-6)
+    assert torch.equal(target, noise - data)
+    sigma = 3 * 0.5 / (1 + 2 * 0.5)  # equation of MODEL: shift * s / (1 + (shift - 1) * s) at s = 1/2
+    assert table.timestep[500].item() == pytest.approx(1000 * sigma)
+
+
+def test_draws_score_exactly_the_hidden_tokens() -> None:
+    table = NoiseTable.from_scheduler(FlowMatchEulerDiscreteScheduler(), "cpu")
+    draws = draw(table, 3, 16, 8, 5, 2, torch.Generator().manual_seed(0))
+    every = torch.cat([draws.visible_ids, draws.hidden_ids], 1).sort(1).values
+    assert torch.equal(every, torch.arange(16).expand(3, -1))
+    assert draws.index.shape == (6, 11)
+    assert draws.noise.shape == (6, 11, 8)
+    assert draws.index.min() >= 0
+    assert draws.index.max() < 1000
+
+
+# The loop ----------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    recipe = OptimizerRecipe(lr=1.0, warmup=10, final=0.1)
+    assert learning_rate(recipe, 0, 0.0) == pytest.approx(0.1)
+    assert learning_rate(recipe, 9, 0.0) == pytest.approx(1.0)
+    assert learning_rate(recipe, 50, 0.5) == pytest.approx(0.55)
+    assert learning_rate(recipe, 100, 1.0) == pytest.approx(0.1)
+
+
+def test_only_matrices_decay() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    matrices, others = make_optimizer(model, OptimizerRecipe(weight_decay=0.5), torch.device("cpu")).param_groups
+    assert [p.dim() for p in matrices["params"]] == [2]
+    assert [p.dim() for p in others["params"]] == [1, 1, 1]
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
+
+
+def final_state(output: str) -> dict[str, torch.Tensor]:
+    newest = newest_checkpoint(Path(output) / "checkpoints")
+    assert newest is not None
+    return load_file(newest)
+
+
+def test_resuming_equals_never_stopping(transformer_recipe: TransformerRecipe, tmp_path: Path) -> None:
+    train(transformer_recipe)
+    whole = final_state(transformer_recipe.output)
+    stopped = replace(transformer_recipe, output=str(tmp_path / "stopped"))
+    train(stopped)
+    for path in sorted((tmp_path / "stopped" / "checkpoints").glob("*"))[1:]:
+        path.unlink()  # as if it had been killed after the first kept checkpoint
+    assert newest_checkpoint(tmp_path / "stopped" / "checkpoints").name == "step-00000004.safetensors"
+    train(stopped)
+    again = final_state(stopped.output)
+    assert whole.keys() == again.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, again[name]), name
+
+
+def test_the_loop_writes_what_it_says(transformer_recipe: TransformerRecipe) -> None:
+    recipe = replace(transformer_recipe, log=replace(LOG, validate_every=6))
+    folder = train(recipe)
+    assert {path.name for path in folder.iterdir()} == {"transformer", "vae", "scheduler", "nova.json", "recipe.toml"}
+    assert load_recipe(folder / "recipe.toml") == recipe
+    lines = [json.loads(line) for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()]
+    held_out = lines[-1]
+    assert held_out["step"] == 6
+    assert math.isfinite(held_out["held_out_loss"])
+    assert "held_out_loss_wrong_object" in held_out
+    assert any("loss" in line and "steps_per_second" in line for line in lines)
+    assert list((Path(recipe.output) / "tensorboard").glob("events*"))
+
+
+def test_stage_two_starts_from_stage_one(transformer_recipe: TransformerRecipe, tmp_path: Path) -> None:
+    first = train(transformer_recipe)
+    second = replace(transformer_recipe, init=str(first), output=str(tmp_path / "two"), steps=1)
+    trained = load_file(
+        train(replace(second, optimizer=OptimizerRecipe(lr=0.0, ema=0.0)))
+        / "transformer/diffusion_pytorch_model.safetensors"
+    )
+    started = load_file(first / "transformer/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(trained[name], started[name]) for name in started)
+    other = replace(
+        second, model=replace(second.model, arch=("vit_d1w64", "vit_d2w64", "mlp_d1w64")), output=str(tmp_path / "x")
+    )
+    with pytest.raises(InputError, match="does not fit this recipe's model"):
+        train(other)
+
+
+def test_autoencoder_learns(shapes: Path, tmp_path: Path) -> None:
+    recipe = AutoencoderRecipe(
+        steps=30,
+        output=str(tmp_path / "ae"),
+        device="cpu",
+        data=DataRecipe(world=str(shapes), frames=(1,), probability=(1.0,), batch=(4,), pool=(16,), refresh_every=0),
+        optimizer=OptimizerRecipe(lr=2e-3, warmup=5, ema=0.5),
+        log=LogRecipe(every=10, validate_every=30, sample_every=30, checkpoint_every=0),
+    )
+    folder = train(recipe)
+    lines = [json.loads(line) for line in (tmp_path / "ae" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.75 * losses[0]
+    vae = AutoencoderKLCausalTiny.from_pretrained(folder / "vae")
+    assert len(vae.config.latents_mean) == 16
+    assert (tmp_path / "ae" / "sheets" / "step-00000030.png").is_file()
+
+
+def test_an_unwritable_output_is_named(transformer_recipe: TransformerRecipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        train(replace(transformer_recipe, output=str(tmp_path / "file" / "run")))
+
+
+def test_the_first_interrupt_only_asks() -> None:
+    with StopSignal() as stop:
+        assert not stop.asked
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_checkpoints_are_whole_and_few(tmp_path: Path) -> None:
+    model, ema = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = make_optimizer(model, OptimizerRecipe(), torch.device("cpu"))
+    from nova_video.training.checkpoint import Progress
+
+    for step in (1, 2, 3):
+        model(torch.randn(4, 2)).square().mean().backward()
+        set_rate(optimizer, 0.1)
+        optimizer.step()
+        path = save_checkpoint(tmp_path, Progress(step, 1.5), model, ema, optimizer, keep=2)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002.safetensors", "step-00000003.safetensors"]
+    other = nn.Linear(2, 2)
+    fresh = make_optimizer(other, OptimizerRecipe(), torch.device("cpu"))
+    assert load_checkpoint(path, other, ema, fresh) == Progress(3, 1.5)
+    assert torch.equal(other.weight, model.weight)
+    assert torch.equal(fresh.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
+    with pytest.raises(InputError, match="of another model"):
+        load_checkpoint(path, nn.Linear(3, 2), ema, fresh)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_checkpoint(path, other, ema, fresh)

@@ -5,6 +5,7 @@ config, and optionally a `nova.json`. Released checkpoints and ours open alike: 
 keys, so there is no converter. Only safetensors are read, and whatever is wrong is an `InputError` that names it.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Collection, Container, Iterable
@@ -131,8 +132,10 @@ def load_component(cls: type[ModelMixin], folder: Path, torch_dtype: torch.dtype
     config = read_json(folder / "config.json")
     weights = find_weights(folder, DIFFUSERS_WEIGHTS)
     try:
+        known = inspect.signature(cls.__init__).parameters  # others are the library's to warn of, when it loads
         with torch.device("meta"):
-            expected = {key: tuple(value.shape) for key, value in cls.from_config(config).state_dict().items()}
+            model = cls.from_config({key: value for key, value in config.items() if key in known})
+            expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     except (TypeError, ValueError, IndexError, KeyError) as error:
         raise InputError(f"{folder / 'config.json'}: no {cls.__name__} can be made of it: {error}") from None
     stored = {_current_name(key, expected): shape for key, shape in read_shapes(weights.files).items()}
@@ -150,10 +153,10 @@ def load_component(cls: type[ModelMixin], folder: Path, torch_dtype: torch.dtype
     ]
     if problems:
         raise InputError(f"{folder}: weights do not fit {cls.__name__}: {'; '.join(problems)}")
-    model = cls.from_pretrained(
+    loaded = cls.from_pretrained(
         str(folder), torch_dtype=torch_dtype, variant=weights.variant, use_safetensors=True, local_files_only=True
     )
-    return model.eval()
+    return loaded.eval()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from PIL import Image
@@ -67,6 +68,7 @@ class NovaPipeline(DiffusionPipeline):
     """Text, and optionally a first picture, to images and video."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _exclude_from_cpu_offload = ["transformer"]  # from the sequential kind, which knows nothing but `forward`
     _optional_components = ["vae", "text_encoder", "tokenizer"]
 
     def __init__(
@@ -378,8 +380,14 @@ class NovaPipeline(DiffusionPipeline):
     def _bring(self, module: torch.nn.Module) -> None:
         """Under CPU offload, move a part to its device: the library's hooks act on `forward` alone."""
         hook = getattr(module, "_hf_hook", None)
-        if hook is not None:
+        if isinstance(hook, CpuOffload):
             hook.pre_forward(module)
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where calls compute: under CPU offload not where the parts are."""
+        hook = getattr(self.transformer, "_hf_hook", None)
+        return torch.device(hook.execution_device) if isinstance(hook, CpuOffload) else self.transformer.device
 
 
 def _dtype_of(part: str, torch_dtype: torch.dtype | dict[str, torch.dtype] | None) -> torch.dtype | None:

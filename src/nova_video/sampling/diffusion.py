@@ -33,6 +33,8 @@ def request_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
                 f"scheduler: got variance_type {config.variance_type} and thresholding {config.thresholding}: "
                 "expected fixed_small and False"
             )
+    if scheduler.config.get("use_dynamic_shifting"):
+        raise InputError("scheduler: got use_dynamic_shifting True: expected a fixed shift")
     if flow_shift is not None:
         scheduler.set_shift(flow_shift)
     return scheduler

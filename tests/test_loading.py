@@ -1,0 +1,287 @@
+"""Loading: every component a checkpoint may have, and every way in which a folder can be wrong, named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nova_video import loading
+from nova_video.autoencoders import AutoencoderKLOpenSora
+from nova_video.errors import InputError
+from nova_video.loading import (
+    load_autoencoder,
+    load_scheduler,
+    load_text_parts,
+    load_transformer,
+    resolve_checkpoint,
+)
+
+CONFORMANCE = Path(__file__).parent / "conformance"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    shutil.copytree(CONFORMANCE / "text-to-image", tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_config(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# Where a checkpoint is ------------------------------------------------------------------------------------------------
+
+
+def test_folders_and_packaged_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert resolve_checkpoint(str(CONFORMANCE)) == CONFORMANCE
+    assert resolve_checkpoint(CONFORMANCE) == CONFORMANCE
+    (tmp_path / "emoji").mkdir()
+    monkeypatch.setattr(loading, "PACKAGED_MODELS", tmp_path)
+    assert resolve_checkpoint("emoji") == tmp_path / "emoji"
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "./nowhere", "/nowhere/at/all", "a/b/c", Path("some/folder")])
+def test_missing_model(name: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match="not found: expected") as caught:
+        resolve_checkpoint(name)
+    assert str(name) in str(caught.value)
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="is a file"):
+        resolve_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_the_hub_is_asked_for_safe_files_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, object] = {}
+
+    def download(name: str, **options: object) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    assert resolve_checkpoint("BAAI/nova-d48w1024-osp480", revision="main") == tmp_path
+    assert (asked["name"], asked["revision"]) == ("BAAI/nova-d48w1024-osp480", "main")
+    patterns = asked["allow_patterns"]
+    assert isinstance(patterns, list)
+    assert "transformer/*.safetensors" in patterns
+    assert all(p.endswith((".json", ".safetensors", ".txt", ".model")) for p in patterns)
+
+
+def test_the_hub_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, **options: object) -> str:
+        raise LocalEntryNotFoundError("no network\nand a long story")
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    with pytest.raises(InputError, match="'BAAI/nothing'.*no network") as caught:
+        resolve_checkpoint("BAAI/nothing")
+    assert "\n" not in str(caught.value)
+
+
+# Parts that fit -------------------------------------------------------------------------------------------------------
+
+
+def test_dtype_as_in_diffusers() -> None:
+    stored = load_file(CONFORMANCE / "rotary-flow" / "transformer" / WEIGHTS)
+    model = load_transformer(CONFORMANCE / "rotary-flow")
+    assert model.dtype == torch.float32  # of float16 weights
+    assert not model.training
+    assert all(torch.equal(value, stored[key].float()) for key, value in model.state_dict().items())
+    assert load_transformer(CONFORMANCE / "rotary-flow", torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_components_by_their_class_names() -> None:
+    assert isinstance(load_autoencoder(CONFORMANCE / "text-to-image"), AutoencoderKL)
+    assert isinstance(load_autoencoder(CONFORMANCE / "text-to-video"), AutoencoderKLOpenSora)
+    assert load_autoencoder(CONFORMANCE / "rotary-flow") is None
+    assert isinstance(load_scheduler(CONFORMANCE / "text-to-image"), DDPMScheduler)
+    flow = load_scheduler(CONFORMANCE / "rotary-flow")
+    assert isinstance(flow, FlowMatchEulerDiscreteScheduler)
+    assert flow.shift == 3.0
+
+
+def test_text_parts(tiny_checkpoint: Path) -> None:
+    encoder, tokenizer = load_text_parts(tiny_checkpoint)
+    assert encoder is not None
+    assert tokenizer is not None
+    assert encoder.config.hidden_size == 32
+    assert tokenizer("a whale")["input_ids"]
+    assert load_text_parts(CONFORMANCE / "text-to-image") == (None, None)
+
+
+def test_sharded_weights(checkpoint: Path) -> None:
+    folder = checkpoint / "transformer"
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    keys = sorted(tensors)
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    halves = [keys[: len(keys) // 2], keys[len(keys) // 2 :]]
+    for name, half in zip(names, halves, strict=True):
+        save_file({key: tensors[key] for key in half}, folder / name, metadata={"format": "pt"})
+    weight_map = {key: name for name, half in zip(names, halves, strict=True) for key in half}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    model = load_transformer(checkpoint)
+    assert all(torch.equal(value, tensors[key].float()) for key, value in model.state_dict().items())
+    (folder / names[1]).unlink()
+    with pytest.raises(InputError, match=f"{names[1]}: not found"):
+        load_transformer(checkpoint)
+
+
+def test_half_precision_variant(checkpoint: Path) -> None:
+    folder = checkpoint / "transformer"
+    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    assert load_transformer(checkpoint).dtype == torch.float32
+
+
+def test_old_names_of_the_image_autoencoder_s_attention(checkpoint: Path) -> None:
+    current = load_autoencoder(checkpoint)
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            for new, name in old.items():
+                if new in key:
+                    tensors[key.replace(new, name)] = tensors.pop(key)
+
+    rewrite(checkpoint / "vae" / WEIGHTS, rename)
+    assert any(".query." in key for key in load_file(checkpoint / "vae" / WEIGHTS))
+    renamed = load_autoencoder(checkpoint)
+    assert current is not None
+    assert renamed is not None
+    assert all(torch.equal(value, current.state_dict()[key]) for key, value in renamed.state_dict().items())
+
+
+# Parts that do not ----------------------------------------------------------------------------------------------------
+
+
+def test_missing_key(checkpoint: Path) -> None:
+    rewrite(checkpoint / "transformer" / WEIGHTS, lambda t: t.pop("mask_embed.bos_token"))
+    with pytest.raises(InputError, match=r"missing keys mask_embed\.bos_token"):
+        load_transformer(checkpoint)
+
+
+def test_extra_key(checkpoint: Path) -> None:
+    rewrite(checkpoint / "transformer" / WEIGHTS, lambda t: t.update(surprise=torch.zeros(1)))
+    with pytest.raises(InputError, match="extra keys surprise"):
+        load_transformer(checkpoint)
+
+
+def test_wrong_shape(checkpoint: Path) -> None:
+    rewrite(checkpoint / "transformer" / WEIGHTS, lambda t: t.update({"mask_embed.bos_token": torch.zeros(1, 65)}))
+    with pytest.raises(InputError, match=r"mask_embed\.bos_token \(1, 65\) \(expected \(1, 64\)\)"):
+        load_transformer(checkpoint)
+
+
+def test_many_problems_on_one_line(checkpoint: Path) -> None:
+    edit_config(checkpoint / "transformer" / "config.json", arch=["vit_d3w64", "vit_d4w64", "mlp_d2w64"])
+    with pytest.raises(InputError, match=r"missing keys video_encoder\.blocks\.2.* and \d+ more") as caught:
+        load_transformer(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 7, 1000, -1000])
+def test_truncated_file(checkpoint: Path, size: int) -> None:
+    path = checkpoint / "transformer" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(InputError, match=f"{WEIGHTS}: corrupt or truncated"):
+        load_transformer(checkpoint)
+
+
+def test_corrupt_file(checkpoint: Path) -> None:
+    (checkpoint / "vae" / WEIGHTS).write_bytes(b"not a safetensors file at all" * 40)
+    with pytest.raises(InputError, match="corrupt"):
+        load_autoencoder(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.pt", "last.ckpt"])
+def test_pickle(checkpoint: Path, name: str) -> None:
+    folder = checkpoint / "transformer"
+    (folder / WEIGHTS).unlink()
+    torch.save({}, folder / name)
+    with pytest.raises(InputError, match=f"only pickled weights, {name}: expected {WEIGHTS}"):
+        load_transformer(checkpoint)
+
+
+def test_pickled_text_encoder(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint / "text_encoder", tmp_path / "text_encoder")
+    tensors = load_file(tmp_path / "text_encoder" / "model.safetensors")
+    (tmp_path / "text_encoder" / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "text_encoder" / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pickled weights, pytorch_model\.bin"):
+        load_text_parts(tmp_path)
+
+
+def test_text_encoder_s_keys(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint / "text_encoder", tmp_path / "text_encoder")
+    path = tmp_path / "text_encoder" / "model.safetensors"
+    rewrite(path, lambda t: t.update(surprise=torch.zeros(1)))
+    with pytest.raises(InputError, match="extra keys surprise"):
+        load_text_parts(tmp_path)
+    rewrite(path, lambda t: (t.pop("surprise"), t.pop("embeddings.word_embeddings.weight")))
+    with pytest.raises(InputError, match=r"embeddings\.word_embeddings\.weight"):
+        load_text_parts(tmp_path)
+
+
+def test_no_weights(checkpoint: Path) -> None:
+    (checkpoint / "transformer" / WEIGHTS).unlink()
+    with pytest.raises(InputError, match="has no weights"):
+        load_transformer(checkpoint)
+
+
+def test_no_config(checkpoint: Path) -> None:
+    (checkpoint / "transformer" / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config\.json not found"):
+        load_transformer(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_unreadable_config(checkpoint: Path, text: str) -> None:
+    (checkpoint / "transformer" / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=r"config\.json: "):
+        load_transformer(checkpoint)
+
+
+def test_config_of_another_class(checkpoint: Path) -> None:
+    edit_config(checkpoint / "transformer" / "config.json", _class_name="UNet2DModel")
+    with pytest.raises(InputError, match="'UNet2DModel': expected NOVATransformer3DModel"):
+        load_transformer(checkpoint)
+    edit_config(checkpoint / "vae" / "config.json", _class_name="UNet2DModel")
+    with pytest.raises(InputError, match="'UNet2DModel': expected AutoencoderKL or"):
+        load_autoencoder(checkpoint)
+
+
+def test_impossible_config(checkpoint: Path) -> None:
+    edit_config(checkpoint / "transformer" / "config.json", arch=["vit_d2w64", "vit_d4w64", "tiny"])
+    with pytest.raises(InputError, match="'tiny'"):
+        load_transformer(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKL", "NoSuchScheduler", "os", None])
+def test_scheduler_of_another_kind(checkpoint: Path, name: str | None) -> None:
+    edit_config(checkpoint / "scheduler" / "scheduler_config.json", _class_name=name)
+    with pytest.raises(InputError, match=f"_class_name is {name!r}: expected a diffusers scheduler"):
+        load_scheduler(checkpoint)
+
+
+@pytest.mark.parametrize("part", ["transformer", "scheduler"])
+def test_missing_component(checkpoint: Path, part: str) -> None:
+    shutil.rmtree(checkpoint / part)
+    with pytest.raises(InputError, match=f"has no {part}/"):
+        (load_transformer if part == "transformer" else load_scheduler)(checkpoint)

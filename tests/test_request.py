@@ -1,0 +1,162 @@
+"""Requests: what None means, what every bound refuses, and that the error says what was got and what is expected."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nova_video.errors import InputError
+from nova_video.request import Capabilities, CheckpointSettings, Defaults, GenerateRequest
+
+VIDEO = Capabilities(
+    image_size=(64, 96),
+    image_stride=8,
+    any_size=False,
+    video=True,
+    temporal_stride=4,
+    text_dim=32,
+    text_len=8,
+    shiftable=False,
+    max_diffusion_steps=1000,
+)
+IMAGE = replace(VIDEO, video=False, temporal_stride=1)
+
+
+def test_released_defaults() -> None:
+    plan = GenerateRequest("a whale").resolve(Defaults(), VIDEO)
+    assert (plan.num_frames, plan.latent_frames, plan.fps) == (1, 1, 12)
+    assert (plan.num_inference_steps, plan.num_diffusion_steps) == (64, 25)
+    assert (plan.guidance.scale, plan.guidance.trunc, plan.guidance.renorm, plan.guidance.image_scale) == (5, 0, 1, 0)
+    assert (plan.motion_flow, plan.flow_shift, plan.batch) == (5, None, 1)
+    assert (plan.height, plan.width, plan.grid) == (64, 96, (8, 12))
+
+
+def test_a_checkpoint_s_own_defaults_and_what_is_given() -> None:
+    own = Defaults(num_frames=17, fps=8, num_inference_steps=16, guidance_scale=4.0)
+    plan = GenerateRequest("a whale", fps=4, guidance_scale=0.0).resolve(own, VIDEO)
+    assert (plan.num_frames, plan.fps, plan.num_inference_steps, plan.guidance.scale) == (17, 4, 16, 0.0)
+    assert plan.num_diffusion_steps == 25
+
+
+@pytest.mark.parametrize(("frames", "latent"), [(1, 1), (2, 2), (5, 2), (6, 3), (9, 3), (17, 5), (18, 6)])
+def test_whole_latent_frames(frames: int, latent: int) -> None:
+    assert GenerateRequest("a", num_frames=frames).resolve(Defaults(), VIDEO).latent_frames == latent
+
+
+def test_batch_of_prompts() -> None:
+    request = GenerateRequest(["a", "b"], num_images_per_prompt=3)
+    assert request.resolve(Defaults(), VIDEO).batch == 6
+
+
+def test_other_sizes_with_rotary_positions_only() -> None:
+    request = GenerateRequest("a", height=96, width=128)
+    assert request.resolve(Defaults(), replace(VIDEO, any_size=True)).grid == (12, 16)
+    with pytest.raises(InputError, match=r"96x128.*64x96"):
+        request.resolve(Defaults(), VIDEO)
+    with pytest.raises(InputError, match=r"64x100.*multiples of 32"):
+        GenerateRequest("a", width=100).resolve(Defaults(), replace(VIDEO, any_size=True))
+
+
+FEATURES = torch.zeros(3, 32)
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({}, "neither of prompt and prompt_embeds"),
+    ({"prompt": "a", "prompt_embeds": [FEATURES]}, "both of prompt and prompt_embeds"),
+    ({"prompt": ""}, r"prompt is ''.*not empty"),
+    ({"prompt": "  \n"}, "not empty"),
+    ({"prompt": ["a", ""]}, r"prompt is ''.*not empty"),
+    ({"prompt": []}, r"prompt is \[\]"),
+    ({"prompt": 3}, "prompt is 3"),
+    ({"prompt": "a", "negative_prompt": 3}, "negative_prompt is 3"),
+    ({"prompt": ["a", "b", "c"], "negative_prompt": ["d", "e"]}, "got 2 negative prompts: expected 1 or 3"),
+    ({"prompt": "a", "negative_prompt": "b", "negative_prompt_embeds": [FEATURES]}, "both of negative"),
+    ({"prompt_embeds": FEATURES}, r"prompt_embeds: got \(3, 32\): expected a list"),
+    ({"prompt_embeds": [FEATURES[None]]}, r"\(1, 3, 32\) in the list"),
+    ({"prompt_embeds": [FEATURES.long()]}, "int64"),
+    ({"prompt_embeds": [np.zeros((3, 32))]}, "ndarray in the list"),
+    ({"prompt": "a", "num_frames": 0}, "num_frames is 0: expected a whole number of at least 1"),
+    ({"prompt": "a", "num_frames": 2.5}, "num_frames is 2.5"),
+    ({"prompt": "a", "num_frames": True}, "num_frames is True"),
+    ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps is 0"),
+    ({"prompt": "a", "num_diffusion_steps": 0}, "num_diffusion_steps is 0"),
+    ({"prompt": "a", "guidance_scale": -1.0}, "guidance_scale is -1.0: expected a number of at least 0"),
+    ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale is nan"),
+    ({"prompt": "a", "guidance_scale": "5"}, "guidance_scale is '5'"),
+    ({"prompt": "a", "guidance_renorm": 1.5}, "guidance_renorm is 1.5: expected a number of at least 0 and at most 1"),
+    ({"prompt": "a", "guidance_trunc": -1}, "guidance_trunc is -1"),
+    ({"prompt": "a", "image_guidance_scale": -1}, "image_guidance_scale is -1"),
+    ({"prompt": "a", "motion_flow": -1}, "motion_flow is -1"),
+    ({"prompt": "a", "flow_shift": 0}, "flow_shift is 0: expected a number of more than 0"),
+    ({"prompt": "a", "fps": 0}, "fps is 0: expected a number of more than 0"),
+    ({"prompt": "a", "height": 0}, "height is 0"),
+    ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+    ({"prompt": "a", "seed": -1}, "seed is -1"),
+    ({"prompt": "a", "output_type": "jpg"}, "output_type is 'jpg': expected one of pil, np, pt, latent"),
+    ({"prompt": "a", "image": "cat.png"}, "image: got str"),
+    ({"prompt": "a", "image": np.zeros((8, 8, 3))}, "image: got float64"),
+    ({"prompt": "a", "image": np.zeros((8, 8), np.uint8)}, r"image: got uint8 \(8, 8\)"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_wrong_with_any_model(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        GenerateRequest(**values)
+    assert "\n" not in str(caught.value)
+
+
+WRONG_HERE: list[tuple[dict[str, Any], Capabilities, str]] = [
+    ({"prompt": "a", "num_frames": 5}, IMAGE, "num_frames is 5: expected 1, since this model makes images"),
+    ({"prompt": "a", "num_frames": 5}, replace(VIDEO, temporal_stride=1), "autoencoder is of images"),
+    ({"prompt": "a", "motion_flow": 5}, IMAGE, "motion_flow is 5"),
+    ({"prompt": "a", "flow_shift": 2}, VIDEO, "flow_shift is 2"),
+    ({"prompt": "a", "num_diffusion_steps": 1001}, VIDEO, "num_diffusion_steps is 1001.*at most 1000"),
+    ({"prompt": "a", "image": Image.new("RGB", (8, 8))}, VIDEO, "num_frames is 1 with an image"),
+    ({"prompt_embeds": [torch.zeros(3, 16)]}, VIDEO, r"got \(3, 16\): expected \(tokens, 32\)"),
+    ({"prompt_embeds": [torch.zeros(9, 32)]}, VIDEO, "at most 8 tokens"),
+    ({"prompt": "a", "negative_prompt_embeds": [torch.zeros(3, 16)]}, VIDEO, "negative_prompt_embeds: got"),
+]
+
+
+@pytest.mark.parametrize(("values", "model", "message"), WRONG_HERE, ids=[message for *_, message in WRONG_HERE])
+def test_wrong_with_this_model(values: dict[str, Any], model: Capabilities, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GenerateRequest(**values).resolve(Defaults(), model)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    plan = GenerateRequest("a", num_frames=np.int64(5), guidance_scale=np.float32(2)).resolve(Defaults(), VIDEO)
+    assert (plan.num_frames, plan.guidance.scale) == (5, 2)
+
+
+def test_settings_file(tmp_path: Path) -> None:
+    assert CheckpointSettings.load(tmp_path) == CheckpointSettings()
+    own = CheckpointSettings("sentence-transformers/all-MiniLM-L6-v2", Defaults(num_frames=17, fps=8))
+    own.save(tmp_path)
+    assert CheckpointSettings.load(tmp_path) == own
+    written = json.loads((tmp_path / "nova.json").read_text())
+    assert written["text_encoder"] == own.text_encoder
+    assert written["defaults"]["num_frames"] == 17
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", r"the file is \[\]"),
+        ('{"default": {}}', "unknown key default: expected one of text_encoder, defaults"),
+        ('{"defaults": {"frames": 3}}', "unknown key defaults.frames"),
+        ('{"defaults": 3}', "defaults is 3"),
+        ('{"defaults": {"num_frames": 0}}', "num_frames is 0"),
+        ('{"text_encoder": 3}', "text_encoder is 3"),
+    ],
+)
+def test_wrong_settings_file(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "nova.json").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        CheckpointSettings.load(tmp_path)
+    assert "nova.json" in str(caught.value)

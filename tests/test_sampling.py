@@ -1,0 +1,378 @@
+"""Sampling: the reference latents from their seeds, and every guidance mode against a plain full-frame sampler."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nova_video.errors import InputError
+from nova_video.model import NOVATransformer3DModel, patchify, random_order, set_sizes, unpatchify
+from nova_video.model.patches import gather_tokens
+from nova_video.sampling.diffusion import ddpm_step, request_scheduler
+from nova_video.sampling.generate import generate_frames, generate_sets
+from nova_video.sampling.guidance import Guidance, combine, renorm_ratio
+from nova_video.sampling.random import RandomState
+from nova_video.sampling.state import SamplingState
+
+CONFORMANCE = Path(__file__).parent / "conformance"
+CASES = [("text-to-image", "generate"), ("text-to-image", "generate_noguidance")]
+CASES += [("text-to-video", "generate"), ("rotary-flow", "generate")]
+
+DDPM_CONFIG = CONFORMANCE / "text-to-video" / "scheduler"
+FLOW_CONFIG = CONFORMANCE / "rotary-flow" / "scheduler"
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def open_model(folder: str) -> NOVATransformer3DModel:
+    return NOVATransformer3DModel.from_pretrained(CONFORMANCE / folder / "transformer").eval()
+
+
+def open_scheduler(folder: str) -> Any:
+    config = json.loads((CONFORMANCE / folder / "scheduler" / "scheduler_config.json").read_text())
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    assert got.shape == expected.shape
+    error = (got - expected).abs().max() / expected.abs().max()
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+def condition(model: NOVATransformer3DModel, embeds: list[Tensor], passes: int) -> Tensor:
+    """Condition tokens of each prompt, then of the null prompt for every further pass."""
+    rows = embeds + [embeds[0][:0]] * len(embeds) * (passes - 1)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return model.embed_condition(padded, lengths, torch.full((len(rows),), 5.0), torch.full((len(rows),), 12.0))
+
+
+def make_state(
+    model: NOVATransformer3DModel,
+    embeds: list[Tensor],
+    guidance: Guidance,
+    *,
+    frames: int = 2,
+    grid: tuple[int, int] = (8, 12),
+    sets: int = 3,
+    steps: int = 4,
+    generators: list[torch.Generator] | None = None,
+    given: tuple[Tensor, ...] = (),
+) -> SamplingState:
+    generators = generators or [torch.Generator().manual_seed(0)]
+    return SamplingState.create(
+        model,
+        condition(model, embeds, guidance.passes),
+        num_frames=frames,
+        grid=grid,
+        num_sets=sets,
+        num_diffusion_steps=steps,
+        guidance=guidance,
+        random=RandomState(generators, torch.device("cpu"), torch.float32),
+        given=given,
+    )
+
+
+def run(model: NOVATransformer3DModel, scheduler: Any, state: SamplingState, shift: float | None = None) -> Tensor:
+    for _ in generate_frames(model, request_scheduler(scheduler, shift), state):
+        pass
+    return state.latents()
+
+
+@pytest.mark.parametrize(("folder", "name"), CASES)
+def test_reference_latents(folder: str, name: str) -> None:
+    model = open_model(folder)
+    case = json.loads((CONFORMANCE / folder / "cases.json").read_text())["cases"][name]
+    tensors = load_file(CONFORMANCE / folder / f"{name}.safetensors")
+    embeds = [tensors[key] for key in sorted(tensors) if key.startswith("prompt_embeds")]
+    expected = tensors["latents"]
+    state = make_state(
+        model,
+        embeds,
+        Guidance(case["guidance_scale"]),
+        frames=expected.shape[2],
+        grid=(expected.shape[3], expected.shape[4]),
+        sets=case["num_inference_steps"],
+        steps=case["num_diffusion_steps"],
+        generators=[torch.Generator().manual_seed(case["seed"])],
+    )
+    close(run(model, open_scheduler(folder), state), expected)
+
+
+# Against a plain sampler: full frames, one pass at a time, the library's own scheduler steps --------------------------
+
+
+@dataclass(frozen=True)
+class PlainSampler:
+    """Touches the whole grid at every step and batches nothing; slow, and close to the released behaviour."""
+
+    model: NOVATransformer3DModel
+    scheduler: Any
+    embeds: list[Tensor]
+    guidance: Guidance
+    frames: int
+    grid: tuple[int, int]
+    sets: int
+    steps: int
+    generator: torch.Generator
+    given: tuple[Tensor, ...] = ()
+
+    def run(self) -> Tensor:
+        model, batch = self.model, len(self.embeds)
+        passes = self.guidance.passes
+        texts = condition(model, self.embeds, passes).chunk(passes)
+        positions = model.positions(self.frames, self.grid)
+        caches = [model.new_cache(batch, positions) for _ in texts]
+        firsts: list[Tensor] = []
+        done: list[Tensor] = []
+        order = None
+        for frame in range(self.frames):
+            features = []
+            for i, (text, cache) in enumerate(zip(texts, caches, strict=True)):
+                bare = passes == 3 and i == 1
+                latest = None if bare or not done else done[-1]
+                history = model.embed_history(latest, frame, batch, positions, bare)
+                features.append(model.encode_frame(text if frame == 0 else None, history, frame, positions, cache))
+            if frame == 0:
+                firsts, mixed = features, features
+            else:
+                mixed = [model.mix(first, feature) for first, feature in zip(firsts, features, strict=True)]
+            if frame < len(self.given):
+                done.append(self.given[frame])
+                continue
+            if order is None:
+                order = random_order(torch.rand(batch, self.num_tokens, 1, generator=self.generator))
+            done.append(self.fill(mixed, order, positions))
+        return torch.stack(done, dim=2)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1] // 4
+
+    def fill(self, mixed: list[Tensor], order: Tensor, positions: Any) -> Tensor:
+        model, batch = self.model, len(self.embeds)
+        canvas = torch.zeros(batch, model.config.image_dim, *self.grid)
+        start = 0
+        for size in set_sizes(self.num_tokens, self.sets):
+            tokens = model.embed_tokens(patchify(canvas, 2))
+            features = [model.encode_tokens(c, tokens, order[:, :start], positions) for c in mixed]
+            ids = order[:, start : start + size]
+            sample = self.denoise([model.project_features(z) for z in features], ids)
+            inside = torch.zeros(batch, self.num_tokens, dtype=torch.bool).scatter(1, ids, True).unsqueeze(-1)
+            canvas = unpatchify(torch.where(inside, patchify(sample, 2), patchify(canvas, 2)), 2, self.grid)
+            start += size
+        return canvas
+
+    def denoise(self, features: list[Tensor], ids: Tensor) -> Tensor:
+        guidance, batch = self.guidance, len(self.embeds)
+        x = torch.randn(batch, self.model.config.image_dim, *self.grid, generator=self.generator)
+        inside = torch.zeros(batch, self.num_tokens, dtype=torch.bool).scatter(1, ids, True).unsqueeze(-1)
+        self.scheduler.set_timesteps(self.steps)
+        for t in self.scheduler.timesteps:
+            noisy = patchify(x, 2)
+            timestep = torch.full((batch,), float(t))
+            outputs = [torch.where(inside, self.model.denoise(noisy, timestep, z), noisy) for z in features]
+            cond = guided = outputs[0]
+            if t >= guidance.trunc and len(outputs) == 2:
+                guided = outputs[1] + guidance.scale * (cond - outputs[1])
+            elif t >= guidance.trunc and len(outputs) == 3:
+                null, image = outputs[1:]
+                guided = null + guidance.scale * (cond - image) + guidance.image_scale * (image - null)
+            guided = torch.where(inside, guided, noisy)
+            if guidance.renorm < 1:
+                ratio = cond.flatten(1).norm(dim=1) / guided.flatten(1).norm(dim=1)
+                guided = guided * ratio.clamp(guidance.renorm, 1)[:, None, None]
+            output = unpatchify(guided, 2, self.grid)
+            x = self.scheduler.step(output, t, x, generator=self.generator, return_dict=False)[0]
+        return x
+
+
+GUIDANCES = [
+    Guidance(1.0),
+    Guidance(4.0),
+    Guidance(4.0, trunc=400.0),
+    Guidance(4.0, renorm=0.3),
+    Guidance(4.0, trunc=400.0, renorm=0.3),
+    Guidance(4.0, image_scale=1.5),
+    Guidance(4.0, trunc=400.0, renorm=0.3, image_scale=1.5),
+]
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES, ids=str)
+@pytest.mark.parametrize("folder", ["text-to-video", "rotary-flow"])
+def test_guidance_equals_the_plain_sampler(folder: str, guidance: Guidance) -> None:
+    model, scheduler = open_model(folder), open_scheduler(folder)
+    torch.manual_seed(1)
+    embeds = [torch.randn(5, 32), torch.randn(3, 32)]
+    given = (torch.randn(2, 4, 8, 12),)
+    state = make_state(model, embeds, guidance, frames=3, given=given)
+    plain = PlainSampler(model, scheduler, embeds, guidance, 3, (8, 12), 3, 4, torch.Generator().manual_seed(0), given)
+    close(run(model, scheduler, state), plain.run())
+
+
+def test_modes_differ() -> None:
+    """The modes compared above are not the same sampler under several names."""
+    model, scheduler = open_model("rotary-flow"), open_scheduler("rotary-flow")
+    torch.manual_seed(1)
+    embeds = [torch.randn(5, 32)]
+    results = [run(model, scheduler, make_state(model, embeds, guidance)) for guidance in GUIDANCES]
+    for i, first in enumerate(results):
+        for second in results[:i]:
+            assert (first - second).abs().max() > 2e-3
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def test_combine_closed_forms() -> None:
+    cond, null, image = (torch.randn(2, 3, 4) for _ in range(3))
+    one = combine(cond, 1, Guidance(1.0))
+    assert torch.equal(one[0], cond)
+    assert torch.equal(one[1], cond)
+    got, guided = combine(torch.cat([cond, null]), 2, Guidance(3.0))
+    assert torch.equal(got, cond)
+    torch.testing.assert_close(guided, 3 * cond - 2 * null)
+    _, guided = combine(torch.cat([cond, null, image]), 3, Guidance(3.0, image_scale=2.0))
+    torch.testing.assert_close(guided, 3 * cond - null - image)
+    _, same = combine(torch.cat([cond, null]).half(), 2, Guidance(3.0))
+    assert same.dtype == torch.float32
+
+
+def test_passes() -> None:
+    assert [Guidance(scale).passes for scale in (0.0, 1.0, 1.01)] == [1, 1, 2]
+    assert Guidance(5.0, image_scale=0.5).passes == 3
+    truncated = Guidance(5.0, trunc=300.0)
+    assert [truncated.passes_at(t) for t in (299.9, 300.0)] == [1, 2]
+
+
+def test_renorm_ratio_closed_forms() -> None:
+    cond = torch.ones(1, 1, 4)  # squared norm 4
+    assert renorm_ratio(cond, 2 * cond, 0.1).item() == pytest.approx(0.5)
+    assert renorm_ratio(cond, 2 * cond, 0.7).item() == pytest.approx(0.7)
+    assert renorm_ratio(cond, 0.5 * cond, 0.1).item() == 1.0  # never up
+    assert renorm_ratio(cond, 2 * cond, 0.1, torch.full((1, 1, 1), 20.0)).item() == pytest.approx((24 / 36) ** 0.5)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_ddpm_step_is_the_library_s(prediction: str, clip: bool, spacing: str) -> None:
+    scheduler = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type=prediction, clip_sample=clip, timestep_spacing=spacing
+    )
+    scheduler.set_timesteps(7)
+    output, x = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    for t in scheduler.timesteps:
+        noise = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(3)) if t > 0 else None
+        expected = scheduler.step(output, t, x, generator=torch.Generator().manual_seed(3)).prev_sample
+        torch.testing.assert_close(ddpm_step(scheduler, output, t, x, noise), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cls", "renorm"), [(DDIMScheduler, 1.0), (DDIMScheduler, 0.3), (DPMSolverMultistepScheduler, 1.0)]
+)
+def test_other_schedulers_step_the_set_alone(cls: Any, renorm: float) -> None:
+    """A checkpoint may be sampled with another of diffusers' solvers: as a full frame, the same numbers."""
+    model = open_model("text-to-video")
+    scheduler = cls.from_config(DDPMScheduler.from_pretrained(DDPM_CONFIG).config)
+    torch.manual_seed(1)
+    embeds, guidance = [torch.randn(5, 32)], Guidance(4.0, renorm=renorm)
+    plain = PlainSampler(model, scheduler, embeds, guidance, 2, (8, 12), 3, 4, torch.Generator().manual_seed(0))
+    close(run(model, scheduler, make_state(model, embeds, guidance)), plain.run())
+
+
+def test_flow_shift() -> None:
+    model, scheduler = open_model("rotary-flow"), open_scheduler("rotary-flow")
+    embeds = [torch.randn(5, 32, generator=torch.Generator().manual_seed(1))]
+    plain = run(model, scheduler, make_state(model, embeds, Guidance(4.0)))
+    shifted = run(model, scheduler, make_state(model, embeds, Guidance(4.0)), shift=1.5)
+    assert (shifted - plain).abs().max() > 1e-2
+    assert torch.equal(run(model, scheduler, make_state(model, embeds, Guidance(4.0)), shift=3.0), plain)
+    copied = request_scheduler(scheduler, 1.5)
+    copied.set_timesteps(5)  # shift(linspace(1, sigma_min, n)) then 0, sigma_min the config's own
+    straight = torch.linspace(1, scheduler.sigma_min, 5)
+    torch.testing.assert_close(copied.sigmas[:-1], 1.5 * straight / (1 + 0.5 * straight), rtol=1e-5, atol=1e-6)
+    assert copied.sigmas[-1] == 0
+
+
+def test_a_request_leaves_the_scheduler_alone() -> None:
+    model, scheduler = open_model("rotary-flow"), open_scheduler("rotary-flow")
+    before = {name: str(value) for name, value in vars(scheduler).items()}
+    run(model, scheduler, make_state(model, [torch.randn(5, 32)], Guidance(4.0)), shift=2.0)
+    assert {name: str(value) for name, value in vars(scheduler).items()} == before
+
+
+def test_schedulers_that_cannot_be_sampled_with() -> None:
+    with pytest.raises(InputError, match="fixed_large"):
+        request_scheduler(DDPMScheduler(variance_type="fixed_large"), None)
+    with pytest.raises(InputError, match="use_dynamic_shifting"):
+        request_scheduler(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), None)
+
+
+def test_own_generators_make_samples_independent() -> None:
+    model, scheduler = open_model("text-to-video"), open_scheduler("text-to-video")
+    torch.manual_seed(1)
+    embeds = [torch.randn(5, 32), torch.randn(5, 32)]
+    both = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
+    together = run(model, scheduler, make_state(model, embeds, Guidance(4.0), generators=both))
+    alone = make_state(model, embeds[1:], Guidance(4.0), generators=[torch.Generator().manual_seed(5)])
+    close(together[1:], run(model, scheduler, alone))
+
+
+def test_sets_in_turn() -> None:
+    """Every set reveals its share of the frame's order, in that order, and nothing already fixed changes."""
+    model, scheduler = open_model("rotary-flow"), open_scheduler("rotary-flow")
+    state = make_state(model, [torch.randn(5, 32)], Guidance(4.0), frames=2, sets=4)
+    sizes = set_sizes(24, 4)
+    assert state.total_steps == 2 * len(sizes)
+    before = None
+    for done in generate_sets(model, request_scheduler(scheduler, None), state):
+        position = done.step % len(sizes)
+        assert done.frame == done.step // len(sizes)
+        assert done.ids.shape[1] == sum(sizes[: position + 1])
+        assert done.frame_done == (position == len(sizes) - 1)
+        shown = gather_tokens(done.tokens, done.ids)
+        assert done.tokens.abs().sum() == shown.abs().sum()  # zero elsewhere
+        if before is not None and position > 0:
+            assert torch.equal(shown[:, : before.shape[1]], before)
+        before = shown
+        assert len(state.frames) == (done.step + 1) // len(sizes)
+    assert state.step == state.total_steps
+    assert sorted(state.order[0].tolist()) == list(range(24))
+
+
+def test_only_what_is_needed_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The denoiser sees the set's tokens alone, its condition is projected once a set, a token is embedded once."""
+    model, scheduler = open_model("rotary-flow"), open_scheduler("rotary-flow")
+    seen: dict[str, list[int]] = {"denoise": [], "project_features": [], "embed_tokens": [], "encode_frame": []}
+
+    def spy(name: str) -> None:
+        original = getattr(model, name)
+
+        def counted(*args: Any) -> Any:
+            index = 1 if name == "encode_frame" else 0
+            seen[name].append(args[index].shape[1])
+            return original(*args)
+
+        monkeypatch.setattr(model, name, counted)
+
+    for name in seen:
+        spy(name)
+    run(model, scheduler, make_state(model, [torch.randn(5, 32)], Guidance(4.0), frames=2, sets=3, steps=4))
+    sizes = set_sizes(24, 3)
+    assert seen["embed_tokens"] == sizes * 2
+    assert seen["project_features"] == sizes * 2
+    assert seen["denoise"] == [size for size in sizes for _ in range(4)] * 2
+    assert seen["encode_frame"] == [6, 6]

@@ -10,8 +10,6 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 DEMO_PROMPT ?= a whale moving left on a blue background
-ART := @lobehub/fluent-emoji-3d@1.1.0
-NAMES := emojibase-data@17.0.0
 
 .PHONY: demo test test-slow check data clean
 
@@ -22,6 +20,7 @@ test: .venv/.dev
 	$(BIN)/python -m pytest tests
 
 test-slow: .venv/.dev
+	-command -v npm > /dev/null && $(MAKE) data # tests of the real art are skipped without it
 	$(BIN)/python -m pytest tests -m slow
 
 check: .venv/.dev
@@ -47,11 +46,12 @@ clean:
 	touch $@ .venv/.demo
 
 # The art (MIT) is fetched by package name and never committed.
-data/downloads/art data/downloads/names:
-	mkdir -p $@
-	npm pack --silent --pack-destination $@ $(if $(findstring art,$@),$(ART),$(NAMES))
-	cd $@ && tar -xzf *.tgz
+data/downloads/art/package: PACKAGE := @lobehub/fluent-emoji-3d@1.1.0
+data/downloads/names/package: PACKAGE := emojibase-data@17.0.0
+data/downloads/%/package:
+	mkdir -p $(@D)
+	npm pack --silent --pack-destination $(@D) $(PACKAGE)
+	tar -xzf $(@D)/*.tgz -C $(@D)
 
-data/emoji: | .venv/.dev data/downloads/art data/downloads/names
-	$(BIN)/nova data emoji --art data/downloads/art/package/assets --names data/downloads/names/package/en/data.json \
-	  --output data/emoji
+data/emoji: | .venv/.dev data/downloads/art/package data/downloads/names/package
+	$(BIN)/nova data emoji --art data/downloads/art/package --names data/downloads/names/package/en/data.json --output $@

@@ -596,3 +596,26 @@ def test_missing_and_corrupt_models(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(InputError, match="corrupt or truncated"):
         NovaPipeline.from_pretrained(tmp_path / "copy")
+
+
+# On a GPU -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("way", ["whole", "offload", "sequential"])
+def test_gpu_gives_the_same_picture(tiny_checkpoint: Path, videos: NovaPipeline, way: str) -> None:
+    """With the generator on the processor the random numbers are the same, so the pictures are close."""
+    red = Image.new("RGB", (96, 64), "red")
+    arguments: dict[str, Any] = {"prompt": "a whale", "num_frames": 5, "output_type": "pt", "image": red, **QUICK}
+    expected = videos(generator=seeded(), **arguments).frames
+    pipe = open_pipe(tiny_checkpoint)
+    if way == "whole":
+        pipe.to("cuda")
+    elif way == "offload":
+        pipe.enable_model_cpu_offload()
+    else:
+        pipe.enable_sequential_cpu_offload()
+    close(pipe(generator=seeded(), **arguments).frames.cpu(), expected, 1e-2)
+    assert pipe("a whale", generator=torch.Generator("cuda").manual_seed(0), **QUICK).images[0].size == (96, 64)
+    if way == "offload":
+        assert {part.device.type for part in (pipe.transformer, pipe.vae, pipe.text_encoder)} == {"cpu"}

@@ -79,7 +79,7 @@ class ClipSpec:
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
+class ObjectPath:
     """Where objects are, frame by frame: centre (N, F, 2) and size (N, F) in pixels, angle (N, F) in radians,
     clockwise on the screen."""
 
@@ -88,7 +88,7 @@ class Path:
     angle: Tensor
 
 
-def object_path(spec: ClipSpec) -> Path:
+def object_path(spec: ClipSpec) -> ObjectPath:
     """The path of every clip's (first) object."""
     device = spec.object.device
     time = torch.arange(spec.num_frames, device=device, dtype=torch.float32)  # (F,)
@@ -128,10 +128,10 @@ def object_path(spec: ClipSpec) -> Path:
 
     turn = SPIN_START * (2 * phase - 1) + _per_speed(SPIN_DEGREES, spec) * time  # (N, F), degrees
     degrees = torch.where(clockwise, turn, torch.where(counterclockwise, -turn, torch.zeros_like(turn)))
-    return Path(torch.stack((x, y), dim=-1), size * zoom.exp(), degrees.deg2rad())
+    return ObjectPath(torch.stack((x, y), dim=-1), size * zoom.exp(), degrees.deg2rad())
 
 
-def pair_paths(spec: ClipSpec) -> tuple[Path, Path]:
+def pair_paths(spec: ClipSpec) -> tuple[ObjectPath, ObjectPath]:
     """The paths of both objects in pictures of two: one half each, apart along the relation's axis, about level
     along the other."""
     beside = (spec.relation == 0)[:, None]  # (N, 1): next to each other, else one above the other
@@ -142,10 +142,8 @@ def pair_paths(spec: ClipSpec) -> tuple[Path, Path]:
         along = side * CANVAS / 2 + reach + place[:, :1] * room  # (N, 1)
         across = CANVAS / 2 + (2 * place[:, 1:] - 1) * PAIR_OFFSET
         centre = torch.where(beside, torch.cat((along, across), 1), torch.cat((across, along), 1))  # (N, 2)
-        shape = (len(spec), spec.num_frames)
-        paths.append(
-            Path(centre[:, None].expand(*shape, 2), size[:, None].expand(shape), torch.zeros(shape, device=size.device))
-        )
+        upright = torch.zeros(len(spec), spec.num_frames, device=size.device)
+        paths.append(ObjectPath(centre[:, None].expand(*upright.shape, 2), size[:, None].expand_as(upright), upright))
     return paths[0], paths[1]
 
 

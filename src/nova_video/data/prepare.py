@@ -62,8 +62,8 @@ def write_world(pictures: Sequence[Picture], output: Path, set_name: str, art: s
         motion_mean=unmeasured,
         motion_std=unmeasured,
     )
-    table = measure_motion(EmojiWorld(info, tensors, "cpu"), score_clips)
     with _new_folder(output) as folder:
+        table = measure_motion(EmojiWorld(info, tensors, "cpu"), score_clips)
         content = {"format": FORMAT, **asdict(info)}
         content["motion_mean"] = [[[round(v, 4) for v in row] for row in rows] for rows in table.mean.tolist()]
         content["motion_std"] = [[[round(v, 4) for v in row] for row in rows] for rows in table.std.tolist()]
@@ -88,7 +88,7 @@ def measure_motion(world: EmojiWorld, clips: int) -> MotionTable:
             spec = replace(base, speed=torch.full_like(speed, PLAIN) if motion == STILL else speed)
             frames = to_uint8(world.render(spec)).numpy()
             scores = torch.tensor([flow_magnitude(clip, SCORE_EVERY) for clip in frames]).view(len(SPEEDS), clips)
-            mean[motion, :, bucket], std[motion, :, bucket] = scores.mean(1), scores.std(1)
+            mean[motion, :, bucket], std[motion, :, bucket] = scores.mean(1), scores.std(1, correction=0)
     return MotionTable(mean, std)
 
 

@@ -8,7 +8,7 @@ per batch: a clip's frames are stacked into one tall canvas, and the grid says w
 import json
 import random
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,7 +24,7 @@ from nova_video.data.captions import (
     image_caption,
     pair_caption,
 )
-from nova_video.data.clips import CANVAS, PAIR_SIZES, SIZES, SPAN, ClipSpec, Path, object_path, pair_paths
+from nova_video.data.clips import CANVAS, PAIR_SIZES, SIZES, SPAN, ClipSpec, ObjectPath, object_path, pair_paths
 from nova_video.data.motion import MotionTable
 from nova_video.data.words import BACKGROUNDS, COLORS, MOTIONS, PLAIN, RELATIONS, SPEEDS, STILL
 from nova_video.errors import InputError
@@ -34,7 +34,8 @@ TILE = 80  # pixels, side of an object's tile in the atlas
 ART = 76  # of them covered by the art's bounding square; the rest is a clear margin
 MAIN_FORM = 0.5  # of training captions are in the main form
 MIRROR = 0.5  # of the other wordings for two objects are told from the second
-RENDER_FRAMES = 8704  # frames rendered at a time (512 clips): bounds the memory, about 3 GB
+# Frames rendered at a time: bounds the memory on a GPU (512 clips, about 3 GB); a CPU is quicker in small pieces.
+GPU_FRAMES, CPU_FRAMES = 8704, 68
 
 Split = Literal["train", "heldout"]
 
@@ -63,6 +64,7 @@ class EmojiWorld:
 
     def __init__(self, info: WorldInfo, tensors: dict[str, Tensor], device: torch.device | str) -> None:
         self.info = info
+        self.tensors = tensors
         self.device = torch.device(device)
         self.names = info.names
         self.atlas = tensors["atlas"].to(self.device).float() / 255  # (objects, 4, TILE, TILE), premultiplied RGBA
@@ -81,8 +83,8 @@ class EmojiWorld:
         }
 
     @classmethod
-    def load(cls, folder: str | FilePath, device: torch.device | str = "cpu") -> "EmojiWorld":
-        folder = FilePath(folder)
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> "EmojiWorld":
+        folder = Path(folder)
         try:
             content = json.loads((folder / "world.json").read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT:
@@ -94,6 +96,10 @@ class EmojiWorld:
                 raise
             raise InputError(f"{folder} is not a prepared world, as `nova data emoji` writes them: {error}") from error
         return cls(info, tensors, device)
+
+    def to(self, device: torch.device | str) -> "EmojiWorld":
+        """The same world on another device."""
+        return EmojiWorld(self.info, self.tensors, device)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -157,9 +163,13 @@ class EmojiWorld:
 
     def render(self, spec: ClipSpec) -> Tensor:
         """(N, 3, F, CANVAS, CANVAS) in [-1, 1]."""
-        chunk = max(1, RENDER_FRAMES // spec.num_frames)
-        clips = [self._render(spec.select(slice(at, at + chunk))) for at in range(0, len(spec), chunk)]
-        return clips[0] if len(clips) == 1 else torch.cat(clips)
+        chunk = max(1, (CPU_FRAMES if self.device.type == "cpu" else GPU_FRAMES) // spec.num_frames)
+        if len(spec) <= chunk:
+            return self._render(spec)
+        clips = torch.empty(len(spec), 3, spec.num_frames, CANVAS, CANVAS, device=self.device)
+        for at in range(0, len(spec), chunk):
+            clips[at : at + chunk] = self._render(spec.select(slice(at, at + chunk)))
+        return clips
 
     def _render(self, spec: ClipSpec) -> Tensor:
         canvas = self.colors[spec.background][:, :, None, None, None]  # (N, 3, 1, 1, 1)
@@ -167,17 +177,17 @@ class EmojiWorld:
         if spec.has_pairs:
             first, second = pair_paths(spec)
             paired = spec.second >= 0
-            path = Path(
+            path = ObjectPath(
                 torch.where(paired[:, None, None], first.centre, path.centre),
                 torch.where(paired[:, None], first.size, path.size),
                 path.angle,
             )
-            layer = self._place(spec.second.clamp(min=0), second) * paired.view(-1, 1, 1, 1, 1)
+            layer = self.place(spec.second.clamp(min=0), second) * paired.view(-1, 1, 1, 1, 1)
             canvas = layer[:, :3] + canvas * (1 - layer[:, 3:])
-        layer = self._place(spec.object, path)  # (N, 4, F, H, W)
+        layer = self.place(spec.object, path)  # (N, 4, F, H, W)
         return (layer[:, :3] + canvas * (1 - layer[:, 3:])) * 2 - 1
 
-    def _place(self, index: Tensor, path: Path) -> Tensor:
+    def place(self, index: Tensor, path: ObjectPath) -> Tensor:
         """Objects `index` (N,) along their paths, on a clear canvas: (N, 4, F, CANVAS, CANVAS), premultiplied."""
         N, frames = path.size.shape
         pixel = torch.arange(CANVAS, device=self.device) + 0.5
@@ -251,7 +261,7 @@ class EmojiWorld:
 
 def to_uint8(clips: Tensor) -> Tensor:
     """Clips as rendered (N, 3, F, H, W) in [-1, 1] -> frames (N, F, H, W, 3) uint8."""
-    return ((clips.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    return clips.clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8).permute(0, 2, 3, 4, 1)
 
 
 def _indices(flags: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Pipeline -> scores, one benchmark per module."""

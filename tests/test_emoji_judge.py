@@ -367,3 +367,4 @@ def test_wilson_intervals() -> None:
     assert Rate(0, 10).interval()[0] == 0
     assert str(Rate(390, 400)) == "97.5 (95.5-98.6)"
     assert str(Rate(0, 0)) == "-"
+    assert Rate(0, 0).as_json() == {"percent": None, "right": 0, "of": 0, "interval_95": None}

@@ -39,6 +39,8 @@ class Rate:
         low, high = self.interval()
         return f"{100 * self.value:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
-    def as_json(self) -> dict[str, float | int | list[float]]:
+    def as_json(self) -> dict[str, float | int | list[float] | None]:
+        if not self.total:
+            return {"percent": None, "right": 0, "of": 0, "interval_95": None}
         interval = [round(100 * bound, 2) for bound in self.interval()]
         return {"percent": round(100 * self.value, 2), "right": self.right, "of": self.total, "interval_95": interval}

@@ -1,0 +1,108 @@
+"""How the pictures look: colours that colour-blind readers can tell apart, boxes and arrows, files that stay small.
+
+Everything is drawn on white, so that a page with a dark theme shows it as well.
+"""
+
+import io
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import font_manager
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from PIL import Image, ImageFont
+
+# The palette of Okabe and Ito, and what each colour stands for on every picture.
+TEXT = "#CC79A7"  # text and motion tokens
+TIME = "#0072B2"  # the temporal encoder and its features
+MIXER = "#D55E00"
+SPACE = "#009E73"  # the spatial encoder, tokens that are revealed
+CHOSEN = "#E69F00"  # the set being made, and the denoiser
+HIDDEN = "#C8CCD0"  # tokens not revealed
+ABSENT = "#F4F5F6"  # pairs that do not attend
+INK = "#24292F"
+FAINT = "#6E7781"
+FRAME_SHADES = ("#08519C", "#2171B5", "#4292C6", "#6BAED6", "#9ECAE1")  # blocks of frames, first to last
+LIGHT = (TEXT, CHOSEN)  # dark letters are easier to read on these
+
+Point = tuple[float, float]
+
+DPI = 150
+plt.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.edgecolor": FAINT,
+        "axes.labelcolor": INK,
+        "axes.linewidth": 0.7,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "figure.facecolor": "white",
+        "mathtext.fontset": "dejavusans",
+    }
+)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG of at most 256 colours, which keeps drawings small, and close the figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08)
+    plt.close(figure)
+    picture = Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    picture.save(path, optimize=True)
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font of the figures, for pictures that are not drawn by matplotlib."""
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
+
+
+def sheet(axes: Axes, width: float, height: float) -> None:
+    """An empty drawing board, in units of its own, x to the right and y up."""
+    axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")
+    axes.axis("off")
+
+
+def box(
+    axes: Axes, centre: Point, size: Point, label: str, color: str, *, solid: bool = True, fontsize: float = 8.5
+) -> None:
+    """A rounded box; `solid` ones carry weights, the others are data."""
+    (x, y), (width, height) = centre, size
+    axes.add_patch(
+        FancyBboxPatch(
+            (x - width / 2, y - height / 2),
+            width,
+            height,
+            boxstyle="round,pad=0,rounding_size=0.12",
+            facecolor=color if solid else "white",
+            edgecolor=color,
+            linewidth=1.3,
+        )
+    )
+    ink = "white" if solid and color not in LIGHT else INK
+    axes.text(x, y, label, ha="center", va="center", color=ink, fontsize=fontsize)
+
+
+def arrow(axes: Axes, start: Point, end: Point, color: str = INK, *, curve: str = "arc3", dashed: bool = False) -> None:
+    axes.add_patch(
+        FancyArrowPatch(
+            start,
+            end,
+            arrowstyle="-|>",
+            mutation_scale=9,
+            connectionstyle=curve,
+            color=color,
+            linewidth=1.1,
+            linestyle="--" if dashed else "-",
+            shrinkA=0,
+            shrinkB=0,
+        )
+    )

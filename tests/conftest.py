@@ -1,6 +1,7 @@
-"""Shared by all tests: few threads, and tiny checkpoints with random weights, made once per run."""
+"""Shared by all tests: one thread for quick tests, and tiny checkpoints with random weights, made once per run."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,18 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 CONFORMANCE = Path(__file__).parent / "conformance"
 WORDS = "a the whale apple moving left right up down on blue red green white background slowly staying still"
 
-torch.set_num_threads(min(torch.get_num_threads(), 2))
+CORES = torch.get_num_threads()
+
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine threads wait for each other
+
+
+@pytest.fixture(autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Slow tests may use the whole machine."""
+    if request.node.get_closest_marker("slow") is not None:
+        torch.set_num_threads(CORES)
+    yield
+    torch.set_num_threads(1)
 
 
 def save_tiny_tokenizer(folder: Path) -> None:

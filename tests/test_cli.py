@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from nova_video import cli, media
+from nova_video.arguments import parse
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK = ["--sets", "2", "--diffusion-steps", "1"]
@@ -143,6 +145,42 @@ def test_long_sentence_is_cut_with_one_warning(
     ]
 
 
+class GrayModel:
+    """Stands in for a pipeline that paints every frame gray."""
+
+    vae = None
+
+    def __call__(self, prompt: list[str], *, num_frames: int, **_: object) -> SimpleNamespace:
+        made = np.full((len(prompt), num_frames, 128, 128, 3), 0.5, np.float32)
+        return SimpleNamespace(images=made[:, 0], frames=made)
+
+
+def test_data_and_evaluate(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("data", "shapes", "-o", "world") == (0, "world: 10 objects\n", "")
+    monkeypatch.setattr(cli, "_load_pipeline", lambda *_: GrayModel())
+    monkeypatch.setattr("nova_video.evaluation.emoji.JUDGE_CLIPS", 12)
+    code, out, err = run(
+        "evaluate", "emoji", "--data", "world", "-o", "scores", "--num-clips", 12, "--num-pairs", 4, "--guidance", 2
+    )
+    assert (code, err) == (0, "")
+    assert "motion" in out
+    assert out.endswith("scores\n")
+    assert sorted(path.name for path in Path("scores").iterdir()) == ["scores.json", "sheet.png"]
+    report = json.loads(Path("scores/scores.json").read_text())
+    command = "nova evaluate emoji --data world --output scores --num-clips 12 --num-pairs 4 --guidance 2.0"
+    assert report["command"] == command
+    assert (report["settings"]["num_clips"], report["settings"]["guidance_scale"]) == (12, 2)
+    assert report["scores"]["generated"]["object"]["percent"] < 50
+
+
+def test_defaults_of_evaluate_are_the_library_s() -> None:
+    from nova_video.evaluation.emoji import EmojiSettings
+
+    typed = parse(["evaluate", "emoji"])
+    for name in ("num_clips", "num_pairs", "num_frames", "split", "seed", "batch_size"):
+        assert getattr(typed, name) == getattr(EmojiSettings(), name)
+
+
 WRONG: dict[str, tuple[list[str], str]] = {
     "no command": ([], "expected one of {generate, info, train, evaluate, data}"),
     "unknown command": (["paint", "a whale"], "got: nova paint 'a whale'"),
@@ -179,6 +217,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "unknown recipe key": (["train", "bad.toml"], "stepz"),
     "unknown recipe option": (["train", "good.toml", "--stepz", "3"], "stepz"),
     "no art": (["data", "emoji", "--art", "none", "--names", "none.json", "-o", "world"], "none"),
+    "no world to evaluate on": (["evaluate", "emoji", "--data", "none"], "none"),
+    "no clips to evaluate": (["evaluate", "emoji", "--num-clips", "0"], "num_clips is 0"),
     "no world folder": (["data", "shapes", "-o", "empty.txt"], "empty.txt"),
 }
 

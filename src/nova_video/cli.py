@@ -252,8 +252,8 @@ def run_evaluate_emoji(args: EvaluateEmoji) -> None:
         guidance_scale=args.guidance,
         motion_flow=args.motion,
     )
-    check_report_folder(args.output)
     world = EmojiWorld.load(args.data, choose_device(args.device))
+    check_report_folder(args.output)
     pipe = _load_pipeline(args.model, args.device, args.dtype)
     with _bar() as bar:
         tasks: dict[str, Any] = {}

@@ -76,7 +76,7 @@ def test_sets_are_drawn_as_the_sampler_makes_them(pipe: NovaPipeline, request_of
     count = drawn.rows * drawn.columns
     assert drawn.sizes == set_sizes(count, 8)
     assert sorted(drawn.order.tolist()) == list(range(count))
-    filling = samples.record_filling(pipe, "a whale", 3, num_frames=5, num_inference_steps=8, num_diffusion_steps=1)
+    filling = samples.record_filling(pipe, "a whale", 3, num_frames=5, num_sets=8, num_diffusion_steps=1)
     sets = attention.set_of_token(drawn.order, drawn.sizes).reshape(drawn.rows, drawn.columns)
     assert [moment.frame for moment in filling.moments] == [0] * len(drawn.sizes) + [1] * len(drawn.sizes)
     for step, moment in enumerate(filling.moments):
@@ -167,7 +167,7 @@ def test_cover_hides_what_is_not_revealed() -> None:
 
 
 def test_filling_becomes_an_animation(pipe: NovaPipeline, tmp_path: Path) -> None:
-    filling = samples.record_filling(pipe, "a whale", 0, num_frames=5, num_inference_steps=3, num_diffusion_steps=2)
+    filling = samples.record_filling(pipe, "a whale", 0, num_frames=5, num_sets=3, num_diffusion_steps=2)
     samples.draw_filling(pipe, filling, tmp_path / "filling.webp")
     with Image.open(tmp_path / "filling.webp") as animation:
         assert animation.n_frames == len(filling.moments) + 5

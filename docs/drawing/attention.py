@@ -94,9 +94,9 @@ def draw_sets(order: Array, sizes: Sequence[int], rows: int, columns: int, asked
     last = max(len(sizes) - 1, 1)
     grid.imshow(sets, cmap="cividis", vmin=0, vmax=last)
     for row, column in np.ndindex(sets.shape) if max(sets.shape) <= 12 else ():
-        number = sets[row, column]
-        color = "white" if number < 0.55 * last else INK
-        grid.text(column, row, str(number + 1), ha="center", va="center", fontsize=8.5, color=color)
+        shown = int(sets[row, column])
+        color = "white" if shown < 0.55 * last else INK
+        grid.text(column, row, str(shown + 1), ha="center", va="center", fontsize=8.5, color=color)
     _cell_lines(grid, rows, columns)
     grid.set(title=f"The set in which each of {rows * columns} tokens appears", xticks=[], yticks=[])
 

@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from drawing.style import ABSENT, SPACE, TIME
 
 
-def encoder_reads(vae: Any, num_frames: int, side: int = 32) -> np.ndarray:
+def encoder_reads(vae: Any, num_frames: int, side: int = 16) -> np.ndarray:
     """(F, T) bool: latent frame f depends on pixel frame t."""
     clip = _noise(1, 3, num_frames, side, side).requires_grad_()
     latents = vae.encode(clip).latent_dist.mean  # (1, C, F, h, w)
     return _used(latents, clip)
 
 
-def decoder_reads(vae: Any, num_latents: int, side: int = 4) -> np.ndarray:
+def decoder_reads(vae: Any, num_latents: int, side: int = 2) -> np.ndarray:
     """(T, F) bool: pixel frame t depends on latent frame f."""
     latents = _noise(1, vae.config.latent_channels, num_latents, side, side).requires_grad_()
     return _used(vae.decode(latents).sample, latents)

@@ -144,8 +144,7 @@ def draw_denoiser(model: NOVATransformer3DModel) -> Figure:
     # Inside a block.
     x = 14.5
     axes.add_patch(Rectangle((11.0, 0.2), 6.4, 8.9, facecolor="#FFF8EB", edgecolor=CHOSEN, linewidth=0.9))
-    axes.text(11.25, 8.75, "inside a block", ha="left", va="center", fontsize=9)
-    axes.text(11.25, 0.62, "$s, b, g$ = Linear(SiLU($u$))", ha="left", va="center", fontsize=7.5)
+    axes.text(11.25, 8.75, "inside a block, $s, b, g$ = Linear(SiLU($u$))", ha="left", va="center", fontsize=8)
     steps = ("layer norm", r"$\times\,(1 + s) + b$", "Linear, SiLU, Linear", "layer norm", r"$\times\, g$", "+")
     heights = (7.1, 5.95, 4.8, 3.65, 2.5, 1.35)
     arrow(axes, (x, 8.45), (x, heights[0] + 0.37), CHOSEN)

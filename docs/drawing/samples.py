@@ -6,13 +6,14 @@ What is shown of an unfinished frame is its latents as they are, decoded; tokens
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -46,7 +47,14 @@ class Filling:
     fps: float
 
 
-def record_filling(pipe: NovaPipeline, prompt: str, seed: int, num_frames: int | None = None, **asked: int) -> Filling:
+def record_filling(
+    pipe: NovaPipeline,
+    prompt: str,
+    seed: int,
+    num_frames: int | None = None,
+    num_sets: int | None = None,
+    num_diffusion_steps: int | None = None,
+) -> Filling:
     """Run one request and keep what its callback is given."""
     moments: list[Moment] = []
 
@@ -56,11 +64,12 @@ def record_filling(pipe: NovaPipeline, prompt: str, seed: int, num_frames: int |
     result = pipe(
         prompt,
         num_frames=num_frames,
+        num_inference_steps=num_sets,
+        num_diffusion_steps=num_diffusion_steps,
         generator=torch.Generator().manual_seed(seed),
         callback_on_step_end=keep,
-        **asked,
     )
-    return Filling(prompt, moments, (result.frames or [result.images])[0], float(result.fps))
+    return Filling(prompt, moments, (result.frames or [result.images])[0], result.fps or 1.0)
 
 
 @torch.no_grad()
@@ -69,7 +78,8 @@ def decode_last(pipe: NovaPipeline, frames: Sequence[Tensor]) -> Image.Image:
     z = unscale_latents(pipe.vae, torch.stack(list(frames), dim=2).to(pipe.vae.dtype))
     pixels = pipe.vae.decode(z if len(frames) > 1 else z[:, :, 0]).sample
     pixels = pixels[:, :, -1:] if pixels.dim() == 5 else pixels.unsqueeze(2)  # (1, 3, 1, H, W)
-    return pixels_to_output(pixels, "pil")[0][0]
+    picture: Image.Image = pixels_to_output(pixels, "pil")[0][0]
+    return picture
 
 
 def cover(picture: Image.Image, revealed: np.ndarray) -> Image.Image:
@@ -88,9 +98,10 @@ def cover(picture: Image.Image, revealed: np.ndarray) -> Image.Image:
 # A frame being filled ------------------------------------------------------------------------------------------------
 
 LARGE, SMALL, GAP = 288, 96, 16  # pixels
+MOST_BYTES = 300_000  # of the animation, if a lower quality can do it
 
 
-def draw_filling(pipe: NovaPipeline, filling: Filling, path: Any) -> None:
+def draw_filling(pipe: NovaPipeline, filling: Filling, path: Path) -> None:
     """An animation: the frame in hand, the latent frames so far, then the clip as it plays."""
     finished: list[Tensor] = []
     shown: list[Image.Image] = []
@@ -100,7 +111,7 @@ def draw_filling(pipe: NovaPipeline, filling: Filling, path: Any) -> None:
         picture = cover(decode_last(pipe, [*finished, moment.latents]), moment.revealed)
         tokens = f"{int(moment.revealed.sum())} of {moment.revealed.size} tokens"
         share = float(moment.revealed.mean())
-        status = f"latent frame {moment.frame + 1} of {count}: {tokens}"
+        status = f"latent frame {moment.frame}: {tokens}"
         pictures.append(_page(filling.prompt, picture, [*shown, picture], count, status, share))
         done = bool(moment.revealed.all())
         durations.append(700 if done else 170)
@@ -112,16 +123,18 @@ def draw_filling(pipe: NovaPipeline, filling: Filling, path: Any) -> None:
         pictures.append(_page(filling.prompt, picture, shown, count, status, (index + 1) / len(filling.clip)))
         durations.append(round(1000 / filling.fps))
     durations[-1] += 1500
-    pictures[0].save(
-        path,
-        save_all=True,
-        append_images=pictures[1:],
-        duration=durations,
-        loop=0,
-        quality=60,
-        method=4,
-        minimize_size=True,
-    )
+    for quality in (60, 45, 30):
+        pictures[0].save(
+            path,
+            save_all=True,
+            append_images=pictures[1:],
+            duration=durations,
+            loop=0,
+            quality=quality,
+            minimize_size=True,
+        )
+        if path.stat().st_size <= MOST_BYTES:
+            break
 
 
 def _page(
@@ -232,7 +245,7 @@ def draw_denoising(pipe: NovaPipeline, run: Denoising, prompt: str, stages: int 
         cell = config.image_stride * pipe.transformer.patch_size
         for row, column in np.argwhere(run.chosen):
             corner = (column * cell - 0.5, row * cell - 0.5)
-            axes.add_patch(plt.Rectangle(corner, cell, cell, fill=False, edgecolor=CHOSEN, linewidth=1.1))
+            axes.add_patch(Rectangle(corner, cell, cell, fill=False, edgecolor=CHOSEN, linewidth=1.1))
         last = index == len(run.values) - 1
         axes.set_title("fixed" if last else f"t = {run.timesteps[index]:.0f}", fontsize=8.5)
         axes.axis("off")

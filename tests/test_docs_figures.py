@@ -195,6 +195,14 @@ def test_denoising_is_recorded_step_by_step(pipe: NovaPipeline) -> None:
     plt.close(samples.draw_denoising(pipe, run, "a whale", stages=3))
 
 
+def test_guidance_is_compared_on_the_same_random_numbers(pipe: NovaPipeline) -> None:
+    figure = samples.draw_guidance(pipe, ["a whale"], (1, 1, 4), seed=0)
+    off, again, guided = (np.asarray(axes.images[0].get_array()) for axes in figure.axes)
+    plt.close(figure)
+    assert np.array_equal(off, again)
+    assert not np.array_equal(off, guided)
+
+
 def test_the_script_draws_what_the_page_shows(tiny_checkpoint: Path, tmp_path: Path) -> None:
     figures.main(figures.Figures(str(tiny_checkpoint), tmp_path, structure_only=True))
     drawn = {path.name for path in tmp_path.iterdir()} | {"filling.webp", "denoising.png", "guidance.png"}

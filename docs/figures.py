@@ -1,4 +1,4 @@
-"""Draws every picture of docs/how-it-works.md from a checkpoint: `python docs/figures.py [--model emoji]`.
+"""Draws every picture of the README and the docs from a checkpoint: `python docs/figures.py [--model emoji]`.
 
 Masks, orders, sizes and dependencies are computed by the model's own code; samples are real requests.
 """
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 import tyro
-from drawing import attention, autoencoder, network, samples, training
+from drawing import attention, autoencoder, curves, network, samples, showcase, training
 from drawing.requests import reveal_frame
 from drawing.style import save
 
+from nova_video.loading import resolve_checkpoint
 from nova_video.pipeline import NovaPipeline
 from nova_video.training.recipe import TransformerRecipe, load_recipe
 
@@ -21,19 +22,23 @@ RECIPE = DOCS.parent / "recipes" / "emoji-image.toml"
 
 @dataclass(frozen=True)
 class Figures:
-    """Draw the pictures of docs/how-it-works.md."""
+    """Draw the pictures of the README and the docs."""
 
     model: str = "emoji"
     """As for `nova generate`: the model in the box, a checkpoint folder, or the name of a released checkpoint."""
     output: Path = DOCS / "images"
     """Folder to write."""
     structure_only: bool = False
-    """Leave out what needs trained weights: the animation, the denoising of a set, and guidance."""
+    """Leave out what needs trained weights: the clips of the README, a frame being filled, a set being denoised, and
+    guidance."""
     prompt: str = "a whale moving left on a blue background"
-    """Of the animation."""
+    """Of the frame being filled."""
     image_prompts: tuple[str, ...] = ("a red apple on a white background", "an owl on a green background")
     """Of the pictures: the first one's denoising is shown, and all with different guidance."""
     seed: int = 0
+    """Of orders, clips and animation."""
+    image_seed: int = 5
+    """Of the denoising and of guidance: here the set that is shown covers some of the apple."""
 
 
 def draw_structure(pipe: NovaPipeline, output: Path, seed: int) -> None:
@@ -66,13 +71,16 @@ def draw_structure(pipe: NovaPipeline, output: Path, seed: int) -> None:
     save(autoencoder.draw_autoencoder(encoder, decoder), output / "autoencoder.png")
 
 
-def draw_samples(pipe: NovaPipeline, output: Path, prompt: str, image_prompts: tuple[str, ...], seed: int) -> None:
+def draw_samples(pipe: NovaPipeline, args: Figures) -> None:
     """What the model makes."""
-    filling = samples.record_filling(pipe, prompt, seed)
+    output, first = args.output, args.image_prompts[0]
+    clips, fps = showcase.make_clips(pipe, showcase.PROMPTS, args.seed)
+    showcase.draw_sheet(clips, showcase.PROMPTS, fps, output / "emoji.webp")
+    filling = samples.record_filling(pipe, args.prompt, args.seed)
     samples.draw_filling(pipe, filling, output / "filling.webp")
-    run = samples.record_denoising(pipe, image_prompts[0], seed, num_sets=5, chosen=3)
-    save(samples.draw_denoising(pipe, run, image_prompts[0]), output / "denoising.png")
-    save(samples.draw_guidance(pipe, image_prompts, (1, 2, 4, 8), seed), output / "guidance.png")
+    run = samples.record_denoising(pipe, first, args.image_seed, num_sets=5, chosen=3)
+    save(samples.draw_denoising(pipe, run, first), output / "denoising.png")
+    save(samples.draw_guidance(pipe, args.image_prompts, (1, 2, 4, 8), args.image_seed), output / "guidance.png")
 
 
 def main(args: Figures) -> None:
@@ -81,8 +89,11 @@ def main(args: Figures) -> None:
     pipe = NovaPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     draw_structure(pipe, args.output, args.seed)
+    logs = resolve_checkpoint(args.model) / "training"
+    if logs.is_dir():  # only a checkpoint that carries its training curve
+        save(curves.draw_curves(logs), args.output / "training-curve.png")
     if not args.structure_only:
-        draw_samples(pipe, args.output, args.prompt, args.image_prompts, args.seed)
+        draw_samples(pipe, args)
     for path in sorted(args.output.iterdir()):
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 

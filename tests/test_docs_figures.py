@@ -1,5 +1,6 @@
 """The pictures of the docs say what the model does: what is drawn is compared with the model itself."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
 import figures  # noqa: E402
-from drawing import attention, autoencoder, network, requests, samples, style, training  # noqa: E402
+from drawing import attention, autoencoder, curves, network, requests, samples, showcase, style, training  # noqa: E402
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny  # noqa: E402
 from nova_video.model import set_sizes  # noqa: E402
@@ -203,8 +204,53 @@ def test_guidance_is_compared_on_the_same_random_numbers(pipe: NovaPipeline) -> 
     assert not np.array_equal(off, guided)
 
 
-def test_the_script_draws_what_the_page_shows(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_showcase_plays_every_clip(pipe: NovaPipeline, tmp_path: Path) -> None:
+    prompts = ["a whale", "an owl", "a red apple", "a pear", "a fox on a very wide blue background indeed"]
+    clips, fps = showcase.make_clips(pipe, prompts, seed=1, num_frames=5)
+    alone = pipe("an owl", num_frames=5, generator=torch.Generator().manual_seed(1)).frames[0]
+    assert [np.asarray(frame).tolist() for frame in clips[1]] == [np.asarray(frame).tolist() for frame in alone]
+    showcase.draw_sheet(clips, prompts, fps, tmp_path / "sheet.webp")
+    with Image.open(tmp_path / "sheet.webp") as sheet:
+        assert sheet.n_frames == 5
+        assert sheet.info["loop"] == 0
+        assert sheet.width < 4.5 * showcase.SIDE + 5 * showcase.GAP
+        assert sheet.height > 2 * showcase.SIDE  # five clips are two rows
+
+
+def test_curves_are_the_logs(tmp_path: Path) -> None:
+    rows = {
+        "autoencoder.jsonl": [{"seconds": 10.0, "psnr": 20.0}, {"seconds": 20.0, "psnr": 25.0}],
+        "emoji-image.jsonl": [
+            {"seconds": 30.0, "loss": 1.0},
+            {"seconds": 30.0, "held_out_loss": 0.5, "held_out_loss_wrong_object": 0.6},
+            {"seconds": 30.0, "score_object": 40.0},
+        ],
+        "emoji-video.jsonl": [
+            {"seconds": 8.0, "loss": 0.4},
+            {"seconds": 8.0, "held_out_loss": 0.3, "held_out_loss_wrong_motion": 0.7},
+            {"seconds": 8.0, "score_object": 60.0},
+        ],
+    }
+    for name, entries in rows.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in entries))
+    figure = curves.draw_curves(tmp_path)
+    psnr, scores, image, video = figure.axes
+    lines = {line.get_label(): line for axes in (scores, image, video) for line in axes.lines}
+    drawn = psnr.lines[0]
+    plt.close(figure)
+    assert (list(drawn.get_xdata()), list(drawn.get_ydata())) == ([10.0, 20.0], [20.0, 25.0])
+    assert list(lines["object"].get_xdata()) == [30.0, 38.0]  # stage two follows stage one
+    assert list(lines["object"].get_ydata()) == [40.0, 60.0]
+    assert list(lines["another object"].get_ydata()) == [0.6]
+    assert list(lines["another motion"].get_ydata()) == [0.7]
+
+
+def test_the_script_draws_what_the_pages_show(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Every picture of the README and the docs; those of trained weights are drawn by the functions tested above."""
     figures.main(figures.Figures(str(tiny_checkpoint), tmp_path, structure_only=True))
-    drawn = {path.name for path in tmp_path.iterdir()} | {"filling.webp", "denoising.png", "guidance.png"}
-    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"\]\(images/([^)]+)\)", page)) == drawn
+    trained = {"filling.webp", "denoising.png", "guidance.png", "emoji.webp", "training-curve.png"}
+    drawn = {path.name for path in tmp_path.iterdir()} | trained
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown = {name for page in pages for name in re.findall(r"\]\((?:docs/)?images/([^)]+)\)", page.read_text("utf-8"))}
+    assert shown == drawn
+    assert shown == {path.name for path in (ROOT / "docs" / "images").iterdir()}

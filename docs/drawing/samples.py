@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from drawing.style import CHOSEN, FAINT, HIDDEN, INK, SPACE, font
+from drawing.style import CHOSEN, FAINT, HIDDEN, INK, SPACE, font, rgb, save_animation
 from nova_video.autoencoders import unscale_latents
 from nova_video.model import patchify, random_order, set_sizes, unpatchify
 from nova_video.pipeline import NovaPipeline
@@ -87,7 +86,7 @@ def cover(picture: Image.Image, revealed: np.ndarray) -> Image.Image:
     out = picture.copy()
     brush = ImageDraw.Draw(out)
     height, width = picture.height / revealed.shape[0], picture.width / revealed.shape[1]
-    grey = _rgb(HIDDEN)
+    grey = rgb(HIDDEN)
     rim = tuple(min(255, value + 26) for value in grey)
     for row, column in np.argwhere(~revealed):
         corners = (column * width, row * height, (column + 1) * width - 1, (row + 1) * height - 1)
@@ -97,8 +96,8 @@ def cover(picture: Image.Image, revealed: np.ndarray) -> Image.Image:
 
 # A frame being filled ------------------------------------------------------------------------------------------------
 
-LARGE, SMALL, GAP = 288, 96, 16  # pixels
-MOST_BYTES = 300_000  # of the animation, if a lower quality can do it
+LARGE, SMALL, GAP = 256, 96, 16  # pixels
+MOST_BYTES = 300_000  # of the animation
 
 
 def draw_filling(pipe: NovaPipeline, filling: Filling, path: Path) -> None:
@@ -123,18 +122,7 @@ def draw_filling(pipe: NovaPipeline, filling: Filling, path: Path) -> None:
         pictures.append(_page(filling.prompt, picture, shown, count, status, (index + 1) / len(filling.clip)))
         durations.append(round(1000 / filling.fps))
     durations[-1] += 1500
-    for quality in (60, 45, 30):
-        pictures[0].save(
-            path,
-            save_all=True,
-            append_images=pictures[1:],
-            duration=durations,
-            loop=0,
-            quality=quality,
-            minimize_size=True,
-        )
-        if path.stat().st_size <= MOST_BYTES:
-            break
+    save_animation(pictures, durations, path, MOST_BYTES)
 
 
 def _page(
@@ -148,20 +136,20 @@ def _page(
     width = left + columns * (SMALL + GAP)
     page = Image.new("RGB", (width, height + 3 * GAP + 64), "white")
     brush = ImageDraw.Draw(page)
-    brush.text((GAP, GAP - 4), prompt, font=font(15), fill=_rgb(INK))
+    brush.text((GAP, GAP - 4), prompt, font=font(15), fill=rgb(INK))
     top = GAP + 26
     page.paste(large.resize((LARGE, height), Image.Resampling.BICUBIC), (GAP, top))
     for index in range(count):
         x, y = left + index % columns * (SMALL + GAP), top + index // columns * (low + GAP + 16)
-        brush.text((x, y), str(index), font=font(11), fill=_rgb(FAINT))
+        brush.text((x, y), str(index), font=font(11), fill=rgb(FAINT))
         if index < len(small):
             page.paste(small[index].resize((SMALL, low), Image.Resampling.BICUBIC), (x, y + 16))
         else:
-            brush.rectangle((x, y + 16, x + SMALL - 1, y + 16 + low - 1), outline=_rgb(HIDDEN))
+            brush.rectangle((x, y + 16, x + SMALL - 1, y + 16 + low - 1), outline=rgb(HIDDEN))
     bar = top + height + GAP
-    brush.rectangle((GAP, bar, GAP + LARGE - 1, bar + 5), fill=_rgb(HIDDEN))
-    brush.rectangle((GAP, bar, GAP + max(1, round(LARGE * share)) - 1, bar + 5), fill=_rgb(SPACE))
-    brush.text((GAP, bar + 10), status, font=font(13), fill=_rgb(INK))
+    brush.rectangle((GAP, bar, GAP + LARGE - 1, bar + 5), fill=rgb(HIDDEN))
+    brush.rectangle((GAP, bar, GAP + max(1, round(LARGE * share)) - 1, bar + 5), fill=rgb(SPACE))
+    brush.text((GAP, bar + 10), status, font=font(13), fill=rgb(INK))
     return page
 
 
@@ -277,8 +265,3 @@ def draw_guidance(pipe: NovaPipeline, prompts: Sequence[str], scales: Sequence[f
         axes.set_title(f"scale {scale:g}" + (" (off)" if scale <= 1 else ""))
     figure.tight_layout(w_pad=0.5, h_pad=0.5)
     return figure
-
-
-def _rgb(color: str) -> tuple[int, int, int]:
-    red, green, blue = (round(255 * value) for value in to_rgb(color))
-    return red, green, blue

@@ -4,6 +4,7 @@ Everything is drawn on white, so that a page with a dark theme shows it as well.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image, ImageFont
@@ -60,9 +62,32 @@ def save(figure: Figure, path: Path) -> None:
     picture.save(path, optimize=True)
 
 
+def save_animation(pictures: Sequence[Image.Image], durations: Sequence[int], path: Path, most_bytes: int) -> None:
+    """Write an endless WebP, each picture for its milliseconds; of lower quality where it would be too large."""
+    for quality in (85, 75, 60, 45, 30):
+        pictures[0].save(
+            path,
+            save_all=True,
+            append_images=pictures[1:],
+            duration=list(durations),
+            loop=0,
+            quality=quality,
+            method=4,
+            allow_mixed=True,
+        )
+        if path.stat().st_size <= most_bytes:
+            break
+
+
 def font(size: int) -> ImageFont.FreeTypeFont:
     """The font of the figures, for pictures that are not drawn by matplotlib."""
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
+
+
+def rgb(color: str) -> tuple[int, int, int]:
+    """A colour of the palette for pictures that are not drawn by matplotlib."""
+    red, green, blue = (round(255 * value) for value in to_rgb(color))
+    return red, green, blue
 
 
 def sheet(axes: Axes, width: float, height: float) -> None:

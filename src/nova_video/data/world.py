@@ -232,32 +232,6 @@ class EmojiWorld:
             return torch.zeros(len(spec), device=self.device)
         return self.motion_table.lookup(spec.motion, spec.speed, spec.size)
 
-    def sentences(self, images: bool = False) -> list[str]:
-        """Every caption of clips (or of single images) in every wording, in the order of `sentence_index`: so that
-        their features can be made once and looked up on the device."""
-        if images:
-            return [
-                image_caption(name, color, wording)
-                for name in self.names
-                for color in COLORS
-                for wording in range(len(IMAGE_WORDINGS))
-            ]
-        return [
-            clip_caption(name, motion, speed, color, wording)
-            for name in self.names
-            for motion in MOTIONS
-            for speed in SPEEDS
-            for color in COLORS
-            for wording in range(len(CLIP_WORDINGS))
-        ]
-
-    def sentence_index(self, spec: ClipSpec, wording: Tensor | int = 0) -> Tensor:
-        """(N,) where in `sentences` the captions of `spec` are, in wording (N,) or the same for all. Not for pairs."""
-        if spec.num_frames == 1:
-            return (spec.object * len(COLORS) + spec.background) * len(IMAGE_WORDINGS) + wording
-        kind = (spec.object * len(MOTIONS) + spec.motion) * len(SPEEDS) + spec.speed
-        return (kind * len(COLORS) + spec.background) * len(CLIP_WORDINGS) + wording
-
 
 def to_uint8(clips: Tensor) -> Tensor:
     """Clips as rendered (N, 3, F, H, W) in [-1, 1] -> frames (N, F, H, W, 3) uint8."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -252,4 +253,5 @@ class Log:
     def picture(self, step: int, picture: Image.Image) -> None:
         path = self.output / "sheets" / f"step-{step:08d}.png"
         picture.save(path)
+        self.writer.add_image("samples", np.array(picture), step, dataformats="HWC")
         self.say(f"step {step:6d}  {path}")

@@ -33,7 +33,7 @@ class Figures:
     guidance."""
     prompt: str = "a whale moving left on a blue background"
     """Of the frame being filled."""
-    image_prompts: tuple[str, ...] = ("a red apple on a white background", "an owl on a green background")
+    image_prompts: tuple[str, ...] = ("a red apple on a white background", "a penguin on an orange background")
     """Of the pictures: the first one's denoising is shown, and all with different guidance."""
     seed: int = 0
     """Of orders, clips and animation."""

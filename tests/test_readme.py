@@ -100,6 +100,12 @@ def test_seconds_and_steps_of_the_training() -> None:
         assert (seconds, steps) == (f"{last['seconds']:.0f}", f"{last['step']:,}")
 
 
+def test_quality_of_the_autoencoder() -> None:
+    log = (MODEL / "training" / "autoencoder.jsonl").read_text(encoding="utf-8").splitlines()
+    psnr = json.loads(log[-1])["psnr"]
+    assert f"The autoencoder reaches {psnr:.1f} dB on held-out clips" in CARD.read_text(encoding="utf-8")
+
+
 def test_sizes_of_the_weights() -> None:
     text = CARD.read_text(encoding="utf-8")
     total = 0

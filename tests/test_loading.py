@@ -285,3 +285,12 @@ def test_missing_component(checkpoint: Path, part: str) -> None:
     shutil.rmtree(checkpoint / part)
     with pytest.raises(InputError, match=f"has no {part}/"):
         (load_transformer if part == "transformer" else load_scheduler)(checkpoint)
+
+
+@pytest.mark.parametrize(("upcast", "expected"), [(True, torch.float32), (False, torch.float16)])
+def test_image_autoencoders_that_overflow_stay_in_float32(upcast: bool, expected: torch.dtype, tmp_path: Path) -> None:
+    shutil.copytree(CONFORMANCE / "text-to-image", tmp_path / "model")
+    config = tmp_path / "model" / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": upcast}))
+    vae = load_autoencoder(tmp_path / "model", torch.float16)
+    assert vae.dtype == expected

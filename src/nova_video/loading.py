@@ -83,12 +83,19 @@ def load_transformer(checkpoint: Path, torch_dtype: torch.dtype | None = None) -
 
 
 def load_autoencoder(checkpoint: Path, torch_dtype: torch.dtype | None = None) -> Any | None:
-    """The autoencoder that vae/config.json names, or None where there is no vae/."""
+    """The autoencoder that vae/config.json names, or None where there is no vae/.
+
+    An image autoencoder whose config says `force_upcast` overflows in float16 and stays in float32, as in diffusers'
+    pipelines for it.
+    """
     folder = checkpoint / "vae"
     if not folder.is_dir():
         return None
     classes = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderKLOpenSora, AutoencoderKLCausalTiny)}
-    return load_component(classes[_check_class(folder, classes)], folder, torch_dtype)
+    found = classes[_check_class(folder, classes)]
+    if found is AutoencoderKL and torch_dtype is torch.float16 and read_json(folder / "config.json").get("force_upcast"):
+        torch_dtype = torch.float32
+    return load_component(found, folder, torch_dtype)
 
 
 def load_scheduler(checkpoint: Path) -> Any:

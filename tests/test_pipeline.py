@@ -474,7 +474,8 @@ def test_torch_dtype() -> None:
     result = pipe(prompt_embeds=[features()], generator=seeded(), output_type="latent", **QUICK)
     assert result.images.dtype == torch.bfloat16
     assert pipe(prompt_embeds=[features()], **QUICK).images[0].size == (64, 64)
-    mixed = NovaPipeline.from_pretrained(folder, torch_dtype={"transformer": torch.bfloat16, "default": torch.float16})
+    by_part = {"transformer": torch.bfloat16, "default": torch.float16}
+    mixed = NovaPipeline.from_pretrained(CONFORMANCE / "text-to-video", torch_dtype=by_part)
     assert (mixed.transformer.dtype, mixed.vae.dtype) == (torch.bfloat16, torch.float16)
 
 

@@ -93,9 +93,8 @@ def load_autoencoder(checkpoint: Path, torch_dtype: torch.dtype | None = None) -
         return None
     classes = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderKLOpenSora, AutoencoderKLCausalTiny)}
     found = classes[_check_class(folder, classes)]
-    if found is AutoencoderKL and torch_dtype is torch.float16 and read_json(folder / "config.json").get("force_upcast"):
-        torch_dtype = torch.float32
-    return load_component(found, folder, torch_dtype)
+    overflows = found is AutoencoderKL and read_json(folder / "config.json").get("force_upcast")
+    return load_component(found, folder, torch.float32 if overflows and torch_dtype is torch.float16 else torch_dtype)
 
 
 def load_scheduler(checkpoint: Path) -> Any:

@@ -214,6 +214,8 @@ def test_resuming_equals_never_stopping(transformer_recipe: TransformerRecipe, t
     assert whole.keys() == again.keys()
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name
+    logged = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("run", "stopped")]
+    assert [json.loads(line)["step"] for line in logged[0]] == [json.loads(line)["step"] for line in logged[1]]
 
 
 def test_the_loop_writes_what_it_says(transformer_recipe: TransformerRecipe) -> None:

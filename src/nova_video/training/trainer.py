@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from nova_video.devices import choose_device
 from nova_video.errors import InputError
@@ -30,12 +31,12 @@ from nova_video.training.task import Task
 from nova_video.training.transformer import TransformerTask
 
 
-def train(recipe: Recipe, resume: bool = True) -> Path:
+def train(recipe: Recipe) -> Path:
     """Train to the end and return the folder of the exported model. Goes on from the output's newest checkpoint."""
     device = choose_device(recipe.device)
     output = Path(recipe.output)
     log = Log(output)
-    newest = newest_checkpoint(output / "checkpoints") if resume else None
+    newest = newest_checkpoint(output / "checkpoints")
     (output / "recipe.toml").write_text(recipe_toml(recipe))
 
     torch.manual_seed(recipe.seed)
@@ -52,6 +53,7 @@ def train(recipe: Recipe, resume: bool = True) -> Path:
     if newest is not None:
         progress = load_checkpoint(newest, model, ema, optimizer)
         log.say(f"going on from {newest} at step {progress.step}")
+    log.start(progress.step)
     count = sum(p.numel() for p in model.parameters())
     log.say(f"{recipe.name}: {count / 1e6:.2f} M parameters on {device_name(device)}; writing to {output}")
 
@@ -84,7 +86,9 @@ def train(recipe: Recipe, resume: bool = True) -> Path:
                 losses = stepper.losses()  # waits for the device
                 spent = time.monotonic() - clock
                 if not all(map(math.isfinite, losses.values())):
-                    raise FloatingPointError(f"step {step}: a loss is not finite ({losses}); checkpoints are intact")
+                    raise InputError(
+                        f"step {step}: loss {losses}: expected finite numbers; go on with a lower optimizer.lr"
+                    )
                 rate = (step - logged_step) / max(spent - logged_at, 1e-9)
                 logged_step, logged_at = step, spent
                 log.write(step, spent, losses | {"steps_per_second": rate}, recipe.steps)
@@ -228,13 +232,16 @@ class Log:
             (output / "sheets").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"output folder {output} cannot be written: {error.strerror}") from error
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError("training logs to TensorBoard: install nova-video[train]") from error
         self.output = output
         self.console = Console(highlight=False, soft_wrap=True)
-        self.writer = SummaryWriter(str(output / "tensorboard"))
+
+    def start(self, step: int) -> None:
+        """Go on from `step`: what an interrupted run logged past it is dropped."""
+        self.writer = SummaryWriter(str(self.output / "tensorboard"), purge_step=step + 1)
+        path = self.output / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
 
     def say(self, text: str) -> None:
         self.console.print(text)

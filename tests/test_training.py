@@ -223,6 +223,9 @@ def test_the_loop_writes_what_it_says(transformer_recipe: TransformerRecipe) -> 
     folder = train(recipe)
     assert {path.name for path in folder.iterdir()} == {"transformer", "vae", "scheduler", "nova.json", "recipe.toml"}
     assert load_recipe(folder / "recipe.toml") == recipe
+    for part in ("transformer", "vae"):
+        weights = load_file(folder / part / "diffusion_pytorch_model.safetensors")
+        assert {value.dtype for value in weights.values()} == {torch.float16}
     lines = [json.loads(line) for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()]
     held_out = lines[-1]
     assert held_out["step"] == 6

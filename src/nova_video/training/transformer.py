@@ -4,6 +4,7 @@ Clips are rendered, encoded by a trained autoencoder and described by a text enc
 only picks rows of the pool.
 """
 
+import copy
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -219,9 +220,10 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant]):
         return pipe
 
     def export(self, model: NOVATransformer3DModel, folder: Path) -> None:
-        copy = NOVATransformer3DModel.from_config(model.config)
-        copy.load_state_dict(model.state_dict())
-        copy.half().save_pretrained(folder / "transformer")
-        self.vae.save_pretrained(folder / "vae")
+        """Write a whole checkpoint but for the text encoder, which `nova.json` names; weights in fp16."""
+        half = NOVATransformer3DModel.from_config(model.config)
+        half.load_state_dict(model.state_dict())
+        half.half().save_pretrained(folder / "transformer")
+        copy.deepcopy(self.vae).half().save_pretrained(folder / "vae")
         self.scheduler.save_pretrained(folder / "scheduler")
         CheckpointSettings(self.recipe.text_encoder, self.recipe.defaults).save(folder)

@@ -1,10 +1,10 @@
 """The command: files with records for right input, one line and exit code 2 for wrong, nothing left when stopped."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,8 +247,12 @@ def test_cuda_asked_for_and_absent(run: Run) -> None:
     assert "device 'cuda' asked for" in err
 
 
+def refuse(**_: object) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
 def test_folder_that_cannot_be_written_to(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)  # as root every folder is writable
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # as root every folder is writable
     for output in (["-o", "x.mp4"], []):
         code, _, err = run("generate", "a whale", *output)
         assert (code, err.count("\n")) == (2, 1)

@@ -105,7 +105,10 @@ def test_wrong_places(tmp_path: Path, name: str, message: str) -> None:
 
 
 def test_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media.os, "access", lambda *_: False)  # as root every folder is writable
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(media.tempfile, "TemporaryFile", refuse)  # as root every folder is writable
     with pytest.raises(InputError, match="is not writable"):
         media.check_output(tmp_path / "clip.mp4")
 

@@ -6,6 +6,7 @@ gif of several frames is animated. Legend: F frames, H W pixels.
 
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,8 +41,15 @@ def check_output(path: Path) -> None:
         raise InputError(f"cannot write {path}: it is a folder, expected a file name")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write {path}: the folder {path.parent} is not writable")
+    check_writable(path.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises for a folder that no file can be made in, found out by making one."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: the folder is not writable ({error.strerror})") from error
 
 
 @contextmanager

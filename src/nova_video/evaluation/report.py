@@ -1,7 +1,6 @@
 """What an evaluation of the emoji world found: as a table, as JSON, and as a sheet of clips to look at."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from nova_video.errors import InputError
 from nova_video.evaluation.emoji import GENERATED, EmojiReport, Sample
-from nova_video.media import atomic_path
+from nova_video.media import atomic_path, check_writable
 
 SHEET_FRAMES = 6  # of each clip, evenly spread
 SHEET_SIDE = 88  # pixels of a frame
@@ -27,8 +26,7 @@ def check_report_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}; expected a folder") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write to {folder}: the folder is not writable")
+    check_writable(folder)
 
 
 def write_report(report: EmojiReport, folder: Path) -> None:

@@ -78,10 +78,19 @@ def test_weak_spots_are_told(recorded: dict[str, Any]) -> None:
 
 
 def test_judge_reads_what_the_readme_says(recorded: dict[str, Any]) -> None:
-    """That the judge finds every background, motion and object of 400 real renders and reconstructions."""
-    for source in ("real renders", "autoencoder"):
-        for key in ("background", "motion", "object"):
-            assert rate_of(recorded["scores"][source][key]) == Rate(400, 400)
+    """That the judge finds everything in 400 real renders, and all but two objects in reconstructions of them."""
+    for key, missed in (("background", 0), ("motion", 0), ("object", 2)):
+        assert rate_of(recorded["scores"]["real renders"][key]) == Rate(400, 400)
+        assert rate_of(recorded["scores"]["autoencoder"][key]) == Rate(400 - missed, 400)
+
+
+def test_scores_at_more_guidance() -> None:
+    scores = json.loads((MODEL / "scores-guidance-4.json").read_text(encoding="utf-8"))["scores"]["generated"]
+    still = scores["by_motion"]["staying still"]["motion"]
+    text = " ".join(CARD.read_text(encoding="utf-8").split())
+    shown = [f"{rate_of(scores[key]).value * 100:.1f}%" for key in ("motion", "object")]
+    assert f"right in {shown[0]} and the object in {shown[1]}" in text
+    assert f"only {still['right']} of {still['of']} clips stayed still" in text
 
 
 @pytest.mark.parametrize("page", [README, CARD], ids=["README", "card"])

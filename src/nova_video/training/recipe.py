@@ -84,17 +84,28 @@ class LogRecipe:
 
 
 @dataclass(frozen=True)
-class AutoencoderRecipe:
-    """Trains `AutoencoderKLCausalTiny`."""
+class RunRecipe:
+    """What every training run has."""
 
-    kind: Literal["autoencoder"] = "autoencoder"
-    name: str = "autoencoder"
-    steps: int = 8000
+    name: str = "run"
+    steps: int = 40000
     seconds: float = 0.0
     """End after this many seconds of training if that comes first, with the schedule fitted to it; 0: no limit."""
     seed: int = 0
     device: str = "auto"
-    output: str = "runs/autoencoder"
+    output: str = "runs/run"
+    cuda_graph: bool = True
+    """Record the whole step as CUDA graphs (GPU)."""
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    log: LogRecipe = field(default_factory=LogRecipe)
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe(RunRecipe):
+    """Trains `AutoencoderKLCausalTiny`."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
     latent_channels: int = 16
     l1: float = 1.0
     mse: float = 2.0
@@ -103,10 +114,6 @@ class AutoencoderRecipe:
     kl: float = 1e-3
     foreground: float = 4.0
     """Pixels of the object weigh 1 + this."""
-    cuda_graph: bool = True
-    data: DataRecipe = field(default_factory=DataRecipe)
-    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    log: LogRecipe = field(default_factory=LogRecipe)
 
 
 @dataclass(frozen=True)
@@ -123,17 +130,10 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
-class TransformerRecipe:
+class TransformerRecipe(RunRecipe):
     """Trains `NOVATransformer3DModel`: stage one on images, stage two on clips from stage one's weights (`init`)."""
 
     kind: Literal["transformer"] = "transformer"
-    name: str = "emoji-image"
-    steps: int = 40000
-    seconds: float = 0.0
-    """End after this many seconds of training if that comes first, with the schedule fitted to it; 0: no limit."""
-    seed: int = 0
-    device: str = "auto"
-    output: str = "runs/emoji-image"
     init: str = ""
     """Checkpoint folder whose transformer is started from; empty: from scratch."""
     autoencoder: str = "runs/autoencoder/model"
@@ -154,13 +154,9 @@ class TransformerRecipe:
     """Largest standard deviation of noise on what the temporal encoder reads of earlier frames."""
     compile: bool = False
     """Compile the transformer blocks (GPU)."""
-    cuda_graph: bool = True
     model: ModelRecipe = field(default_factory=ModelRecipe)
     defaults: Defaults = field(default_factory=Defaults)
     """What a call of the trained checkpoint means by None."""
-    data: DataRecipe = field(default_factory=DataRecipe)
-    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    log: LogRecipe = field(default_factory=LogRecipe)
 
     def __post_init__(self) -> None:
         if len(self.visible) != len(self.visible_probability):

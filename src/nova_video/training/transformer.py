@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nova_video.autoencoders import scale_latents
 from nova_video.data.clips import CANVAS, FPS, ClipSpec
+from nova_video.data.words import MOTIONS
 from nova_video.errors import InputError
 from nova_video.evaluation.emoji import (
     GENERATED,
@@ -187,7 +188,7 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant]):
         shift = torch.randint(1, len(self.world.names), (count,), generator=generator, device=self.device)
         told = {"": spec, "_wrong_object": replace(spec, object=(spec.object + shift) % len(self.world.names))}
         if frames > 1:
-            told["_wrong_motion"] = replace(spec, motion=(spec.motion + 1 + shift % 8) % 10)
+            told["_wrong_motion"] = replace(spec, motion=(spec.motion + 1 + shift % (len(MOTIONS) - 1)) % len(MOTIONS))
         latents = rows["latents"].float()
         unknown = torch.full_like(rows["motion"], self.recipe.defaults.motion_flow)
         losses = {}

@@ -1,14 +1,22 @@
 """Both video autoencoders: their shapes, their causality, their numbers, and the scaling of latents."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DecoderOutput
 from safetensors.torch import load_file
 
-from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSora, scale_latents, unscale_latents
+from nova_video.autoencoders import (
+    AutoencoderKLCausalTiny,
+    AutoencoderKLOpenSora,
+    StreamDecoder,
+    scale_latents,
+    unscale_latents,
+)
 from nova_video.autoencoders.base import VideoAutoencoder
 from nova_video.autoencoders.opensora import CausalConv3d, first_frame_padded
 from nova_video.autoencoders.tiling import map_tiles, tile_starts
@@ -187,7 +195,9 @@ def test_tiling_bounds_the_tile_and_stays_close(tiny: AutoencoderKLCausalTiny, m
     monkeypatch.setattr(VideoAutoencoder, "tile_overlap", 32)
     sizes = []
     monkeypatch.setattr(
-        AutoencoderKLCausalTiny, "decode_clip", lambda self, z: sizes.append(z.shape[-2:]) or self.decoder(z)
+        AutoencoderKLCausalTiny,
+        "decode_clip",
+        lambda self, z, context: sizes.append(z.shape[-2:]) or self.decoder(z, context),
     )
     latents = noise(1, 16, 1, 12, 16)
     whole = tiny.decode(latents).sample
@@ -341,5 +351,144 @@ def test_offload_finds_encode_and_decode() -> None:
 
     vae = AutoencoderKLCausalTiny(block_out_channels=(16, 16, 16), norm_num_groups=4)
     add_hook_to_module(vae, Count())
-    vae.decode(vae.encode(noise(1, 3, 8, 8)).latent_dist.mean)
-    assert calls == [vae, vae]
+    latents = vae.encode(noise(1, 3, 8, 8)).latent_dist.mean
+    vae.decode(latents)
+    StreamDecoder(vae).push(latents)
+    assert calls == [vae, vae, vae]
+
+
+@pytest.fixture(params=["tiny", "released"])
+def either(request: pytest.FixtureRequest) -> Iterator[VideoAutoencoder]:
+    vae = request.getfixturevalue(request.param)
+    yield vae
+    vae.disable_slicing()
+    vae.disable_tiling()
+
+
+def clip_latents(vae: VideoAutoencoder, frames: int, batch: int = 1, size: tuple[int, int] = (3, 4)) -> torch.Tensor:
+    return noise(batch, vae.config.latent_channels, frames, *size)
+
+
+def decoded_in_pieces(decoder: StreamDecoder, latents: torch.Tensor) -> list[torch.Tensor]:
+    pieces = [piece for z in latents.unbind(2) for piece in decoder.push(z)]
+    return pieces + decoder.finish()
+
+
+@pytest.mark.parametrize("num_latents", [1, 2, 4, 5, 6, 8, 9, 12])
+def test_pieces_are_the_whole_clip(either: VideoAutoencoder, num_latents: int) -> None:
+    """The released autoencoder's own tiles, so the same bits; the tiny one's convolutions run over fewer frames."""
+    latents = clip_latents(either, num_latents, batch=2)
+    decoder = StreamDecoder(either)
+    pixels = torch.cat(decoded_in_pieces(decoder, latents), dim=2)
+    whole = either.decode(latents).sample
+    assert decoder.decoded == num_latents
+    if isinstance(either, AutoencoderKLOpenSora):
+        assert torch.equal(pixels, whole)
+    assert_close(pixels, whole)
+
+
+@pytest.mark.parametrize(("slicing", "tiling"), [(True, False), (False, True), (True, True)])
+def test_pieces_are_sliced_and_tiled(either: VideoAutoencoder, monkeypatch, slicing: bool, tiling: bool) -> None:
+    monkeypatch.setattr(either, "tile_size", 32)
+    monkeypatch.setattr(either, "tile_overlap", 16)
+    either.use_slicing, either.use_tiling = slicing, tiling
+    latents = clip_latents(either, 7, batch=2, size=(4, 6))
+    pixels = torch.cat(decoded_in_pieces(StreamDecoder(either), latents), dim=2)
+    whole = either.decode(latents).sample
+    if isinstance(either, AutoencoderKLOpenSora):
+        assert torch.equal(pixels, whole)
+    assert_close(pixels, whole)
+
+
+def test_pixels_come_as_soon_as_they_are_final(either: VideoAutoencoder) -> None:
+    """One latent frame at a time where nothing later counts; a tile of five, then of four, where it does."""
+    decoder = StreamDecoder(either)
+    latents = clip_latents(either, 10)
+    lengths = [[piece.shape[2] for piece in decoder.push(z)] for z in latents.unbind(2)]
+    lengths.append([piece.shape[2] for piece in decoder.finish()])
+    if isinstance(either, AutoencoderKLCausalTiny):
+        assert lengths == [[1], *[[4]] * 9, []]
+    else:
+        assert lengths == [[], [], [], [], [17], [], [], [], [16], [], [4]]
+    assert decoder.finish() == []
+
+
+def test_pixels_given_out_stay_whatever_follows(either: VideoAutoencoder) -> None:
+    """No piece looks ahead: clips that part later have the same pixels up to there, whole or in pieces."""
+    latents, changed = clip_latents(either, 10), clip_latents(either, 10)
+    changed[:, :, 5:] = 7
+    first, second = StreamDecoder(either), StreamDecoder(either)
+    for z, other in zip(latents.unbind(2)[:5], changed.unbind(2)[:5], strict=True):
+        for piece, again in zip(first.push(z), second.push(other), strict=True):
+            assert torch.equal(piece, again)
+    assert_close(
+        torch.cat(decoded_in_pieces(StreamDecoder(either), changed), dim=2)[:, :, :17],
+        either.decode(latents).sample[:, :, :17],
+    )
+
+
+@pytest.mark.parametrize("stopped", range(11))
+def test_decoding_goes_on_in_another_process(either: VideoAutoencoder, stopped: int) -> None:
+    """The latents that `needs` counts are enough to go on with the same bits, wherever it was stopped."""
+    latents = clip_latents(either, 11, batch=2)
+    expected = torch.cat(decoded_in_pieces(StreamDecoder(either), latents), dim=2)
+
+    decoder = StreamDecoder(either)
+    pieces = [piece for z in latents.unbind(2)[:stopped] for piece in decoder.push(z)]
+    kept = latents[:, :, stopped - decoder.needs : stopped].clone().unbind(2)
+    before = len(kept) - (stopped - decoder.decoded)
+    decoder = StreamDecoder(either, kept[:before], decoder.decoded)
+    for z in kept[before:]:
+        assert decoder.push(z) == []  # those that waited still wait
+    pieces += decoded_in_pieces(decoder, latents[:, :, stopped:]) if stopped < 11 else decoder.finish()
+    assert torch.equal(torch.cat(pieces, dim=2), expected)
+
+
+def test_going_on_needs_what_came_before(either: VideoAutoencoder) -> None:
+    z = noise(1, either.config.latent_channels, 2, 2)
+    StreamDecoder(either, [z] * 9, 9)  # more than needed
+    with pytest.raises(InputError, match=r"behind the last \d latent frames, got 0"):
+        StreamDecoder(either, [], 9)
+
+
+def test_decoding_in_pieces_is_bounded_in_memory(either: VideoAutoencoder, monkeypatch) -> None:
+    """However long the clip, a decode sees no more than a piece and its context, and no more latents are kept."""
+    decoder = StreamDecoder(either)
+    sizes = []
+    decode = type(either).decode
+
+    def counted(z: torch.Tensor, context: int = 0) -> DecoderOutput:
+        sizes.append(z.shape[2])
+        return decode(either, z, context)
+
+    monkeypatch.setattr(either, "decode", counted)
+    most = 0
+    for z in clip_latents(either, 40, size=(1, 1)).unbind(2):
+        decoder.push(z)
+        most = max(most, decoder.needs)
+    assert max(sizes) == (3 if isinstance(either, AutoencoderKLCausalTiny) else 5)
+    assert most < 5
+
+
+def test_tiny_decodes_its_context_at_latent_size_only(tiny: AutoencoderKLCausalTiny) -> None:
+    seen = []
+    hook = tiny.decoder.coarse.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[0]))
+    tiny.decode(clip_latents(tiny, 3), context=2)
+    hook.remove()
+    assert seen == [4]
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_tiny_context_follows_its_layers(layers: int) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKLCausalTiny(block_out_channels=(16,) * 3, decoder_layers=(1, 1, layers), norm_num_groups=4)
+    latents = noise(1, 16, 7, 2, 2)
+    with torch.no_grad():
+        pixels = torch.cat(decoded_in_pieces(StreamDecoder(vae), latents), dim=2)
+        assert_close(pixels, vae.decode(latents).sample)
+
+
+@pytest.mark.parametrize("context", [-1, 2])
+def test_context_leaves_something_to_decode(either: VideoAutoencoder, context: int) -> None:
+    with pytest.raises(InputError, match=f"expected 0 to 1, got {context}"):
+        either.decode(clip_latents(either, 2), context=context)

@@ -2,6 +2,7 @@
 
 from nova_video.autoencoders.latents import scale_latents, unscale_latents
 from nova_video.autoencoders.opensora import AutoencoderKLOpenSora
+from nova_video.autoencoders.streaming import StreamDecoder
 from nova_video.autoencoders.tiny import AutoencoderKLCausalTiny
 
-__all__ = ["AutoencoderKLCausalTiny", "AutoencoderKLOpenSora", "scale_latents", "unscale_latents"]
+__all__ = ["AutoencoderKLCausalTiny", "AutoencoderKLOpenSora", "StreamDecoder", "scale_latents", "unscale_latents"]

@@ -5,6 +5,8 @@ autoencoders meet the pipeline and the trainer through the same `encode` and `de
 Axes: B batch, T pixel frames, H W pixels, C latent channels, F latent frames, h w latent grid.
 """
 
+from functools import partial
+
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
@@ -31,13 +33,20 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
     """Pixels over which neighbouring tiles are blended."""
     use_slicing = False
     use_tiling = False
+    decode_context = 1
+    """Latent frames that must stand before a piece of a clip for its pixels to be those of the whole clip: one at
+    least, since a piece with nothing before it is a clip's beginning."""
 
     def encode_clip(self, x: Tensor) -> Tensor:
         """Whole clip (B, 3, T, H, W) -> moments (B, 2C, F, h, w)."""
         raise NotImplementedError
 
-    def decode_clip(self, z: Tensor) -> Tensor:
-        """Whole latents (B, C, F, h, w) -> pixels (B, 3, T, H, W)."""
+    def decode_clip(self, z: Tensor, context: int = 0) -> Tensor:
+        """Latents (B, C, F, h, w) -> pixels (B, 3, T, H, W), without those of the `context` leading latent frames."""
+        raise NotImplementedError
+
+    def decode_piece(self, decoded: int) -> int:
+        """How many of the latent frames after the first `decoded` ones become pixels together."""
         raise NotImplementedError
 
     @apply_forward_hook  # CPU offload moves the weights here
@@ -54,10 +63,17 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
 
     @apply_forward_hook
-    def decode(self, z: Tensor) -> DecoderOutput:
-        """Unscaled latents of a clip or a picture -> pixels, about [-1, 1] (not clamped)."""
+    def decode(self, z: Tensor, context: int = 0) -> DecoderOutput:
+        """Unscaled latents of a clip or a picture -> pixels, about [-1, 1] (not clamped).
+
+        The `context` leading latent frames are only looked at: no pixels of theirs are given out.
+        """
         clip = _as_clip(z, self.config.latent_channels, "latents")
-        pixels = torch.cat([self._decode_tiles(part) for part in self._slices(clip)])  # (B, 3, T, H, W)
+        if not 0 <= context < clip.shape[2]:
+            raise InputError(
+                f"context must leave latent frames to decode: expected 0 to {clip.shape[2] - 1}, got {context}"
+            )
+        pixels = torch.cat([self._decode_tiles(part, context) for part in self._slices(clip)])  # (B, 3, T, H, W)
         return DecoderOutput(sample=pixels.squeeze(2) if z.ndim == 4 else pixels)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> DecoderOutput:
@@ -87,11 +103,12 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
         s = self.spatial_stride
         return map_tiles(self.encode_clip, clip, s, self.tile_size // s, self.tile_overlap // s, 1)
 
-    def _decode_tiles(self, clip: Tensor) -> Tensor:
+    def _decode_tiles(self, clip: Tensor, context: int) -> Tensor:
         if not self.use_tiling:
-            return self.decode_clip(clip)
+            return self.decode_clip(clip, context)
         s = self.spatial_stride
-        return map_tiles(self.decode_clip, clip, 1, self.tile_size // s, self.tile_overlap // s, s)
+        decode = partial(self.decode_clip, context=context)
+        return map_tiles(decode, clip, 1, self.tile_size // s, self.tile_overlap // s, s)
 
 
 def _as_clip(x: Tensor, channels: int, what: str) -> Tensor:

@@ -243,6 +243,7 @@ class AutoencoderKLOpenSora(VideoAutoencoder):
 
     tile_frames = 17
     """Pixel frames of a tile in time: 5 latent frames, one of them shared. Part of the numbers, not a setting."""
+    decode_context = 1
 
     @register_to_config
     def __init__(
@@ -291,6 +292,11 @@ class AutoencoderKLOpenSora(VideoAutoencoder):
     def encode_clip(self, x: Tensor) -> Tensor:
         return map_time_tiles(lambda tile: self.quant_conv(self.encoder(tile)), x, self.tile_frames)
 
-    def decode_clip(self, z: Tensor) -> Tensor:
+    def decode_clip(self, z: Tensor, context: int = 0) -> Tensor:
         size = (self.tile_frames - 1) // self.temporal_stride + 1
-        return map_time_tiles(lambda tile: self.decoder(self.post_quant_conv(tile)), z, size)
+        pixels = map_time_tiles(lambda tile: self.decoder(self.post_quant_conv(tile)), z, size)
+        return pixels[:, :, self.temporal_stride * (context - 1) + 1 :] if context else pixels
+
+    def decode_piece(self, decoded: int) -> int:
+        """A tile: the first has nothing before it, later ones begin with the latent frame they share."""
+        return (self.tile_frames - 1) // self.temporal_stride + (decoded == 0)

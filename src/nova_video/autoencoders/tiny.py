@@ -112,14 +112,18 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(groups, fine, eps=1e-6)
         self.conv_out = frame_conv(fine, pixels * PIXELS**2)
 
-    def forward(self, z: Tensor) -> Tensor:
-        num_frames = z.shape[2]
-        T = FRAMES * (num_frames - 1) + 1
+    def forward(self, z: Tensor, context: int = 0) -> Tensor:
+        """`context` leading latent frames are seen by the blocks over time only, F' = F - context become pixels."""
+        B, _, num_frames, _, _ = z.shape
         x = self.conv_in(z.transpose(1, 2).flatten(0, 1))  # (B*F, 160, h, w)
         for block in self.clip:
             x = block(x, num_frames)
-        clip = self.unfold(x).unflatten(1, (FRAMES, -1)).unflatten(0, (-1, num_frames))  # (B, F, 4, 128, h, w)
-        frames = clip.flatten(1, 2)[:, FRAMES - 1 :].flatten(0, 1)  # (B*T, 128, h, w), without the copies in front
+        x = x.unflatten(0, (B, num_frames))[:, context:].flatten(0, 1)  # (B*F', 160, h, w)
+        clip = self.unfold(x).unflatten(1, (FRAMES, -1)).unflatten(0, (B, -1))  # (B, F', 4, 128, h, w)
+        copies = 0 if context else FRAMES - 1  # of the clip's first frame, in front of it
+        frames = clip.flatten(1, 2)[:, copies:]  # (B, T, 128, h, w)
+        T = frames.shape[1]
+        frames = frames.flatten(0, 1)
         frames = self.fine(F.pixel_shuffle(self.up(self.coarse(frames)), 2))  # (B*T, 64, H/4, W/4)
         frames = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(frames))), PIXELS)  # (B*T, 3, H, W)
         return frames.unflatten(0, (-1, T)).transpose(1, 2)  # (B, 3, T, H, W)
@@ -149,9 +153,13 @@ class AutoencoderKLCausalTiny(VideoAutoencoder):
         super().__init__()
         self.encoder = Encoder(in_channels, 2 * latent_channels, block_out_channels, encoder_layers, norm_num_groups)
         self.decoder = Decoder(latent_channels, in_channels, block_out_channels, decoder_layers, norm_num_groups)
+        self.decode_context = max(2 * decoder_layers[2], 1)  # each block over time sees two frames back
 
     def encode_clip(self, x: Tensor) -> Tensor:
         return self.encoder(x)
 
-    def decode_clip(self, z: Tensor) -> Tensor:
-        return self.decoder(z)
+    def decode_clip(self, z: Tensor, context: int = 0) -> Tensor:
+        return self.decoder(z, context)
+
+    def decode_piece(self, decoded: int) -> int:
+        return 1

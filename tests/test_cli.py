@@ -157,7 +157,7 @@ class GrayModel:
 
 def test_data_and_evaluate(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("data", "shapes", "-o", "world") == (0, "world: 10 objects\n", "")
-    monkeypatch.setattr(cli, "_load_pipeline", lambda *_: GrayModel())
+    monkeypatch.setattr(cli, "load_pipeline", lambda *_: GrayModel())
     monkeypatch.setattr("nova_video.evaluation.emoji.JUDGE_CLIPS", 12)
     code, out, err = run(
         "evaluate", "emoji", "--data", "world", "-o", "scores", "--num-clips", 12, "--num-pairs", 4, "--guidance", 2

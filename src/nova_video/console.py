@@ -1,0 +1,44 @@
+"""What the sub-commands share: the model on its device, and a progress bar. No heavy import before a command runs."""
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from nova_video.pipeline import NovaPipeline
+
+
+def load_pipeline(model: str, device: str, dtype: str) -> "NovaPipeline":
+    """The model on its device. The device is checked before anything is loaded."""
+    from nova_video.devices import choose_device, choose_dtype
+
+    place = choose_device(device)
+    import diffusers
+    import transformers
+
+    from nova_video.pipeline import NovaPipeline
+
+    diffusers.utils.logging.disable_progress_bar()  # the bars of loading; sampling has ours
+    transformers.utils.logging.disable_progress_bar()
+    pipe = NovaPipeline.from_pretrained(model, torch_dtype=choose_dtype(dtype, place)).to(place)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def progress_bar() -> "Progress":
+    """An empty progress bar with the time left, on stderr, where that is a terminal."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # else what is printed would leave the file or pipe that waits for it
+    )

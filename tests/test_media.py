@@ -121,6 +121,74 @@ def test_wrong_frames(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def written_live(path: Path, frames: media.Frames, fps: float = 8, failure: BaseException | None = None) -> None:
+    with media.LiveWriter(path, fps, RECORD) as writer:
+        for frame in frames:
+            writer.write(frame)
+        if failure is not None:
+            raise failure
+
+
+def test_live_file_grows_and_plays(tmp_path: Path) -> None:
+    path = tmp_path / "live.mp4"
+    path.write_text("old")
+    frames = clip(17)
+    with media.LiveWriter(path, 8, RECORD) as writer:
+        assert path.read_text() == "old"  # nothing is touched before there is a frame
+        for index, frame in enumerate(frames):
+            writer.write(frame)
+            assert writer.frames == index + 1
+            if index > 0:
+                back, fps = media.read_frames(path)  # one frame waits for the next
+                assert len(back) == index
+                assert fps == pytest.approx(8, rel=0.01)
+                assert np.abs(back[-1].astype(int) - frames[index - 1]).mean() < 6
+    back, fps = media.read_frames(path)
+    assert (back.shape, fps) == (frames.shape, 8)
+    assert np.abs(back.astype(int) - frames).mean() < 6
+    assert media.read_metadata(path) == RECORD
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.pix_fmt, stream.codec_context.colorspace) == ("h264", "yuv420p", 1)
+        assert [index for index, frame in enumerate(container.decode(video=0)) if frame.key_frame] == [0, 8, 16]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("no more"), KeyboardInterrupt()])
+def test_interrupted_live_file_ends_well(tmp_path: Path, failure: BaseException) -> None:
+    """It is the very file of a clip that ended there."""
+    with pytest.raises(type(failure)):
+        written_live(tmp_path / "cut.mp4", clip(5, 63, 95), 12.5, failure)
+    written_live(tmp_path / "whole.mp4", clip(5, 63, 95), 12.5)
+    back, fps = media.read_frames(tmp_path / "cut.mp4")
+    assert (back.shape, fps) == ((5, 64, 96, 3), 12.5)
+    assert (tmp_path / "cut.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_live_file_without_frames(tmp_path: Path) -> None:
+    with media.LiveWriter(tmp_path / "live.mp4", 8, {}):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_live_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"live.gif while it is made: its extension must be .mp4"):
+        media.LiveWriter(tmp_path / "live.gif", 8, {})
+    with pytest.raises(InputError, match="there is no folder"):
+        media.LiveWriter(tmp_path / "nowhere" / "live.mp4", 8, {})
+    with pytest.raises(InputError, match="fps is 0"):
+        media.LiveWriter(tmp_path / "live.mp4", 0, {})
+    with media.LiveWriter(tmp_path / "live.mp4", 8, {}) as writer:
+        with pytest.raises(InputError, match="float64 of shape"):
+            writer.write(np.zeros((2, 3)))  # type: ignore[arg-type]
+        writer.write(clip(1)[0])
+        with pytest.raises(InputError, match="a frame is 32x96, expected 64x96 as the first"):
+            writer.write(clip(1, height=32)[0])
+    with pytest.raises(ValueError, match="live.mp4 is closed"):
+        writer.write(clip(1)[0])
+    assert len(media.read_frames(tmp_path / "live.mp4")[0]) == 1
+
+
 def test_load_image(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert media.load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)

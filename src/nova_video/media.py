@@ -1,7 +1,8 @@
 """Pictures and clips to files and back: mp4, webp, gif and png, each with a JSON record of how it was made.
 
-A file appears whole or not at all: it is written beside its place under a hidden name and then renamed. A png, webp or
-gif of several frames is animated. Legend: F frames, H W pixels.
+A file appears whole or not at all: it is written beside its place under a hidden name and then renamed. `LiveWriter` is
+the exception: its mp4 grows in place, and plays while it does. A png, webp or gif of several frames is animated.
+Legend: F frames, H W pixels.
 """
 
 import json
@@ -29,6 +30,8 @@ SUFFIXES = (".mp4", ".webp", ".gif", ".png")
 PNG_KEY = "nova"  # the text chunk of a png
 EXIF_DESCRIPTION = 0x010E  # the EXIF field of a webp
 MP4_OPTIONS = {"crf": "16", "preset": "medium"}  # near transparent: these clips are short and small
+LIVE_OPTIONS = MP4_OPTIONS | {"tune": "zerolatency"}  # no frame waits in the encoder for later ones
+LIVE_CONTAINER = {"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
 
 
 def check_output(path: Path) -> None:
@@ -67,10 +70,7 @@ def write_media(frames: Frames, path: str | Path, fps: float, metadata: dict[str
     """Writes frames (F, H, W, 3) in the format of the path's extension, with `metadata` as JSON inside the file."""
     path = Path(path)
     check_output(path)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
-        raise InputError(f"frames are {frames.dtype} of shape {frames.shape}, expected uint8 (F, H, W, 3) with F >= 1")
-    if fps <= 0:
-        raise InputError(f"fps is {fps}, expected a number above 0")
+    _check_frames(frames, fps)
     record = json.dumps(metadata)  # plain ASCII, so that every format can hold it
     suffix = path.suffix.lower()
     with atomic_path(path) as temporary:
@@ -80,22 +80,98 @@ def write_media(frames: Frames, path: str | Path, fps: float, metadata: dict[str
             _write_pictures(frames, temporary, suffix, fps, record)
 
 
+def _check_frames(frames: Frames, fps: float) -> None:
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
+        raise InputError(f"frames are {frames.dtype} of shape {frames.shape}, expected uint8 (F, H, W, 3) with F >= 1")
+    if fps <= 0:
+        raise InputError(f"fps is {fps}, expected a number above 0")
+
+
 def _write_mp4(frames: Frames, path: Path, fps: float, record: str) -> None:
-    height, width = frames.shape[1:3]
-    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p has even sizes only
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata["comment"] = record
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=MP4_OPTIONS)
-        stream.height, stream.width = even.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.colorspace = Colorspace.ITU709  # named in the file, so that every player decodes it alike
-        stream.codec_context.color_primaries = stream.codec_context.color_trc = 1  # BT.709
-        stream.codec_context.color_range = ColorRange.MPEG
-        for pixels in even:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
-            container.mux(stream.encode(frame))
+        stream = _add_h264(container, frames.shape[1:3], fps, MP4_OPTIONS)
+        for pixels in frames:
+            container.mux(_encode_h264(stream, pixels))
         container.mux(stream.encode())
+
+
+class LiveWriter:
+    """An mp4 that grows in place, frame by frame, and can be played while it does.
+
+    `with LiveWriter(path, fps, metadata) as writer: writer.write(frame)`. The file is made at the first frame, and ends
+    well whatever ends the block, an error or Ctrl-C as well: it then holds the frames so far. While it grows, a frame
+    is in the file as soon as the next one is written.
+    """
+
+    def __init__(self, path: str | Path, fps: float, metadata: dict[str, Any]) -> None:
+        self.path = Path(path)
+        if self.path.suffix.lower() != ".mp4":
+            raise InputError(f"cannot write {self.path} while it is made: its extension must be .mp4")
+        check_output(self.path)
+        if fps <= 0:
+            raise InputError(f"fps is {fps}, expected a number above 0")
+        self.fps = fps
+        self.frames = 0
+        """Written so far."""
+        self._record = json.dumps(metadata)
+        self._closed = False
+        self._size = (0, 0)
+        self._container: av.container.OutputContainer | None = None
+        self._stream: av.VideoStream | None = None
+
+    def write(self, frame: NDArray[np.uint8]) -> None:
+        """The next frame, (H, W, 3) uint8, all of the same size."""
+        if self._closed:
+            raise ValueError(f"{self.path} is closed")
+        _check_frames(frame[None], self.fps)
+        if self._container is None or self._stream is None:
+            self._container = av.open(str(self.path), "w", format="mp4", options=LIVE_CONTAINER)
+            self._container.metadata["comment"] = self._record
+            self._size = frame.shape[:2]
+            self._stream = _add_h264(self._container, self._size, self.fps, LIVE_OPTIONS)
+            self._stream.codec_context.gop_size = max(int(self.fps), 1)  # players join at a keyframe: one each second
+        if frame.shape[:2] != self._size:
+            height, width = self._size
+            raise InputError(f"a frame is {frame.shape[0]}x{frame.shape[1]}, expected {height}x{width} as the first")
+        self._container.mux(_encode_h264(self._stream, frame))
+        self.frames += 1
+
+    def close(self) -> None:
+        """Ends the file; nothing can be written after it."""
+        self._closed = True
+        container, stream = self._container, self._stream
+        self._container = self._stream = None
+        if container is not None and stream is not None:
+            with container:
+                container.mux(stream.encode())
+
+    def __enter__(self) -> "LiveWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _add_h264(
+    container: av.container.OutputContainer, size: tuple[int, int], fps: float, options: dict[str, str]
+) -> av.VideoStream:
+    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+    stream.height, stream.width = (side + side % 2 for side in size)  # yuv420p has even sizes only
+    stream.pix_fmt = "yuv420p"
+    stream.codec_context.colorspace = Colorspace.ITU709  # named in the file, so that every player decodes it alike
+    stream.codec_context.color_primaries = stream.codec_context.color_trc = 1  # BT.709
+    stream.codec_context.color_range = ColorRange.MPEG
+    return stream
+
+
+def _encode_h264(stream: av.VideoStream, pixels: NDArray[np.uint8]) -> list[av.Packet]:
+    """One frame (H, W, 3) -> the packets that the encoder has ready."""
+    height, width = pixels.shape[:2]
+    even = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
+    frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+    return stream.encode(frame)
 
 
 def _write_pictures(frames: Frames, path: Path, suffix: str, fps: float, record: str) -> None:

@@ -4,8 +4,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+from nova_video.given import fit_frames, to_pixels
 
 
 def image_to_pixels(image: Image.Image | np.ndarray, size: tuple[int, int]) -> Tensor:
@@ -14,12 +16,24 @@ def image_to_pixels(image: Image.Image | np.ndarray, size: tuple[int, int]) -> T
     The exact size is used as it is, bit for bit.
     """
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    picture = picture.convert("RGB")
-    height, width = size
-    if picture.size != (width, height):
-        picture = ImageOps.fit(picture, (width, height), method=Image.Resampling.BICUBIC)
-    values = torch.from_numpy(np.array(picture))  # (H, W, 3) uint8
-    return ((values.float() - 127.5) / 127.5).permute(2, 0, 1).unsqueeze(0)
+    frames = np.asarray(picture.convert("RGB"))[None]  # (1, H, W, 3) uint8
+    return to_pixels(fit_frames(frames, size)).transpose(0, 1)
+
+
+def frames_to_output(frames: np.ndarray, output_type: str) -> Any:
+    """One clip's frames as they were given, (F, H, W, 3) uint8 or float32 in [0, 1] -> the form of `output_type`.
+
+    As an entry of `pixels_to_output`. Bytes come back as the same bytes, floats as the same floats.
+    """
+    if output_type == "pil":
+        return [Image.fromarray(frame) for frame in to_bytes(frames)]
+    floats = frames if frames.dtype == np.float32 else frames / np.float32(255)
+    return floats if output_type == "np" else torch.from_numpy(np.moveaxis(floats, 3, 1).copy())
+
+
+def to_bytes(frames: np.ndarray) -> np.ndarray:
+    """Frames, uint8 or floats in [0, 1] -> uint8."""
+    return frames if frames.dtype == np.uint8 else (frames * 255).round().astype(np.uint8)
 
 
 def pixels_to_output(pixels: Tensor, output_type: str) -> Any:
@@ -33,4 +47,4 @@ def pixels_to_output(pixels: Tensor, output_type: str) -> Any:
     arrays = frames.permute(0, 1, 3, 4, 2).cpu().numpy()  # (B, F, H, W, 3)
     if output_type == "np":
         return arrays
-    return [[Image.fromarray(frame) for frame in clip] for clip in (arrays * 255).round().astype(np.uint8)]
+    return [[Image.fromarray(frame) for frame in clip] for clip in to_bytes(arrays)]

@@ -121,7 +121,10 @@ def test_frame_by_frame_equals_all_frames_at_once(folder: str) -> None:
     cache, first = model.new_cache(2, positions), None
     for f in range(frames):
         tokens = model.embed_history(None if f == 0 else latents[:, :, f - 1], f, 2, positions)
-        feature = model.encode_frame(condition if f == 0 else None, tokens, f, positions, cache)
+        if f == 0:
+            feature = model.encode_context(condition, tokens[:, None], positions, cache)[:, 0]
+        else:
+            feature = model.encode_frame(tokens, f, positions, cache)
         first = feature if first is None else first
         close(feature if f == 0 else model.mix(first, feature), expected[:, f])
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from nova_video import NovaPipeline
 from nova_video.errors import InputError
 from nova_video.model import set_sizes
-from nova_video.pixels import image_to_pixels, pixels_to_output
-from nova_video.request import CheckpointSettings, Defaults, GenerateRequest
+from nova_video.pixels import image_to_pixels, output_form, unit_frames
+from nova_video.request import GenerateRequest
+from nova_video.settings import CheckpointSettings, Defaults
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 CASES = [("text-to-image", "generate"), ("text-to-image", "generate_noguidance")]
@@ -100,6 +101,8 @@ def test_signature() -> None:
         *("num_diffusion_steps", "guidance_scale", "guidance_trunc", "guidance_renorm", "image_guidance_scale"),
         *("motion_flow", "flow_shift", "num_images_per_prompt", "generator", "prompt_embeds"),
         *("negative_prompt_embeds", "output_type", "callback_on_step_end"),
+        *("seconds", "video", "mask_image", "strength", "context_frames", "sink_frames", "history_noise"),
+        *("reanchor_frames", "hold_statistics"),
     ]
     given = {name: p.default for name, p in parameters.items() if p.default not in (None, inspect.Parameter.empty)}
     assert given == {
@@ -108,6 +111,8 @@ def test_signature() -> None:
         "image_guidance_scale": 0.0,
         "num_images_per_prompt": 1,
         "output_type": "pil",
+        "history_noise": 0.0,
+        "hold_statistics": 0.0,
     }
 
 
@@ -246,7 +251,7 @@ def test_negative_prompts(videos: NovaPipeline) -> None:
     def call(**values: Any) -> Tensor:
         return videos(generator=seeded(), output_type="latent", **QUICK, **values).images
 
-    encoded = videos._encode_text(["a whale", ""])
+    encoded = list(videos._encode_text(["a whale", ""]).values())
     assert encoded[1].shape == (2, 32)  # the empty string still has its two special tokens
     plain = call(prompt="a whale")
     assert torch.equal(call(prompt="a whale", negative_prompt=""), plain)
@@ -311,7 +316,7 @@ def test_image_of_any_size_covers_and_is_cropped() -> None:
     gray = image_to_pixels(Image.new("L", (7, 9), 128), (32, 64))
     assert torch.all(gray == (128 - 127.5) / 127.5)
     exact = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
-    back = pixels_to_output(image_to_pixels(exact, (32, 64)).unsqueeze(2), "pil")
+    back = output_form(unit_frames(image_to_pixels(exact, (32, 64)).unsqueeze(2)), "pil")
     assert np.array_equal(np.asarray(back[0][0]), exact)
 
 

@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 
 from nova_video.errors import InputError
-from nova_video.request import Capabilities, CheckpointSettings, Defaults, GenerateRequest
+from nova_video.plan import Capabilities
+from nova_video.request import GenerateRequest
+from nova_video.sampling.guidance import Guidance
+from nova_video.settings import CheckpointSettings, Defaults
 
 VIDEO = Capabilities(
     image_size=(64, 96),
@@ -31,15 +34,15 @@ def test_released_defaults() -> None:
     plan = GenerateRequest("a whale").resolve(Defaults(), VIDEO)
     assert (plan.num_frames, plan.latent_frames, plan.fps) == (1, 1, 12)
     assert (plan.num_inference_steps, plan.num_diffusion_steps) == (64, 25)
-    assert (plan.guidance.scale, plan.guidance.trunc, plan.guidance.renorm, plan.guidance.image_scale) == (5, 0, 1, 0)
-    assert (plan.motion_flow, plan.flow_shift, plan.batch) == (5, None, 1)
+    assert (plan.guidance.values, plan.passes) == ((Guidance(5.0, 0.0, 1.0, 0.0),), 2)
+    assert (plan.motion_flow.values, plan.flow_shift, plan.batch) == ((5,), None, 1)
     assert (plan.height, plan.width, plan.grid) == (64, 96, (8, 12))
 
 
 def test_a_checkpoint_s_own_defaults_and_what_is_given() -> None:
     own = Defaults(num_frames=17, fps=8, num_inference_steps=16, guidance_scale=4.0)
     plan = GenerateRequest("a whale", fps=4, guidance_scale=0.0).resolve(own, VIDEO)
-    assert (plan.num_frames, plan.fps, plan.num_inference_steps, plan.guidance.scale) == (17, 4, 16, 0.0)
+    assert (plan.num_frames, plan.fps, plan.num_inference_steps, plan.guidance.at(0).scale) == (17, 4, 16, 0.0)
     assert plan.num_diffusion_steps == 25
 
 
@@ -130,7 +133,7 @@ def test_wrong_with_this_model(values: dict[str, Any], model: Capabilities, mess
 
 def test_numbers_of_numpy_are_numbers() -> None:
     plan = GenerateRequest("a", num_frames=np.int64(5), guidance_scale=np.float32(2)).resolve(Defaults(), VIDEO)
-    assert (plan.num_frames, plan.guidance.scale) == (5, 2)
+    assert (plan.num_frames, plan.guidance.at(0).scale) == (5, 2)
 
 
 def test_settings_file(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from torch import Tensor
 from nova_video.errors import InputError
 from nova_video.model import NOVATransformer3DModel, patchify, random_order, set_sizes, unpatchify
 from nova_video.model.patches import gather_tokens
+from nova_video.sampling.context import Context
 from nova_video.sampling.diffusion import ddpm_step, request_scheduler
-from nova_video.sampling.generate import generate_frames, generate_sets
+from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance, combine, renorm_ratio
 from nova_video.sampling.random import RandomState
-from nova_video.sampling.state import SamplingState
+from nova_video.sampling.state import GivenFrame, SamplingState, Segment
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 CASES = [("text-to-image", "generate"), ("text-to-image", "generate_noguidance")]
@@ -71,23 +72,25 @@ def make_state(
     steps: int = 4,
     generators: list[torch.Generator] | None = None,
     given: tuple[Tensor, ...] = (),
+    context: Context | None = None,
 ) -> SamplingState:
     generators = generators or [torch.Generator().manual_seed(0)]
     return SamplingState.create(
         model,
-        condition(model, embeds, guidance.passes),
+        [Segment(0, condition(model, embeds, guidance.passes), guidance)],
         num_frames=frames,
         grid=grid,
         num_sets=sets,
         num_diffusion_steps=steps,
-        guidance=guidance,
         random=RandomState(generators, torch.device("cpu"), torch.float32),
-        given=given,
+        passes=guidance.passes,
+        context=context,
+        given={frame: GivenFrame(latents) for frame, latents in enumerate(given)},
     )
 
 
 def run(model: NOVATransformer3DModel, scheduler: Any, state: SamplingState, shift: float | None = None) -> Tensor:
-    for _ in generate_frames(model, request_scheduler(scheduler, shift), state):
+    for _ in generate_sets(model, request_scheduler(scheduler, shift), state):
         pass
     return state.latents()
 
@@ -145,7 +148,10 @@ class PlainSampler:
                 bare = passes == 3 and i == 1
                 latest = None if bare or not done else done[-1]
                 history = model.embed_history(latest, frame, batch, positions, bare)
-                features.append(model.encode_frame(text if frame == 0 else None, history, frame, positions, cache))
+                if frame == 0:
+                    features.append(model.encode_context(text, history[:, None], positions, cache)[:, 0])
+                else:
+                    features.append(model.encode_frame(history, frame, positions, cache))
             if frame == 0:
                 firsts, mixed = features, features
             else:
@@ -358,13 +364,13 @@ def test_only_what_is_needed_is_computed(monkeypatch: pytest.MonkeyPatch) -> Non
     """The denoiser sees the set's tokens alone, its condition is projected once a set, a token is embedded once."""
     model, scheduler = open_model("rotary-flow"), open_scheduler("rotary-flow")
     seen: dict[str, list[int]] = {"denoise": [], "project_features": [], "embed_tokens": [], "encode_frame": []}
+    seen["encode_context"] = []
 
     def spy(name: str) -> None:
         original = getattr(model, name)
 
         def counted(*args: Any) -> Any:
-            index = 1 if name == "encode_frame" else 0
-            seen[name].append(args[index].shape[1])
+            seen[name].append(args[1 if name == "encode_context" else 0].shape[1])
             return original(*args)
 
         monkeypatch.setattr(model, name, counted)
@@ -376,4 +382,5 @@ def test_only_what_is_needed_is_computed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen["embed_tokens"] == sizes * 2
     assert seen["project_features"] == sizes * 2
     assert seen["denoise"] == [size for size in sizes for _ in range(4)] * 2
-    assert seen["encode_frame"] == [6, 6]
+    assert seen["encode_context"] == [1]  # frame
+    assert seen["encode_frame"] == [6]

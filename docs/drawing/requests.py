@@ -10,7 +10,7 @@ from nova_video.sampling.diffusion import request_scheduler
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.random import RandomState
-from nova_video.sampling.state import SamplingState
+from nova_video.sampling.state import SamplingState, Segment
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,23 @@ def reveal_frame(pipe: NovaPipeline, seed: int, num_sets: int | None = None) -> 
     number = torch.tensor([float(pipe.defaults.motion_flow)]), torch.tensor([float(pipe.defaults.fps)])
     state = SamplingState.create(
         model,
-        model.embed_condition(null, torch.tensor([0]), *number),
+        [Segment(0, model.embed_condition(null, torch.tensor([0]), *number), Guidance(scale=1.0))],
         num_frames=1,
         grid=grid,
         num_sets=num_sets or pipe.defaults.num_inference_steps,
         num_diffusion_steps=1,
-        guidance=Guidance(scale=1.0),
         random=RandomState([torch.Generator().manual_seed(seed)], torch.device("cpu"), model.dtype),
+        passes=1,
     )
     ids = torch.empty(0)
     for done in generate_sets(model, request_scheduler(pipe.scheduler, None), state):
         ids = done.ids[0]  # (V,) in order of revelation
-    assert state.first is not None
+    assert state.anchor is not None
     return Revelation(
         order=ids.numpy(),
-        sizes=state.sizes,
+        sizes=state.sizes(0),
         rows=grid[0] // model.patch_size,
         columns=grid[1] // model.patch_size,
-        condition_tokens=state.first.shape[1],
-        text_tokens=state.text.shape[1],
+        condition_tokens=state.anchor.shape[1],
+        text_tokens=state.segments[0].text.shape[1],
     )

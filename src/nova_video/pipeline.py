@@ -1,15 +1,15 @@
 """`NovaPipeline`, the one public object: a request in, pictures or clips out.
 
-It holds a checkpoint's parts and nothing of any call: everything a call needs is a `SamplingState` made for it, so that
-threads can share a pipeline and a call that fails leaves nothing behind. The order of `generate` is the order of the
-work: resolve, encode what is given, sample set by set, decode.
+It holds a checkpoint's parts and nothing of any call: everything a call needs is a `Generation` made for it, so that
+threads can share a pipeline and a call that fails leaves nothing behind. `start` prepares one in the order of the work:
+resolve, encode the text, encode what is given; `generation.py` samples and decodes.
 
 Legend: B pictures or clips of the call, F latent frames, h w latent grid, H W pixels, C latent channels, T text tokens.
 """
 
+import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.utils import BaseOutput
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nova_video.autoencoders import scale_latents, unscale_latents
 from nova_video.errors import InputError
+from nova_video.generation import GenerateResult, Generation, GivenPixels, StepCallback
+from nova_video.given import fill_holes, fit_frames, fit_masks, frames_at, known_tokens, masks_of, same_rate, to_pixels
 from nova_video.loading import (
     load_autoencoder,
     load_scheduler,
@@ -31,41 +31,26 @@ from nova_video.loading import (
     load_transformer,
     resolve_checkpoint,
 )
-from nova_video.model import NOVATransformer3DModel, unpatchify
-from nova_video.pixels import image_to_pixels, pixels_to_output
-from nova_video.request import Capabilities, CheckpointSettings, Defaults, GenerateRequest, Plan
+from nova_video.model import NOVATransformer3DModel
+from nova_video.plan import Capabilities, Plan
+from nova_video.request import GenerateRequest, Mask, Number, Picture, Prompt, Video
 from nova_video.sampling.diffusion import request_scheduler
-from nova_video.sampling.generate import SetDone, generate_sets
 from nova_video.sampling.random import RandomState
-from nova_video.sampling.state import SamplingState
+from nova_video.sampling.state import GivenFrame, SamplingState, Segment
+from nova_video.saving import load_generation
+from nova_video.settings import CheckpointSettings, Defaults
 from nova_video.text.encoders import encode_batch, load_text_encoder
-
-StepCallback = Callable[["NovaPipeline", int, int, dict[str, Tensor]], object]
-"""(pipe, step, frame, tensors) after every set; returning False stops. `step` counts the sets of the whole call,
-`frame` is the latent frame, and tensors are `latents` (B, C, h, w), zero where nothing is revealed yet, and `revealed`,
-(B, h / 2, w / 2) bool."""
+from nova_video.timeline import Timeline
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
 _ENCODER_LOADING = threading.Lock()  # two threads that share a pipeline load its named text encoder once
 
-
-@dataclass
-class GenerateResult(BaseOutput):
-    """What a call made: `images` for one frame, `frames` otherwise, one entry a picture or clip, prompts in order."""
-
-    images: Any = None
-    frames: Any = None
-    fps: float | None = None
-    """Rate the clips are meant to be shown at."""
-    seeds: tuple[int, ...] = ()
-    """Of the generator, or of each picture's own."""
-    stopped: bool = False
-    """The callback ended the call early: here are the finished frames or, without any, the first as far as it got."""
+log = logging.getLogger(__name__)
 
 
 class NovaPipeline(DiffusionPipeline):
-    """Text, and optionally a first picture, to images and video."""
+    """Text, and optionally leading frames or a picture to edit, to images and video."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _exclude_from_cpu_offload = ["transformer"]  # from the sequential kind, which knows nothing but `forward`
@@ -149,40 +134,41 @@ class NovaPipeline(DiffusionPipeline):
             text_len=config.text_token_len,
             shiftable=isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler),
             max_diffusion_steps=self.scheduler.config.num_train_timesteps,
+            latent_channels=config.image_dim,
         )
 
     def enable_vae_slicing(self) -> None:
         """Decode one picture or clip at a time."""
-        self._require_vae("slicing").enable_slicing()
+        self.require_vae("slicing").enable_slicing()
 
     def disable_vae_slicing(self) -> None:
-        self._require_vae("slicing").disable_slicing()
+        self.require_vae("slicing").disable_slicing()
 
     def enable_vae_tiling(self) -> None:
         """Decode large frames in overlapping tiles."""
-        self._require_vae("tiling").enable_tiling()
+        self.require_vae("tiling").enable_tiling()
 
     def disable_vae_tiling(self) -> None:
-        self._require_vae("tiling").disable_tiling()
+        self.require_vae("tiling").disable_tiling()
 
-    # One call -----------------------------------------------------------------------------------------------------
+    # Calls --------------------------------------------------------------------------------------------------------
 
     def __call__(
         self,
-        prompt: str | Sequence[str] | None = None,
+        prompt: Prompt | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        image: Image.Image | np.ndarray | None = None,
+        image: Picture | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_frames: int | None = None,
+        num_frames: float | None = None,
         fps: float | None = None,
         num_inference_steps: int | None = None,
         num_diffusion_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: Number | None = None,
         guidance_trunc: float = 0.0,
         guidance_renorm: float = 1.0,
         image_guidance_scale: float = 0.0,
-        motion_flow: float | None = None,
+        motion_flow: Number | None = None,
         flow_shift: float | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators | None = None,
@@ -190,6 +176,16 @@ class NovaPipeline(DiffusionPipeline):
         negative_prompt_embeds: Sequence[Tensor] | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
+        *,
+        seconds: float | None = None,
+        video: Video | None = None,
+        mask_image: Mask | None = None,
+        strength: float | None = None,
+        context_frames: int | None = None,
+        sink_frames: int | None = None,
+        history_noise: float = 0.0,
+        reanchor_frames: int | None = None,
+        hold_statistics: float = 0.0,
     ) -> GenerateResult:
         """Generate. The arguments are those of `GenerateRequest`, explained there; None is the checkpoint's default.
 
@@ -199,9 +195,13 @@ class NovaPipeline(DiffusionPipeline):
             prompt=prompt,
             negative_prompt=negative_prompt,
             image=image,
+            video=video,
+            mask_image=mask_image,
+            strength=strength,
             height=height,
             width=width,
             num_frames=num_frames,
+            seconds=seconds,
             fps=fps,
             num_inference_steps=num_inference_steps,
             num_diffusion_steps=num_diffusion_steps,
@@ -211,6 +211,11 @@ class NovaPipeline(DiffusionPipeline):
             image_guidance_scale=image_guidance_scale,
             motion_flow=motion_flow,
             flow_shift=flow_shift,
+            context_frames=context_frames,
+            sink_frames=sink_frames,
+            history_noise=history_noise,
+            reanchor_frames=reanchor_frames,
+            hold_statistics=hold_statistics,
             num_images_per_prompt=num_images_per_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
@@ -218,7 +223,24 @@ class NovaPipeline(DiffusionPipeline):
         )
         return self.generate(request, generator, callback_on_step_end)
 
-    @torch.no_grad()
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        preview: bool = False,
+        generator: Generators | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        **request: Any,
+    ) -> Iterator[Any]:
+        """Generate, one frame at a time: takes the call's arguments, yields the call's frames as they become final.
+
+        A frame is in the form of `output_type`: for one clip a PIL image, (H, W, 3), (3, H, W) or a latent frame
+        (C, h, w); for several, one entry a clip. With `preview`, the events of `generation.py`: also every latent frame
+        decoded alone as soon as it exists, and the frame in hand as it fills in. `num_frames=math.inf` goes on without
+        end. Closing the iterator, as leaving a loop over it does, stops.
+        """
+        return self.start(GenerateRequest(prompt=prompt, **request), generator).stream(preview, callback_on_step_end)
+
     def generate(
         self,
         request: GenerateRequest,
@@ -226,28 +248,56 @@ class NovaPipeline(DiffusionPipeline):
         callback_on_step_end: StepCallback | None = None,
     ) -> GenerateResult:
         """Carry out one request. Without a generator the request's seed makes one, or a new seed does."""
+        return self.start(request, generator).run(callback_on_step_end)
+
+    def resume(self, path: str | Path) -> Generation:
+        """What `Generation.save` wrote, to run or stream on: the result is that of never having stopped."""
+        return load_generation(self, Path(path))
+
+    @torch.no_grad()
+    def start(self, request: GenerateRequest, generator: Generators | None = None) -> Generation:
+        """A request with its text and what it gives encoded, and nothing sampled: to run, stream or save."""
         plan = request.resolve(self.defaults, self.capabilities)
-        if request.image is not None or request.output_type != "latent":
-            self._require_vae("an image" if request.image is not None else f"output_type {request.output_type!r}")
-        scheduler = request_scheduler(self.scheduler, plan.flow_shift)
+        if request.given_clips:
+            self.require_vae("an image" if request.image is not None else "a clip in pixels")
+        elif request.output_type != "latent":
+            self.require_vae(f"output_type {request.output_type!r}")
         generators = self._generators(request, generator, plan.batch)
-        seeds = tuple(g.initial_seed() for g in generators)
         try:
-            state = self._prepare(request, plan, generators)
-            latents, stopped = self._sample(scheduler, state, callback_on_step_end)
-            made = latents if request.output_type == "latent" else self._decode(latents, plan, request.output_type)
-        finally:
+            random = RandomState(generators, self.execution_device, self.transformer.dtype)
+            texts, negatives = self._prompt_features(request, plan)
+            given, pixels = self._given(request, plan, random)
+            self.bring(self.transformer)
+            state = SamplingState.create(
+                self.transformer,
+                self._segments(request, plan, texts, negatives),
+                num_frames=plan.latent_frames,
+                grid=plan.grid,
+                num_sets=plan.num_inference_steps,
+                num_diffusion_steps=plan.num_diffusion_steps,
+                random=random,
+                passes=plan.passes,
+                context=plan.context,
+                given=given,
+            )
+        except BaseException:
             self.maybe_free_model_hooks()
-        if plan.num_frames > 1:
-            return GenerateResult(frames=made, fps=plan.fps, seeds=seeds, stopped=stopped)
-        if request.output_type != "latent":
-            made = made[:, 0] if isinstance(made, Tensor | np.ndarray) else [clip[0] for clip in made]
-        return GenerateResult(images=made, fps=plan.fps, seeds=seeds, stopped=stopped)
+            raise
+        return Generation(
+            self,
+            plan,
+            state,
+            request_scheduler(self.scheduler, plan.flow_shift),
+            output_type=request.output_type,
+            bare=plan.batch == 1 and request.is_single,
+            seeds=tuple(g.initial_seed() for g in generators),
+            given=pixels,
+        )
 
     def _generators(self, request: GenerateRequest, generator: Generators | None, batch: int) -> list[torch.Generator]:
         if generator is None:
             seed = int(torch.randint(2**63 - 1, ())) if request.seed is None else request.seed
-            return [torch.Generator(self._execution_device).manual_seed(seed)]
+            return [torch.Generator(self.execution_device).manual_seed(seed)]
         if isinstance(generator, torch.Generator):
             return [generator]
         generators = list(generator)
@@ -255,86 +305,44 @@ class NovaPipeline(DiffusionPipeline):
             raise InputError(f"generator: got a list of {len(generators)}: expected one, or {batch}, one a picture")
         return generators
 
-    def _prepare(self, request: GenerateRequest, plan: Plan, generators: list[torch.Generator]) -> SamplingState:
-        """All that sampling needs, from what was given."""
-        device, model = self._execution_device, self.transformer
-        features = self._prompt_features(request, plan)  # prompts, then a negative each for every other pass
-        random = RandomState(generators, device, model.dtype)
-        given = [] if request.image is None else [self._encode_image(request.image, plan, random)]
-        self._bring(model)
-        lengths = torch.tensor([len(row) for row in features], device=device)
-        padded = torch.nn.utils.rnn.pad_sequence(
-            [row.to(device, model.dtype) for row in features], batch_first=True
-        )  # (N * prompts, T', text_token_dim)
-        motion = torch.full((len(features),), float(plan.motion_flow), device=device)
-        fps = torch.full((len(features),), float(plan.fps), device=device)
-        text = model.embed_condition(padded, lengths, motion, fps)  # (N * prompts, T, D)
-        return SamplingState.create(
-            model,
-            text.repeat_interleave(request.num_images_per_prompt, dim=0),  # (N * B, T, D)
-            num_frames=plan.latent_frames,
-            grid=plan.grid,
-            num_sets=plan.num_inference_steps,
-            num_diffusion_steps=plan.num_diffusion_steps,
-            guidance=plan.guidance,
-            random=random,
-            given=given,
-        )
+    # Text ---------------------------------------------------------------------------------------------------------
 
-    def _sample(
-        self, scheduler: Any, state: SamplingState, callback_on_step_end: StepCallback | None
-    ) -> tuple[Tensor, bool]:
-        """Latents (B, C, F, h, w) as the sampler has them, and whether the callback stopped before the end."""
-        with self.progress_bar(total=state.total_steps) as bar:
-            for done in generate_sets(self.transformer, scheduler, state):
-                bar.update()
-                if callback_on_step_end is None:
-                    continue
-                if callback_on_step_end(self, done.step, done.frame, self._shown(done, state.grid)) is False:
-                    if not state.frames:  # nothing is whole yet: the first frame as far as it is
-                        state.frames.append(self._shown(done, state.grid)["latents"])
-                    break
-        return state.latents(), state.step < state.total_steps
-
-    def _shown(self, done: SetDone, grid: tuple[int, int]) -> dict[str, Tensor]:
-        """The tensors of a callback."""
-        patch = self.transformer.patch_size
-        revealed = torch.zeros(done.tokens.shape[:2], dtype=torch.bool, device=done.tokens.device)
-        revealed = revealed.scatter(1, done.ids, True).view(-1, grid[0] // patch, grid[1] // patch)
-        return {"latents": unpatchify(done.tokens, patch, grid), "revealed": revealed}
-
-    # Parts --------------------------------------------------------------------------------------------------------
-
-    def _prompt_features(self, request: GenerateRequest, plan: Plan) -> list[Tensor]:
-        """Features (tokens, width) of every prompt and, with guidance, of a negative for each, once a further pass."""
-        count, others = request.num_prompts, plan.guidance.passes - 1
-        prompts, negatives = request.prompts, request.negative_prompts
-        if negatives is None and prompts is not None and request.negative_prompt_embeds is None:
+    def _prompt_features(self, request: GenerateRequest, plan: Plan) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """Features (tokens, width) of every prompt for each of its moments, and of a negative for each, if guided."""
+        count, guided = request.num_prompts, plan.passes > 1
+        prompts = [timeline.values for timeline in request.prompts or []]
+        negatives = request.negative_prompts
+        if negatives is None and prompts and request.negative_prompt_embeds is None:
             negatives = [""]
-        if others == 0:
-            negatives = None
-        encoded = self._encode_text([*(prompts or []), *(negatives or [])])
-        features = list(request.prompt_embeds or encoded[:count])
-        if others == 0:
-            return features
+        moments = list(zip(*prompts, strict=True))  # sentences of all prompts, one moment after the other
+        told = [text for moment in moments for text in moment]
+        encoded = self._encode_text(list(dict.fromkeys([*told, *((negatives or []) if guided else [])])))
+        if request.prompt_embeds is not None:
+            texts = [list(request.prompt_embeds)]
+        else:
+            texts = [[encoded[text] for text in moment] for moment in moments]
+        if not guided:
+            return texts, []
         if negatives is not None:
-            null = encoded[len(encoded) - len(negatives) :]
+            null = [encoded[text] for text in negatives]
         else:  # features of one's own, without negatives: the padding table alone
-            null = list(request.negative_prompt_embeds or [features[0][:0]])
-        return features + (null * count if len(null) == 1 else null) * others
+            null = list(request.negative_prompt_embeds or [texts[0][0][:0]])
+        return texts, null * count if len(null) == 1 else null
 
-    def _encode_text(self, texts: list[str]) -> list[Tensor]:
+    def _encode_text(self, texts: list[str]) -> dict[str, Tensor]:
+        """Features (tokens, width) by sentence."""
         if not texts:
-            return []
+            return {}
         tokenizer, encoder = self._text_parts()
         config = self.transformer.config
         if encoder.config.hidden_size != config.text_token_dim:
             raise InputError(
                 f"the text encoder's features are {encoder.config.hidden_size} wide: expected {config.text_token_dim}"
             )
-        self._bring(encoder)
-        features, lengths = encode_batch(tokenizer, encoder, texts, config.text_token_len, self._execution_device)
-        return [row[:length] for row, length in zip(features, lengths.tolist(), strict=True)]
+        self.bring(encoder)
+        features, lengths = encode_batch(tokenizer, encoder, texts, config.text_token_len, self.execution_device)
+        rows = zip(texts, features, lengths.tolist(), strict=True)
+        return {text: row[:length] for text, row, length in rows}
 
     def _text_parts(self) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         """The checkpoint's own text encoder or the one its settings name, loaded when a call first needs it."""
@@ -348,46 +356,164 @@ class NovaPipeline(DiffusionPipeline):
             if self._named_text_parts is None:
                 self._named_text_parts = load_text_encoder(name, self.transformer.dtype)
             tokenizer, encoder = self._named_text_parts
-            return tokenizer, encoder.to(self._execution_device)
+            return tokenizer, encoder.to(self.execution_device)
 
-    def _encode_image(self, image: Image.Image | np.ndarray, plan: Plan, random: RandomState) -> Tensor:
-        """A picture as latent frame 0 (B, C, h, w), sampled from its posterior."""
-        self._bring(self.vae)
-        pixels = image_to_pixels(image, (plan.height, plan.width))  # (1, 3, H, W)
-        posterior = self.vae.encode(pixels.to(random.device, self.vae.dtype)).latent_dist
-        draws = len(random.generators)  # one sample for all clips, or one for each that has its own generator
-        noise = random.normal(draws, *posterior.mean.shape[1:])
-        latents = scale_latents(self.vae, posterior.mean + posterior.std * noise.to(posterior.mean.dtype))
-        return latents.to(random.dtype).expand(plan.batch, -1, -1, -1)
+    def _segments(
+        self, request: GenerateRequest, plan: Plan, texts: list[list[Tensor]], negatives: list[Tensor]
+    ) -> list[Segment]:
+        """What steers the clip, from one change of prompt, motion score or guidance to the next."""
+        moments = Timeline((0.0,), (0,))  # of the prompts
+        if request.timeline is not None:
+            moments = Timeline(request.timeline.times, tuple(range(len(texts))))
+        timelines: tuple[Timeline[Any], ...] = (moments, plan.motion_flow, plan.guidance)
+        starts = sorted({plan.latent_at(time) for timeline in timelines for time in timeline.times})
+        conditions: dict[tuple[int, float], Tensor] = {}
+        segments: list[Segment] = []
+        told, begin = 0, 0
+        for start in starts:
+            moment, motion, guidance = (_from_frame(timeline, plan, start) for timeline in timelines)
+            if moment != told:
+                told, begin = moment, max(0, start - plan.context.carry)
+            if (moment, motion) not in conditions:
+                conditions[moment, motion] = self._condition(request, plan, texts[moment], negatives, motion)
+            segments.append(Segment(start, conditions[moment, motion], guidance, begin))
+        return segments
 
-    def _decode(self, latents: Tensor, plan: Plan, output_type: str) -> Any:
-        """Latents (B, C, F, h, w) -> pictures, trimmed to the frames asked for."""
-        self._bring(self.vae)
-        z = unscale_latents(self.vae, latents.to(self.vae.dtype))
-        if plan.latent_frames == 1:
-            pixels = self.vae.decode(z.squeeze(2)).sample.unsqueeze(2)  # (B, 3, 1, H, W)
+    def _condition(
+        self, request: GenerateRequest, plan: Plan, texts: list[Tensor], negatives: list[Tensor], motion: float
+    ) -> Tensor:
+        """Condition tokens (N * B, T, D) of every pass, in the order of `guidance.py`."""
+        model, device = self.transformer, self.execution_device
+        features = texts + negatives * (plan.passes - 1)
+        lengths = torch.tensor([len(row) for row in features], device=device)
+        padded = torch.nn.utils.rnn.pad_sequence(
+            [row.to(device, model.dtype) for row in features], batch_first=True
+        )  # (N * prompts, T', text_token_dim)
+        score, fps = (torch.full((len(features),), float(value), device=device) for value in (motion, plan.fps))
+        text = model.embed_condition(padded, lengths, score, fps)  # (N * prompts, T, D)
+        return text.repeat_interleave(request.num_images_per_prompt, dim=0)
+
+    # What is given ------------------------------------------------------------------------------------------------
+
+    def _given(
+        self, request: GenerateRequest, plan: Plan, random: RandomState
+    ) -> tuple[dict[int, GivenFrame], GivenPixels | None]:
+        """Latent frames that are given, whole or in part, and pixels to give back."""
+        if request.video_latents is not None:
+            latents = request.video_latents.to(random.device, random.dtype)
+            if latents.shape[0] not in (1, request.num_prompts, plan.batch):
+                raise InputError(f"video: got latents of {latents.shape[0]} clips: expected 1 or {request.num_prompts}")
+            return {f: GivenFrame(frame) for f, frame in enumerate(_for_batch(latents, plan.batch).unbind(2))}, None
+        clips = request.given_clips
+        if not clips:
+            return {}, None
+        if len(clips) not in (1, request.num_prompts):
+            raise InputError(f"video: got {len(clips)} clips: expected 1 or {request.num_prompts}, one a prompt")
+        size = (plan.height, plan.width)
+        source, fps = clips[0].size, clips[0].fps
+        if request.video is not None and (source != size or not same_rate(fps, plan.fps)):
+            rates = "" if same_rate(fps, plan.fps) else f" at {fps:g} fps", f" at {plan.fps:g} fps"
+            was, now = f"{source[1]}x{source[0]}", f"{plan.width}x{plan.height}"
+            log.warning("the given clip, %s%s, is taken as %s%s", was, rates[0], now, rates[1] if rates[0] else "")
+        shown = frames_at(len(clips[0]), fps, plan.fps)
+        frames = [fit_frames(clip.frames[shown], size) for clip in clips]
+        pixels = torch.stack([to_pixels(clip[plan.offset :]) for clip in frames])  # (1 or prompts, 3, T, H, W)
+        if plan.edits:
+            masks = np.ones((len(shown), *size), bool)
+            if request.mask_image is not None:
+                masks = fit_masks(masks_of(np.asarray(request.mask_image), clips[0])[shown], size)
+            given, filled = self._given_to_edit(request, plan, random, pixels, torch.from_numpy(masks.copy()))
         else:
-            pixels = self.vae.decode(z).sample  # (B, 3, F, H, W)
-        return pixels_to_output(pixels[:, :, : plan.num_frames], output_type)
+            given = {f: GivenFrame(frame) for f, frame in enumerate(self._encode(pixels, plan, random).unbind(2))}
+            filled = None
+        if request.image is not None and not plan.edits:
+            return given, None  # as the released model has it: the picture comes back as the autoencoder sees it
+        kept = torch.stack([torch.from_numpy(np.ascontiguousarray(clip)) for clip in frames])
+        return given, GivenPixels(_for_batch(kept, plan.batch) if len(kept) > 1 else kept, filled)
 
-    def _require_vae(self, what: str) -> Any:
+    def _given_to_edit(
+        self, request: GenerateRequest, plan: Plan, random: RandomState, pixels: Tensor, masks: Tensor
+    ) -> tuple[dict[int, GivenFrame], Tensor]:
+        """Clips (B, 3, T, H, W) and masks (T, H, W) -> their latent frames, and the pixels (T, H, W) made anew."""
+        model, length = self.transformer, len(masks)
+        count = self.capabilities.latent_count(length)
+        missing = self.capabilities.pixel_count(count) - length  # the clip's end stands in for what is not there
+        pixels = torch.cat([pixels, pixels[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+        padded = torch.cat([masks, masks[-1:].expand(missing, -1, -1)])
+        erased = pixels if request.mask_image is None else fill_holes(pixels, padded)
+        latents = self._encode(erased, plan, random)  # (B, C, F, h, w)
+        stride = model.config.image_stride * model.patch_size
+        known = known_tokens(masks, stride, count, plan.temporal_stride).flatten(1).to(latents.device)  # (F, L)
+        share = 1.0 if request.strength is None else request.strength
+        given = {}
+        filled = masks.clone()
+        for frame in range(count):
+            redraw = round(share * int((~known[frame]).sum()))
+            given[frame] = GivenFrame(latents[:, :, frame], known[frame], redraw)
+            if redraw == 0:
+                filled[plan.first_pixel(frame) : plan.first_pixel(frame + 1)] = False
+        return given, filled
+
+    def _encode(self, pixels: Tensor, plan: Plan, random: RandomState) -> Tensor:
+        """Clips (1 or prompts, 3, T, H, W) in [-1, 1] -> latents (B, C, F, h, w), sampled from their posterior."""
+        vae = self.vae
+        self.bring(vae)
+        single = pixels.shape[2] == 1  # autoencoders of pictures know no other
+        pixels = pixels.to(random.device, vae.dtype)
+        posterior = vae.encode(pixels.squeeze(2) if single else pixels).latent_dist
+        mean, std = (part.unsqueeze(2) if single else part for part in (posterior.mean, posterior.std))
+        if len(mean) > 1:
+            mean, std = (_for_batch(part, plan.batch) for part in (mean, std))
+        draws = len(random.generators)  # one sample for all clips, or one for each that has its own generator
+        noise = random.normal(draws, *mean.shape[1:])
+        latents = scale_latents(vae, mean + std * noise.to(mean.dtype))
+        return latents.to(random.dtype).expand(plan.batch, -1, -1, -1, -1)
+
+    # Parts, as a generation uses them -------------------------------------------------------------------------------
+
+    def decode_picture(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of one frame by itself -> pixels (B, 3, H, W) in [-1, 1]."""
+        self.bring(self.require_vae("decoding"))
+        pixels: Tensor = self.vae.decode(unscale_latents(self.vae, latents.to(self.vae.dtype))).sample
+        return pixels
+
+    def require_vae(self, what: str) -> Any:
         if self.vae is None:
             raise InputError(
                 f"the checkpoint has no vae/, which {what} needs: expected output_type 'latent' and no image"
             )
         return self.vae
 
-    def _bring(self, module: torch.nn.Module) -> None:
+    def bring(self, module: torch.nn.Module) -> None:
         """Under CPU offload, move a part to its device: the library's hooks act on `forward` alone."""
         hook = getattr(module, "_hf_hook", None)
         if isinstance(hook, CpuOffload):
             hook.pre_forward(module)
 
     @property
-    def _execution_device(self) -> torch.device:
+    def is_offloaded(self) -> bool:
+        """Parts take turns on the device."""
+        return (
+            getattr(self.transformer, "_hf_hook", None) is not None or getattr(self.vae, "_hf_hook", None) is not None
+        )
+
+    @property
+    def execution_device(self) -> torch.device:
         """Where calls compute: under CPU offload not where the parts are."""
         hook = getattr(self.transformer, "_hf_hook", None)
         return torch.device(hook.execution_device) if isinstance(hook, CpuOffload) else self.transformer.device
+
+
+def _from_frame(timeline: Timeline[Any], plan: Plan, frame: int) -> Any:
+    """The value that holds at a latent frame: each takes over with the first that begins at its time or later."""
+    return [
+        value for time, value in zip(timeline.times, timeline.values, strict=True) if plan.latent_at(time) <= frame
+    ][-1]
+
+
+def _for_batch(rows: Tensor, batch: int) -> Tensor:
+    """One row for all, or one a prompt -> one a picture: prompts are repeated in place."""
+    return rows.repeat_interleave(batch // len(rows), dim=0)
 
 
 def _dtype_of(part: str, torch_dtype: torch.dtype | dict[str, torch.dtype] | None) -> torch.dtype | None:

@@ -36,12 +36,16 @@ def to_bytes(frames: np.ndarray) -> np.ndarray:
     return frames if frames.dtype == np.uint8 else (frames * 255).round().astype(np.uint8)
 
 
-def pixels_to_output(pixels: Tensor, output_type: str) -> Any:
-    """Clips (B, 3, F, H, W) in [-1, 1] -> one entry each, in the form of `output_type`.
+def unit_frames(pixels: Tensor) -> Tensor:
+    """Decoded clips (B, 3, F, H, W) in [-1, 1] -> frames (B, F, 3, H, W), float32 in [0, 1]."""
+    return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
-    pt: (B, F, 3, H, W) and np: (B, F, H, W, 3), float32 in [0, 1]; pil: lists of pictures.
+
+def output_form(frames: Tensor, output_type: str) -> Any:
+    """Frames (B, F, 3, H, W) in [0, 1] -> one entry a clip, in the form of `output_type`.
+
+    pt: as they are; np: (B, F, H, W, 3), float32 in [0, 1]; pil: lists of pictures.
     """
-    frames = (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)  # (B, F, 3, H, W)
     if output_type == "pt":
         return frames
     arrays = frames.permute(0, 1, 3, 4, 2).cpu().numpy()  # (B, F, H, W, 3)

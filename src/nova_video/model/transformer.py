@@ -69,28 +69,31 @@ class VideoEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.mixer = Mixer(width, mixer_rank) if mixer_rank else None
 
-    def forward(self, condition: Tensor, frames: Tensor, rotary: Rotary | None) -> Tensor:
-        """All frames at once: condition (B, T, D), frames (B, F, Lc, D) -> features (B, F, Lc, D)."""
+    def forward(
+        self, condition: Tensor, frames: Tensor, rotary: Rotary | None, cache: TemporalCache | None = None
+    ) -> Tensor:
+        """All frames at once: condition (B, T, D), frames (B, F, Lc, D) -> features (B, F, Lc, D).
+
+        An empty `cache` is filled, so that `step` can go on from there.
+        """
         text, (num_frames, tokens) = condition.shape[1], frames.shape[1:3]
         mask = None  # a single frame forms one block with the condition: nothing to hide
         if num_frames > 1:
             mask = block_causal_mask(text, tokens, num_frames, frames.device)
         x = torch.cat([condition, frames.flatten(1, 2)], dim=1)  # (B, T + F * Lc, D)
         rotary = None if rotary is None else rotary.after_condition(text)
-        for block in self.blocks:
-            x = block(x, rotary, mask)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, mask, None if cache is None else CacheLayer(cache, layer))
+        if cache is not None:
+            cache.advance(x.shape[1])
         return self.norm(x[:, text:]).unflatten(1, (num_frames, tokens))
 
-    def step(self, condition: Tensor | None, frame: Tensor, rotary: Rotary | None, cache: TemporalCache) -> Tensor:
-        """The next frame alone: condition (B, T, D) for the first, frame (B, Lc, D) -> feature (B, Lc, D)."""
-        x = frame
-        if condition is not None:
-            x = torch.cat([condition, frame], dim=1)  # (B, T + Lc, D)
-            rotary = None if rotary is None else rotary.after_condition(condition.shape[1])
+    def step(self, frame: Tensor, rotary: Rotary | None, cache: TemporalCache) -> Tensor:
+        """The next frame alone (B, Lc, D) -> its feature (B, Lc, D)."""
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, None, CacheLayer(cache, layer))
-        cache.advance(x.shape[1])
-        return self.norm(x[:, -frame.shape[1] :])
+            frame = block(frame, rotary, None, CacheLayer(cache, layer))
+        cache.advance(frame.shape[1])
+        return self.norm(frame)
 
 
 class ImageEncoder(nn.Module):
@@ -210,11 +213,12 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin):
     # In time, frame by frame --------------------------------------------------------------------------------------
 
     def embed_history(
-        self, latents: Tensor | None, frame: int, batch: int, positions: Positions, bare: bool = False
+        self, latents: Tensor | None, slot: int, batch: int, positions: Positions, bare: bool = False
     ) -> Tensor:
-        """Temporal input of `frame`: frame - 1's latents (B, C, h, w), or BOS for frame 0 (latents None) -> (B, Lc, D).
+        """Temporal input of a slot: the frame before it (B, C, h, w), or BOS in slot 0 (latents None) -> (B, Lc, D).
 
-        `bare` leaves the position tables out (image guidance's second pass).
+        A slot is a place in the temporal encoder's context: the frame's number, unless the context is bounded. `bare`
+        leaves the position tables out (image guidance's second pass).
         """
         if latents is not None:
             tokens = self.video_encoder.patch_embed(latents)
@@ -225,16 +229,21 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin):
             return tokens
         if positions.time is None or positions.video_space is None:
             return tokens
-        return tokens + positions.time[frame] + positions.video_space
+        return tokens + positions.time[slot] + positions.video_space
 
-    def encode_frame(
-        self, condition: Tensor | None, tokens: Tensor, frame: int, positions: Positions, cache: TemporalCache
-    ) -> Tensor:
-        """One temporal step. condition (B, T, D) goes in front at frame 0 only; tokens (B, Lc, D) -> c_f (B, Lc, D)."""
+    def encode_context(self, condition: Tensor, tokens: Tensor, positions: Positions, cache: TemporalCache) -> Tensor:
+        """The first slots in one pass, into an empty cache: condition (B, T, D), tokens (B, F, Lc, D) -> all c_f."""
         rotary = positions.video_rotary
         if rotary is not None:
-            rotary = rotary.slice(frame * tokens.shape[1], (frame + 1) * tokens.shape[1])
-        return self.video_encoder.step(condition, tokens, rotary, cache)
+            rotary = rotary.slice(0, tokens.shape[1] * tokens.shape[2])
+        return self.video_encoder(condition, tokens, rotary, cache)
+
+    def encode_frame(self, tokens: Tensor, slot: int, positions: Positions, cache: TemporalCache) -> Tensor:
+        """The next slot alone: tokens (B, Lc, D) -> c_f (B, Lc, D). Equal to `encode_context` of all so far."""
+        rotary = positions.video_rotary
+        if rotary is not None:
+            rotary = rotary.slice(slot * tokens.shape[1], (slot + 1) * tokens.shape[1])
+        return self.video_encoder.step(tokens, rotary, cache)
 
     def encode_frames(self, condition: Tensor, latents: Tensor, positions: Positions) -> Tensor:
         """All frames at once (training): condition (B, T, D), latents (B, C, F, h, w) -> mixed (B, F, Lc, D)."""

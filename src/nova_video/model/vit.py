@@ -37,6 +37,10 @@ class TemporalCache:
     def advance(self, count: int) -> None:
         self.length += count
 
+    def clear(self) -> None:
+        """Forget everything; the storage stays."""
+        self.length = 0
+
 
 @dataclass(frozen=True)
 class CacheLayer:

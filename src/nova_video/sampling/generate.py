@@ -1,7 +1,7 @@
 """The loop: frame by frame in time, set by set in space. One set a turn, so that a caller can stop, show or save.
 
-Per frame: one step of the temporal encoder, then for each set the spatial encoder once, the denoiser's steps on the
-set's tokens, and those tokens are fixed.
+Per frame: one step of the temporal encoder (or one pass over its context, where that does not just grow by a frame),
+then for each set the spatial encoder once, the denoiser's steps on the set's tokens, and those tokens are fixed.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nova_video.model import NOVATransformer3DModel, random_order, unpatchify
+from nova_video.model import NOVATransformer3DModel, patchify, random_order, unpatchify
 from nova_video.model.patches import gather_tokens, scatter_tokens
+from nova_video.sampling.context import REFERENCE_FRAMES, Statistics, hold_statistics
 from nova_video.sampling.diffusion import denoise_set
 from nova_video.sampling.state import OpenFrame, SamplingState
 
@@ -35,72 +36,159 @@ class SetDone:
 
 def generate_sets(model: NOVATransformer3DModel, scheduler: Any, state: SamplingState) -> Iterator[SetDone]:
     """Advance `state` to its end, one set a turn. `scheduler` is the request's own copy."""
-    while len(state.frames) < state.num_frames:
+    while not state.finished:
         if state.open is None:
-            condition = encode_next_frame(model, state)
-            if len(state.frames) < len(state.given):
-                state.frames.append(state.given[len(state.frames)])
+            given = state.given.get(state.done)
+            if given is not None and given.redraw == 0:
+                finish_frame(state, given.latents)
                 continue
-            state.open = open_frame(model, state, condition)
+            state.open = open_frame(model, state, encode_next_frame(model, state))
         yield reveal_set(model, scheduler, state, state.open)
 
 
-def generate_frames(model: NOVATransformer3DModel, scheduler: Any, state: SamplingState) -> Iterator[Tensor]:
-    """Advance `state` to its end, one frame (B, C, h, w) a turn, given ones left out."""
-    for done in generate_sets(model, scheduler, state):
-        if done.frame_done:
-            yield state.frames[-1]
+# In time --------------------------------------------------------------------------------------------------------------
 
 
 def encode_next_frame(model: NOVATransformer3DModel, state: SamplingState) -> Tensor:
-    """The temporal encoder's step for the next frame -> what the spatial encoder is told of it (N * B, Lc, D)."""
-    frame, batch, passes = len(state.frames), state.batch, state.guidance.passes
-    latest = state.frames[-1] if state.frames else None
-    history = model.embed_history(latest, frame, batch, state.positions)  # (B, Lc, D)
-    parts = [history] * passes
-    if passes == 3:  # the second pass goes without history: the bare token, at every frame
-        parts[1] = model.embed_history(None, frame, batch, state.positions, bare=True)
-    text = state.text if frame == 0 else None
-    feature = model.encode_frame(text, torch.cat(parts), frame, state.positions, state.cache)
-    if state.first is None:
-        state.first = feature
-        return feature
-    return model.mix(state.first, feature)
+    """What the spatial encoder is told of the next frame (N * B, Lc, D), from the earlier frames it may read."""
+    segment = state.segment_at(state.done)
+    read = state.context.read(state.done, state.segments[segment].begin)
+    same_text = state.segments[segment].text is state.segments[state.cached_segment].text
+    if state.cached is not None and same_text and read[:-1] == state.cached:
+        feature = step_context(model, state, read[-1])
+    else:
+        feature = build_context(model, state, segment, read)
+    assert state.anchor is not None
+    return model.mix(state.anchor, feature) if read else feature
+
+
+def build_context(model: NOVATransformer3DModel, state: SamplingState, segment: int, read: list[int]) -> Tensor:
+    """Encode text, BOS and the frames `read` in one pass, into an emptied cache -> the last slot's feature."""
+    state.cache.clear()
+    tokens = [history_tokens(model, state, frame, slot) for slot, frame in enumerate([None, *read])]
+    text = state.segments[segment].text
+    features = model.encode_context(text, torch.stack(tokens, dim=1), state.positions, state.cache)
+    state.cached, state.built, state.cached_segment = list(read), len(read), segment
+    state.anchor = features[:, 0]
+    return features[:, -1]
+
+
+def step_context(model: NOVATransformer3DModel, state: SamplingState, frame: int) -> Tensor:
+    """One more frame behind those in the cache -> its slot's feature."""
+    assert state.cached is not None
+    slot = len(state.cached) + 1
+    feature = model.encode_frame(history_tokens(model, state, frame, slot), slot, state.positions, state.cache)
+    state.cached.append(frame)
+    return feature
+
+
+def restore_context(model: NOVATransformer3DModel, state: SamplingState) -> None:
+    """Fill the cache of a state that was saved, by the very passes that had filled it."""
+    cached, built = state.cached, state.built
+    if cached is not None:
+        build_context(model, state, state.cached_segment, cached[:built])
+        for frame in cached[built:]:
+            step_context(model, state, frame)
+
+
+def history_tokens(model: NOVATransformer3DModel, state: SamplingState, frame: int | None, slot: int) -> Tensor:
+    """A slot's input in every pass (N * B, Lc, D); frame None is BOS."""
+    latents = None if frame is None else read_frame(state, frame)
+    parts = [model.embed_history(latents, slot, state.batch, state.positions)] * state.passes  # (B, Lc, D) each
+    if state.passes == 3:  # the second pass goes without history: the bare token, at every frame
+        parts[1] = model.embed_history(None, slot, state.batch, state.positions, bare=True)
+    return torch.cat(parts)
+
+
+def read_frame(state: SamplingState, frame: int) -> Tensor:
+    """An earlier frame (B, C, h, w) as the temporal encoder reads it; its noise is drawn once."""
+    latents = state.frames[frame]
+    if state.context.history_noise == 0:
+        return latents
+    if frame not in state.heard:
+        state.heard[frame] = latents + state.context.history_noise * state.random.normal(*latents.shape)
+    return state.heard[frame]
+
+
+# In space -------------------------------------------------------------------------------------------------------------
 
 
 def open_frame(model: NOVATransformer3DModel, state: SamplingState, condition: Tensor) -> OpenFrame:
-    """An empty frame. The first one of a request draws the order of revelation, for all frames."""
-    count = sum(state.sizes)
+    """The next frame, empty but for what is given of it. The first one draws the order of revelation, for all."""
+    count = state.num_tokens
     if state.order is None:
         state.order = random_order(state.random.uniform(state.batch, count, 1))
     values = model.patch_size**2 * state.noise.shape[1]
-    tokens = condition.new_zeros(state.batch, count, values)
-    return OpenFrame(condition, tokens, condition.new_zeros(state.batch, count, condition.shape[-1]))
+    frame = OpenFrame(
+        condition,
+        tokens=condition.new_zeros(state.batch, count, values),
+        embedded=condition.new_zeros(state.batch, count, condition.shape[-1]),
+        order=state.order,
+        known=0,
+        sizes=state.sizes(state.done),
+    )
+    given = state.given.get(state.done)
+    if given is not None:
+        if given.known is not None:
+            frame.order = known_first(state.order, given.known)
+        frame.known = count - given.redraw
+        if frame.known:
+            ids = frame.revealed(0)
+            reveal(model, frame, ids, gather_tokens(patchify(given.latents, model.patch_size), ids))
+    return frame
+
+
+def known_first(order: Tensor, known: Tensor) -> Tensor:
+    """order (B, L) with the tokens of `known` (L,) moved to the front; else as it was."""
+    unknown = ~known[order]
+    return order.gather(1, unknown.byte().argsort(dim=1, stable=True))
+
+
+def reveal(model: NOVATransformer3DModel, frame: OpenFrame, ids: Tensor, values: Tensor) -> None:
+    """Fix the tokens `ids` (B, S) at `values` (B, S, P)."""
+    frame.tokens = scatter_tokens(frame.tokens, ids, values)
+    frame.embedded = scatter_tokens(frame.embedded, ids, model.embed_tokens(values))
 
 
 def reveal_set(model: NOVATransformer3DModel, scheduler: Any, state: SamplingState, frame: OpenFrame) -> SetDone:
     """Predict the next set of the open frame and fix it; the last set closes the frame."""
-    passes = state.guidance.passes
-    visible = state.revealed(frame.sets)  # (B, V)
-    ids = state.revealed(frame.sets + 1)[:, visible.shape[1] :]  # (B, S)
+    passes, guidance = state.passes, state.segments[state.segment_at(state.done)].guidance
+    visible = frame.revealed(frame.sets)  # (B, V)
+    ids = frame.revealed(frame.sets + 1)[:, visible.shape[1] :]  # (B, S)
     z = model.encode_tokens(
         frame.condition, frame.embedded.repeat(passes, 1, 1), visible.repeat(passes, 1), state.positions
     )  # (N * B, L, D)
     features = gather_tokens(z, ids.repeat(passes, 1))  # (N * B, S, D)
-    values = denoise_set(model, scheduler, features, ids, state.num_diffusion_steps, state.guidance, state.noise)
-    values = values.to(features.dtype)
-    frame.tokens = scatter_tokens(frame.tokens, ids, values)
-    frame.embedded = scatter_tokens(frame.embedded, ids, model.embed_tokens(values))
+    values = denoise_set(model, scheduler, features, ids, state.num_diffusion_steps, guidance, state.noise)
+    reveal(model, frame, ids, values.to(features.dtype))
     frame.sets += 1
-    done = SetDone(
-        state.step,
-        len(state.frames),
-        frame.sets == len(state.sizes),
-        frame.tokens,
-        state.revealed(frame.sets),
-    )
+    whole = frame.sets == len(frame.sizes)
+    done = SetDone(state.step, state.done, whole, frame.tokens, frame.revealed(frame.sets))
     state.step += 1
-    if done.frame_done:
-        state.frames.append(unpatchify(frame.tokens, model.patch_size, state.grid))
+    if whole:
+        latents = unpatchify(frame.tokens, model.patch_size, state.grid)
+        finish_frame(state, latents if state.done in state.given else held(state, latents))
         state.open = None
     return done
+
+
+def finish_frame(state: SamplingState, latents: Tensor) -> None:
+    """The next frame (B, C, h, w) is whole."""
+    begin = state.segments[state.segment_at(state.done)].begin
+    if state.context.hold_statistics > 0:
+        statistics = Statistics.of(latents, begin)
+        if state.reference is None or state.reference.begin != begin:
+            state.reference = statistics
+        elif state.reference.count < REFERENCE_FRAMES:
+            state.reference = state.reference.joined(statistics)
+    state.frames[state.done] = latents
+    state.done += 1
+
+
+def held(state: SamplingState, latents: Tensor) -> Tensor:
+    """A new frame, drawn to the statistics of the first ones where that is asked for and those are known."""
+    strength, reference = state.context.hold_statistics, state.reference
+    begin = state.segments[state.segment_at(state.done)].begin
+    if strength == 0 or reference is None or reference.begin != begin or reference.count < REFERENCE_FRAMES:
+        return latents
+    return hold_statistics(latents, reference, strength)

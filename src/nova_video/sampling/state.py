@@ -1,21 +1,47 @@
 """What one request holds while it is made, and nothing else does: modules keep weights only.
 
-A state is all that has to travel for a generation to go on: frames so far, the frame in progress, the temporal cache,
-the order of revelation and the random generators. It is made by the pipeline and advanced by `generate.py`.
+A state is all that has to travel for a generation to go on: frames so far, the frame in progress, the order of
+revelation and the random generators; the temporal cache follows from them. It is made by the pipeline, advanced by
+`generate.py` and saved by `generation.py`.
 
 Legend: B batch, N guidance passes, C latent channels, h w latent grid, L tokens of a frame, Lc temporal tokens of it,
 T condition tokens, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nova_video.model import NOVATransformer3DModel, Positions, TemporalCache, set_sizes
+from nova_video.sampling.context import Context, Statistics
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.random import FrameNoise, RandomState
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What steers the frames from one of them on: the first segment starts at frame 0, each next one takes over."""
+
+    start: int
+    text: Tensor
+    """(N * B, T, D) condition tokens of every pass."""
+    guidance: Guidance
+    begin: int = 0
+    """First frame that is read: after a change of prompt the past begins a little before it."""
+
+
+@dataclass(frozen=True)
+class GivenFrame:
+    """A latent frame that is there from the start, whole or in part."""
+
+    latents: Tensor
+    """(B, C, h, w)"""
+    known: Tensor | None = None
+    """(L,) bool: tokens that stay. None: none of the tokens is asked to change, or all may (see `redraw`)."""
+    redraw: int = 0
+    """Tokens made anew, the last ones in the order of revelation; 0: the frame stays as it is."""
 
 
 @dataclass
@@ -28,36 +54,59 @@ class OpenFrame:
     """(B, L, P) values, zero where not revealed."""
     embedded: Tensor
     """(B, L, D) the revealed tokens as the spatial encoder reads them: each is embedded once."""
+    order: Tensor
+    """(B, L) in which tokens are revealed, given ones first."""
+    known: int
+    """Tokens given."""
+    sizes: list[int]
+    """Of the sets in which the others are revealed."""
     sets: int = 0
     """Sets revealed."""
+
+    def revealed(self, sets: int) -> Tensor:
+        """Ids (B, V) of the tokens that are there after `sets` sets, in order of revelation."""
+        return self.order[:, : self.known + sum(self.sizes[:sets])]
 
 
 @dataclass
 class SamplingState:
     """One request. `generate_sets` advances it; between two sets it is whole."""
 
-    num_frames: int
-    """Latent frames in all, given ones included."""
+    num_frames: int | None
+    """Latent frames in all, given ones included; None: without end."""
     grid: tuple[int, int]
     """Latent height and width."""
-    sizes: list[int]
-    """Tokens of each set of a frame."""
+    num_tokens: int
+    """L"""
+    num_sets: int
+    """Sets that a frame is revealed in."""
     num_diffusion_steps: int
-    guidance: Guidance
-    text: Tensor
-    """(N * B, T, D) condition tokens of every pass."""
+    segments: Sequence[Segment]
+    context: Context
     positions: Positions
     cache: TemporalCache
     random: RandomState
     noise: FrameNoise
-    given: Sequence[Tensor] = ()
-    """Leading frames that are given, each (B, C, h, w): the temporal encoder reads them, no sets are made."""
+    given: Mapping[int, GivenFrame] = field(default_factory=dict)
+    """By frame."""
     order: Tensor | None = None
     """(B, L) in which tokens are revealed, the same for all frames; drawn when first needed."""
-    first: Tensor | None = None
-    """(N * B, Lc, D) the first frame's feature c_0, which the mixer scales and shifts for later frames."""
-    frames: list[Tensor] = field(default_factory=list)
-    """Finished frames, given ones included, each (B, C, h, w)."""
+    cached: list[int] | None = None
+    """Earlier frames in the cache, behind text and BOS; None: the cache is empty."""
+    built: int = 0
+    """Of them, those that entered in one pass; the others came one by one."""
+    cached_segment: int = 0
+    """Whose text is in the cache."""
+    anchor: Tensor | None = None
+    """(N * B, Lc, D) the feature c_0 behind that text, which the mixer scales and shifts for later frames."""
+    frames: dict[int, Tensor] = field(default_factory=dict)
+    """Finished frames (B, C, h, w) by number, given ones included, without those let go by `forget`."""
+    heard: dict[int, Tensor] = field(default_factory=dict)
+    """Frames as the temporal encoder reads them, where that is with noise."""
+    reference: Statistics | None = None
+    """Of the first frames, where later ones are drawn to them."""
+    done: int = 0
+    """Finished frames."""
     open: OpenFrame | None = None
     step: int = 0
     """Sets made so far, over all frames."""
@@ -66,32 +115,34 @@ class SamplingState:
     def create(
         cls,
         model: NOVATransformer3DModel,
-        text: Tensor,
+        segments: Sequence[Segment],
         *,
-        num_frames: int,
+        num_frames: int | None,
         grid: tuple[int, int],
         num_sets: int,
         num_diffusion_steps: int,
-        guidance: Guidance,
         random: RandomState,
-        given: Sequence[Tensor] = (),
+        passes: int,
+        context: Context | None = None,
+        given: Mapping[int, GivenFrame] | None = None,
     ) -> "SamplingState":
-        """A fresh request. text (N * B, T, D): condition tokens of every pass, in the order of `guidance.py`."""
-        batch = text.shape[0] // guidance.passes
-        positions = model.positions(num_frames, grid)
-        tokens = (grid[0] // model.patch_size) * (grid[1] // model.patch_size)
+        """A fresh request. Every segment's text has `passes` rows a sample, in the order of `guidance.py`."""
+        rows = segments[0].text.shape[0]
+        context = context or Context()
+        positions = model.positions(context.slots(num_frames), grid)
         return cls(
             num_frames=num_frames,
             grid=grid,
-            sizes=set_sizes(tokens, num_sets),
+            num_tokens=(grid[0] // model.patch_size) * (grid[1] // model.patch_size),
+            num_sets=num_sets,
             num_diffusion_steps=num_diffusion_steps,
-            guidance=guidance,
-            text=text,
+            segments=segments,
+            context=context,
             positions=positions,
-            cache=model.new_cache(text.shape[0], positions),
+            cache=model.new_cache(rows, positions),
             random=random,
-            noise=FrameNoise(random, (batch, model.config.image_dim, *grid), model.patch_size),
-            given=given,
+            noise=FrameNoise(random, (rows // passes, model.config.image_dim, *grid), model.patch_size),
+            given=given or {},
         )
 
     @property
@@ -99,15 +150,41 @@ class SamplingState:
         return self.noise.shape[0]
 
     @property
-    def total_steps(self) -> int:
-        """Sets of the whole request."""
-        return (self.num_frames - len(self.given)) * len(self.sizes)
+    def passes(self) -> int:
+        """Rows a sample in the encoders: enough for every segment's guidance."""
+        return self.segments[0].text.shape[0] // self.batch
 
-    def revealed(self, sets: int) -> Tensor:
-        """Ids (B, V) of the tokens that the first `sets` sets reveal, in that order."""
-        assert self.order is not None
-        return self.order[:, : sum(self.sizes[:sets])]
+    @property
+    def finished(self) -> bool:
+        return self.num_frames is not None and self.done >= self.num_frames
+
+    def segment_at(self, frame: int) -> int:
+        """Index of the segment that steers a frame."""
+        return max(index for index, segment in enumerate(self.segments) if segment.start <= frame)
+
+    def sizes(self, frame: int) -> list[int]:
+        """Tokens of each set of a frame."""
+        given = self.given.get(frame)
+        return set_sizes(self.num_tokens if given is None else given.redraw, self.num_sets)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Sets of the whole request; None: without end."""
+        if self.num_frames is None:
+            return None
+        given = [frame for frame in self.given if frame < self.num_frames]
+        return (self.num_frames - len(given)) * len(set_sizes(self.num_tokens, self.num_sets)) + sum(
+            len(self.sizes(frame)) for frame in given
+        )
+
+    def forget(self, before: int) -> None:
+        """Let go of frames before this one that the temporal encoder will not read again."""
+        begin = self.segments[self.segment_at(self.done)].begin
+        needed = {*self.context.read(self.done, begin), *range(self.done - self.context.carry, self.done)}
+        for kept in (self.frames, self.heard):
+            for frame in [frame for frame in kept if frame < before and frame not in needed]:
+                del kept[frame]
 
     def latents(self) -> Tensor:
         """(B, C, F', h, w): the finished frames."""
-        return torch.stack(self.frames, dim=2)
+        return torch.stack([self.frames[frame] for frame in sorted(self.frames)], dim=2)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from nova_video.errors import InputError
-from nova_video.request import Defaults
+from nova_video.settings import Defaults
 
 T = TypeVar("T")
 

@@ -1,0 +1,67 @@
+"""Work done ahead of its consumer, in a thread: streams sample frames while earlier ones are decoded and used."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+WAIT = 0.1  # seconds between two looks at whether the consumer has gone
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: BaseException
+
+
+class _End:
+    pass
+
+
+@contextlib.contextmanager
+def run_ahead(items: Iterator[T], depth: int) -> Iterator[Iterator[T]]:
+    """`items` made in a thread, at most `depth` ahead. Leaving the block ends the thread after the item in hand.
+
+    An error in the thread is raised where the consumer asks for the next item. Gradients are off in the thread, and it
+    computes with as many threads as the consumer's.
+    """
+    ready: queue.Queue[T | _Failed | _End] = queue.Queue(maxsize=depth)
+    gone = threading.Event()
+    cores = torch.get_num_threads()
+
+    def put(item: T | _Failed | _End) -> None:
+        while not gone.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=WAIT)
+                break
+
+    def work() -> None:
+        torch.set_num_threads(cores)
+        try:
+            with torch.no_grad():
+                for item in items:
+                    put(item)
+                    if gone.is_set():
+                        return
+            put(_End())
+        except BaseException as error:  # also what is no Exception must reach the consumer
+            put(_Failed(error))
+
+    def consume() -> Iterator[T]:
+        while not isinstance(item := ready.get(), _End):
+            if isinstance(item, _Failed):
+                raise item.error
+            yield item
+
+    thread = threading.Thread(target=work, name="nova-sampling", daemon=True)
+    thread.start()
+    try:
+        yield consume()
+    finally:
+        gone.set()
+        thread.join()

@@ -1,0 +1,434 @@
+"""One request while it is carried out: sampled set by set, decoded piece by piece, saved and gone on with.
+
+`NovaPipeline.start` makes a `Generation`; calls run it to the end, streams hand out its frames as they become final.
+Both decode through the same pieces and so give the same pixels. What is saved (`saving.py`) is the sampler's state,
+with the plan and what was given.
+
+Legend: B clips, F latent frames, T pixel frames, C latent channels, h w latent grid, H W pixels, L tokens of a frame.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from nova_video.ahead import run_ahead
+from nova_video.autoencoders import StreamDecoder, unscale_latents
+from nova_video.autoencoders.base import VideoAutoencoder
+from nova_video.errors import InputError
+from nova_video.model import set_sizes, unpatchify
+from nova_video.pixels import output_form, unit_frames
+from nova_video.plan import Plan
+from nova_video.sampling.generate import SetDone, generate_sets
+from nova_video.sampling.state import SamplingState
+
+if TYPE_CHECKING:
+    from nova_video.pipeline import NovaPipeline
+
+StepCallback = Callable[["NovaPipeline", int, int, dict[str, Tensor]], object]
+"""(pipe, step, frame, tensors) after every set; returning False stops. `step` counts the sets of the whole call,
+`frame` is the latent frame, and tensors are `latents` (B, C, h, w), zero where nothing is revealed yet, and `revealed`,
+(B, h / 2, w / 2) bool."""
+
+
+@dataclass
+class GenerateResult(BaseOutput):
+    """What a call made: `images` for one frame, `frames` otherwise, one entry a picture or clip, prompts in order."""
+
+    images: Any = None
+    frames: Any = None
+    fps: float | None = None
+    """Rate the clips are meant to be shown at."""
+    seeds: tuple[int, ...] = ()
+    """Of the generator, or of each picture's own."""
+    stopped: bool = False
+    """The callback ended the call early: here are the finished frames or, without any, the first as far as it got."""
+    generation: Any = None
+    """Of a call that was stopped: the `Generation`, to save or to go on with."""
+
+
+@dataclass(frozen=True, eq=False)
+class GivenPixels:
+    """Leading frames as they were given, at the size and rate of the plan."""
+
+    frames: Tensor
+    """(1 or B, T, H, W, 3), uint8 or float32 in [0, 1]."""
+    filled: Tensor | None = None
+    """(T, H, W) bool: pixels that are made anew. None: all stay."""
+
+    def over(self, made: Tensor, first: int) -> Tensor:
+        """Decoded frames (B, T, 3, H, W) in [0, 1], the first of them number `first`, with given pixels put back."""
+        stop = min(self.frames.shape[1], first + made.shape[1])
+        if stop <= first:
+            return made
+        part = self.part(first, stop, made.shape[0]).to(made.device)
+        if self.filled is not None:
+            filled = self.filled[first:stop, None].to(made.device)  # (T, 1, H, W)
+            part = torch.where(filled, made[:, : stop - first], part)
+        return torch.cat([part, made[:, stop - first :]], dim=1)
+
+    def part(self, first: int, stop: int, batch: int) -> Tensor:
+        """Frames `first` to `stop` as (B, T, 3, H, W) float32 in [0, 1]."""
+        frames = self.frames[:, first:stop]
+        unit = frames.float() / 255 if frames.dtype == torch.uint8 else frames
+        return unit.permute(0, 1, 4, 2, 3).expand(batch, -1, -1, -1, -1)
+
+
+# Events of a stream ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class FrameReady:
+    """A pixel frame that is final."""
+
+    index: int
+    frame: Any
+    """In the form of `output_type`; with output_type "latent", of a latent frame, and `index` counts those."""
+
+
+@dataclass(frozen=True, eq=False)
+class LatentPreview:
+    """The newest latent frame, decoded by itself before its pixels are final."""
+
+    latent_frame: int
+    frame: Any
+
+
+@dataclass(frozen=True, eq=False)
+class PartialFrame:
+    """The latent frame in hand, one more set of it revealed."""
+
+    latent_frame: int
+    step: int
+    """Counts the sets of the whole request."""
+    latents: Tensor
+    """(B, C, h, w), zero where nothing is revealed."""
+    revealed: Tensor
+    """(B, h / 2, w / 2) bool."""
+    decode: Callable[[Tensor], Any] = field(repr=False)
+
+    @property
+    def frame(self) -> Any:
+        """A picture of it as far as it is, decoded when asked for."""
+        return self.decode(self.latents)
+
+
+Event = FrameReady | LatentPreview | PartialFrame
+
+
+class Generation:
+    """One request while it is carried out. One consumer at a time runs or streams it; any thread may save it."""
+
+    def __init__(
+        self,
+        pipe: "NovaPipeline",
+        plan: Plan,
+        state: SamplingState,
+        scheduler: Any,
+        *,
+        output_type: str,
+        bare: bool,
+        seeds: tuple[int, ...],
+        given: GivenPixels | None = None,
+        emitted: int = 0,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        self.pipe = pipe
+        self.plan = plan
+        self.state = state
+        self.scheduler = scheduler
+        self.output_type = output_type
+        self.bare = bare
+        """One clip of one prompt: streams yield its frames as they are, not in a list of one."""
+        self.seeds = seeds
+        self.given = given
+        self.emitted = emitted
+        """Frames handed out by streams: pixel frames or, with output_type "latent", latent frames."""
+        self.notes: dict[str, Any] = notes or {}
+        """Anything that JSON can hold; saved with the state."""
+        self._lock = threading.Lock()  # held while a set is made: between two of them the state is whole
+
+    @property
+    def total_steps(self) -> int | None:
+        """Sets of the whole request; None: without end."""
+        return self.state.total_steps
+
+    def save(self, path: str | Path) -> None:
+        """Write what `NovaPipeline.resume` needs to go on from here, with the same result as never stopping."""
+        from nova_video.saving import save_generation
+
+        with self._lock:
+            save_generation(self, Path(path))
+
+    # To the end -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(self, callback_on_step_end: StepCallback | None = None) -> GenerateResult:
+        """All frames; of a generation that a stream has begun, those that it has not handed out."""
+        if self.plan.num_frames is None:
+            raise InputError("num_frames is inf: expected a whole number, or pipe.stream, which goes on without end")
+        last: SetDone | None = None
+        try:
+            with self.pipe.progress_bar(total=self.total_steps) as bar:
+                bar.update(self.state.step)
+                for done in self._sets(callback_on_step_end):
+                    last = done
+                    bar.update()
+            partial = None
+            if not self.state.frames and last is not None:  # nothing is whole: the first frame as far as it is
+                partial = self._shown(last)["latents"]
+            made = self._latents(partial) if self.output_type == "latent" else self._pixels(partial)
+        finally:
+            self.pipe.maybe_free_model_hooks()
+        stopped = not self.state.finished
+        result = GenerateResult(fps=self.plan.fps, seeds=self.seeds, stopped=stopped)
+        result.generation = self if stopped else None
+        if self.plan.num_frames > 1:
+            result.frames = made
+        elif self.output_type == "latent":
+            result.images = made
+        else:
+            result.images = [clip[0] for clip in made] if isinstance(made, list) else made[:, 0]
+        return result
+
+    def _latents(self, partial: Tensor | None) -> Tensor:
+        """(B, C, F, h, w) as the sampler has them."""
+        frames = self.state.frames
+        kept = [frames[f] for f in range(self.emitted, self.state.done)] if partial is None else [partial]
+        return torch.stack(kept, dim=2)
+
+    def _pixels(self, partial: Tensor | None) -> Any:
+        pieces = self._untouched()
+        if partial is not None:
+            pieces.append(unit_frames(self.pipe.decode_picture(partial).unsqueeze(2)))
+        else:
+            decoder = self._decoder()
+            pieces += [*self._push(decoder, self.state.done), *self._finish(decoder)]
+        whole = torch.cat([piece.to(pieces[-1].device) for piece in pieces], dim=1)
+        self.emitted += whole.shape[1]
+        return output_form(whole, self.output_type)
+
+    # Frame by frame ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def stream(
+        self, preview: bool = False, callback_on_step_end: StepCallback | None = None, ahead: bool | None = None
+    ) -> Iterator[Any]:
+        """Frames as they become final, in the form of `output_type`; with `preview`, events (see above).
+
+        `ahead`: sample the next frames in a thread while these are decoded and used. None: on a GPU, unless parts of
+        the model take turns on it; on a CPU both would only share its cores. Closing the iterator, as leaving a loop
+        over it does, stops the sampling.
+        """
+        if ahead is None:
+            ahead = self.state.random.device.type == "cuda" and not self.pipe.is_offloaded
+        frames = 2 * len(set_sizes(self.state.num_tokens, self.state.num_sets))  # sets of two latent frames
+        sets = self._marked(callback_on_step_end)
+        try:
+            with run_ahead(sets, frames) if ahead else nullcontext(sets) as marked:
+                yield from self._events(marked, preview) if preview else self._frames(marked)
+        finally:
+            self.pipe.maybe_free_model_hooks()
+
+    def _frames(self, sets: Iterator["_Marked"]) -> Iterator[Any]:
+        for event in self._events(sets, preview=False):
+            assert isinstance(event, FrameReady)
+            yield event.frame
+
+    def _events(self, sets: Iterator["_Marked"], preview: bool) -> Iterator[Event]:
+        latent = self.output_type == "latent"
+        decoder = None if latent else self._decoder()
+        for piece in [] if latent else self._untouched():
+            yield from self._hand_out(piece)
+        for made in sets:
+            frame = made.set.frame
+            if not made.set.frame_done:
+                if preview:
+                    yield PartialFrame(frame, made.set.step, **self._shown(made.set), decode=self._picture)
+                continue
+            made.wait()
+            if preview and not latent:
+                yield LatentPreview(frame, self._picture(self.state.frames[frame]))
+            yield from self._final(decoder, frame + 1)
+        yield from self._final(decoder, self.state.done)
+        for piece in [] if decoder is None else self._finish(decoder):
+            yield from self._hand_out(piece)
+
+    def _final(self, decoder: "_Decoder | None", stop: int) -> Iterator[FrameReady]:
+        """What is final once the latent frames before `stop` are there."""
+        if decoder is None:
+            while self.emitted < stop:
+                self.emitted += 1  # before it is handed out: the consumer may save, or never come back
+                latents = self.state.frames[self.emitted - 1]
+                yield FrameReady(self.emitted - 1, latents[0] if self.bare else latents)
+                self._forget(self.emitted)
+            return
+        for piece in self._push(decoder, stop):
+            yield from self._hand_out(piece)
+            self._forget(decoder.first_needed)
+
+    def _hand_out(self, piece: Tensor) -> Iterator[FrameReady]:
+        """Frames (B, T, 3, H, W), the first of them number `emitted`, one at a time."""
+        made = output_form(piece, self.output_type)
+        for index in range(piece.shape[1]):
+            frame = [clip[index] for clip in made] if isinstance(made, list) else made[:, index]
+            self.emitted += 1
+            yield FrameReady(self.emitted - 1, frame[0] if self.bare else frame)
+
+    def _forget(self, before: int) -> None:
+        """Let go of latent frames that nothing needs again."""
+        with self._lock:
+            self.state.forget(before)
+
+    # Sampling ---------------------------------------------------------------------------------------------------------
+
+    def _sets(self, callback_on_step_end: StepCallback | None) -> Iterator[SetDone]:
+        """The sets that remain, until the end or until the callback stops them."""
+        sets = generate_sets(self.pipe.transformer, self.scheduler, self.state)
+        while True:
+            with self._lock:
+                self.pipe.bring(self.pipe.transformer)
+                done = next(sets, None)
+            if done is None:
+                return
+            yield done
+            if callback_on_step_end is not None:
+                shown = self._shown(done)
+                if callback_on_step_end(self.pipe, done.step, done.frame, shown) is False:
+                    return
+
+    def _marked(self, callback_on_step_end: StepCallback | None) -> Iterator["_Marked"]:
+        """The same, each with what tells another CUDA stream that it is computed."""
+        for done in self._sets(callback_on_step_end):
+            event = None
+            if done.frame_done and done.tokens.is_cuda:
+                event = torch.cuda.Event()
+                event.record()
+            yield _Marked(done, event)
+
+    def _shown(self, done: SetDone) -> dict[str, Tensor]:
+        """A set's tensors for callbacks and events."""
+        patch, grid = self.pipe.transformer.patch_size, self.state.grid
+        revealed = torch.zeros(done.tokens.shape[:2], dtype=torch.bool, device=done.tokens.device)
+        revealed = revealed.scatter(1, done.ids, True).view(-1, grid[0] // patch, grid[1] // patch)
+        return {"latents": unpatchify(done.tokens, patch, grid), "revealed": revealed}
+
+    # Pixels -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _untouched_latents(self) -> int:
+        """Leading latent frames that need no decoding, since their pixels were given and stay."""
+        if self.given is None or self.plan.edits:
+            return 0
+        return (self.plan.given_frames - self.plan.offset - 1) // self.plan.temporal_stride + 1
+
+    def _untouched(self) -> list[Tensor]:
+        """Given frames that come back without decoding, as far as they were not handed out: one piece or none."""
+        if self.given is None or self.plan.edits or self.emitted >= self.plan.given_frames:
+            return []
+        return [self.given.part(self.emitted, self.plan.given_frames, self.state.batch)]
+
+    def _decoder(self) -> "_Decoder":
+        """A decoder that stands at the piece of the next frame to hand out."""
+        return _Decoder(self, self._untouched_latents)
+
+    def _push(self, decoder: "_Decoder", stop: int) -> Iterator[Tensor]:
+        """Latent frames up to `stop` to the decoder -> pieces (B, T, 3, H, W) in [0, 1], given pixels put back."""
+        while decoder.pushed < stop:
+            with _beside(self.state.random.device):
+                pieces = [self._finished(decoder, piece) for piece in decoder.push(self.state.frames[decoder.pushed])]
+            yield from pieces
+
+    def _finish(self, decoder: "_Decoder") -> Iterator[Tensor]:
+        with _beside(self.state.random.device):
+            pieces = [self._finished(decoder, piece) for piece in decoder.finish()]
+        yield from pieces
+
+    def _finished(self, decoder: "_Decoder", pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, T, H, W) of a piece -> its frames that were not handed out and were asked for."""
+        first = decoder.first_pixel
+        decoder.first_pixel += pixels.shape[2]
+        frames = unit_frames(pixels)
+        if self.given is not None:
+            frames = self.given.over(frames, first)
+        last = decoder.first_pixel if self.plan.num_frames is None else self.plan.num_frames
+        return frames[:, max(self.emitted - first, 0) : max(last - first, 0)]
+
+    def _picture(self, latents: Tensor) -> Any:
+        """Latents (B, C, h, w) decoded by themselves, in the form of `output_type` ("pt" for "latent")."""
+        with _beside(self.state.random.device):
+            frames = unit_frames(self.pipe.decode_picture(latents).unsqueeze(2))
+        made = output_form(frames, "pt" if self.output_type == "latent" else self.output_type)
+        pictures = [clip[0] for clip in made] if isinstance(made, list) else made[:, 0]
+        return pictures[0] if self.bare else pictures
+
+
+class _Decoder:
+    """Latent frames to pixels, for one consumer of a generation: knows where in the clip it stands."""
+
+    def __init__(self, generation: Generation, untouched: int) -> None:
+        vae, plan, state = generation.pipe.require_vae("decoding"), generation.plan, generation.state
+        self.pipe = generation.pipe
+        self.pieces: StreamDecoder | None = None
+        self.pushed = untouched
+        """Latent frames that went in."""
+        if isinstance(vae, VideoAutoencoder):
+            while plan.first_pixel(self.pushed + vae.decode_piece(self.pushed)) <= generation.emitted:
+                self.pushed += vae.decode_piece(self.pushed)
+            before = range(max(self.pushed - vae.decode_context, 0), self.pushed)
+            scaled = [unscale_latents(vae, state.frames[frame].to(vae.dtype)) for frame in before]
+            self.pieces = StreamDecoder(vae, scaled, decoded=self.pushed)
+        self.first_pixel = plan.first_pixel(self.pushed)
+        """Of the next piece."""
+
+    @property
+    def first_needed(self) -> int:
+        """First latent frame that going on from here, in another process too, takes."""
+        return self.pushed - (0 if self.pieces is None else self.pieces.needs)
+
+    def push(self, latents: Tensor) -> list[Tensor]:
+        """The next latent frame (B, C, h, w) -> pieces of pixels (B, 3, T, H, W) in [-1, 1] that are final with it."""
+        self.pushed += 1
+        if self.pieces is None:  # an autoencoder of pictures
+            return [self.pipe.decode_picture(latents).unsqueeze(2)]
+        self.pipe.bring(self.pipe.vae)
+        return self.pieces.push(unscale_latents(self.pipe.vae, latents.to(self.pipe.vae.dtype)))
+
+    def finish(self) -> list[Tensor]:
+        """No more latent frames: what had waited for a whole piece."""
+        if self.pieces is None:
+            return []
+        self.pipe.bring(self.pipe.vae)
+        return self.pieces.finish()
+
+
+@dataclass(frozen=True, eq=False)
+class _Marked:
+    set: SetDone
+    event: torch.cuda.Event | None
+
+    def wait(self) -> None:
+        """Until what was sampled is there, for a decoder beside the sampler."""
+        if self.event is not None:
+            self.event.synchronize()
+
+
+_SIDES: dict[torch.device, torch.cuda.Stream] = {}
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """On a GPU, a CUDA stream of its own, waited for at the end: decoding does not queue up behind sampling."""
+    if device.type != "cuda":
+        yield
+        return
+    side = _SIDES.setdefault(device, torch.cuda.Stream(device))
+    with torch.cuda.stream(side):
+        yield
+    side.synchronize()

@@ -1,0 +1,275 @@
+"""A request resolved against one checkpoint: every None filled in, every bound that depends on the model checked.
+
+`GenerateRequest.resolve` makes a `Plan`; `generation.py` carries it out. Plain numbers only: a plan can be saved.
+
+Pixel frames against latent ones: latent frame 0 is one pixel frame, every later one is `temporal_stride` of them.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nova_video.errors import InputError
+from nova_video.given import Clip, frames_at
+from nova_video.sampling.context import Context
+from nova_video.sampling.guidance import Guidance
+from nova_video.settings import Defaults, check_number
+from nova_video.timeline import Timeline
+
+if TYPE_CHECKING:
+    from nova_video.request import GenerateRequest
+
+ENDLESS_CONTEXT = 33  # pixel frames: of a clip without end, where the checkpoint says nothing; the released length
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What one checkpoint can do: all that a plan needs to know of it."""
+
+    image_size: tuple[int, int]
+    """Height and width it was made for, in pixels."""
+    image_stride: int
+    """Pixels of a latent's side."""
+    any_size: bool
+    """Rotary positions: other sizes than its own."""
+    video: bool
+    """More than one frame, and a motion score."""
+    temporal_stride: int
+    """Pixel frames of a latent frame, after the first."""
+    text_dim: int
+    """Width of prompt features."""
+    text_len: int
+    """Most tokens of a prompt."""
+    shiftable: bool
+    """A flow-matching schedule, which can be shifted."""
+    max_diffusion_steps: int
+    """Steps the noise schedule was trained with."""
+    latent_channels: int = 4
+
+    def latent_count(self, num_frames: int) -> int:
+        """Whole latent frames that cover so many pixel frames."""
+        return math.ceil((num_frames - 1) / self.temporal_stride) + 1
+
+    def pixel_count(self, latent_frames: int) -> int:
+        """Pixel frames of so many latent frames."""
+        return self.temporal_stride * (latent_frames - 1) + 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be made. No None is left but for what is truly absent."""
+
+    batch: int
+    """Pictures or clips: prompts times num_images_per_prompt."""
+    height: int
+    width: int
+    num_frames: int | None
+    """Pixel frames, given ones included; None: without end."""
+    latent_frames: int | None
+    """Whole latent frames that cover them, without the given frames that are only returned."""
+    grid: tuple[int, int]
+    """Latent height and width."""
+    fps: float
+    num_inference_steps: int
+    num_diffusion_steps: int
+    guidance: Timeline[Guidance]
+    motion_flow: Timeline[float]
+    flow_shift: float | None
+    """None: the schedule's own."""
+    context: Context
+    temporal_stride: int
+    given_frames: int = 0
+    """Leading pixel frames that are given, at this plan's frame rate."""
+    offset: int = 0
+    """Of them, those that are only returned: latent frame 0 is pixel frame `offset`."""
+    edits: bool = False
+    """Given frames are changed, under a mask or by `strength`; else they stay."""
+
+    @property
+    def passes(self) -> int:
+        """Guidance passes of the encoders: enough for every moment."""
+        return max(guidance.passes for guidance in self.guidance.values)
+
+    def first_pixel(self, latent: int) -> int:
+        """Number of the first pixel frame of a latent frame."""
+        return self.offset + max(0, self.temporal_stride * (latent - 1) + 1)
+
+    def latent_at(self, seconds: float) -> int:
+        """First latent frame that begins at this time or later."""
+        pixel = math.ceil(seconds * self.fps - 1e-6) - self.offset
+        return 0 if pixel <= 0 else math.ceil((pixel - 1) / self.temporal_stride) + 1
+
+
+def make_plan(request: "GenerateRequest", defaults: Defaults, model: Capabilities) -> Plan:
+    """Fill in every None of a request, and check what depends on the checkpoint."""
+    height, width = _size(request, model)
+    fps = defaults.fps if request.fps is None else request.fps
+    given = _given_frames(request, model, fps)
+    num_frames = _num_frames(request, defaults, given, fps)
+    _check_frames(request, num_frames, given, model)
+    _check_features(request, model)
+    if request.motion_flow is not None and not model.video:
+        score = f"{request.motion_flow:g}" if isinstance(request.motion_flow, int | float) else request.motion_flow
+        raise InputError(f"motion_flow is {score}: this model makes images and takes no motion score")
+    if request.flow_shift is not None and not model.shiftable:
+        raise InputError(f"flow_shift is {request.flow_shift:g}: this model's schedule is not a flow and has no shift")
+    steps = defaults.num_diffusion_steps if request.num_diffusion_steps is None else request.num_diffusion_steps
+    check_number("num_diffusion_steps", steps, 1, integer=True, high=model.max_diffusion_steps)
+    sets = defaults.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
+    context = _context(request, defaults, model, endless=num_frames is None)
+    scales, motion = request.guidance(defaults), request.motion(defaults)
+    for name, timeline in (("prompt", request.timeline), ("guidance_scale", scales), ("motion_flow", motion)):
+        if timeline is not None and num_frames is not None:
+            timeline.check_end(name, num_frames / fps)
+    guidance = Timeline(
+        scales.times,
+        tuple(
+            Guidance(scale, request.guidance_trunc, request.guidance_renorm, request.image_guidance_scale)
+            for scale in scales.values
+        ),
+    )
+    offset = 0
+    if request.video_pixels is not None and not request.edits:
+        used = (given - 1) // model.temporal_stride + 1  # latent frames: the last 4k + 1 pixel frames
+        if context.frames is not None:
+            used = min(used, context.frames - 1)
+        offset = given - model.pixel_count(used)
+    return Plan(
+        batch=request.num_prompts * request.num_images_per_prompt,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        latent_frames=None if num_frames is None else model.latent_count(num_frames - offset),
+        grid=(height // model.image_stride, width // model.image_stride),
+        fps=fps,
+        num_inference_steps=sets,
+        num_diffusion_steps=steps,
+        guidance=guidance,
+        motion_flow=motion,
+        flow_shift=request.flow_shift,
+        context=context,
+        temporal_stride=model.temporal_stride,
+        given_frames=given,
+        offset=offset,
+        edits=request.edits,
+    )
+
+
+def _size(request: "GenerateRequest", model: Capabilities) -> tuple[int, int]:
+    own = model.image_size
+    height = own[0] if request.height is None else request.height
+    width = own[1] if request.width is None else request.width
+    multiple = 4 * model.image_stride
+    if height % multiple or width % multiple:
+        raise InputError(f"size is {height}x{width}: expected height and width in multiples of {multiple}")
+    if (height, width) != own and not model.any_size:
+        raise InputError(
+            f"size is {height}x{width}: expected {own[0]}x{own[1]}, the only one this model's positions allow"
+        )
+    latents = request.video_latents
+    if latents is not None:
+        expected = (model.latent_channels, height // model.image_stride, width // model.image_stride)
+        if (latents.shape[1], *latents.shape[3:]) != expected:
+            raise InputError(
+                f"video: got latents {tuple(latents.shape)}: expected (B, {expected[0]}, F, {expected[1]}, "
+                f"{expected[2]}) for {height}x{width}"
+            )
+    return height, width
+
+
+def _given_frames(request: "GenerateRequest", model: Capabilities, fps: float) -> int:
+    """Leading pixel frames that are given."""
+    if request.image is not None:
+        return 1
+    if request.video_latents is not None:
+        return model.pixel_count(request.video_latents.shape[2])
+    if request.video_pixels is None:
+        return 0
+    clip: Clip = request.video_pixels[0]
+    return len(frames_at(len(clip.frames), clip.fps, fps))
+
+
+def _num_frames(request: "GenerateRequest", defaults: Defaults, given: int, fps: float) -> int | None:
+    """Pixel frames in all; None: without end."""
+    asked = request.num_frames
+    if request.seconds is not None:
+        asked = request.seconds if math.isinf(request.seconds) else max(1, round(request.seconds * fps))
+    if asked is None:
+        return given if request.edits else defaults.num_frames
+    return None if math.isinf(asked) else int(asked)
+
+
+def _check_frames(request: "GenerateRequest", num_frames: int | None, given: int, model: Capabilities) -> None:
+    length = "inf" if num_frames is None else num_frames
+    if length != 1 and not model.video:
+        raise InputError(f"num_frames is {length}: expected 1, since this model makes images")
+    if length != 1 and model.temporal_stride == 1:
+        raise InputError(f"num_frames is {length}: expected 1, since this model's autoencoder is of images")
+    if num_frames is None or given == 0:
+        return
+    if request.edits:
+        if num_frames < given:
+            raise InputError(f"num_frames is {num_frames} with {given} frames to edit: expected at least {given}")
+    elif request.image is not None and num_frames == 1:
+        raise InputError(
+            "num_frames is 1 with an image given: expected 2 or more, the image is the first frame (or mask_image or "
+            "strength, to edit it)"
+        )
+    elif num_frames <= given:
+        raise InputError(f"num_frames is {num_frames} with {given} frames given: expected more than {given}, in all")
+
+
+def _check_features(request: "GenerateRequest", model: Capabilities) -> None:
+    for name, rows in (
+        ("prompt_embeds", request.prompt_embeds),
+        ("negative_prompt_embeds", request.negative_prompt_embeds),
+    ):
+        for features in rows or ():
+            assert isinstance(features, Tensor)
+            if features.shape[1] != model.text_dim or features.shape[0] > model.text_len:
+                raise InputError(
+                    f"{name}: got {tuple(features.shape)}: expected (tokens, {model.text_dim}) with at most "
+                    f"{model.text_len} tokens"
+                )
+
+
+def _context(request: "GenerateRequest", defaults: Defaults, model: Capabilities, endless: bool) -> Context:
+    frames = defaults.context_frames if request.context_frames is None else request.context_frames
+    if frames is None and endless:
+        frames = ENDLESS_CONTEXT
+    sink = defaults.sink_frames if request.sink_frames is None else request.sink_frames
+    sinks = model.latent_count(sink)
+    if frames is not None and model.latent_count(frames) < sinks + 2:
+        least = model.pixel_count(sinks + 1) + 1
+        raise InputError(
+            f"context_frames is {frames} with {sink} first frames kept (sink_frames): expected at least {least}"
+        )
+    reanchor = request.reanchor_frames
+    return Context(
+        frames=None if frames is None else model.latent_count(frames),
+        sink=sinks,
+        reanchor=None if reanchor is None else max(1, round(reanchor / model.temporal_stride)),
+        history_noise=request.history_noise,
+        hold_statistics=request.hold_statistics,
+    )
+
+
+# On paper -------------------------------------------------------------------------------------------------------------
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """What `plan_from_json` reads, in types that JSON has."""
+    return asdict(plan)
+
+
+def plan_from_json(values: dict[str, Any]) -> Plan:
+    guidance, motion = values["guidance"], values["motion_flow"]
+    changed = {
+        "grid": tuple(values["grid"]),
+        "context": Context(**values["context"]),
+        "guidance": Timeline(tuple(guidance["times"]), tuple(Guidance(**value) for value in guidance["values"])),
+        "motion_flow": Timeline(tuple(motion["times"]), tuple(motion["values"])),
+    }
+    return Plan(**values | changed)

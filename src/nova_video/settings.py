@@ -1,0 +1,108 @@
+"""What a checkpoint says of itself beside its weights: the defaults of requests, and its text encoder's name.
+
+Defaults and their bounds are written here and nowhere else; `request.py` and `plan.py` use them.
+"""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nova_video.errors import InputError
+
+SETTINGS_FILE = "nova.json"
+
+
+def check_number(
+    name: str, value: object, low: float, *, integer: bool = False, above: bool = False, high: float | None = None
+) -> None:
+    """`value` is a finite number of at least `low` (more than it with `above`) and at most `high`, or an InputError."""
+    kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
+    if isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value):
+        number = float(value)
+        if number >= low and not (above and number == low) and (high is None or number <= high):
+            return
+    bound = f"{'more than' if above else 'at least'} {low:g}" + ("" if high is None else f" and at most {high:g}")
+    raise InputError(f"{name} is {value!r}: expected {'a whole number' if integer else 'a number'} of {bound}")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What None means for one checkpoint: the released models' values, unless its folder says otherwise."""
+
+    num_frames: int = 1
+    """Pixel frames; 1 is an image."""
+    fps: float = 12
+    """Frames per second: told to the model and written into the file."""
+    num_inference_steps: int = 64
+    """Sets in which the tokens of a frame are revealed."""
+    num_diffusion_steps: int = 25
+    """Denoising steps of each set."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance; off at 1 and below."""
+    motion_flow: float = 5.0
+    """Motion score: mean optical flow in pixels a frame."""
+    context_frames: int | None = None
+    """Longest clip that the model is shown, in pixel frames; None: however long it is."""
+    sink_frames: int = 1
+    """First pixel frames that a bounded context keeps."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if (value := getattr(self, field.name)) is not None or field.name != "context_frames":
+                check_setting(field.name, value)
+
+
+def check_setting(name: str, value: object) -> None:
+    """The bounds of the settings that have a default."""
+    if name in ("num_frames", "num_inference_steps", "num_diffusion_steps", "context_frames", "sink_frames"):
+        check_number(name, value, 1, integer=True)
+    else:
+        check_number(name, value, 0, above=name == "fps")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """The optional `nova.json` beside a checkpoint's parts."""
+
+    text_encoder: str | None = None
+    """Looked up by name when a call needs it and the folder has no text_encoder/ of its own."""
+    defaults: Defaults = Defaults()
+
+    @classmethod
+    def load(cls, folder: Path) -> "CheckpointSettings":
+        """Read from a checkpoint folder; the released values where there is no such file."""
+        path = folder / SETTINGS_FILE
+        if not path.is_file():
+            return cls()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON ({error})") from None
+        _check_keys(path, "", values, cls)
+        name = values.get("text_encoder")
+        if name is not None and not (isinstance(name, str) and name):
+            raise InputError(f"{path}: text_encoder is {name!r}: expected the name of a text encoder")
+        defaults = values.get("defaults", {})
+        _check_keys(path, "defaults.", defaults, Defaults)
+        try:
+            return cls(name, Defaults(**defaults))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+    def save(self, folder: Path) -> None:
+        defaults = {field.name: getattr(self.defaults, field.name) for field in fields(Defaults)}
+        values = {"defaults": defaults} if self.text_encoder is None else vars(self) | {"defaults": defaults}
+        (folder / SETTINGS_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_keys(path: Path, prefix: str, values: object, record: type[Any]) -> None:
+    known = [field.name for field in fields(record)]
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: {prefix.rstrip('.') or 'the file'} is {values!r}: expected an object")
+    for key in values:
+        if key not in known:
+            raise InputError(f"{path}: unknown key {prefix}{key}: expected one of {', '.join(known)}")

@@ -182,7 +182,7 @@ def test_defaults_of_evaluate_are_the_library_s() -> None:
 
 
 WRONG: dict[str, tuple[list[str], str]] = {
-    "no command": ([], "expected one of {generate, info, train, evaluate, data}"),
+    "no command": ([], "expected one of {generate, edit, info, train, evaluate, data}"),
     "unknown command": (["paint", "a whale"], "got: nova paint 'a whale'"),
     "unknown option": (["generate", "a whale", "--sede", "3"], "unknown option --sede"),
     "not a number": (["generate", "a whale", "--num-frames", "five"], "--num-frames"),
@@ -323,7 +323,7 @@ def test_progress_counts_every_set(run: Run, tiny_checkpoint: Path, monkeypatch:
     from rich.progress import Progress
 
     totals, done = [], []
-    monkeypatch.setattr(Progress, "add_task", lambda self, text, total: totals.append(total))
+    monkeypatch.setattr(Progress, "add_task", lambda self, text, total, completed: totals.append(total) or 0)
     monkeypatch.setattr(Progress, "update", lambda self, task, advance, description: done.append(description))
     common = ["-o", "x.mp4", "--model", tiny_checkpoint, "--num-frames", 5, "--sets", 3, "--diffusion-steps", 1]
     run("generate", "a whale", "the apple", *common)

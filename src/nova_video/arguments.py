@@ -12,35 +12,35 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from nova_video.errors import InputError
 
 PARSE_ERROR = 2  # tyro's exit code
+MODEL = "emoji"  # the model in the box
 OWN = "(default: the model's own)"
+AUTO = "(default: auto)"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Sentences = Annotated[
+    UseAppendAction[tuple[tuple[float, str], ...]], arg(metavar="SECONDS PROMPT", help_behavior_hint="(repeatable)")
+]
+Numbers = Annotated[
+    UseAppendAction[tuple[tuple[float, float], ...]], arg(metavar="SECONDS VALUE", help_behavior_hint="(repeatable)")
+]
 
 
-@dataclass(frozen=True)
-class Generate:
-    """Make videos or pictures from sentences."""
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """The flags of every command that makes something. None: not given."""
 
-    prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...", help_behavior_hint="")] = ()
-    """One or several sentences, each in quotes; every one gives a file."""
-    prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """A text file with one sentence a line."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE", help_behavior_hint="")] = None
     """File to write (mp4, webp, gif or png), numbered if there are several sentences. If absent, named after it."""
-    model: Annotated[str, arg(metavar="NAME")] = "emoji"
+    model: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=f"(default: {MODEL})")] = None
     """`emoji` (the model in the box), a checkpoint folder, or the name of a released checkpoint."""
-    num_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
-    """Frames; 1 is a picture."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
     """Size in pixels, such as 768x480."""
     fps: Annotated[float | None, arg(metavar="N", help_behavior_hint=OWN)] = None
     """Frames per second, told to the model and written into the file."""
-    image: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """A picture to start the video from."""
     seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """Fixes the result; the next sentence gets the next seed. Drawn at random if absent."""
     sets: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
@@ -53,12 +53,70 @@ class Generate:
     """How much to move, in pixels a frame."""
     negative: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
     """What to stay away from."""
-    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    context_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Longest clip that the model is shown: beyond it, the first frames and the most recent ones."""
+    sink_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """First frames that it is always shown."""
+    device: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=AUTO)] = None
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    dtype: Dtype = "auto"
+    dtype: Annotated[Dtype | None, arg(metavar="{auto,float32,float16,bfloat16}", help_behavior_hint=AUTO)] = None
     """Precision; auto is float16 on a GPU and float32 elsewhere."""
     json: bool = False
     """Print one JSON object a file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Making):
+    """Make videos or pictures from sentences."""
+
+    prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...", help_behavior_hint="")] = ()
+    """One or several sentences, each in quotes; every one gives a file."""
+    prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A text file with one sentence a line."""
+    num_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Frames, given ones included; 1 is a picture."""
+    seconds: Annotated[float | None, arg(metavar="SECONDS", help_behavior_hint="")] = None
+    """Length, in place of --num-frames; inf, with --live: until Ctrl-C."""
+    image: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A picture to start the video from."""
+    video: Annotated[Path | None, arg(name="continue", metavar="FILE", help_behavior_hint="")] = None
+    """A clip to go on from, which the result begins with. Without a sentence, the clip's own."""
+    prompt_at: Sentences = ()
+    """Another sentence from this second on."""
+    motion_at: Numbers = ()
+    """Another --motion from this second on."""
+    guidance_at: Numbers = ()
+    """Another --guidance from this second on."""
+    script: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A TOML file of these flags and of scenes; flags given here win."""
+    history_noise: Annotated[float | None, arg(metavar="STD", help_behavior_hint="")] = None
+    """Against drift in long clips: noise on the frames that later ones are made from."""
+    reanchor_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Against drift: every so many frames, show the model only the first frames and the newest one."""
+    hold_statistics: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None
+    """Against drift, 0 to 1: how far new frames' statistics are drawn to those of the first."""
+    live: bool = False
+    """Write the clip while it is made: an mp4 that can be played as it grows."""
+    state: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Save how far it is after every latent frame, to be able to stop; removed when the clip is there."""
+    resume: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Go on from the file that --state kept; it says what to make."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(Making):
+    """Change a part of a picture or clip, or add to its sides."""
+
+    file: Annotated[Positional[Path], arg(metavar="FILE")]
+    """The picture or clip."""
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
+    """A sentence about the result."""
+    mask: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A picture of the same size, white where something new is to come; or a clip, one mask a frame."""
+    strength: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: 1)")] = None
+    """0 to 1: share of the tokens (under the mask, if there is one) that are made anew."""
+    outpaint: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
+    """Enlarge the picture by so many pixels on every side, and fill them in."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +143,7 @@ class Train:
 class EvaluateEmoji:
     """Generate held-out combinations of the emoji world and measure exactly what their captions ask for."""
 
-    model: Annotated[str, arg(metavar="NAME")] = "emoji"
+    model: Annotated[str, arg(metavar="NAME")] = MODEL
     """As for `nova generate`."""
     data: Annotated[Path, arg(metavar="FOLDER")] = Path("data/emoji")
     """A prepared world."""
@@ -143,6 +201,7 @@ Group = Annotated[EvaluateEmoji, subcommand("emoji")] | Annotated[None, tyro.con
 Worlds = Annotated[DataEmoji, subcommand("emoji")] | Annotated[DataShapes, subcommand("shapes")]
 Command = (
     Annotated[Generate, subcommand("generate")]
+    | Annotated[Edit, subcommand("edit")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Any, subcommand("evaluate", description="Measure a model.", constructor_factory=lambda: Group)]

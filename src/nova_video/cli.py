@@ -13,8 +13,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nova_video.arguments import DataEmoji, DataShapes, EvaluateEmoji, Generate, Info, Train, one_line_errors, parse
-from nova_video.cli_generate import run_generate
+from nova_video.arguments import (
+    DataEmoji,
+    DataShapes,
+    Edit,
+    EvaluateEmoji,
+    Generate,
+    Info,
+    Train,
+    one_line_errors,
+    parse,
+)
+from nova_video.cli_generate import run_edit, run_generate
 from nova_video.console import load_pipeline, progress_bar
 from nova_video.errors import InputError
 
@@ -117,6 +127,7 @@ def run_data_shapes(args: DataShapes) -> None:
 
 COMMANDS: dict[type, Callable[[Any], None]] = {
     Generate: run_generate,
+    Edit: run_edit,
     Info: run_info,
     Train: run_train,
     EvaluateEmoji: run_evaluate_emoji,
@@ -131,8 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
         COMMANDS[type(command)](command)
-    except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _complain(str(stop) or "interrupted", INTERRUPTED)
     except InputError as error:
         return _complain(str(error))
     except ModuleNotFoundError as error:

@@ -1,51 +1,142 @@
-"""`nova generate`: what was typed becomes requests, and what the pipeline makes of them becomes files.
+"""`nova generate` and `nova edit`: what was typed becomes requests, whose generations `jobs.py` makes files of.
 
-No tensor work, and no heavy import before the command runs. All that can be checked is checked before the model is
+No tensor work, and no heavy import before a command runs. All that can be checked is checked before the model is
 loaded.
 """
 
 import contextlib
-import json
+import math
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nova_video.arguments import Generate
-from nova_video.console import load_pipeline, progress_bar
+from nova_video.arguments import MODEL, Edit, Generate, Making
+from nova_video.console import checkpoint_defaults, load_pipeline
 from nova_video.errors import InputError
+from nova_video.jobs import NOTES, Job, carry_out, check_output, check_state, make_record, output_path, progress
+from nova_video.script import with_script
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from nova_video.given import Clip
+    from nova_video.pipeline import NovaPipeline
+    from nova_video.request import GenerateRequest
 
-    from nova_video.pipeline import NovaPipeline, StepCallback
-    from nova_video.request import GenerateRequest, Plan
+FOR_ONE_CLIP = ("prompt_at", "motion_at", "guidance_at", "script", "live", "state")  # flags of a single sentence
+WITH_RESUME = ("resume", "output", "state", "model", "device", "dtype", "json")  # all else is in the file
 
 
 def run_generate(args: Generate) -> None:
-    """Checks all that can be checked, then loads the model and makes one file a sentence."""
-    from nova_video import media
-
+    """A file a sentence, or the one that an earlier run was stopped at."""
+    if args.resume is not None:
+        return _resume(args, args.resume)
+    args = args if args.script is None else with_script(args)
     prompts = _prompts(args)
-    _check_place(args)
-    image = media.load_image(args.image) if args.image is not None else None
-    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    requests = [_request(args, prompt, seed + index, image) for index, prompt in enumerate(prompts)]
-    pipe = load_pipeline(args.model, args.device, args.dtype)
-    plans = [request.resolve(pipe.defaults, pipe.capabilities) for request in requests]
-    with _progress(pipe, plans, given=image is not None) as on_step:
-        for index, (request, plan) in enumerate(zip(requests, plans, strict=True)):
-            path = _output(args.output, index, prompts, ".png" if plan.num_frames == 1 else ".mp4")
-            result = pipe.generate(request, callback_on_step_end=on_step)
-            pixels = result.images[:, None] if result.frames is None else result.frames  # (1, F, H, W, 3) in [0, 1]
-            record = _record(args, request, plan, pipe)
-            media.write_media((pixels[0] * 255).round().astype("uint8"), path, plan.fps, record)
-            print(json.dumps({"file": str(path), **record}) if args.json else path, flush=True)
+    _check_flags(args, prompts)
+    check_output(args.output, args.live)
+    if args.state is not None:
+        check_state(args.state)
+    requests = _requests(args, prompts)
+    pipe = _pipeline(args)
+    for request in requests:
+        request.resolve(pipe.defaults, pipe.capabilities)  # what is wrong with any is said before the first is made
+    with progress(len(requests)) as watch:
+        for index, request in enumerate(requests):
+            generation = pipe.start(request)
+            picture = generation.plan.num_frames == 1 and not args.live
+            path = output_path(args.output, index, prompts, ".png" if picture else ".mp4")
+            given = {
+                "image": _name(args.image),
+                "continue": _name(args.video),
+                "given_frames": None if args.video is None else generation.plan.given_frames,
+                "history_noise": args.history_noise,
+                "reanchor_frames": args.reanchor_frames,
+                "hold_statistics": args.hold_statistics,
+            }
+            record = make_record(args, request, generation, given)
+            notes = {"record": record, "output": str(path), "live": args.live}
+            generation.notes[NOTES] = notes | {"device": args.device, "dtype": args.dtype}
+            carry_out(Job(generation, path, record, args.live, args.state, args.json), watch(generation))
+    return None
+
+
+def _resume(args: Generate, path: Path) -> None:
+    """Go on from the state in a file, and keep it up to date."""
+    from nova_video.saving import read_notes
+
+    for field in fields(args):
+        if getattr(args, field.name) != field.default and field.name not in WITH_RESUME:
+            raise InputError(f"got {_flag(field.name)} with --resume: expected none, the settings are those in {path}")
+    notes = read_notes(path).get(NOTES)
+    if notes is None:
+        raise InputError(f"{path} was not kept by nova generate --state: expected a file that was")
+    if notes["live"] and args.output is not None:
+        raise InputError(f"got --output with a live clip: expected none, {path} goes on with {notes['output']}")
+    output = args.output or Path(notes["output"])
+    check_output(output, notes["live"])
+    if args.state is not None:
+        check_state(args.state)
+    record = notes["record"]
+    pipe = load_pipeline(
+        args.model or record["model"], args.device or notes["device"] or "auto", args.dtype or notes["dtype"] or "auto"
+    )
+    generation = pipe.resume(path)
+    with progress(1) as watch:
+        carry_out(Job(generation, output, record, notes["live"], args.state or path, args.json), watch(generation))
+
+
+def run_edit(args: Edit) -> None:
+    """A picture or clip with a part of it made anew, or with more around it."""
+    from nova_video.given import enlarge, masks_of, read_masks
+
+    if args.mask is None and args.strength is None and args.outpaint is None:
+        raise InputError(f"nothing of {args.file} would be kept: expected --mask, --strength or --outpaint")
+    check_output(args.output)
+    clip = _picture_or_clip(args.file)
+    masks = None if args.mask is None else masks_of(read_masks(args.mask), clip)
+    if args.outpaint is not None:
+        clip, masks = enlarge(clip, masks, args.outpaint)
+    request = replace(
+        _request(args, args.prompt, _seed(args)),
+        video=clip,
+        mask_image=masks,
+        strength=args.strength,
+    )
+    pipe = _pipeline(args)
+    generation = pipe.start(request)
+    path = output_path(args.output, 0, [args.prompt], ".png" if len(clip) == 1 else ".mp4")
+    given = {
+        "edited": _name(args.file),
+        "mask": _name(args.mask),
+        "strength": args.strength,
+        "outpaint": args.outpaint,
+    }
+    record = make_record(args, request, generation, given)
+    with progress(1) as watch:
+        carry_out(Job(generation, path, record, as_json=args.json), watch(generation))
+
+
+def _picture_or_clip(path: Path) -> "Clip":
+    """What is in a file; a picture upright, on white where it is transparent."""
+    import numpy as np
+
+    from nova_video.given import Clip
+    from nova_video.media import load_image, read_frames
+
+    frames, fps = read_frames(path)
+    if len(frames) == 1:
+        with contextlib.suppress(InputError):  # a video of one frame stays as it is
+            frames = np.asarray(load_image(path))[None]
+    return Clip(frames, fps or None)
+
+
+# What was typed -------------------------------------------------------------------------------------------------------
 
 
 def _prompts(args: Generate) -> list[str]:
-    """The sentences of the command line, then those of the file."""
+    """The sentences of the command line, then those of the file; or else that of the clip to go on from."""
     prompts = list(args.prompt)
     if args.prompts is not None:
         try:
@@ -55,9 +146,54 @@ def _prompts(args: Generate) -> list[str]:
         prompts += [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise InputError(f"{args.prompts} is empty, expected one sentence a line")
+    if not prompts and args.video is not None:
+        prompts = [_sentence_of(args.video)]
     if not prompts:
         raise InputError('no sentence given, expected one such as: nova generate "a whale moving left"')
     return prompts
+
+
+def _sentence_of(path: Path) -> str:
+    """The sentence that a clip was made from, the last one if it changed."""
+    from nova_video.media import read_metadata
+
+    try:
+        prompt = read_metadata(path).get("prompt")
+    except InputError as error:
+        raise InputError(f"no sentence given, and {error}: expected a sentence") from None
+    while isinstance(prompt, list) and prompt:  # (seconds, sentence) pairs
+        prompt = prompt[-1]
+    if not isinstance(prompt, str):
+        raise InputError(f"no sentence given, and {path} carries none: expected a sentence")
+    return prompt
+
+
+def _check_flags(args: Generate, prompts: Sequence[str]) -> None:
+    """Flags that do not go together."""
+    if len(prompts) > 1:
+        for name in FOR_ONE_CLIP:
+            if getattr(args, name):
+                raise InputError(f"got {_flag(name)} with {len(prompts)} sentences: expected one, it is for one clip")
+    if args.image is not None and args.video is not None:
+        raise InputError("got both of --image and --continue: expected one of them")
+    if args.seconds == math.inf and not args.live:
+        raise InputError("--seconds inf has no end: expected --live with it, to write the clip while it is made")
+
+
+def _flag(name: str) -> str:
+    return "--continue" if name == "video" else f"--{name.replace('_', '-')}" if name != "prompt" else "a sentence"
+
+
+def _pipeline(args: Making) -> "NovaPipeline":
+    return load_pipeline(args.model or MODEL, args.device or "auto", args.dtype or "auto")
+
+
+def _name(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _seed(args: Making) -> int:
+    return secrets.randbelow(2**32) if args.seed is None else args.seed
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:
@@ -70,90 +206,60 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
     return int(match[2]), int(match[1])
 
 
-def _request(args: Generate, prompt: str, seed: int, image: "Image.Image | None") -> "GenerateRequest":
+def _requests(args: Generate, prompts: Sequence[str]) -> "list[GenerateRequest]":
+    """One a sentence, each with the next seed."""
+    from nova_video.given import read_clips
+    from nova_video.media import load_image
+
+    seed = _seed(args)
+    common = replace(
+        _request(args, prompts[0], seed),
+        image=load_image(args.image) if args.image is not None else None,
+        video=read_clips(args.video) if args.video is not None else None,
+        num_frames=args.num_frames,
+        seconds=args.seconds,
+        motion_flow=_timeline(
+            args.motion, args.motion_at, lambda: checkpoint_defaults(args.model or MODEL).motion_flow
+        ),
+        guidance_scale=_timeline(
+            args.guidance, args.guidance_at, lambda: checkpoint_defaults(args.model or MODEL).guidance_scale
+        ),
+        history_noise=args.history_noise or 0.0,
+        reanchor_frames=args.reanchor_frames,
+        hold_statistics=args.hold_statistics or 0.0,
+    )
+    return [
+        replace(common, prompt=[(0.0, prompt), *args.prompt_at] if args.prompt_at else prompt, seed=seed + index)
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _request(args: Making, prompt: str, seed: int) -> "GenerateRequest":
+    """What all commands say in the same way."""
     from nova_video.request import GenerateRequest
 
     height, width = _size(args.size)
     return GenerateRequest(
         prompt=prompt,
         negative_prompt=args.negative,
-        image=image,
         height=height,
         width=width,
-        num_frames=args.num_frames,
         fps=args.fps,
         num_inference_steps=args.sets,
         num_diffusion_steps=args.diffusion_steps,
         guidance_scale=args.guidance,
         motion_flow=args.motion,
+        context_frames=args.context_frames,
+        sink_frames=args.sink_frames,
         seed=seed,
         output_type="np",
     )
 
 
-@contextlib.contextmanager
-def _progress(pipe: "NovaPipeline", plans: Sequence["Plan"], given: bool) -> Iterator["StepCallback"]:
-    """A bar over all sets of all frames of all files, on stderr, where that is a terminal. Yields what moves it."""
-    from nova_video.model import set_sizes
-
-    sets = [
-        len(set_sizes(p.grid[0] * p.grid[1] // pipe.transformer.patch_size**2, p.num_inference_steps)) for p in plans
-    ]
-    steps = [count * (plan.latent_frames - given) for plan, count in zip(plans, sets, strict=True)]
-    file = 0
-    with progress_bar() as bar:
-        task = bar.add_task("starting", total=sum(steps))
-
-        def on_step(_: object, step: int, frame: int, __: object) -> bool:
-            nonlocal file
-            which = f"{file + 1}/{len(plans)}: " if len(plans) > 1 else ""
-            place = f"frame {frame + 1}/{plans[file].latent_frames}, set {step % sets[file] + 1}/{sets[file]}"
-            bar.update(task, advance=1, description=which + place)
-            file += step + 1 == steps[file]
-            return True
-
-        yield on_step
-
-
-def _check_place(args: Generate) -> None:
-    """Raises now for what could not be written later."""
-    from nova_video import media
-
-    folder = args.output is None or args.output.is_dir()
-    media.check_output((args.output or Path()) / "clip.mp4" if folder or args.output is None else args.output)
-
-
-def _output(output: Path | None, index: int, prompts: Sequence[str], suffix: str) -> Path:
-    """The file of one sentence: the one asked for, numbered if there are several, or else named after the sentence."""
-    number = f"{index + 1:0{len(str(len(prompts)))}d}"
-    if output is not None and not output.is_dir():
-        return output if len(prompts) == 1 else output.with_stem(f"{output.stem}-{number}")
-    name = re.sub(r"\W+", "-", prompts[index].lower()).strip("-")[:60].strip("-") or "nova"
-    if len(prompts) > 1:
-        name = f"{number}-{name}"
-    folder, again = output or Path(), 2
-    path = folder / (name + suffix)
-    while path.exists():  # a name that nobody chose must not replace a file
-        path, again = folder / f"{name}-{again}{suffix}", again + 1
-    return path
-
-
-def _record(args: Generate, request: "GenerateRequest", plan: "Plan", pipe: "NovaPipeline") -> dict[str, Any]:
-    """What a file says of how it was made."""
-    from nova_video import __version__
-
-    settings = {
-        "width": plan.width,
-        "height": plan.height,
-        "num_frames": plan.num_frames,
-        "fps": plan.fps,
-        "image": str(args.image) if args.image is not None else None,
-        "sets": plan.num_inference_steps,
-        "diffusion_steps": plan.num_diffusion_steps,
-        "guidance": plan.guidance.scale,
-        "motion": plan.motion_flow,
-        "device": str(pipe.device),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-    }
-    record = {"prompt": request.prompt, "negative": args.negative, "seed": request.seed, "model": args.model}
-    return {**record, "settings": settings, "nova_video": __version__}
+def _timeline(
+    first: float | None, later: Sequence[tuple[float, float]], own: Callable[[], float]
+) -> float | list[tuple[float, float]] | None:
+    """A setting and its changes; `own` is the model's value."""
+    if not later:
+        return first
+    return [(0.0, own() if first is None else first), *later]

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from nova_video.pipeline import NovaPipeline
+    from nova_video.settings import Defaults
 
 
 def load_pipeline(model: str, device: str, dtype: str) -> "NovaPipeline":
@@ -42,3 +43,11 @@ def progress_bar() -> "Progress":
         disable=not console.is_terminal,
         redirect_stdout=sys.stdout.isatty(),  # else what is printed would leave the file or pipe that waits for it
     )
+
+
+def checkpoint_defaults(model: str) -> "Defaults":
+    """What a model takes where nothing is said, without loading it."""
+    from nova_video.loading import resolve_checkpoint
+    from nova_video.settings import CheckpointSettings
+
+    return CheckpointSettings.load(resolve_checkpoint(model)).defaults

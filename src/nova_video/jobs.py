@@ -1,0 +1,203 @@
+"""Generations of the command line, carried out: each becomes a file, at its end or live, with a record of its making.
+
+`cli_generate.py` starts them. No heavy import before a command runs.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nova_video.arguments import MODEL, Making
+from nova_video.console import progress_bar
+from nova_video.errors import InputError
+
+if TYPE_CHECKING:
+    from nova_video.generation import Generation, StepCallback
+    from nova_video.pipeline import NovaPipeline
+    from nova_video.request import GenerateRequest
+    from nova_video.timeline import Timeline
+
+T = TypeVar("T")
+
+NOTES = "nova generate"  # where the command's own notes are in a saved state
+
+
+# Where it goes --------------------------------------------------------------------------------------------------------
+
+
+def check_output(output: Path | None, live: bool = False) -> None:
+    """Raises now for what could not be written later."""
+    from nova_video import media
+
+    if output is None or output.is_dir():
+        output = (output or Path()) / "clip.mp4"
+    media.check_output(output)
+    if live and output.suffix.lower() != ".mp4":
+        raise InputError(f"cannot write {output} while it is made (--live): its extension must be .mp4")
+
+
+def check_state(path: Path) -> None:
+    """Raises now for a state that could not be kept later."""
+    from nova_video.media import check_writable
+
+    if path.exists():
+        raise InputError(f"{path} is there already: expected a new file to keep the state in, or --resume {path}")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot keep the state in {path}: there is no folder {path.parent}")
+    check_writable(path.parent)
+
+
+def output_path(output: Path | None, index: int, prompts: Sequence[str], suffix: str) -> Path:
+    """The file of one sentence: the one asked for, numbered if there are several, or else named after the sentence."""
+    number = f"{index + 1:0{len(str(len(prompts)))}d}"
+    if output is not None and not output.is_dir():
+        return output if len(prompts) == 1 else output.with_stem(f"{output.stem}-{number}")
+    name = re.sub(r"\W+", "-", prompts[index].lower()).strip("-")[:60].strip("-") or "nova"
+    if len(prompts) > 1:
+        name = f"{number}-{name}"
+    folder, again = output or Path(), 2
+    path = folder / (name + suffix)
+    while path.exists():  # a name that nobody chose must not replace a file
+        path, again = folder / f"{name}-{again}{suffix}", again + 1
+    return path
+
+
+# How it was made ------------------------------------------------------------------------------------------------------
+
+
+def make_record(
+    args: Making, request: "GenerateRequest", generation: "Generation", given: dict[str, Any]
+) -> dict[str, Any]:
+    """What a file says of how it was made; `given` is what the command had beside a sentence."""
+    from nova_video import __version__
+
+    plan, pipe = generation.plan, generation.pipe
+    read, kept = plan.context.frames, plan.context.sink  # latent frames
+    stride = plan.temporal_stride
+    settings = {
+        "width": plan.width,
+        "height": plan.height,
+        "num_frames": plan.num_frames,
+        "fps": plan.fps,
+        **given,
+        "sets": plan.num_inference_steps,
+        "diffusion_steps": plan.num_diffusion_steps,
+        "guidance": _told(plan.guidance, lambda guidance: guidance.scale),
+        "motion": _told(plan.motion_flow, float),
+        "context_frames": None if read is None else stride * (read - 1) + 1,
+        "sink_frames": None if read is None else stride * (kept - 1) + 1,
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+    }
+    record = {"prompt": request.prompt, "negative": args.negative, "seed": request.seed, "model": args.model or MODEL}
+    return {**record, "settings": settings, "nova_video": __version__}
+
+
+def _told(timeline: "Timeline[T]", value: Callable[[T], float]) -> float | list[list[float]]:
+    """A number, or (seconds, number) pairs as JSON has them."""
+    if timeline.is_constant:
+        return value(timeline.values[0])
+    return [[at, value(moment)] for at, moment in zip(timeline.times, timeline.values, strict=True)]
+
+
+# Making it ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A generation and what is to become of it."""
+
+    generation: "Generation"
+    path: Path
+    record: dict[str, Any]
+    live: bool = False
+    """Written while it is made."""
+    state: Path | None = None
+    """Kept up to date after every latent frame, and removed at the end."""
+    as_json: bool = False
+
+
+def carry_out(job: Job, on_step: "StepCallback") -> None:
+    """Make it, write it, and say where it is."""
+    try:
+        if job.live:
+            _write_live(job, on_step)
+        else:
+            _write(job, on_step)
+    except KeyboardInterrupt:
+        if job.state is None or not job.state.exists():
+            raise
+        raise KeyboardInterrupt(f"interrupted, to go on: nova generate --resume {job.state}") from None
+    if job.state is not None:
+        job.state.unlink(missing_ok=True)
+
+
+def _write(job: Job, on_step: "StepCallback") -> None:
+    from nova_video import media
+    from nova_video.pixels import to_bytes
+
+    generation = job.generation
+
+    def on_step_saving(pipe: "NovaPipeline", step: int, frame: int, tensors: dict[str, Any]) -> object:
+        if job.state is not None and generation.state.open is None:  # a latent frame is whole
+            generation.save(job.state)
+        return on_step(pipe, step, frame, tensors)
+
+    result = generation.run(on_step_saving)
+    pixels = result.images[:, None] if result.frames is None else result.frames  # (1, F, H, W, 3) in [0, 1]
+    media.write_media(to_bytes(pixels[0]), job.path, generation.plan.fps, job.record)
+    _say(job)
+
+
+def _write_live(job: Job, on_step: "StepCallback") -> None:
+    from nova_video.media import LiveWriter
+    from nova_video.pixels import to_bytes
+
+    generation, saved = job.generation, job.generation.state.done
+    before = generation.emitted  # frames that a run before this one wrote
+    frames: Any = generation.stream(callback_on_step_end=on_step)
+    with contextlib.closing(frames), LiveWriter(job.path, generation.plan.fps, job.record, keep=before) as writer:
+        for frame in frames:  # (H, W, 3) in [0, 1]
+            writer.write(to_bytes(frame))
+            if generation.emitted == before + 1:
+                _say(job)  # so that it can be watched
+            if job.state is not None and generation.state.done > saved:
+                saved = generation.state.done
+                generation.save(job.state)
+
+
+def _say(job: Job) -> None:
+    print(json.dumps({"file": str(job.path), **job.record}) if job.as_json else job.path, flush=True)
+
+
+@contextlib.contextmanager
+def progress(files: int) -> "Iterator[Callable[[Generation], StepCallback]]":
+    """A bar over all sets of all frames of all files, on stderr, where that is a terminal.
+
+    Yields what takes the next generation and returns the callback that moves the bar. All files have as many sets.
+    """
+    with progress_bar() as bar:
+        file, task = 0, None
+
+        def watch(generation: "Generation") -> "StepCallback":
+            nonlocal file, task
+            total, state, frames = generation.total_steps, generation.state, generation.plan.latent_frames
+            if task is None:
+                task = bar.add_task("starting", total=None if total is None else total * files, completed=state.step)
+            file += 1
+            which = f"{file}/{files}: " if files > 1 else ""
+            of_frames = "" if frames is None else f"/{frames}"
+
+            def on_step(_: object, __: int, frame: int, ___: object) -> bool:
+                sets = len(state.sizes(frame))
+                made = sets if state.open is None else state.open.sets
+                bar.update(task, advance=1, description=f"{which}frame {frame + 1}{of_frames}, set {made}/{sets}")
+                return True
+
+            return on_step
+
+        yield watch

@@ -220,6 +220,16 @@ def masks_of(masks: np.ndarray, clip: Clip) -> np.ndarray:
     return np.broadcast_to(masks, clip.frames.shape[:3])
 
 
+def enlarge(clip: Clip, masks: np.ndarray | None, pixels: int) -> tuple[Clip, np.ndarray]:
+    """A clip with `pixels` more on every side, and its masks (M, H, W): what is new is filled in as well."""
+    if pixels < 1:
+        raise InputError(f"outpaint is {pixels}: expected a whole number of at least 1, pixels on every side")
+    border = ((0, 0), (pixels, pixels), (pixels, pixels))
+    frames = np.pad(clip.frames, (*border, (0, 0)), mode="edge")
+    masks = np.zeros((1, *clip.size), bool) if masks is None else masks
+    return Clip(frames, clip.fps), np.pad(masks, border, constant_values=True)
+
+
 def same_rate(source_fps: float | None, fps: float) -> bool:
     """Whether a clip can be taken frame by frame: its rate is the request's, or unknown."""
     return source_fps is None or abs(source_fps - fps) <= SAME_RATE * fps

@@ -6,6 +6,7 @@ Legend: F frames, H W pixels.
 """
 
 import json
+import logging
 import os
 import tempfile
 import uuid
@@ -18,6 +19,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, ImageSequence, PngImagePlugin
@@ -32,6 +34,8 @@ EXIF_DESCRIPTION = 0x010E  # the EXIF field of a webp
 MP4_OPTIONS = {"crf": "16", "preset": "medium"}  # near transparent: these clips are short and small
 LIVE_OPTIONS = MP4_OPTIONS | {"tune": "zerolatency"}  # no frame waits in the encoder for later ones
 LIVE_CONTAINER = {"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
+
+log = logging.getLogger(__name__)
 
 
 def check_output(path: Path) -> None:
@@ -101,10 +105,11 @@ class LiveWriter:
 
     `with LiveWriter(path, fps, metadata) as writer: writer.write(frame)`. The file is made at the first frame, and ends
     well whatever ends the block, an error or Ctrl-C as well: it then holds the frames so far. While it grows, a frame
-    is in the file as soon as the next one is written.
+    is in the file as soon as the next one is written. With `keep`, it goes on behind the first so many frames of the
+    file that is there, which are not encoded again.
     """
 
-    def __init__(self, path: str | Path, fps: float, metadata: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path, fps: float, metadata: dict[str, Any], keep: int = 0) -> None:
         self.path = Path(path)
         if self.path.suffix.lower() != ".mp4":
             raise InputError(f"cannot write {self.path} while it is made: its extension must be .mp4")
@@ -112,8 +117,10 @@ class LiveWriter:
         if fps <= 0:
             raise InputError(f"fps is {fps}, expected a number above 0")
         self.fps = fps
-        self.frames = 0
-        """Written so far."""
+        self._kept = _read_packets(self.path, keep) if keep else []
+        self._before = len(self._kept)
+        self.frames = self._before
+        """In the file so far."""
         self._record = json.dumps(metadata)
         self._closed = False
         self._size = (0, 0)
@@ -131,10 +138,14 @@ class LiveWriter:
             self._size = frame.shape[:2]
             self._stream = _add_h264(self._container, self._size, self.fps, LIVE_OPTIONS)
             self._stream.codec_context.gop_size = max(int(self.fps), 1)  # players join at a keyframe: one each second
+            for packet in self._kept:
+                packet.stream = self._stream
+            self._container.mux(self._kept)
+            self._kept = []
         if frame.shape[:2] != self._size:
             height, width = self._size
             raise InputError(f"a frame is {frame.shape[0]}x{frame.shape[1]}, expected {height}x{width} as the first")
-        self._container.mux(_encode_h264(self._stream, frame))
+        self._container.mux(self._later(_encode_h264(self._stream, frame)))
         self.frames += 1
 
     def close(self) -> None:
@@ -144,7 +155,16 @@ class LiveWriter:
         self._container = self._stream = None
         if container is not None and stream is not None:
             with container:
-                container.mux(stream.encode())
+                container.mux(self._later(stream.encode()))
+
+    def _later(self, packets: list[av.Packet]) -> list[av.Packet]:
+        """New packets behind those that were there before: the encoder counts from 0."""
+        for packet in packets:
+            assert packet.pts is not None
+            assert packet.dts is not None
+            start = round(self._before / _rate(self.fps) / packet.time_base)
+            packet.pts, packet.dts = packet.pts + start, packet.dts + start
+        return packets
 
     def __enter__(self) -> "LiveWriter":
         return self
@@ -153,10 +173,30 @@ class LiveWriter:
         self.close()
 
 
+def _read_packets(path: Path, count: int) -> list[av.Packet]:
+    """The first frames of a video, encoded as they come from the encoder."""
+    with _open_video(_existing(path)) as container:
+        try:
+            as_encoded = BitStreamFilterContext("h264_mp4toannexb", container.streams.video[0])
+            packets = [part for packet in container.demux(video=0) if packet.size for part in as_encoded.filter(packet)]
+        except (av.FFmpegError, IndexError) as error:
+            raise InputError(f"cannot go on with {path}: it is not a video that was written here") from error
+    packets = packets[:count]
+    if len(packets) < count:  # of a frame each: live ones have none that depends on later ones
+        log.warning(
+            "%s holds %d of the %d frames made so far: it goes on without the others", path, len(packets), count
+        )
+    return packets
+
+
+def _rate(fps: float) -> Fraction:
+    return Fraction(fps).limit_denominator(1001)
+
+
 def _add_h264(
     container: av.container.OutputContainer, size: tuple[int, int], fps: float, options: dict[str, str]
 ) -> av.VideoStream:
-    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+    stream = container.add_stream("libx264", rate=_rate(fps), options=options)
     stream.height, stream.width = (side + side % 2 for side in size)  # yuv420p has even sizes only
     stream.pix_fmt = "yuv420p"
     stream.codec_context.colorspace = Colorspace.ITU709  # named in the file, so that every player decodes it alike

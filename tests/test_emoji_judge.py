@@ -20,16 +20,8 @@ from nova_video.data.shapes import prepare_shapes
 from nova_video.data.words import COLORS, MOTIONS, RELATIONS, SPEEDS, STILL
 from nova_video.data.world import EmojiWorld, to_uint8
 from nova_video.errors import InputError
-from nova_video.evaluation.emoji import (
-    GENERATED,
-    REAL,
-    RECONSTRUCTED,
-    EmojiReport,
-    EmojiSettings,
-    Sample,
-    asked_specs,
-    evaluate_emoji,
-)
+from nova_video.evaluation.benchmark import GENERATED, REAL, RECONSTRUCTED, Origin, Sample
+from nova_video.evaluation.emoji import EmojiReport, EmojiSettings, asked_specs, evaluate_emoji
 from nova_video.evaluation.judge import Judge
 from nova_video.evaluation.rates import Rate
 from nova_video.evaluation.report import contact_sheet, print_report, write_report
@@ -347,7 +339,7 @@ def test_wrong_input_is_named(world: EmojiWorld, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"shape \(8, 17, 256, 256, 3\)"):
         evaluate_emoji(large, world, SETTINGS)
     (tmp_path / "file").write_text("")
-    report = EmojiReport(SETTINGS, "", "", "", "", {}, 0.0, {}, [])
+    report = EmojiReport(SETTINGS, Origin("", "", "", "", {}), 0.0, {}, [])
     with pytest.raises(InputError, match="cannot write to"):
         write_report(report, tmp_path / "file" / "report")
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from nova_video.data.shapes import prepare_shapes
 from nova_video.data.world import EmojiWorld
-from nova_video.evaluation.emoji import GENERATED, EmojiSettings, evaluate_emoji
+from nova_video.evaluation.benchmark import GENERATED
+from nova_video.evaluation.emoji import EmojiSettings, evaluate_emoji
 from nova_video.pipeline import NovaPipeline
 from nova_video.training.checkpoint import newest_checkpoint
 

@@ -68,6 +68,10 @@ class ClipSpec:
         """The clips of `index`, in that order."""
         return self._with({name: tensor[index] for name, tensor in self.tensors().items()})
 
+    def put(self, index: Tensor, clips: "ClipSpec") -> "ClipSpec":
+        """With `clips` in the places of `index`."""
+        return self._with({name: v.index_copy(0, index, getattr(clips, name)) for name, v in self.tensors().items()})
+
     def to(self, device: torch.device | str) -> "ClipSpec":
         return self._with({name: tensor.to(device) for name, tensor in self.tensors().items()})
 

@@ -5,34 +5,37 @@ First the judge is judged, on real renders and on the autoencoder's reconstructi
 form, and pictures of two objects from held-out (object, relation, object).
 """
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-import diffusers
-import numpy as np
 import torch
 from torch import Tensor
 
-import nova_video
-from nova_video.data.clips import CANVAS, SPAN, ClipSpec
-from nova_video.data.words import COLORS, MOTIONS
+from nova_video.data.clips import SPAN, ClipSpec
+from nova_video.data.words import MOTIONS
 from nova_video.data.world import EmojiWorld, Split, to_uint8
-from nova_video.errors import InputError
+from nova_video.evaluation.benchmark import (
+    GENERATED,
+    JUDGE_CLIPS,
+    REAL,
+    RECONSTRUCTED,
+    SHEET_CLIPS,
+    Origin,
+    Progress,
+    Sample,
+    SamplingSettings,
+    Sheet,
+    as_frames,
+    check_judge,
+    describe,
+    reconstruct,
+)
 from nova_video.evaluation.judge import Judge, Judgement
 from nova_video.evaluation.rates import Rate
 
 JUDGED = ("background", "motion", "object", "relation")  # the scores that a judge must master on real renders
-JUDGE_AT_LEAST = 0.97
-JUDGE_CLIPS = 200  # real renders that the judge is judged on, at least
-SHEET_CLIPS = 24  # generated clips kept to look at
-REAL, RECONSTRUCTED, GENERATED = "real renders", "autoencoder", "generated"
-
-Progress = Callable[[str, int, int], None]
-"""(what is being judged, clips done, clips in all)."""
-
 
 Maker = Callable[[ClipSpec, int], Tensor]
 """Makes the frames (N, F, H, W, 3) uint8 of a batch; the number is that of its first clip in the evaluation."""
@@ -58,7 +61,7 @@ class Generator(Protocol):
 
 
 @dataclass(frozen=True)
-class EmojiSettings:
+class EmojiSettings(SamplingSettings):
     """How to evaluate."""
 
     num_clips: int = 400
@@ -68,19 +71,9 @@ class EmojiSettings:
     """Of a clip; 1 evaluates a model of images."""
     split: Split = "heldout"
     """Combinations never trained on, or those trained on."""
-    seed: int = 0
-    """Which combinations, and the models' random numbers: clip i has a generator of seed + i."""
-    batch_size: int = 25
-    num_inference_steps: int | None = None
-    """None in this and the next three: the model's own."""
-    num_diffusion_steps: int | None = None
-    guidance_scale: float | None = None
-    motion_flow: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("num_clips", 1), ("num_pairs", 0), ("num_frames", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}: expected a whole number of at least {least}")
+        self.check({"num_clips": 1, "num_pairs": 0, "num_frames": 1})
 
 
 @dataclass(frozen=True)
@@ -94,41 +87,25 @@ class SourceScores:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A generated clip to look at."""
-
-    caption: str
-    seen: str
-    right: bool
-    frames: np.ndarray
-    """(F, H, W, 3) uint8."""
-
-
-@dataclass(frozen=True)
 class EmojiReport:
     """All that an evaluation found."""
 
     settings: EmojiSettings
-    world: str
-    model: str
-    command: str
-    device: str
-    versions: dict[str, str]
+    origin: Origin
     seconds: float
     """Time of generating alone."""
     sources: dict[str, SourceScores]
     """By REAL, RECONSTRUCTED (where there is an autoencoder) and GENERATED."""
     samples: list[Sample] = field(repr=False)
 
+    def sheets(self) -> dict[str, Sheet]:
+        return {"sheet": Sheet(self.samples)}
+
     def as_json(self) -> dict[str, Any]:
         """Everything but the samples."""
         return {
             "benchmark": "emoji",
-            "world": self.world,
-            "model": self.model,
-            "command": self.command,
-            "device": self.device,
-            "versions": self.versions,
+            **asdict(self.origin),
             "settings": asdict(self.settings),
             "seconds": round(self.seconds, 2),
             "scores": {
@@ -191,23 +168,14 @@ def evaluate_emoji(
         return frames
 
     sources = {REAL: judged(REAL, real, len(clips), len(pairs))}
-    check_judge(sources[REAL])
+    check_judge(sources[REAL].rates, JUDGED)
     asked_counts = (settings.num_clips, settings.num_pairs)
     if pipe.vae is not None:
         sources[RECONSTRUCTED] = judged(RECONSTRUCTED, reconstructed, *asked_counts)
     sources[GENERATED] = judged(GENERATED, generated, *asked_counts)
     return EmojiReport(
         settings=settings,
-        world=f"{world.info.set} ({len(world)} objects), version {world.info.version}",
-        model=model,
-        command=command,
-        device=device_name(world.device),
-        versions={
-            "nova_video": nova_video.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
+        origin=Origin.of(world, model, command),
         seconds=seconds,
         sources=sources,
         samples=samples,
@@ -238,24 +206,10 @@ def generate(pipe: Generator, world: EmojiWorld, spec: ClipSpec, settings: Emoji
         num_diffusion_steps=settings.num_diffusion_steps,
         guidance_scale=settings.guidance_scale,
         motion_flow=settings.motion_flow,
-        generator=[torch.Generator().manual_seed(settings.seed + first + row) for row in range(len(spec))],
+        generator=settings.generators(range(first, first + len(spec))),
         output_type="np",
     )
-    frames = np.stack(made.images)[:, None] if spec.num_frames == 1 else np.stack(made.frames)
-    expected = (len(spec), spec.num_frames, CANVAS, CANVAS, 3)
-    if frames.shape != expected:
-        raise InputError(
-            f"the model makes clips of shape {frames.shape}: expected {expected}, those of the emoji world"
-        )
-    return torch.from_numpy((frames * 255).round().astype(np.uint8))
-
-
-@torch.no_grad()
-def reconstruct(vae: Any, clips: Tensor) -> Tensor:
-    """Clips (N, 3, F, H, W) through the autoencoder and back."""
-    latents = vae.encode(clips.to(vae.device, vae.dtype)).latent_dist.mode()
-    decoded: Tensor = vae.decode(latents).sample
-    return decoded.to(clips.device).float()[:, :, : clips.shape[2]]
+    return as_frames(made, len(spec), spec.num_frames)
 
 
 def score(asked: ClipSpec, seen: Judgement, asked_pairs: ClipSpec, seen_pairs: Judgement) -> SourceScores:
@@ -279,37 +233,3 @@ def score(asked: ClipSpec, seen: Judgement, asked_pairs: ClipSpec, seen_pairs: J
         rates["relation"] = Rate.of(seen_pairs.relation == asked_pairs.relation)
         rates["both_objects"] = Rate.of(both)
     return SourceScores(rates, by_motion)
-
-
-def check_judge(real: SourceScores) -> None:
-    """A judge that misreads real renders is refused."""
-    for name, rate in real.rates.items():
-        if name in JUDGED and rate.value < JUDGE_AT_LEAST:
-            raise InputError(
-                f"the judge reads only {100 * rate.value:.1f}% of {name} right on {rate.total} real renders of this "
-                f"world: expected at least {100 * JUDGE_AT_LEAST:.0f}%, so it cannot judge a model"
-            )
-
-
-def describe(world: EmojiWorld, frames: Tensor, asked: ClipSpec, seen: Judgement) -> list[Sample]:
-    """Clips with what was asked and what was seen, in words."""
-    samples = []
-    for row, caption in enumerate(world.captions(asked)):
-        motion, thing = int(seen.motion[row]), int(seen.object[row])
-        said = [
-            world.names[thing] if thing >= 0 else "no object",
-            COLORS[int(seen.background[row])],
-        ]
-        if asked.num_frames > 1:
-            said.insert(1, MOTIONS[motion] if motion >= 0 else "no such motion")
-        right = bool(
-            (seen.rank[row] == 0)
-            & (seen.background[row] == asked.background[row])
-            & (seen.motion[row] == asked.motion[row])
-        )
-        samples.append(Sample(caption, ", ".join(said), right, frames[row].cpu().numpy()))
-    return samples
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"

@@ -18,21 +18,14 @@ from nova_video.autoencoders import scale_latents
 from nova_video.data.clips import CANVAS, FPS, ClipSpec
 from nova_video.data.words import MOTIONS
 from nova_video.errors import InputError
-from nova_video.evaluation.emoji import (
-    GENERATED,
-    SHEET_CLIPS,
-    EmojiSettings,
-    asked_specs,
-    describe,
-    evaluate_emoji,
-    generate,
-)
+from nova_video.evaluation.benchmark import GENERATED, SHEET_CLIPS, describe
+from nova_video.evaluation.emoji import EmojiSettings, asked_specs, evaluate_emoji, generate
 from nova_video.evaluation.judge import Judge
 from nova_video.evaluation.report import contact_sheet
 from nova_video.loading import load_autoencoder, load_transformer, resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel, mask_ratios
 from nova_video.pipeline import NovaPipeline
-from nova_video.request import CheckpointSettings
+from nova_video.settings import CheckpointSettings
 from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.training.loss import NoiseTable, draw, frame_losses, loss_parts
 from nova_video.training.pool import Rows

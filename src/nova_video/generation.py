@@ -211,7 +211,6 @@ class Generation:
             decoder = self._decoder()
             pieces += [*self._push(decoder, self.state.done), *self._finish(decoder)]
         whole = torch.cat([piece.to(pieces[-1].device) for piece in pieces], dim=1)
-        self.emitted += whole.shape[1]
         return output_form(whole, self.output_type)
 
     # Frame by frame ---------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ class GrayModel:
 
 def test_data_and_evaluate(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("data", "shapes", "-o", "world") == (0, "world: 10 objects\n", "")
-    monkeypatch.setattr(cli, "load_pipeline", lambda *_: GrayModel())
+    monkeypatch.setattr("nova_video.cli_evaluate.load_pipeline", lambda *_: GrayModel())
     monkeypatch.setattr("nova_video.evaluation.emoji.JUDGE_CLIPS", 12)
     code, out, err = run(
         "evaluate", "emoji", "--data", "world", "-o", "scores", "--num-clips", 12, "--num-pairs", 4, "--guidance", 2
@@ -167,7 +167,7 @@ def test_data_and_evaluate(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.endswith("scores\n")
     assert sorted(path.name for path in Path("scores").iterdir()) == ["scores.json", "sheet.png"]
     report = json.loads(Path("scores/scores.json").read_text())
-    command = "nova evaluate emoji --data world --output scores --num-clips 12 --num-pairs 4 --guidance 2.0"
+    command = "nova evaluate emoji --data world --output scores --guidance 2.0 --num-clips 12 --num-pairs 4"
     assert report["command"] == command
     assert (report["settings"]["num_clips"], report["settings"]["guidance_scale"]) == (12, 2)
     assert report["scores"]["generated"]["object"]["percent"] < 50

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
@@ -21,6 +21,8 @@ MODEL = "emoji"  # the model in the box
 OWN = "(default: the model's own)"
 AUTO = "(default: auto)"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+PartName = Literal["continue", "continue-long", "steer", "steer-anywhere", "steer-alone", "inpaint", "inpaint-pair"]
+ALL_PARTS: tuple[PartName, ...] = get_args(PartName)  # of the benchmark beyond one clip
 Sentences = Annotated[
     UseAppendAction[tuple[tuple[float, str], ...]], arg(metavar="SECONDS PROMPT", help_behavior_hint="(repeatable)")
 ]
@@ -139,26 +141,20 @@ class Train:
     """What follows the recipe, as typed."""
 
 
-@dataclass(frozen=True)
-class EvaluateEmoji:
-    """Generate held-out combinations of the emoji world and measure exactly what their captions ask for."""
+@dataclass(frozen=True, kw_only=True)
+class Evaluating:
+    """The flags of every benchmark."""
 
     model: Annotated[str, arg(metavar="NAME")] = MODEL
     """As for `nova generate`."""
     data: Annotated[Path, arg(metavar="FOLDER")] = Path("data/emoji")
     """A prepared world."""
-    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-emoji")
-    """Where the scores (JSON) and the contact sheet go."""
-    num_clips: Annotated[int, arg(metavar="N")] = 400
-    """Clips to judge."""
-    num_pairs: Annotated[int, arg(metavar="N")] = 100
-    """Pictures of two objects to judge; 0 leaves them out."""
-    num_frames: Annotated[int, arg(metavar="N")] = 17
-    """Frames of a clip; 1 is for a model of pictures."""
-    split: Literal["heldout", "train"] = "heldout"
-    """Combinations that were never trained on, or those that were."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
+    """Where the scores (JSON) and the contact sheets go."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """Which combinations, and their random numbers."""
+    split: Literal["heldout", "train"] = "heldout"
+    """Combinations that were never trained on, or those that were."""
     batch_size: Annotated[int, arg(metavar="N")] = 25
     """Clips made at once."""
     sets: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
@@ -172,6 +168,42 @@ class EvaluateEmoji:
     device: Annotated[str, arg(metavar="NAME")] = "auto"
     """As for `nova generate`."""
     dtype: Dtype = "auto"
+    """As for `nova generate`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateEmoji(Evaluating):
+    """Generate held-out combinations of the emoji world and measure exactly what their captions ask for."""
+
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-emoji")
+    """Where the scores (JSON) and the contact sheet go."""
+    num_clips: Annotated[int, arg(metavar="N")] = 400
+    """Clips to judge."""
+    num_pairs: Annotated[int, arg(metavar="N")] = 100
+    """Pictures of two objects to judge; 0 leaves them out."""
+    num_frames: Annotated[int, arg(metavar="N")] = 17
+    """Frames of a clip; 1 is for a model of pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateBeyond(Evaluating):
+    """Carry on, change and fill in real clips and pictures of the emoji world, and measure what comes of it."""
+
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-beyond")
+    """Where the scores (JSON) and a contact sheet of each part go."""
+    parts: tuple[PartName, ...] = ALL_PARTS
+    """What to measure."""
+    num_clips: Annotated[int, arg(metavar="N")] = 400
+    """Clips or pictures of each part."""
+    context_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    sink_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    history_noise: Annotated[float, arg(metavar="STD")] = 0.0
+    """As for `nova generate`."""
+    reanchor_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """As for `nova generate`."""
+    hold_statistics: Annotated[float, arg(metavar="SHARE")] = 0.0
     """As for `nova generate`."""
 
 
@@ -197,14 +229,14 @@ class DataShapes:
     """Folder to write."""
 
 
-Group = Annotated[EvaluateEmoji, subcommand("emoji")] | Annotated[None, tyro.conf.Suppress]  # tyro asks for two
+Benchmarks = Annotated[EvaluateEmoji, subcommand("emoji")] | Annotated[EvaluateBeyond, subcommand("beyond")]
 Worlds = Annotated[DataEmoji, subcommand("emoji")] | Annotated[DataShapes, subcommand("shapes")]
 Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Edit, subcommand("edit")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Train, subcommand("train")]
-    | Annotated[Any, subcommand("evaluate", description="Measure a model.", constructor_factory=lambda: Group)]
+    | Annotated[Any, subcommand("evaluate", description="Measure a model.", constructor_factory=lambda: Benchmarks)]
     | Annotated[
         Any, subcommand("data", description="Prepare what is learned from.", constructor_factory=lambda: Worlds)
     ]

@@ -6,10 +6,8 @@ Ctrl-C is exit code 130. Results go to stdout, all else to stderr.
 
 import json
 import logging
-import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from nova_video.arguments import (
     DataEmoji,
     DataShapes,
     Edit,
+    EvaluateBeyond,
     EvaluateEmoji,
     Generate,
     Info,
@@ -24,8 +23,8 @@ from nova_video.arguments import (
     one_line_errors,
     parse,
 )
+from nova_video.cli_evaluate import run_evaluate_beyond, run_evaluate_emoji
 from nova_video.cli_generate import run_edit, run_generate
-from nova_video.console import load_pipeline, progress_bar
 from nova_video.errors import InputError
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -44,6 +43,8 @@ def run_info(args: Info) -> None:
     lines = {**record, **(settings if isinstance(settings, dict) else {})}
     width = max(map(len, lines), default=0)
     for name, value in lines.items():
+        if isinstance(value, list):  # a timeline: (seconds, value) pairs
+            value = f"\n{'':<{width}}  ".join(f"from {at:g} s: {moment}" for at, moment in value)
         if value is not None:
             print(f"{name:<{width}}  {value}")
 
@@ -60,55 +61,6 @@ def run_train(args: Train) -> None:
     from nova_video.training.trainer import train
 
     print(train(recipe))
-
-
-def run_evaluate_emoji(args: EvaluateEmoji) -> None:
-    """The judge's tables, its JSON and its contact sheet."""
-    from rich.console import Console
-
-    from nova_video.data.world import EmojiWorld
-    from nova_video.devices import choose_device
-    from nova_video.evaluation.emoji import EmojiSettings, evaluate_emoji
-    from nova_video.evaluation.report import check_report_folder, print_report, write_report
-
-    settings = EmojiSettings(
-        num_clips=args.num_clips,
-        num_pairs=args.num_pairs,
-        num_frames=args.num_frames,
-        split=args.split,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        num_inference_steps=args.sets,
-        num_diffusion_steps=args.diffusion_steps,
-        guidance_scale=args.guidance,
-        motion_flow=args.motion,
-    )
-    world = EmojiWorld.load(args.data, choose_device(args.device))
-    check_report_folder(args.output)
-    pipe = load_pipeline(args.model, args.device, args.dtype)
-    with progress_bar() as bar:
-        tasks: dict[str, Any] = {}
-
-        def on_progress(source: str, done: int, total: int) -> None:
-            if source not in tasks:
-                tasks[source] = bar.add_task(source, total=total)
-            bar.update(tasks[source], completed=done)
-
-        report = evaluate_emoji(
-            pipe, world, settings, model=args.model, command=_command_line(args), on_progress=on_progress
-        )
-    write_report(report, args.output)
-    print_report(report, Console())
-    print(args.output)
-
-
-def _command_line(args: EvaluateEmoji) -> str:
-    """The command that repeats this evaluation."""
-    words = ["nova", "evaluate", "emoji"]
-    for field in fields(args):
-        if (value := getattr(args, field.name)) != field.default:
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
-    return shlex.join(words)
 
 
 def run_data_emoji(args: DataEmoji) -> None:
@@ -131,6 +83,7 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
     Info: run_info,
     Train: run_train,
     EvaluateEmoji: run_evaluate_emoji,
+    EvaluateBeyond: run_evaluate_beyond,
     DataEmoji: run_data_emoji,
     DataShapes: run_data_shapes,
 }

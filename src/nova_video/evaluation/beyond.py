@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nova_video.data.world import EmojiWorld, Split, to_uint8
+from nova_video.errors import InputError
 from nova_video.evaluation.benchmark import (
     GENERATED,
     JUDGE_CLIPS,
@@ -52,6 +53,8 @@ class BeyondSettings(SamplingSettings):
 
     def __post_init__(self) -> None:
         self.check({"num_clips": 1})
+        if not self.parts or not set(self.parts) <= set(PARTS):
+            raise InputError(f"parts is {self.parts}: expected some of {', '.join(PARTS)}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,115 @@
+"""The commands `nova evaluate ...`: a benchmark's tables on stdout, its JSON and its sheets in a folder."""
+
+import contextlib
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from nova_video.arguments import EvaluateBeyond, EvaluateEmoji, Evaluating
+from nova_video.console import load_pipeline, progress_bar
+
+if TYPE_CHECKING:
+    from nova_video.data.world import EmojiWorld
+    from nova_video.evaluation.benchmark import Progress
+    from nova_video.pipeline import NovaPipeline
+
+
+def run_evaluate_emoji(args: EvaluateEmoji) -> None:
+    """Held-out combinations, and pictures of two objects."""
+    from rich.console import Console
+
+    from nova_video.evaluation.emoji import EmojiSettings, evaluate_emoji
+    from nova_video.evaluation.report import print_report, write_report
+
+    settings = EmojiSettings(
+        num_clips=args.num_clips,
+        num_pairs=args.num_pairs,
+        num_frames=args.num_frames,
+        split=args.split,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        num_inference_steps=args.sets,
+        num_diffusion_steps=args.diffusion_steps,
+        guidance_scale=args.guidance,
+        motion_flow=args.motion,
+    )
+    pipe, world = _open(args)
+    with _progress() as on_progress:
+        report = evaluate_emoji(
+            pipe, world, settings, model=args.model, command=_command_line("emoji", args), on_progress=on_progress
+        )
+    write_report(report, args.output)
+    print_report(report, Console())
+    print(args.output)
+
+
+def run_evaluate_beyond(args: EvaluateBeyond) -> None:
+    """What is carried on, changed and filled in."""
+    from rich.console import Console
+
+    from nova_video.evaluation.benchmark import LongSettings
+    from nova_video.evaluation.beyond import BeyondSettings, evaluate_beyond
+    from nova_video.evaluation.report import print_beyond, write_report
+
+    settings = BeyondSettings(
+        parts=args.parts,
+        num_clips=args.num_clips,
+        split=args.split,
+        long=LongSettings(
+            context_frames=args.context_frames,
+            sink_frames=args.sink_frames,
+            history_noise=args.history_noise,
+            reanchor_frames=args.reanchor_frames,
+            hold_statistics=args.hold_statistics,
+        ),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        num_inference_steps=args.sets,
+        num_diffusion_steps=args.diffusion_steps,
+        guidance_scale=args.guidance,
+        motion_flow=args.motion,
+    )
+    pipe, world = _open(args)
+    with _progress() as on_progress:
+        report = evaluate_beyond(
+            pipe, world, settings, model=args.model, command=_command_line("beyond", args), on_progress=on_progress
+        )
+    write_report(report, args.output)
+    print_beyond(report, Console())
+    print(args.output)
+
+
+def _open(args: Evaluating) -> "tuple[NovaPipeline, EmojiWorld]":
+    """The model and the world it is measured on. All that can be checked is, before anything large is loaded."""
+    from nova_video.data.world import EmojiWorld
+    from nova_video.devices import choose_device
+    from nova_video.evaluation.report import check_report_folder
+
+    world = EmojiWorld.load(args.data, choose_device(args.device))
+    check_report_folder(args.output)
+    return load_pipeline(args.model, args.device, args.dtype), world
+
+
+@contextlib.contextmanager
+def _progress() -> "Iterator[Progress]":
+    """A bar for everything that is judged. Yields what moves them."""
+    with progress_bar() as bar:
+        tasks: dict[str, Any] = {}
+
+        def on_progress(source: str, done: int, total: int) -> None:
+            if source not in tasks:
+                tasks[source] = bar.add_task(source, total=total)
+            bar.update(tasks[source], completed=done)
+
+        yield on_progress
+
+
+def _command_line(name: str, args: Evaluating) -> str:
+    """The command that repeats this evaluation."""
+    words = ["nova", "evaluate", name]
+    for field in fields(args):
+        if (value := getattr(args, field.name)) != field.default:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
+    return shlex.join(words)

@@ -113,8 +113,11 @@ class EmojiWorld:
         split: Split = "train",
         images: bool = False,
         pairs: float = 0.0,
+        weights: Tensor | None = None,
     ) -> ClipSpec:
         """`count` clips of one split, every allowed (object, motion, background) equally likely.
+
+        `weights`, one a motion, make the clips of some motions likelier than those of others.
 
         With `images`, single frames of still objects, a share `pairs` of them (on average) of two objects.
         `generator` lives on the world's device.
@@ -126,7 +129,7 @@ class EmojiWorld:
             thing, color = picks // len(COLORS), picks % len(COLORS)
             motion = torch.full_like(thing, STILL)
         else:
-            picks = _pick(self._clips[split], count, generator)
+            picks = _pick(self._clips[split], count, generator, None if weights is None else weights.to(device))
             thing, color = picks // (len(MOTIONS) * len(COLORS)), picks % len(COLORS)
             motion = picks // len(COLORS) % len(MOTIONS)
         fast = torch.rand(count, generator=generator, device=device)  # a quarter slowly, half plain, a quarter quickly
@@ -242,8 +245,12 @@ def _indices(flags: Tensor) -> Tensor:
     return flags.flatten().nonzero().flatten()
 
 
-def _pick(allowed: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    return allowed[torch.randint(len(allowed), (count,), generator=generator, device=allowed.device)]
+def _pick(allowed: Tensor, count: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
+    """Random entries of `allowed`, flat indices (of clips, where there are weights for the motions)."""
+    if weights is None:
+        return allowed[torch.randint(len(allowed), (count,), generator=generator, device=allowed.device)]
+    share = weights[allowed // len(COLORS) % len(MOTIONS)]
+    return allowed[torch.multinomial(share, count, replacement=True, generator=generator)]
 
 
 def _between(bounds: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from nova_video.data.words import MOTIONS
 from nova_video.errors import InputError
 from nova_video.settings import Defaults
 
@@ -37,6 +38,9 @@ class DataRecipe:
     """Share of the pool that is replaced then."""
     pairs: float = 0.3
     """Share of the images that show two objects."""
+    emphasized: tuple[str, ...] = ()
+    """Motions that clips show `emphasis` times as often as the others."""
+    emphasis: float = 1.0
 
     def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in ("frames", "probability", "batch", "pool")}
@@ -44,6 +48,8 @@ class DataRecipe:
             raise InputError(f"data.frames, probability, batch and pool need one entry for each length; got {lengths}")
         if any(frames < 1 or frames % 4 != 1 for frames in self.frames):
             raise InputError(f"data.frames = {self.frames}: expected lengths 4k + 1, such as 1, 9 or 17")
+        if unknown := [motion for motion in self.emphasized if motion not in MOTIONS]:
+            raise InputError(f"data.emphasized has {unknown[0]!r}: expected motions such as {MOTIONS[1]!r}")
 
 
 @dataclass(frozen=True)
@@ -211,6 +217,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise InputError(f"{where} is {value!r}, expected a table")
         return _build(typing.cast(type[Any], hint), value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if type(None) in arguments:  # what may be absent is written only where it is not
+        return _convert(arguments[0], value, where)
     if origin is tuple:
         kinds = arguments[:1] * len(value) if isinstance(value, list) and arguments[-1] is Ellipsis else arguments
         if not isinstance(value, list) or len(kinds) != len(value):
@@ -228,7 +236,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _toml(values: dict[str, Any], prefix: str) -> str:
-    lines = [f"{key} = {_toml_value(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    lines = [
+        f"{key} = {_toml_value(value)}"
+        for key, value in values.items()
+        if not isinstance(value, dict) and value is not None
+    ]
     for key, value in values.items():
         if isinstance(value, dict):
             lines += ["", f"[{prefix}{key}]", _toml(value, f"{prefix}{key}.").rstrip()]

@@ -97,7 +97,11 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant]):
     def make_rows(self, frames: int, count: int, seed: int) -> Rows:
         generator, images = self.generator(seed), frames == 1
         pairs = self.data.pairs if images else 0.0
-        spec = self.world.sample(count, generator, num_frames=frames, images=images, pairs=pairs)
+        weights = torch.ones(len(MOTIONS))
+        weights[[MOTIONS.index(motion) for motion in self.data.emphasized]] = self.data.emphasis
+        spec = self.world.sample(
+            count, generator, num_frames=frames, images=images, pairs=pairs, weights=None if images else weights
+        )
         return self._encode(spec, generator, random.Random(seed))
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nova_video.autoencoders import scale_latents, unscale_latents
 from nova_video.errors import InputError
 from nova_video.generation import GenerateResult, Generation, GivenPixels, StepCallback
-from nova_video.given import fill_holes, fit_frames, fit_masks, frames_at, known_tokens, masks_of, same_rate, to_pixels
+from nova_video.given import fit_frames, fit_masks, frames_at, known_tokens, masks_of, same_rate, to_pixels
 from nova_video.loading import (
     load_autoencoder,
     load_scheduler,
@@ -439,9 +439,7 @@ class NovaPipeline(DiffusionPipeline):
         count = self.capabilities.latent_count(length)
         missing = self.capabilities.pixel_count(count) - length  # the clip's end stands in for what is not there
         pixels = torch.cat([pixels, pixels[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
-        padded = torch.cat([masks, masks[-1:].expand(missing, -1, -1)])
-        erased = pixels if request.mask_image is None else fill_holes(pixels, padded)
-        latents = self._encode(erased, plan, random)  # (B, C, F, h, w)
+        latents = self._encode(pixels, plan, random)  # (B, C, F, h, w)
         stride = model.config.image_stride * model.patch_size
         known = known_tokens(masks, stride, count, plan.temporal_stride).flatten(1).to(latents.device)  # (F, L)
         share = 1.0 if request.strength is None else request.strength

@@ -39,6 +39,7 @@ LONG = 65  # frames that it is carried on to
 SETTLE = (
     16  # first frame that the judge looks at after a change: with it, the new sentence has had 8 frames, one second
 )
+OBEYED = SETTLE + 15  # before which it looks: 15 frames show every motion, and need less room than a whole SPAN
 STEERED = SETTLE + SPAN
 TRIES = 64  # beginnings drawn for each clip until one leaves room for the change
 HOLE = (16, 112)  # pixels: from where to where the hole in a picture is, both ways
@@ -209,7 +210,8 @@ class Steer(Part):
     """The sentence changes: the same object on the same background does something else.
 
     With `room`, the change is one that there is room for: an object that did the new motion from the last given frame
-    on as the world does it, at the speed asked for, would stay within the picture and the world's sizes to the end.
+    on as the world does it, at the speed asked for, would stay within the picture and the world's sizes as long as the
+    judge looks.
     """
 
     num_frames = STEERED
@@ -221,7 +223,8 @@ class Steer(Part):
         start = f"{GIVEN} real frames" if given else "a sentence from the start"
         where = "that there is room for" if room else "wherever the object is"
         self.title = f"{start}, then a change of motion {where}"
-        self.slices = dict.fromkeys(("background", "motion", "object"), (SETTLE, STEERED))
+        self.slices = dict.fromkeys(("background", "motion", "object"), (SETTLE, OBEYED))
+        self.slices |= {"motion_17": (SETTLE, STEERED), "motion_at_once": (GIVEN, GIVEN + SPAN)}
 
     def ask(self, world: EmojiWorld, count: int, generator: torch.Generator, split: Split) -> Case:
         asked = world.sample(count, generator, num_frames=STEERED, split=split)
@@ -387,8 +390,9 @@ def judge_clips(judge: Judge, asked: ClipSpec, turned: ClipSpec, frames: Tensor,
     if "motion" in slices:
         thing = replace(thing, motion=seen[slices["motion"]].motion)
         flags["motion"] = thing.motion == asked.motion
-    if "motion_new" in slices:
-        flags["motion_new"] = seen[slices["motion_new"]].motion == asked.motion
+    for name in slices:
+        if name.startswith("motion_"):  # the same, seen in other frames
+            flags[name] = seen[slices[name]].motion == asked.motion
     flags["object"] = thing.rank == 0
     flags["all"] = flags["background"] & flags["object"] & flags.get("motion", flags["object"])
     return Verdict(flags, in_words(judge.world, thing, "motion" in slices))
@@ -437,15 +441,17 @@ def steered_path(first: ClipSpec, then: ClipSpec) -> ObjectPath:
 
 
 def has_room(first: ClipSpec, then: ClipSpec) -> Tensor:
-    """Whether such objects stay within the picture and the world's sizes: (N,) bool."""
-    path = steered_path(first, then)
-    low, high = SIZES[0] * GROW_RANGE[0], SIZES[1] * GROW_RANGE[1]
+    """Whether such objects stay within the picture and the world's sizes while the judge looks: (N,) bool."""
+    path = steered_path(first, replace(then, num_frames=OBEYED))
+    low, high = (SIZES[end] * GROW_RANGE[end] for end in (0, 1))
+    change = (path.size[:, -1] / path.size[:, GIVEN - 1]).log().abs()  # no object of the world changes more at a go
     reach = path.size / 2 * torch.where(spins(first) | spins(then), math.sqrt(2), 1.0)[:, None]  # (N, F)
     slack = 1e-3
     inside = (path.centre - reach[..., None] >= -slack) & (path.centre + reach[..., None] <= CANVAS + slack)
     sized = (path.size >= low - slack) & (path.size <= high + slack)
     after = slice(GIVEN, None)
-    return inside[:, after].all(dim=2).all(dim=1) & sized[:, after].all(dim=1)
+    seemly = change <= math.log(GROW_RANGE[1] / GROW_RANGE[0])
+    return inside[:, after].all(dim=2).all(dim=1) & sized[:, after].all(dim=1) & seemly
 
 
 def render_path(world: EmojiWorld, spec: ClipSpec, path: ObjectPath) -> Tensor:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from nova_video import cli, media
 from nova_video.arguments import parse
+from nova_video.request import GenerateRequest
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK = ["--sets", "2", "--diffusion-steps", "1"]
@@ -135,6 +136,240 @@ def test_info(run: Run) -> None:
     assert run("info", "whale.mp4") == (0, "prompt    a whale\nseed      3\nguidance  4.0\n", "")
 
 
+# Beyond one sentence and one clip
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C is pressed at this set."""
+    from rich.progress import Progress
+
+    sets = []
+
+    def press(*_: object, **__: object) -> None:
+        sets.append(1)
+        if len(sets) == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Progress, "update", press)
+
+
+def write_noise(
+    path: str, count: int = 1, size: tuple[int, int] = (64, 96), fps: float = 12, prompt: object = None
+) -> np.ndarray:
+    frames = np.random.default_rng(0).integers(0, 256, (count, *size, 3), np.uint8)
+    media.write_media(frames, path, fps, {"prompt": prompt})
+    return frames
+
+
+def test_continue(run: Run, tiny_checkpoint: Path) -> None:
+    """The result begins with the clip, bit for bit; without a sentence, it takes the clip's last one."""
+    common = ["--model", tiny_checkpoint, "--seed", 1, *QUICK]
+    given = write_noise("given.png", 7, prompt=[[0, "a whale"], [0.2, "the apple"]])
+    code, out, err = run("generate", "--continue", "given.png", "--seconds", 1, "-o", "on.png", *common)
+    assert (code, out, err) == (0, "on.png\n", "")
+    frames, fps = media.read_frames("on.png")
+    assert (len(frames), round(fps)) == (12, 12)
+    assert np.array_equal(frames[:7], given)
+    record = media.read_metadata("on.png")
+    expected = {"continue": "given.png", "given_frames": 7, "num_frames": 12}
+    assert record["prompt"] == "the apple"
+    assert expected.items() <= record["settings"].items()
+    code, *_ = run("generate", "a whale", "--continue", "given.png", "--num-frames", 12, "-o", "other.png", *common)
+    assert code == 0
+    assert not np.array_equal(media.read_frames("other.png")[0][7:], frames[7:])
+
+
+def test_continue_another_size_and_rate(run: Run, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_noise("given.png", 4, (30, 40), fps=10)
+    common = ["--model", tiny_checkpoint, "--fps", 5, "--num-frames", 5, *QUICK]
+    assert run("generate", "a whale", "--continue", "given.png", "-o", "on.mp4", *common)[0] == 0
+    assert media.read_frames("on.mp4")[0].shape == (5, 64, 96, 3)
+    assert media.read_metadata("on.mp4")["settings"]["given_frames"] == 2
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("nova_video")] == [
+        "the given clip, 40x30 at 10 fps, is taken as 96x64 at 5 fps"
+    ]
+
+
+def test_timelines(run: Run, tiny_checkpoint: Path) -> None:
+    """They reach the pipeline, the record has them, and `nova info` prints them."""
+    from nova_video import NovaPipeline
+
+    changes = ["--prompt-at", 0.4, "the apple", "--motion-at", 0.4, 2, "--guidance", 3, "--guidance-at", 0.2, 4]
+    common = ["--num-frames", 9, "--model", tiny_checkpoint, "--seed", 3, *QUICK]
+    code, _, err = run("generate", "a whale", *changes, "-o", "x.png", *common)
+    assert (code, err) == (0, "")
+    prompt = [(0, "a whale"), (0.4, "the apple")]
+    motion, guidance = [(0, 5), (0.4, 2)], [(0, 3), (0.2, 4)]
+    pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
+    made = pipe(
+        prompt,
+        num_frames=9,
+        motion_flow=motion,
+        guidance_scale=guidance,
+        num_inference_steps=2,
+        num_diffusion_steps=1,
+        generator=torch.Generator().manual_seed(3),
+    ).frames[0]
+    assert np.array_equal(media.read_frames("x.png")[0], np.stack([np.asarray(frame) for frame in made]))
+    record = media.read_metadata("x.png")
+    assert record["prompt"] == [list(pair) for pair in prompt]
+    assert record["settings"]["motion"] == [list(pair) for pair in motion]
+    assert record["settings"]["guidance"] == [list(pair) for pair in guidance]
+    lines = run("info", "x.png")[1].splitlines()
+    assert [line.split("from")[-1] for line in lines[:2]] == [" 0 s: a whale", " 0.4 s: the apple"]
+    assert "motion           from 0 s: 5.0" in lines
+
+
+def test_live(run: Run, tiny_checkpoint: Path) -> None:
+    common = ["--num-frames", 9, "--model", tiny_checkpoint, "--seed", 3, *QUICK]
+    assert run("generate", "a whale", "--live", *common) == (0, "a-whale.mp4\n", "")
+    run("generate", "a whale", "-o", "whole.png", *common)
+    live, fps = media.read_frames("a-whale.mp4")
+    whole = media.read_frames("whole.png")[0]
+    assert (live.shape, fps) == (whole.shape, 12)
+    assert np.abs(live.astype(int) - whole).mean() < 12  # the same noise, but for what the video format loses
+    assert media.read_metadata("a-whale.mp4") == media.read_metadata("whole.png")
+
+
+def test_live_without_end(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends the file properly: it holds what was ready."""
+    interrupt_at(monkeypatch, 2 * 12)
+    code, out, err = run(
+        "generate", "a whale", "--live", "--seconds", "inf", "-o", "x.mp4", "--model", tiny_checkpoint, *QUICK
+    )
+    assert (code, out, err) == (130, "x.mp4\n", "nova: interrupted\n")
+    frames, _ = media.read_frames("x.mp4")
+    assert len(frames) == 33  # the autoencoder hands out 17 frames, then 16 at a time
+    assert media.read_metadata("x.mp4")["settings"]["num_frames"] is None
+    assert files() == ["x.mp4"]
+
+
+def test_state_and_resume(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped and gone on with, the file is the very same as without a stop."""
+    common = ["--num-frames", 13, "--prompt-at", 0.5, "the apple", "--model", tiny_checkpoint, "--seed", 3, *QUICK]
+    run("generate", "a whale", "-o", "whole.png", *common)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        done = run("generate", "a whale", "-o", "x.png", "--state", "x.safetensors", *common)
+    assert done == (130, "", "nova: interrupted, to go on: nova generate --resume x.safetensors\n")
+    assert files() == ["whole.png", "x.safetensors"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        assert run("generate", "--resume", "x.safetensors")[0] == 130
+    assert run("generate", "--resume", "x.safetensors") == (0, "x.png\n", "")
+    assert Path("x.png").read_bytes() == Path("whole.png").read_bytes()
+    assert files() == ["whole.png", "x.png"]
+
+
+def test_live_and_resume(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live file is gone on with where it ended."""
+    common = ["--num-frames", 37, "--model", tiny_checkpoint, "--seed", 3, *QUICK]
+    run("generate", "a whale", "--live", "-o", "whole.mp4", *common)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 16)
+        assert run("generate", "a whale", "--live", "-o", "x.mp4", "--state", "x.safetensors", *common)[0] == 130
+    assert len(media.read_frames("x.mp4")[0]) == 17
+    code, _, err = run("generate", "--resume", "x.safetensors", "-o", "y.mp4")
+    assert code == 2
+    assert "got --output with a live clip" in err
+    assert run("generate", "--resume", "x.safetensors") == (0, "x.mp4\n", "")
+    (live, fps), (whole, _) = media.read_frames("x.mp4"), media.read_frames("whole.mp4")
+    assert (live.shape, fps) == (whole.shape, 12)
+    assert np.array_equal(live[:17], whole[:17])
+    assert np.abs(live.astype(int) - whole).mean() < 12
+    assert files() == ["whole.mp4", "x.mp4"]
+
+
+def test_resume_what_cannot_be(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nova_video import NovaPipeline
+
+    interrupt_at(monkeypatch, 3)
+    common = ["--num-frames", 9, "--model", tiny_checkpoint, *QUICK]
+    run("generate", "a whale", "--state", "x.safetensors", *common)
+    pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
+    pipe.start(GenerateRequest("a whale")).save("python.safetensors")
+    Path("words.txt").write_text("a whale")
+    for arguments, message in [
+        (["none.safetensors"], "there is no file none.safetensors"),
+        (["words.txt"], "words.txt is not a saved generation"),
+        (["python.safetensors"], "python.safetensors was not kept by nova generate --state"),
+        (["x.safetensors", "--motion", "3"], "got --motion with --resume"),
+        (["x.safetensors", "a whale"], "got a sentence with --resume"),
+        (["x.safetensors", "--live"], "got --live with --resume"),
+        (["x.safetensors", "--model", "emoji"], "x.safetensors was saved with another model"),
+        (["x.safetensors", "--dtype", "bfloat16"], "x.safetensors was saved with a model in float32"),
+    ]:
+        code, out, err = run("generate", "--resume", *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+    code, _, err = run("generate", "a whale", "--state", "x.safetensors", *common)
+    assert code == 2
+    assert "x.safetensors is there already" in err
+    assert files() == ["python.safetensors", "words.txt", "x.safetensors"]
+
+
+def test_edit_a_picture(run: Run, tiny_checkpoint: Path) -> None:
+    """New under the mask, the very same pixels elsewhere; a picture stays a picture."""
+    given = write_noise("in.png")[0]
+    mask = np.zeros((64, 96), np.uint8)
+    mask[16:48, 32:80] = 255
+    Image.fromarray(mask).save("mask.png")
+    common = ["--model", tiny_checkpoint, "--seed", 3, *QUICK]
+    assert run("edit", "in.png", "the apple", "--mask", "mask.png", *common) == (0, "the-apple.png\n", "")
+    made = media.read_frames("the-apple.png")[0][0]
+    assert np.array_equal(made[mask == 0], given[mask == 0])
+    assert (made[mask > 0] != given[mask > 0]).mean() > 0.9
+    record = media.read_metadata("the-apple.png")
+    assert (record["prompt"], record["settings"]["edited"], record["settings"]["mask"]) == (
+        "the apple",
+        "in.png",
+        "mask.png",
+    )
+    run("edit", "in.png", "the apple", "--strength", 0, "-o", "same.png", *common)
+    assert np.array_equal(media.read_frames("same.png")[0][0], given)
+    assert media.read_metadata("same.png")["settings"]["strength"] == 0
+
+
+def test_edit_a_clip(run: Run, tiny_checkpoint: Path) -> None:
+    """With a mask a frame, frames that are wholly black stay."""
+    given = write_noise("in.png", 6)
+    masks = np.zeros_like(given)
+    masks[1:] = 255
+    media.write_media(masks, "masks.mp4", 12, {})
+    common = ["--model", tiny_checkpoint, "--seed", 3, *QUICK]
+    assert run("edit", "in.png", "the apple", "--mask", "masks.mp4", *common) == (0, "the-apple.mp4\n", "")
+    assert media.read_frames("the-apple.mp4")[0].shape == given.shape
+    run("edit", "in.png", "the apple", "--mask", "masks.mp4", "-o", "out.png", *common)
+    made = media.read_frames("out.png")[0]
+    assert np.array_equal(made[0], given[0])
+    assert (made[1:] != given[1:]).mean() > 0.9
+
+
+def test_outpaint(run: Run, tiny_checkpoint: Path) -> None:
+    """What was there is in the middle of the new canvas: here, 32x64 in 64x96."""
+    given = write_noise("in.png", 1, (32, 64))[0]
+    code, _, err = run(
+        "edit", "in.png", "the apple", "--outpaint", 16, "-o", "x.png", "--model", tiny_checkpoint, *QUICK
+    )
+    assert (code, err) == (0, "")
+    made = media.read_frames("x.png")[0][0]
+    assert made.shape == (64, 96, 3)
+    assert np.array_equal(made[16:-16, 16:-16], given)
+
+
+def test_edit_takes_pictures_as_they_are_seen(run: Run, tiny_checkpoint: Path) -> None:
+    """Turned upright by their EXIF, and on white where transparent."""
+    upright = np.zeros((64, 96, 4), np.uint8)
+    upright[:, :48] = (200, 30, 30, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 8  # turn left to see it
+    Image.fromarray(np.rot90(upright, -1)).save("in.png", exif=exif)
+    run("edit", "in.png", "the apple", "--strength", 0, "-o", "x.png", "--model", tiny_checkpoint, *QUICK)
+    made = media.read_frames("x.png")[0][0]
+    assert (made[:, :48] == (200, 30, 30)).all()
+    assert (made[:, 48:] == 255).all()
+
+
 def test_long_sentence_is_cut_with_one_warning(
     run: Run, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -206,6 +441,64 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "unknown extension": (["generate", "a whale", "-o", "x.avi"], "'.avi', expected .mp4, .webp, .gif or .png"),
     "no extension": (["generate", "a whale", "-o", "x"], "expected .mp4, .webp, .gif or .png"),
     "no output folder": (["generate", "a whale", "-o", "none/x.mp4"], "there is no folder none"),
+    "no seconds": (["generate", "a whale", "--seconds", "0"], "seconds is 0.0: expected a number of more than 0"),
+    "negative seconds": (["generate", "a whale", "--seconds", "-2"], "seconds is -2.0"),
+    "frames and seconds": (["generate", "a whale", "--seconds", "2", "--num-frames", "9"], "expected one of them"),
+    "without end, not live": (["generate", "a whale", "--seconds", "inf"], "--seconds inf has no end: expected --live"),
+    "live and not mp4": (["generate", "a whale", "--live", "-o", "x.webp"], "its extension must be .mp4"),
+    "live and several": (["generate", "a whale", "an owl", "--live"], "got --live with 2 sentences: expected one"),
+    "timeline and several": (
+        ["generate", "a whale", "an owl", "--motion-at", "1", "2"],
+        "got --motion-at with 2 sentences: expected one",
+    ),
+    "state and several": (
+        ["generate", "a whale", "--prompts", "two.txt", "--state", "s"],
+        "got --state with 3 sentences",
+    ),
+    "state in no folder": (["generate", "a whale", "--state", "none/s.safetensors"], "there is no folder none"),
+    "state over a file": (["generate", "a whale", "--state", "plain.png"], "plain.png is there already"),
+    "timeline out of order": (
+        ["generate", "a whale", "--prompt-at", "2", "an owl", "--prompt-at", "1", "a cat"],
+        "prompt changes at 1 s after 2 s: expected times that rise",
+    ),
+    "timeline before the start": (["generate", "a whale", "--motion-at", "-1", "2"], "motion_flow changes at -1 s"),
+    "timeline beyond the end": (
+        ["generate", "a whale", "--seconds", "2", "--prompt-at", "2", "an owl"],
+        "prompt changes at 2 s: expected times before the clip's end, 2 s",
+    ),
+    "half a moment": (["generate", "a whale", "--prompt-at", "2"], "--prompt-at"),
+    "no clip": (["generate", "a whale", "--continue", "none.mp4"], "there is no file none.mp4"),
+    "not a clip": (["generate", "a whale", "--continue", "empty.txt"], "cannot read the video empty.txt"),
+    "clip that is long enough": (
+        ["generate", "a whale", "--continue", "plain.png", "--num-frames", "1"],
+        "num_frames is 1 with 1 frames given: expected more than 1, in all",
+    ),
+    "clip without a sentence": (["generate", "--continue", "plain.png"], "no sentence given, and plain.png carries no"),
+    "clip and image": (
+        ["generate", "a whale", "--continue", "plain.png", "--image", "plain.png"],
+        "got both of --image and --continue",
+    ),
+    "no drift option": (["generate", "a whale", "--hold-statistics", "2"], "hold_statistics is 2.0: expected"),
+    "narrow context": (["generate", "a whale", "--context-frames", "1"], "context_frames is 1 with"),
+    "no script": (["generate", "--script", "none.toml"], "none.toml: No such file"),
+    "unknown script key": (
+        ["generate", "--script", "good.toml"],
+        "good.toml: unknown key kind: expected one of output",
+    ),
+    "nothing to edit": (["edit", "none.png", "an owl", "--strength", "0.5"], "there is no file none.png"),
+    "no sentence for an edit": (["edit", "plain.png"], "PROMPT"),
+    "edit of everything": (["edit", "plain.png", "an owl"], "nothing of plain.png would be kept: expected --mask"),
+    "no mask": (["edit", "plain.png", "an owl", "--mask", "none.png"], "there is no file none.png"),
+    "mask of another size": (
+        ["edit", "plain.png", "an owl", "--mask", "small.png"],
+        "mask_image is 3x2: expected 4x4, the size of the picture it belongs to",
+    ),
+    "too strong": (["edit", "plain.png", "an owl", "--strength", "1.5"], "strength is 1.5: expected"),
+    "no border": (["edit", "plain.png", "an owl", "--outpaint", "0"], "outpaint is 0: expected"),
+    "no place for an edit": (
+        ["edit", "plain.png", "an owl", "--strength", "1", "-o", "none/x.png"],
+        "there is no folder none",
+    ),
     "no image": (["generate", "a whale", "--image", "none.png"], "there is no file none.png"),
     "unreadable image": (["generate", "a whale", "--image", "empty.txt"], "cannot read the image empty.txt"),
     "no such model": (["generate", "a whale", "--model", "./none"], "'./none' not found"),
@@ -229,7 +522,9 @@ def test_wrong_input(run: Run, case: str) -> None:
     Path("binary.txt").write_bytes(b"\xff\xfe\x80")
     Path("bad.toml").write_text('kind = "transformer"\nstepz = 3\n')
     Path("good.toml").write_text('kind = "transformer"\nsteps = 3\n')
+    Path("two.txt").write_text("an owl\na cat\n")
     Image.new("RGB", (4, 4)).save("plain.png")
+    Image.new("RGB", (2, 3)).save("small.png")
     before = files()
     arguments, message = WRONG[case]
     code, out, err = run(*arguments)

@@ -15,6 +15,7 @@ from nova_video import media
 from nova_video.errors import InputError
 from nova_video.given import (
     Clip,
+    enlarge,
     fill_holes,
     fit_frames,
     fit_masks,
@@ -391,3 +392,18 @@ def test_known_tokens() -> None:
 def test_importing_opens_no_video_library() -> None:
     code = "import sys, nova_video.given, nova_video.timeline; sys.exit('av' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_enlarged_canvas() -> None:
+    """The old frames are in the middle, bit for bit, and the masks have all that is new."""
+    clip, masks = enlarge(Clip(BYTES, 8.0), None, 2)
+    assert (clip.size, clip.fps, masks.shape) == ((10, 12), 8.0, (1, 10, 12))
+    assert np.array_equal(clip.frames[:, 2:-2, 2:-2], BYTES)
+    assert not masks[:, 2:-2, 2:-2].any()
+    assert masks.sum() == 10 * 12 - 6 * 8
+    own = np.arange(3)[:, None, None] == np.zeros((3, 6, 8))  # the first frame is filled in
+    masks = enlarge(Clip(BYTES), own, 1)[1]
+    assert np.array_equal(masks[:, 1:-1, 1:-1], own)
+    assert masks[:, 0].all()
+    with pytest.raises(InputError, match="outpaint is 0: expected"):
+        enlarge(Clip(BYTES), None, 0)

@@ -140,34 +140,56 @@ def _write(job: Job, on_step: "StepCallback") -> None:
     from nova_video import media
     from nova_video.pixels import to_bytes
 
-    generation = job.generation
-
-    def on_step_saving(pipe: "NovaPipeline", step: int, frame: int, tensors: dict[str, Any]) -> object:
-        if job.state is not None and generation.state.open is None:  # a latent frame is whole
-            generation.save(job.state)
-        return on_step(pipe, step, frame, tensors)
-
-    result = generation.run(on_step_saving)
+    result = job.generation.run(_saving(job.generation, job.state, on_step))
     pixels = result.images[:, None] if result.frames is None else result.frames  # (1, F, H, W, 3) in [0, 1]
-    media.write_media(to_bytes(pixels[0]), job.path, generation.plan.fps, job.record)
+    media.write_media(to_bytes(pixels[0]), job.path, job.generation.plan.fps, job.record)
     _say(job)
 
 
 def _write_live(job: Job, on_step: "StepCallback") -> None:
+    """The state that is kept counts no frame that is not in the file, and that is one behind until it is closed."""
     from nova_video.media import LiveWriter
     from nova_video.pixels import to_bytes
 
-    generation, saved = job.generation, job.generation.state.done
+    generation, counted = job.generation, 0
     before = generation.emitted  # frames that a run before this one wrote
-    frames: Any = generation.stream(callback_on_step_end=on_step)
-    with contextlib.closing(frames), LiveWriter(job.path, generation.plan.fps, job.record, keep=before) as writer:
-        for frame in frames:  # (H, W, 3) in [0, 1]
-            writer.write(to_bytes(frame))
-            if generation.emitted == before + 1:
-                _say(job)  # so that it can be watched
-            if job.state is not None and generation.state.done > saved:
-                saved = generation.state.done
-                generation.save(job.state)
+    newer = None if job.state is None else job.state.with_name(f".{job.state.name}.newer")
+
+    def on_saved() -> None:
+        nonlocal counted
+        counted = generation.emitted
+
+    def settle(written: int) -> None:
+        if job.state is not None and newer is not None and newer.exists() and counted <= written:
+            newer.replace(job.state)
+
+    frames: Any = generation.stream(callback_on_step_end=_saving(generation, newer, on_step, on_saved))
+    writer = LiveWriter(job.path, generation.plan.fps, job.record, keep=before)
+    try:
+        with contextlib.closing(frames), writer:
+            for frame in frames:  # (H, W, 3) in [0, 1]
+                writer.write(to_bytes(frame))
+                if generation.emitted == before + 1:
+                    _say(job)  # so that it can be watched
+                settle(writer.frames - 1)
+    finally:
+        settle(writer.frames)
+        if newer is not None:
+            newer.unlink(missing_ok=True)
+
+
+def _saving(
+    generation: "Generation", path: Path | None, on_step: "StepCallback", on_saved: Callable[[], None] = lambda: None
+) -> "StepCallback":
+    """A callback that saves the generation wherever a latent frame is whole, and goes on to `on_step`."""
+
+    def on_step_saving(pipe: "NovaPipeline", step: int, frame: int, tensors: dict[str, Any]) -> object:
+        if path is not None and generation.state.open is None:
+            generation.save(path)
+            on_saved()
+        return on_step(pipe, step, frame, tensors)
+
+    return on_step_saving
 
 
 def _say(job: Job) -> None:

@@ -113,10 +113,10 @@ def load_generation(pipe: "NovaPipeline", path: Path) -> Generation:
     facts, tensors = _read(path)
     model, device = pipe.transformer, pipe.execution_device
     mark, dtype = model_mark(model), str(model.dtype).removeprefix("torch.")
-    if facts["model"] != mark:
-        raise InputError(f"{path} was saved with another model (mark {facts['model']}): expected {mark}, this one's")
     if facts["dtype"] != dtype:
         raise InputError(f"{path} was saved with a model in {facts['dtype']}: expected {dtype}, this one's precision")
+    if facts["model"] != mark:  # weights in another precision have another
+        raise InputError(f"{path} was saved with another model (mark {facts['model']}): expected {mark}, this one's")
     plan = plan_from_json(facts["plan"])
     generators = []
     for index, place in enumerate(facts["generators"]):

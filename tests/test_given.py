@@ -27,7 +27,7 @@ from nova_video.given import (
     same_rate,
     to_pixels,
 )
-from nova_video.pixels import frames_to_output, image_to_pixels, pixels_to_output
+from nova_video.pixels import image_to_pixels, output_form, unit_frames
 
 BYTES = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 3), dtype=np.uint8)
 FLOATS = np.random.default_rng(1).random((3, 6, 8, 3), dtype=np.float32)
@@ -316,25 +316,20 @@ def test_given_pixels_come_back() -> None:
     pixels = to_pixels(BYTES)  # (3, F, H, W)
     assert (pixels.shape, pixels.dtype) == ((3, 3, 6, 8), torch.float32)
     assert torch.equal(pixels, torch.from_numpy((BYTES.astype(np.float32) - 127.5) / 127.5).permute(3, 0, 1, 2))
-    back = pixels_to_output(pixels[None], "pil")[0]
+    back = output_form(unit_frames(pixels[None]), "pil")[0]
     assert np.array_equal(np.stack([np.asarray(picture) for picture in back]), BYTES)
     floats = to_pixels(FLOATS)
     assert torch.equal(floats, 2 * torch.from_numpy(FLOATS).permute(3, 0, 1, 2) - 1)
 
 
-def test_given_frames_in_every_output_form() -> None:
+def test_every_output_form_can_be_given() -> None:
     for frames in (BYTES, FLOATS):
-        made = to_pixels(frames)[None]
-        arrays, tensors = frames_to_output(frames, "np"), frames_to_output(frames, "pt")
-        assert np.allclose(arrays, pixels_to_output(made, "np")[0], atol=1e-6)
-        assert torch.equal(tensors, torch.from_numpy(arrays).permute(0, 3, 1, 2))
-        assert (arrays.dtype, tensors.dtype) == (np.float32, torch.float32)
-        pictures = np.stack([np.asarray(picture) for picture in frames_to_output(frames, "pil")])
-        assert np.array_equal(pictures, np.stack([np.asarray(p) for p in pixels_to_output(made, "pil")[0]]))
+        made = unit_frames(to_pixels(frames)[None])
+        arrays, tensors = output_form(made, "np")[0], output_form(made, "pt")[0]
         assert np.array_equal(one(arrays).frames, arrays)
-    assert np.array_equal(np.stack([np.asarray(p) for p in frames_to_output(BYTES, "pil")]), BYTES)
-    assert np.array_equal(frames_to_output(FLOATS, "np"), FLOATS)
-    assert np.array_equal((frames_to_output(BYTES, "np") * 255).round().astype(np.uint8), BYTES)
+        assert np.array_equal(one(tensors).frames, arrays)
+        assert np.array_equal(one(output_form(made, "pil")[0]).frames, (arrays * 255).round().astype(np.uint8))
+        assert np.allclose(arrays, frames / 255 if frames.dtype == np.uint8 else frames, atol=1e-6)
 
 
 def holed() -> tuple[torch.Tensor, torch.Tensor]:

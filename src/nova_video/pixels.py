@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -18,17 +17,6 @@ def image_to_pixels(image: Image.Image | np.ndarray, size: tuple[int, int]) -> T
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     frames = np.asarray(picture.convert("RGB"))[None]  # (1, H, W, 3) uint8
     return to_pixels(fit_frames(frames, size)).transpose(0, 1)
-
-
-def frames_to_output(frames: np.ndarray, output_type: str) -> Any:
-    """One clip's frames as they were given, (F, H, W, 3) uint8 or float32 in [0, 1] -> the form of `output_type`.
-
-    As an entry of `pixels_to_output`. Bytes come back as the same bytes, floats as the same floats.
-    """
-    if output_type == "pil":
-        return [Image.fromarray(frame) for frame in to_bytes(frames)]
-    floats = frames if frames.dtype == np.float32 else frames / np.float32(255)
-    return floats if output_type == "np" else torch.from_numpy(np.moveaxis(floats, 3, 1).copy())
 
 
 def to_bytes(frames: np.ndarray) -> np.ndarray:

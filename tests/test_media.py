@@ -1,5 +1,6 @@
 """Files: what is written reads back, with its record, and a failed or interrupted write leaves nothing behind."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -46,6 +47,17 @@ def test_png_is_lossless(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
     media.write_media(noise, tmp_path / "noise.png", 12, {})
     assert np.array_equal(media.read_frames(tmp_path / "noise.png")[0], noise)
+
+
+@pytest.mark.parametrize("suffix", media.SUFFIXES[1:])
+@pytest.mark.parametrize("fps", [8, 12, 25])
+def test_equal_frames_are_told_by_their_duration(tmp_path: Path, suffix: str, fps: int) -> None:
+    """Writers of animated pictures make one of them, which is shown for longer."""
+    frames = clip(4)[[0, 1, 1, 1, 2, 3, 3]]
+    media.write_media(frames, tmp_path / f"clip{suffix}", fps, {})
+    back, rate = media.read_frames(tmp_path / f"clip{suffix}")
+    assert (back.shape, rate) == (frames.shape, pytest.approx(fps, rel=0.01))
+    assert np.abs(back.astype(int) - frames).mean() < 6
 
 
 def test_mp4_plays_everywhere(tmp_path: Path) -> None:
@@ -163,6 +175,40 @@ def test_interrupted_live_file_ends_well(tmp_path: Path, failure: BaseException)
     back, fps = media.read_frames(tmp_path / "cut.mp4")
     assert (back.shape, fps) == ((5, 64, 96, 3), 12.5)
     assert (tmp_path / "cut.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_live_file_is_gone_on_with(tmp_path: Path) -> None:
+    """Frames that are kept are not encoded again, the rest comes right behind them, also where some are lacking."""
+    path, frames = tmp_path / "clip.mp4", clip(12)
+    with media.LiveWriter(path, 8, RECORD) as writer:
+        for frame in frames[:7]:
+            writer.write(frame)
+    first = media.read_frames(path)[0]
+    with media.LiveWriter(path, 8, RECORD, keep=5) as writer:
+        for frame in frames[5:]:
+            writer.write(frame)
+        assert writer.frames == 12
+    back, fps = media.read_frames(path)
+    assert (back.shape, fps) == (frames.shape, 8)
+    assert np.array_equal(back[:5], first[:5])
+    assert np.abs(back.astype(int) - frames).mean() < 6
+    assert media.read_metadata(path) == RECORD
+    with av.open(str(path)) as container:
+        times = [packet.pts * packet.time_base for packet in container.demux(video=0) if packet.size]
+    assert times == [Fraction(index, 8) for index in range(12)]
+
+
+def test_live_file_that_cannot_be_gone_on_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InputError, match="there is no file"):
+        media.LiveWriter(tmp_path / "none.mp4", 8, {}, keep=3)
+    (tmp_path / "words.mp4").write_text("no clip")
+    with pytest.raises(InputError, match="cannot read the video"):
+        media.LiveWriter(tmp_path / "words.mp4", 8, {}, keep=3)
+    media.write_media(clip(2), tmp_path / "short.mp4", 8, {})
+    with media.LiveWriter(tmp_path / "short.mp4", 8, {}, keep=3) as writer:
+        writer.write(clip(1)[0])
+    assert len(media.read_frames(tmp_path / "short.mp4")[0]) == 3
+    assert "short.mp4 holds 2 of the 3 frames made so far" in caplog.text
 
 
 def test_live_file_without_frames(tmp_path: Path) -> None:

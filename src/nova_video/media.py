@@ -34,6 +34,9 @@ EXIF_DESCRIPTION = 0x010E  # the EXIF field of a webp
 MP4_OPTIONS = {"crf": "16", "preset": "medium"}  # near transparent: these clips are short and small
 LIVE_OPTIONS = MP4_OPTIONS | {"tune": "zerolatency"}  # no frame waits in the encoder for later ones
 LIVE_CONTAINER = {"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
+SURE_DURATION = (
+    30  # milliseconds: a gif tells 10 apart, so that shorter frames look longer than others when they are not
+)
 
 log = logging.getLogger(__name__)
 
@@ -278,7 +281,10 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def read_frames(path: str | Path) -> tuple[Frames, float]:
-    """All frames (F, H, W, 3) of a clip or picture, and its frames per second (0 for a still picture)."""
+    """All frames (F, H, W, 3) of a clip or picture, and its frames per second (0 for a still picture).
+
+    A frame of an animated picture that is shown for longer comes several times: files hold equal frames as one.
+    """
     path = _existing(path)
     if path.suffix.lower() not in SUFFIXES[1:]:
         with _open_video(path) as container:
@@ -289,13 +295,15 @@ def read_frames(path: str | Path) -> tuple[Frames, float]:
                 raise InputError(f"cannot read the video {path}: {error}") from error
     with _open_image(path) as image:
         try:
-            pixels, milliseconds = [], 0.0
+            pixels, shown = [], []
             for frame in ImageSequence.Iterator(image):
                 pixels.append(np.asarray(frame.convert("RGB")))
-                milliseconds += frame.info.get("duration", 0)
+                shown.append(frame.info.get("duration", 0))  # milliseconds
         except (OSError, ValueError, SyntaxError) as error:
             raise InputError(f"cannot read the image {path}: {error}") from error
-    return np.stack(pixels), 1000 * len(pixels) / milliseconds if milliseconds else 0.0
+    if min(shown) >= SURE_DURATION:
+        pixels = [frame for frame, time in zip(pixels, shown, strict=True) for _ in range(round(time / min(shown)))]
+    return np.stack(pixels), 1000 * len(pixels) / sum(shown) if sum(shown) else 0.0
 
 
 def _existing(path: str | Path) -> Path:

@@ -242,7 +242,7 @@ class Generation:
 
     def _events(self, sets: Iterator["_Marked"], preview: bool) -> Iterator[Event]:
         latent = self.output_type == "latent"
-        decoder = None if latent else self._decoder()
+        decoder: _Decoder | None = None  # made when given frames are in their place, before the first new one
         for piece in [] if latent else self._untouched():
             yield from self._hand_out(piece)
         for made in sets:
@@ -252,9 +252,13 @@ class Generation:
                     yield PartialFrame(frame, made.set.step, **self._shown(made.set), decode=self._picture)
                 continue
             made.wait()
+            if decoder is None and not latent:
+                decoder = self._decoder()
             if preview and not latent:
                 yield LatentPreview(frame, self._picture(self.state.frames[frame]))
             yield from self._final(decoder, frame + 1)
+        if decoder is None and not latent:
+            decoder = self._decoder()
         yield from self._final(decoder, self.state.done)
         for piece in [] if decoder is None else self._finish(decoder):
             yield from self._hand_out(piece)

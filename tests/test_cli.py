@@ -231,6 +231,17 @@ def test_live(run: Run, tiny_checkpoint: Path) -> None:
     assert media.read_metadata("a-whale.mp4") == media.read_metadata("whole.png")
 
 
+def test_live_begins_with_the_clip_to_go_on_from(run: Run, tiny_checkpoint: Path) -> None:
+    write_noise("given.png", 6, prompt="a whale")
+    common = ["--continue", "given.png", "--num-frames", 13, "--model", tiny_checkpoint, "--seed", 3, *QUICK]
+    assert run("generate", "--live", "-o", "x.mp4", *common) == (0, "x.mp4\n", "")
+    run("generate", "-o", "whole.mp4", *common)
+    live, whole = media.read_frames("x.mp4")[0], media.read_frames("whole.mp4")[0]
+    assert live.shape == whole.shape
+    assert np.abs(live.astype(int) - whole).mean() < 6  # each is encoded in its own way
+    assert media.read_metadata("x.mp4") == media.read_metadata("whole.mp4")
+
+
 def test_live_without_end(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C ends the file properly: it holds what was ready."""
     interrupt_at(monkeypatch, 2 * 12)

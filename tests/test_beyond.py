@@ -15,6 +15,8 @@ from rich.console import Console
 from torch import Tensor
 
 from nova_video.arguments import PartName as TypedPart
+from nova_video.arguments import parse
+from nova_video.cli import main
 from nova_video.data.clips import CANVAS, SIZES, SPAN, object_path
 from nova_video.data.shapes import prepare_shapes
 from nova_video.data.words import COLORS, MOTIONS, STILL
@@ -276,5 +278,25 @@ def test_wrong_settings_are_named() -> None:
         BeyondSettings(parts=())
 
 
-def test_the_command_line_knows_every_part() -> None:
+def test_the_command(
+    world: EmojiWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_shapes(tmp_path / "world", score_clips=1)
+    monkeypatch.chdir(tmp_path)
+    settings = BeyondSettings(parts=("inpaint",), num_clips=3)
+    monkeypatch.setattr("nova_video.cli_evaluate.load_pipeline", lambda *_: Answers(world, settings))
+    typed = ["--data", "world", "-o", "scores", "--parts", "inpaint", "--num-clips", "3"]
+    assert main(["evaluate", "beyond", *typed]) == 0
+    assert capsys.readouterr().out.endswith("scores\n")
+    content = json.loads(Path("scores/scores.json").read_text())
+    assert content["command"] == ("nova evaluate beyond --data world --output scores --parts inpaint --num-clips 3")
+    assert content["settings"]["parts"] == ["inpaint"]
+
+
+def test_the_command_line_knows_every_part_and_default() -> None:
     assert get_args(TypedPart) == get_args(PartName) == tuple(PARTS)
+    typed, settings = parse(["evaluate", "beyond"]), BeyondSettings()
+    for name in ("parts", "num_clips", "split", "seed", "batch_size"):
+        assert getattr(typed, name) == getattr(settings, name)
+    for name, value in vars(settings.long).items():
+        assert getattr(typed, name) == value

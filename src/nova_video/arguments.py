@@ -207,6 +207,28 @@ class EvaluateBeyond(Evaluating):
     """As for `nova generate`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateDrift(Evaluating):
+    """Generate long clips of the emoji world and measure how they change in time, with and without each remedy."""
+
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-drift")
+    """Where the measures (JSON), the plot and the contact sheet go."""
+    num_clips: Annotated[int, arg(metavar="N")] = 64
+    """Clips made with each setting."""
+    num_frames: Annotated[int, arg(metavar="N")] = 257
+    """Frames of a clip."""
+    context_frames: Annotated[int, arg(metavar="N")] = 33
+    """As for `nova generate`; all frames are tried as well."""
+    sink_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    history_noise: Annotated[float, arg(metavar="STD")] = 0.1
+    """Tried, as for `nova generate`."""
+    reanchor_frames: Annotated[int, arg(metavar="N")] = 32
+    """Tried, as for `nova generate`."""
+    hold_statistics: Annotated[float, arg(metavar="SHARE")] = 0.5
+    """Tried, as for `nova generate`."""
+
+
 @dataclass(frozen=True)
 class DataEmoji:
     """Prepare the emoji world from the art and its names (`make data` fetches both)."""
@@ -229,7 +251,11 @@ class DataShapes:
     """Folder to write."""
 
 
-Benchmarks = Annotated[EvaluateEmoji, subcommand("emoji")] | Annotated[EvaluateBeyond, subcommand("beyond")]
+Benchmarks = (
+    Annotated[EvaluateEmoji, subcommand("emoji")]
+    | Annotated[EvaluateBeyond, subcommand("beyond")]
+    | Annotated[EvaluateDrift, subcommand("drift")]
+)
 Worlds = Annotated[DataEmoji, subcommand("emoji")] | Annotated[DataShapes, subcommand("shapes")]
 Command = (
     Annotated[Generate, subcommand("generate")]

@@ -16,6 +16,7 @@ from nova_video.arguments import (
     DataShapes,
     Edit,
     EvaluateBeyond,
+    EvaluateDrift,
     EvaluateEmoji,
     Generate,
     Info,
@@ -23,7 +24,7 @@ from nova_video.arguments import (
     one_line_errors,
     parse,
 )
-from nova_video.cli_evaluate import run_evaluate_beyond, run_evaluate_emoji
+from nova_video.cli_evaluate import run_evaluate_beyond, run_evaluate_drift, run_evaluate_emoji
 from nova_video.cli_generate import run_edit, run_generate
 from nova_video.errors import InputError
 
@@ -84,6 +85,7 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
     Train: run_train,
     EvaluateEmoji: run_evaluate_emoji,
     EvaluateBeyond: run_evaluate_beyond,
+    EvaluateDrift: run_evaluate_drift,
     DataEmoji: run_data_emoji,
     DataShapes: run_data_shapes,
 }

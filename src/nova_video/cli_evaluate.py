@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from nova_video.arguments import EvaluateBeyond, EvaluateEmoji, Evaluating
+from nova_video.arguments import EvaluateBeyond, EvaluateDrift, EvaluateEmoji, Evaluating
 from nova_video.console import load_pipeline, progress_bar
 
 if TYPE_CHECKING:
@@ -77,6 +77,41 @@ def run_evaluate_beyond(args: EvaluateBeyond) -> None:
         )
     write_report(report, args.output)
     print_beyond(report, Console())
+    print(args.output)
+
+
+def run_evaluate_drift(args: EvaluateDrift) -> None:
+    """How long clips change in time."""
+    from rich.console import Console
+
+    from nova_video.evaluation.drift import DriftSettings, evaluate_drift
+    from nova_video.evaluation.plot import write_plot
+    from nova_video.evaluation.report import print_drift, write_report
+
+    settings = DriftSettings(
+        num_clips=args.num_clips,
+        num_frames=args.num_frames,
+        split=args.split,
+        context_frames=args.context_frames,
+        sink_frames=args.sink_frames,
+        history_noise=args.history_noise,
+        reanchor_frames=args.reanchor_frames,
+        hold_statistics=args.hold_statistics,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        num_inference_steps=args.sets,
+        num_diffusion_steps=args.diffusion_steps,
+        guidance_scale=args.guidance,
+        motion_flow=args.motion,
+    )
+    pipe, world = _open(args)
+    with _progress() as on_progress:
+        report = evaluate_drift(
+            pipe, world, settings, model=args.model, command=_command_line("drift", args), on_progress=on_progress
+        )
+    write_report(report, args.output)
+    write_plot(report, args.output / "plot.png")
+    print_drift(report, Console())
     print(args.output)
 
 

@@ -39,6 +39,11 @@ def size_bucket(size: Tensor) -> Tensor:
 def flow_magnitude(frames: np.ndarray, every: int = 1) -> float:
     """Mean Farneback flow magnitude of one clip, frames (F, H, W, 3) uint8; of pairs of frames, only each
     `every`-th is measured."""
+    return float(np.mean(flow_magnitudes(frames, every)))
+
+
+def flow_magnitudes(frames: np.ndarray, every: int = 1) -> list[float]:
+    """The same of each pair of frames that is measured: 0 and 1, then `every` and the one after it, and so on."""
     try:
         import cv2
     except ImportError as error:
@@ -48,4 +53,4 @@ def flow_magnitude(frames: np.ndarray, every: int = 1) -> float:
     for before, after in list(pairwise(gray))[::every]:
         flow = cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 3, 15, 3, 5, 1.2, 0)  # (H, W, 2)
         magnitudes.append(float(np.linalg.norm(flow, axis=-1).mean()))
-    return float(np.mean(magnitudes))
+    return magnitudes

@@ -110,7 +110,8 @@ class Judge:
         track = track_object(frames)
         background = nearest_color(track.background, self.world.colors)
         templates = self.templates[background]  # (N, K, P)
-        matches = self._matches(track, asked, templates)  # (N, K)
+        looks = torch.linspace(0, track.mass.shape[1] - 1, LOOKS).round().long().unique()
+        matches = self._matches(track, asked, templates, looks).mean(dim=1)  # (N, K)
         empty = track.area.amin(dim=1) < MIN_AREA
         found = torch.where(empty, -1, matches.argmax(dim=1))
         better = (matches > matches.gather(1, asked.object[:, None])).sum(dim=1)
@@ -124,9 +125,19 @@ class Judge:
         )
         return self._look_at_pairs(track, asked, templates, seen) if asked.has_pairs else seen
 
-    def _matches(self, track: Track, asked: ClipSpec, templates: Tensor) -> Tensor:
-        """How well every object matches, (N, K) cosines: the mean over a few frames, of the best angle for spins."""
-        looks = torch.linspace(0, track.mass.shape[1] - 1, LOOKS).round().long().unique().to(track.mass.device)
+    def identify(self, frames: Tensor, asked: ClipSpec) -> tuple[Tensor, Tensor]:
+        """How well every frame of (N, F, H, W, 3) uint8 matches the asked object, (N, F) cosines, and whether that one
+        matches best, (N, F) bool."""
+        track = track_object(frames.to(self.world.device))
+        templates = self.templates[nearest_color(track.background, self.world.colors)]
+        matches = self._matches(track, asked, templates, torch.arange(frames.shape[1]))
+        own = matches.gather(2, asked.object[:, None, None].expand(-1, matches.shape[1], 1))  # (N, F, 1)
+        there = track.area >= MIN_AREA
+        return own[..., 0] * there, (matches <= own).all(dim=2) & there
+
+    def _matches(self, track: Track, asked: ClipSpec, templates: Tensor, looks: Tensor) -> Tensor:
+        """How well every object matches in the frames `looks` (L,): (N, L, K) cosines, of the best angle for spins."""
+        looks = looks.to(track.mass.device)
         signal, mass = track.signal[:, looks], track.mass[:, looks]  # (N, L, 3, H, W), (N, L, H, W)
         matches = torch.einsum("nlp,nkp->nlk", _pictures(signal, mass), templates)
         spins = asked.motion >= MOTIONS.index("spinning clockwise")
@@ -137,7 +148,7 @@ class Judge:
                 pictures = _pictures(signal[turned], mass[turned], math.radians(degrees))
                 at_angle = torch.einsum("nlp,nkp->nlk", pictures, templates[turned])
                 matches[turned] = matches[turned].maximum(at_angle)
-        return matches.mean(dim=1)
+        return matches
 
     def _look_at_pairs(self, track: Track, asked: ClipSpec, templates: Tensor, seen: Judgement) -> Judgement:
         """Split pictures of two objects where they part, and recognise the halves."""

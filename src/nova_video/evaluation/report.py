@@ -12,6 +12,7 @@ from rich.table import Table
 from nova_video.errors import InputError
 from nova_video.evaluation.benchmark import GENERATED, Report, Sample
 from nova_video.evaluation.beyond import BeyondReport
+from nova_video.evaluation.drift import ENDS, MEASURES, DriftReport
 from nova_video.evaluation.emoji import EmojiReport
 from nova_video.evaluation.rates import Rate
 from nova_video.media import atomic_path, check_writable
@@ -68,6 +69,25 @@ def print_beyond(report: BeyondReport, console: Console) -> None:
             console.print(_rows(f"{name}: generated, {table}", rows, shown))
     seconds = sum(part.seconds for part in report.parts.values())
     console.print(f"{report.settings.num_clips} clips a part, made in {seconds:.0f} s on {report.origin.device}")
+
+
+def print_drift(report: DriftReport, console: Console) -> None:
+    """How every source changed from its start to its end."""
+    settings, origin = report.settings, report.origin
+    title = f"{origin.model} on {origin.world}, {settings.split} combinations: the first {ENDS} seconds and the last"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in MEASURES:
+        table.add_column(name, justify="right")
+    for name in ("object", "background"):
+        table.add_column(f"{name} right at the end, %", justify="right")
+    for source, drift in report.sources.items():
+        cells = (f"{curve.start:.2f} → {curve.end:.2f}" for curve in drift.curves.values())
+        table.add_row(source, *cells, *(f"{100 * rate.value:.1f}" for rate in drift.ends.values()))
+    console.print(table)
+    seconds = sum(drift.seconds for drift in report.sources.values() if drift.long is not None)
+    made = f"{settings.num_clips} clips of {settings.num_frames} frames with each setting"
+    console.print(f"{made}, made in {seconds:.0f} s on {origin.device}")
 
 
 def _scores(title: str, sources: dict[str, dict[str, Rate]]) -> Table:

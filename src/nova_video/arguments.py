@@ -21,7 +21,9 @@ MODEL = "emoji"  # the model in the box
 OWN = "(default: the model's own)"
 AUTO = "(default: auto)"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-PartName = Literal["continue", "continue-long", "steer", "steer-anywhere", "steer-alone", "inpaint", "inpaint-pair"]
+PartName = Literal[
+    "continue", "continue-long", "steer", "steer-anywhere", "steer-alone", "inpaint", "inpaint-empty", "inpaint-pair"
+]
 ALL_PARTS: tuple[PartName, ...] = get_args(PartName)  # of the benchmark beyond one clip
 Sentences = Annotated[
     UseAppendAction[tuple[tuple[float, str], ...]], arg(metavar="SECONDS PROMPT", help_behavior_hint="(repeatable)")

@@ -320,6 +320,21 @@ class Inpaint(Part):
         return [replace(sample, given=2) for sample in samples]
 
 
+class InpaintEmpty(Inpaint):
+    """The same hole in a picture of a background alone: nothing tells where an object was."""
+
+    title = "a hole in a picture of a background alone, filled with an object"
+
+    def given(self, world: EmojiWorld, case: Case) -> Tensor:
+        plain = to_uint8(world.colors[case.given.background][:, :, None, None, None] * 2 - 1)  # (N, 1, 1, 1, 3)
+        return plain.expand(-1, -1, CANVAS, CANVAS, -1)
+
+    def judge(self, judge: Judge, case: Case, frames: Tensor) -> Verdict:
+        verdict = super().judge(judge, case, frames)
+        del verdict.flags["old_object"]
+        return verdict
+
+
 class InpaintPair(Inpaint):
     """Of a picture of two objects, the half of one is a hole, to be filled with a third object."""
 
@@ -364,7 +379,9 @@ class InpaintPair(Inpaint):
         return Verdict(flags, [f"{names[a]} and {names[b]}, {COLORS[color]}" for a, b, color in told])
 
 
-PartName = Literal["continue", "continue-long", "steer", "steer-anywhere", "steer-alone", "inpaint", "inpaint-pair"]
+PartName = Literal[
+    "continue", "continue-long", "steer", "steer-anywhere", "steer-alone", "inpaint", "inpaint-empty", "inpaint-pair"
+]
 PARTS: dict[PartName, Part] = {
     "continue": Continue(),
     "continue-long": Continue(LONG),
@@ -372,6 +389,7 @@ PARTS: dict[PartName, Part] = {
     "steer-anywhere": Steer(room=False),
     "steer-alone": Steer(room=False, given=False),
     "inpaint": Inpaint(),
+    "inpaint-empty": InpaintEmpty(),
     "inpaint-pair": InpaintPair(),
 }
 

@@ -20,7 +20,7 @@ from drawing.style import CHOSEN, FAINT, HIDDEN, INK, SPACE, font, rgb, save_ani
 from nova_video.autoencoders import unscale_latents
 from nova_video.model import patchify, random_order, set_sizes, unpatchify
 from nova_video.pipeline import NovaPipeline
-from nova_video.pixels import pixels_to_output
+from nova_video.pixels import output_form, unit_frames
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def decode_last(pipe: NovaPipeline, frames: Sequence[Tensor]) -> Image.Image:
     z = unscale_latents(pipe.vae, torch.stack(list(frames), dim=2).to(pipe.vae.dtype))
     pixels = pipe.vae.decode(z if len(frames) > 1 else z[:, :, 0]).sample
     pixels = pixels[:, :, -1:] if pixels.dim() == 5 else pixels.unsqueeze(2)  # (1, 3, 1, H, W)
-    picture: Image.Image = pixels_to_output(pixels, "pil")[0][0]
+    picture: Image.Image = output_form(unit_frames(pixels), "pil")[0][0]
     return picture
 
 

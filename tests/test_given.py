@@ -16,7 +16,6 @@ from nova_video.errors import InputError
 from nova_video.given import (
     Clip,
     enlarge,
-    fill_holes,
     fit_frames,
     fit_masks,
     frames_at,
@@ -330,45 +329,6 @@ def test_every_output_form_can_be_given() -> None:
         assert np.array_equal(one(tensors).frames, arrays)
         assert np.array_equal(one(output_form(made, "pil")[0]).frames, (arrays * 255).round().astype(np.uint8))
         assert np.allclose(arrays, frames / 255 if frames.dtype == np.uint8 else frames, atol=1e-6)
-
-
-def holed() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two clips of soft waves (2, 3, 3, 40, 52), and a hole in frame 0, none in frame 1, frame 2 all hole."""
-    pixels = to_pixels(np.repeat(smooth(40, 52), 3, axis=0))
-    masks = torch.zeros(3, 40, 52, dtype=torch.bool)
-    masks[0, 10:22, 20:34] = True
-    masks[2] = True
-    return torch.stack([pixels, -pixels]), masks
-
-
-def test_holes_are_filled_smoothly() -> None:
-    pixels, masks = holed()
-    filled = fill_holes(pixels, masks)
-    hidden = masks.expand_as(pixels)
-    assert torch.equal(filled[~hidden], pixels[~hidden])
-    assert filled[:, :, 2].abs().max() == 0  # nothing known: mid-grey
-    assert (filled - pixels)[:, :, 0].abs().max() < 0.5  # near what was there, which continues
-    steps = filled[:, :, 0].diff(dim=-1).abs().amax(), filled[:, :, 0].diff(dim=-2).abs().amax()
-    assert max(steps) < 0.25
-    flat = fill_holes(torch.full_like(pixels, 0.25), masks)
-    assert torch.allclose(flat[:, :, :2], torch.tensor(0.25), atol=1e-6)
-
-
-def test_nothing_hidden_leaks() -> None:
-    pixels, masks = holed()
-    for other in (5.0, torch.nan, torch.inf):
-        changed = pixels.masked_fill(masks, other)
-        assert torch.equal(fill_holes(changed, masks), fill_holes(pixels, masks))
-
-
-def test_a_single_known_pixel_spreads() -> None:
-    masks = torch.ones(1, 1024, 700, dtype=torch.bool)
-    masks[0, 13, 500] = False
-    pixels = torch.zeros(1, 3, 1, 1024, 700, dtype=torch.float16)
-    pixels[..., 13, 500] = 0.5
-    filled = fill_holes(pixels, masks)
-    assert filled.dtype == torch.float16
-    assert torch.equal(filled, torch.full_like(filled, 0.5))
 
 
 def test_known_tokens() -> None:

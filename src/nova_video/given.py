@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from nova_video.errors import InputError
 
@@ -301,33 +301,6 @@ def to_pixels(frames: np.ndarray) -> Tensor:
     return values.permute(3, 0, 1, 2)
 
 
-def fill_holes(pixels: Tensor, masks: Tensor) -> Tensor:
-    """Clips (B, 3, F, H, W) with what is under the masks (F, H, W) replaced by a smooth continuation of the rest.
-
-    An autoencoder looks around each place: without this, what a mask is to remove would show in the latents beside it.
-    Each frame is by itself; the known pixels stay as they are, and a frame without any is mid-grey.
-    """
-    batch, _, frames = pixels.shape[:3]
-    hole = masks.to(pixels.device)
-    values = torch.where(hole, 0, pixels).float().transpose(1, 2).flatten(0, 1)  # (B * F, 3, H, W)
-    known = (~hole).float().unsqueeze(1).repeat(batch, 1, 1, 1)  # (B * F, 1, H, W)
-    smooth = _continued(values, known).unflatten(0, (batch, frames)).transpose(1, 2)  # (B, 3, F, H, W)
-    return torch.where(hole, smooth.to(pixels.dtype), pixels)
-
-
-def _continued(values: Tensor, known: Tensor) -> Tensor:
-    """Values (N, C, H, W), 0 where `known` (N, 1, H, W) is 0 and not 1 -> values everywhere.
-
-    Halved until all is known, then doubled again, each level taking what it lacks from the coarser one.
-    """
-    size = values.shape[2:]
-    if max(size) == 1 or bool(known.all()):
-        return values
-    share = F.avg_pool2d(known, 2, ceil_mode=True)
-    coarse = _continued(F.avg_pool2d(values, 2, ceil_mode=True) / share.clamp(min=1e-6), (share > 0).float())
-    return torch.where(known > 0, values, F.interpolate(coarse, size=size, mode="bilinear", align_corners=False))
-
-
 def known_tokens(masks: Tensor, stride: int, frames: int, temporal_stride: int = 4) -> Tensor:
     """Masks (T, H, W) of pixel frames -> (F, h, w) bool for `frames` latent frames: True where a token is wholly known.
 
@@ -336,7 +309,7 @@ def known_tokens(masks: Tensor, stride: int, frames: int, temporal_stride: int =
     """
     wanted = temporal_stride * (frames - 1) + 1
     hole = masks[:wanted].float()
-    hole = F.pad(hole, (0, 0, 0, 0, 0, wanted - len(hole)), value=1.0)
-    hole = F.max_pool2d(hole.unsqueeze(1), stride).squeeze(1)  # (T, h, w)
+    hole = functional.pad(hole, (0, 0, 0, 0, 0, wanted - len(hole)), value=1.0)
+    hole = functional.max_pool2d(hole.unsqueeze(1), stride).squeeze(1)  # (T, h, w)
     later = hole[1:].unflatten(0, (frames - 1, temporal_stride)).amax(1)  # (F - 1, h, w)
     return torch.cat([hole[:1], later]) == 0

@@ -372,8 +372,9 @@ class NovaPipeline(DiffusionPipeline):
         told, begin = 0, 0
         for start in starts:
             moment, motion, guidance = (_from_frame(timeline, plan, start) for timeline in timelines)
-            if moment != told:
-                told, begin = moment, max(0, start - plan.context.carry)
+            if any(text is not before for text, before in zip(texts[moment], texts[told], strict=True)):
+                begin = max(0, start - plan.context.carry)
+            told = moment
             if (moment, motion) not in conditions:
                 conditions[moment, motion] = self._condition(request, plan, texts[moment], negatives, motion)
             segments.append(Segment(start, conditions[moment, motion], guidance, begin))

@@ -230,19 +230,28 @@ def test_curves_are_the_logs(tmp_path: Path) -> None:
             {"seconds": 8.0, "held_out_loss": 0.3, "held_out_loss_wrong_motion": 0.7},
             {"seconds": 8.0, "score_object": 60.0},
         ],
+        "emoji-beyond.jsonl": [
+            {"seconds": 4.0, "loss": 0.3},
+            {"seconds": 4.0, "held_out_loss": 0.2, "held_out_loss_wrong_motion": 0.8},
+            {"seconds": 4.0, "score_object": 80.0},
+        ],
     }
     for name, entries in rows.items():
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in entries))
     figure = curves.draw_curves(tmp_path)
-    psnr, scores, image, video = figure.axes
-    lines = {line.get_label(): line for axes in (scores, image, video) for line in axes.lines}
+    psnr, scores, *stages = figure.axes
     drawn = psnr.lines[0]
+    objects = next(line for line in scores.lines if line.get_label() == "object")
+    losses = [{line.get_label(): list(line.get_ydata()) for line in axes.lines} for axes in stages]
     plt.close(figure)
     assert (list(drawn.get_xdata()), list(drawn.get_ydata())) == ([10.0, 20.0], [20.0, 25.0])
-    assert list(lines["object"].get_xdata()) == [30.0, 38.0]  # stage two follows stage one
-    assert list(lines["object"].get_ydata()) == [40.0, 60.0]
-    assert list(lines["another object"].get_ydata()) == [0.6]
-    assert list(lines["another motion"].get_ydata()) == [0.7]
+    assert list(objects.get_xdata()) == [30.0, 38.0, 42.0]  # a stage follows the one before
+    assert list(objects.get_ydata()) == [40.0, 60.0, 80.0]
+    assert losses == [
+        {"with its own caption": [0.5], "with another object": [0.6]},
+        {"with its own caption": [0.3], "with another motion": [0.7]},
+        {"with its own caption": [0.2], "with another motion": [0.8]},
+    ]
 
 
 def test_the_script_draws_what_the_pages_show(tiny_checkpoint: Path, tmp_path: Path) -> None:

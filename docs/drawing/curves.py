@@ -1,7 +1,6 @@
 """The training of a shipped model, from the logs beside its weights: did it read its captions, and when?"""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -10,11 +9,16 @@ from matplotlib.figure import Figure
 
 from drawing.style import CHOSEN, FAINT, MIXER, SPACE, TEXT, TIME
 
-LOGS = ("autoencoder.jsonl", "emoji-image.jsonl", "emoji-video.jsonl")  # in the order of training
+AUTOENCODER = "autoencoder.jsonl"
+STAGES = (  # of the transformer, in the order of training
+    ("emoji-image.jsonl", "Stage one", "pictures"),
+    ("emoji-video.jsonl", "Stage two", "clips"),
+    ("emoji-beyond.jsonl", "Stage three", "clips"),
+)
 LOSSES = (
-    ("held_out_loss", "its own caption", SPACE),
-    ("held_out_loss_wrong_object", "another object", MIXER),
-    ("held_out_loss_wrong_motion", "another motion", TIME),
+    ("held_out_loss", "with its own caption", SPACE),
+    ("held_out_loss_wrong_object", "with another object", MIXER),
+    ("held_out_loss_wrong_motion", "with another motion", TIME),
 )
 SCORES = (
     ("score_background", "background", FAINT),
@@ -36,46 +40,51 @@ def read_curve(log: Path, key: str) -> Curve:
 
 
 def draw_curves(folder: Path) -> Figure:
-    """The autoencoder, the scores over both stages, and what the transformer makes of wrong captions in each stage."""
-    autoencoder, image, video = (folder / name for name in LOGS)
-    figure, ((top_left, top_right), (low_left, low_right)) = plt.subplots(2, 2, figsize=(8.8, 5.6))
-    top_left.plot(*read_curve(autoencoder, "psnr"), color=SPACE, marker="o", markersize=3)
-    top_left.set(title="Autoencoder: held-out clips", ylabel="PSNR, dB")
-    _draw_scores(top_right, (image, video))
-    for axes, log, title in (
-        (low_left, image, "Stage one, images: loss on held-out ones"),
-        (low_right, video, "Stage two, clips: loss on held-out ones"),
-    ):
+    """The autoencoder, the scores over all stages, and what the transformer makes of wrong captions in each stage."""
+    figure = plt.figure(figsize=(9.6, 5.8))
+    grid = figure.add_gridspec(2, 6)
+    first = figure.add_subplot(grid[0, :2])
+    first.plot(*read_curve(folder / AUTOENCODER, "psnr"), color=SPACE, marker="o", markersize=3)
+    first.set(title="Autoencoder: held-out clips", ylabel="PSNR, dB")
+    _draw_scores(figure.add_subplot(grid[0, 2:]), folder)
+    shared: Axes | None = None
+    for index, (log, name, content) in enumerate(STAGES):
+        axes = figure.add_subplot(grid[1, 2 * index : 2 * index + 2], sharey=shared)
         for key, label, color in LOSSES:
-            seconds, values = read_curve(log, key)
+            seconds, values = read_curve(folder / log, key)
             if seconds:
                 axes.plot(seconds, values, color=color, marker="o", markersize=2.5, label=label)
-        axes.set(title=title, ylabel="loss")
-        axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, fontsize=8, title="with", title_fontsize=8)
+        axes.set_title(f"{name}: loss on held-out {content}")
+        if shared is None:
+            shared = axes
+            axes.set(ylabel="loss")
+        axes.legend(frameon=False, fontsize=8, loc="lower left")
+    assert shared is not None
+    shared.set_ylim(bottom=0)
     for axes in figure.axes:
         axes.set(xlabel="seconds of training")
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout(w_pad=2.5, h_pad=1.5)
+    figure.tight_layout(w_pad=1.5, h_pad=1.5)
     return figure
 
 
-def _draw_scores(axes: Axes, logs: Sequence[Path]) -> None:
+def _draw_scores(axes: Axes, folder: Path) -> None:
     """Scores during training, the stages one after the other."""
     starts = [0.0]
-    for log in logs:
-        starts.append(starts[-1] + max(read_curve(log, "loss")[0]))
+    for log, *_ in STAGES:
+        starts.append(starts[-1] + max(read_curve(folder / log, "loss")[0]))
     for key, label, color in SCORES:
         seconds: list[float] = []
         values: list[float] = []
-        for start, log in zip(starts, logs, strict=False):
-            curve = read_curve(log, key)
+        for start, (log, *_) in zip(starts, STAGES, strict=False):
+            curve = read_curve(folder / log, key)
             seconds += [start + second for second in curve[0]]
             values += curve[1]
         axes.plot(seconds, values, color=color, marker="o", markersize=3, label=label)
-    axes.axvline(starts[1], color=FAINT, linewidth=0.8, linestyle="--")
-    axes.text(starts[1] - 12, 4, "stage one", ha="right", fontsize=8, color=FAINT)
-    axes.text(starts[1] + 12, 4, "stage two", ha="left", fontsize=8, color=FAINT)
+    for start, (_, name, _) in zip(starts, STAGES, strict=False):
+        if start:
+            axes.axvline(start, color=FAINT, linewidth=0.8, linestyle="--")
+        axes.text(start + 12, 4, name, fontsize=8, color=FAINT)
     axes.set(title="Scores on held-out combinations", ylabel="% right", ylim=(0, 103))
     axes.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.38))

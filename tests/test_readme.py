@@ -16,6 +16,7 @@ README = ROOT / "README.md"
 MODEL = ROOT / "src" / "nova_video" / "models" / "emoji"
 CARD = MODEL / "README.md"
 PAGES = [README, CARD, *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = ("autoencoder", "emoji-image", "emoji-video", "emoji-beyond")  # in the order of training
 SCORES = {  # in scores.json -> on the pages
     "background": "background",
     "motion": "motion",
@@ -100,18 +101,47 @@ def test_command_and_device_of_the_scores(page: Path, recorded: dict[str, Any]) 
     assert recorded["device"] in text
 
 
+def logged(recipe: str) -> list[dict[str, Any]]:
+    """Every line of a run's log."""
+    lines = (MODEL / "training" / f"{recipe}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def test_seconds_and_steps_of_the_training() -> None:
-    shown = tables(CARD)
-    for recipe in ("autoencoder", "emoji-image", "emoji-video"):
-        log = (MODEL / "training" / f"{recipe}.jsonl").read_text(encoding="utf-8").splitlines()
-        last = json.loads(log[-1])
+    shown, told = tables(CARD), []
+    for recipe in RECIPES:
+        last = logged(recipe)[-1]
         (_, seconds, steps), *_ = shown[f"[`{recipe}.toml`](training/{recipe}.toml)"]
         assert (seconds, steps) == (f"{last['seconds']:.0f}", f"{last['step']:,}")
+        told.append(seconds)
+    text = README.read_text(encoding="utf-8")
+    assert f"train for {', '.join(told[:-1])} and {told[-1]} seconds" in text
+    assert all(f"\nnova train recipes/{recipe}.toml\n" in text for recipe in RECIPES)
+
+
+def test_scores_on_the_way() -> None:
+    shown = tables(CARD)
+    columns = ("background", "motion", "object", "all", "relation", "both_objects")
+    for label, recipe in zip(("stage one (pictures)", "stage two", "stage three"), RECIPES[1:], strict=True):
+        last = logged(recipe)[-1]
+        scores = [f"{last[f'score_{name}']:.1f}" if f"score_{name}" in last else "" for name in columns]
+        assert shown[label] == [scores]
+
+
+def test_early_signs() -> None:
+    """What the page on training reads off the curves, of the stages that are scored on the same clips."""
+    text = " ".join((ROOT / "docs" / "training.md").read_text(encoding="utf-8").split())
+    last = [[row for row in logged(recipe) if "held_out_loss" in row][-1] for recipe in RECIPES[2:]]
+    own = [row["held_out_loss"] for row in last]
+    assert "goes from {:.2f} to {:.2f}".format(*own) in text
+    gaps = [row["held_out_loss_wrong_motion"] - row["held_out_loss"] for row in last]
+    assert "the gap to another motion from {:.2f} to {:.2f}".format(*gaps) in text
+    gaps = [row["held_out_loss_wrong_object"] - row["held_out_loss"] for row in last]
+    assert "about as it was ({:.2f} and {:.2f})".format(*gaps) in text
 
 
 def test_quality_of_the_autoencoder() -> None:
-    log = (MODEL / "training" / "autoencoder.jsonl").read_text(encoding="utf-8").splitlines()
-    psnr = json.loads(log[-1])["psnr"]
+    psnr = logged("autoencoder")[-1]["psnr"]
     assert f"The autoencoder reaches {psnr:.1f} dB on held-out clips" in CARD.read_text(encoding="utf-8")
 
 

@@ -88,7 +88,7 @@ def test_shipped_recipes_load_and_are_written_back_whole(path: Path, tmp_path: P
 
 
 def test_there_are_the_recipes_the_documentation_names() -> None:
-    assert {"autoencoder", "emoji-image", "emoji-video", "tiny"} <= {path.stem for path in RECIPES}
+    assert {"autoencoder", "emoji-image", "emoji-video", "emoji-beyond", "tiny"} <= {path.stem for path in RECIPES}
 
 
 def test_overrides_reach_nested_keys() -> None:

@@ -363,6 +363,7 @@ class Generation:
         last = decoder.first_pixel if self.plan.num_frames is None else self.plan.num_frames
         return frames[:, max(self.emitted - first, 0) : max(last - first, 0)]
 
+    @torch.no_grad()
     def _picture(self, latents: Tensor) -> Any:
         """Latents (B, C, h, w) decoded by themselves, in the form of `output_type` ("pt" for "latent")."""
         with _beside(self.state.random.device):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from drawing import attention, autoencoder, curves, network, samples, showcase, training
+from drawing import attention, autoencoder, beyond, curves, network, samples, showcase, training
 from drawing.requests import reveal_frame
 from drawing.style import save
 
@@ -29,8 +29,8 @@ class Figures:
     output: Path = DOCS / "images"
     """Folder to write."""
     structure_only: bool = False
-    """Leave out what needs trained weights: the clips of the README, a frame being filled, a set being denoised, and
-    guidance."""
+    """Leave out what needs trained weights: the clips of the README, a frame being filled, a set being denoised,
+    guidance, and clips that go beyond one."""
     prompt: str = "a whale moving left on a blue background"
     """Of the frame being filled."""
     image_prompts: tuple[str, ...] = ("a red apple on a white background", "a penguin on an orange background")
@@ -69,6 +69,7 @@ def draw_structure(pipe: NovaPipeline, output: Path, seed: int) -> None:
     encoder = autoencoder.encoder_reads(pipe.vae, num_frames)
     decoder = autoencoder.decoder_reads(pipe.vae, num_latents)
     save(autoencoder.draw_autoencoder(encoder, decoder), output / "autoencoder.png")
+    save(beyond.draw_contexts(), output / "context.png")
 
 
 def draw_samples(pipe: NovaPipeline, args: Figures) -> None:
@@ -81,6 +82,7 @@ def draw_samples(pipe: NovaPipeline, args: Figures) -> None:
     run = samples.record_denoising(pipe, first, args.image_seed, num_sets=5, chosen=3)
     save(samples.draw_denoising(pipe, run, first), output / "denoising.png")
     save(samples.draw_guidance(pipe, args.image_prompts, (1, 2, 4, 8), args.image_seed), output / "guidance.png")
+    beyond.draw_samples(pipe, output)
 
 
 def main(args: Figures) -> None:

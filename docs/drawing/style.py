@@ -62,6 +62,14 @@ def save(figure: Figure, path: Path) -> None:
     picture.save(path, optimize=True)
 
 
+def save_photos(figure: Figure, path: Path) -> None:
+    """Write a WebP, for figures made of frames, whose colours are too many for a palette, and close the figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08)
+    plt.close(figure)
+    Image.open(buffer).convert("RGB").save(path, quality=88, method=6)
+
+
 def save_animation(pictures: Sequence[Image.Image], durations: Sequence[int], path: Path, most_bytes: int) -> None:
     """Write an endless WebP, each picture for its milliseconds; of lower quality where it would be too large."""
     for quality in (85, 75, 60, 45, 30):

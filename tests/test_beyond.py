@@ -34,10 +34,8 @@ from nova_video.evaluation.parts import (
     Part,
     PartName,
     Steer,
-    has_room,
-    render_path,
-    steered_path,
 )
+from nova_video.evaluation.paths import has_room, render_path, steered_path
 from nova_video.evaluation.report import contact_sheet, print_beyond, write_report
 
 Change = Callable[[Part, Case, Tensor], Tensor]
@@ -167,7 +165,7 @@ def test_steered_paths(world: EmojiWorld) -> None:
     generator = torch.Generator().manual_seed(1)
     case = PARTS["steer"].ask(world, 60, generator, "heldout")
     assert not (case.given.motion == case.asked.motion).any()
-    assert has_room(case.given, case.asked).all()
+    assert has_room(case.given, case.asked, OBEYED).all()
     path, begun = steered_path(case.given, case.asked), object_path(case.given)
     for name in ("centre", "size", "angle"):
         assert torch.equal(getattr(path, name)[:, :GIVEN], getattr(begun, name))
@@ -189,7 +187,7 @@ def test_steered_paths(world: EmojiWorld) -> None:
 
 def test_there_is_not_always_room(world: EmojiWorld) -> None:
     case = Steer(room=False).ask(world, 200, torch.Generator().manual_seed(0), "heldout")
-    fits = has_room(case.given, case.asked)
+    fits = has_room(case.given, case.asked, OBEYED)
     assert 40 < fits.sum() < 160
     assert fits[case.asked.motion == STILL].all()
     path = steered_path(case.given, replace(case.asked, num_frames=OBEYED))

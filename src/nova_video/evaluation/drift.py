@@ -38,7 +38,7 @@ from nova_video.evaluation.benchmark import (
     reconstruct,
 )
 from nova_video.evaluation.judge import MIN_AREA, Judge, track_object
-from nova_video.evaluation.parts import render_path
+from nova_video.evaluation.paths import render_path
 from nova_video.evaluation.rates import Rate
 
 WINDOW = FPS  # frames that are averaged: a second

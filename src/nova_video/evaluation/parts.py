@@ -6,7 +6,6 @@ answer, frames as a perfect model would return them: what the judge is judged on
 Legend: N cases, F frames, G of them given.
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,24 +14,16 @@ import torch
 from torch import Tensor
 
 from nova_video.data.clips import (
-    BOUNCE_FRAMES,
-    BOUNCE_PIXELS,
     CANVAS,
     FPS,
-    GROW_RANGE,
-    GROW_RATIO,
-    MOVE_PIXELS,
-    SIZES,
     SPAN,
-    SPIN_DEGREES,
     ClipSpec,
-    ObjectPath,
-    object_path,
 )
 from nova_video.data.words import COLORS, MOTIONS, PLAIN, SPEEDS, STILL
 from nova_video.data.world import EmojiWorld, Split, to_uint8
 from nova_video.evaluation.benchmark import Filler, LongSettings, Sample, SamplingSettings, fill, in_words
 from nova_video.evaluation.judge import Judge, Judgement
+from nova_video.evaluation.paths import SPINS, has_room, render_path, spins, steered_path
 
 GIVEN = 9  # real frames that a clip begins with
 LONG = 65  # frames that it is carried on to
@@ -43,7 +34,6 @@ OBEYED = SETTLE + 15  # before which it looks: 15 frames show every motion, and 
 STEERED = SETTLE + SPAN
 TRIES = 64  # beginnings drawn for each clip until one leaves room for the change
 HOLE = (16, 112)  # pixels: from where to where the hole in a picture is, both ways
-SPINS = (MOTIONS.index("spinning clockwise"), MOTIONS.index("spinning counterclockwise"))
 
 Slices = dict[str, tuple[int, int]]
 """Which frames each score is judged on: from the first to before the last."""
@@ -224,24 +214,26 @@ class Steer(Part):
         where = "that there is room for" if room else "wherever the object is"
         self.title = f"{start}, then a change of motion {where}"
         self.slices = dict.fromkeys(("background", "motion", "object"), (SETTLE, OBEYED))
-        self.slices |= {"motion_17": (SETTLE, STEERED), "motion_at_once": (GIVEN, GIVEN + SPAN)}
+        self.slices["motion_17"] = (SETTLE, STEERED)
+        if room:
+            self.slices["motion_at_once"] = (GIVEN, GIVEN + SPAN)
 
     def ask(self, world: EmojiWorld, count: int, generator: torch.Generator, split: Split) -> Case:
         asked = world.sample(count, generator, num_frames=STEERED, split=split)
         given = self._beginnings(world, asked, generator)
-        while self.room and not (fits := has_room(given, asked)).all():
+        while self.room and not (fits := has_room(given, asked, OBEYED)).all():
             rows = (~fits).nonzero().flatten()
             retried = asked.select(rows.repeat(TRIES))
             retried = replace(retried, speed=_speeds(retried.motion, generator))
             starts = self._beginnings(world, retried, generator)
-            good = has_room(starts, retried).view(TRIES, len(rows))
+            good = has_room(starts, retried, OBEYED).view(TRIES, len(rows))
             pick = good.float().argmax(dim=0) * len(rows) + torch.arange(len(rows))  # the first with room, if any
             given, asked = given.put(rows, starts.select(pick)), asked.put(rows, retried.select(pick))
-        return Case(replace(given, num_frames=GIVEN), asked, torch.full((count,), -1))
+        return Case(given, asked, torch.full((count,), -1))
 
     def _beginnings(self, world: EmojiWorld, asked: ClipSpec, generator: torch.Generator) -> ClipSpec:
         """Clips of the same objects on the same backgrounds that do something else."""
-        first = world.sample(len(asked), generator, num_frames=STEERED)
+        first = world.sample(len(asked), generator, num_frames=GIVEN)
         other = (asked.motion + torch.randint(1, len(MOTIONS), asked.motion.shape, generator=generator)) % len(MOTIONS)
         return replace(
             first,
@@ -270,7 +262,7 @@ class Steer(Part):
         tables = {"by motion": by_motion(case.asked), "by first motion": by_motion(case.given)}
         tables["by speed"] = {name or "plain": case.asked.speed == index for index, name in enumerate(SPEEDS)}
         if self.given_frames and not self.room:
-            fits = has_room(case.given, case.asked)
+            fits = has_room(case.given, case.asked, OBEYED)
             tables["by room"] = {"there is room": fits, "there is none": ~fits}
         return tables
 
@@ -416,71 +408,8 @@ def judge_clips(judge: Judge, asked: ClipSpec, turned: ClipSpec, frames: Tensor,
     return Verdict(flags, in_words(judge.world, thing, "motion" in slices))
 
 
-def spins(spec: ClipSpec) -> Tensor:
-    return (spec.motion == SPINS[0]) | (spec.motion == SPINS[1])
-
-
 def by_motion(spec: ClipSpec) -> dict[str, Tensor]:
     return {name: spec.motion == index for index, name in enumerate(MOTIONS)}
-
-
-# Changes of motion ----------------------------------------------------------------------------------------------------
-
-
-def steered_path(first: ClipSpec, then: ClipSpec) -> ObjectPath:
-    """The path of objects that do one thing for GIVEN frames and from then on another, as the world does it, (N, F)."""
-    begun = object_path(replace(first, num_frames=GIVEN))
-    is_motion = {name: (then.motion == index)[:, None] for index, name in enumerate(MOTIONS)}  # each (N, 1)
-    time = torch.arange(1, then.num_frames - GIVEN + 1, device=then.motion.device, dtype=torch.float32)  # (F - G,)
-
-    def at_speed(values: tuple[float, float, float]) -> Tensor:
-        return torch.tensor(values, device=time.device)[then.speed][:, None]  # (N, 1)
-
-    def signed(ahead: str, back: str) -> Tensor:
-        return is_motion[ahead].float() - is_motion[back].float()  # (N, 1)
-
-    way = at_speed(MOVE_PIXELS) * time  # (N, F - G)
-    x = begun.centre[:, -1:, 0] + signed("moving right", "moving left") * way
-    y = begun.centre[:, -1:, 1] + signed("moving down", "moving up") * way
-    # Bouncing: from the floor where there is height above, else falling from where it is.
-    floor = begun.centre[:, -1:, 1] - begun.size[:, -1:] / 2 >= BOUNCE_PIXELS
-    beat = torch.frac(time / at_speed(BOUNCE_FRAMES) + torch.where(floor, 0.0, 0.5))
-    height = 4 * BOUNCE_PIXELS * beat * (1 - beat) - torch.where(floor, 0.0, BOUNCE_PIXELS)
-    y = torch.where(is_motion["bouncing"], y - height, y)
-    rate = at_speed(GROW_RATIO).log() / (SPAN - 1)
-    size = begun.size[:, -1:] * (signed("growing", "shrinking") * rate * time).exp()
-    turn = (at_speed(SPIN_DEGREES) * time).deg2rad()
-    angle = begun.angle[:, -1:] + signed("spinning clockwise", "spinning counterclockwise") * turn
-    return ObjectPath(
-        torch.cat((begun.centre, torch.stack((x, y), dim=-1)), dim=1),
-        torch.cat((begun.size, size), dim=1),
-        torch.cat((begun.angle, angle), dim=1),
-    )
-
-
-def has_room(first: ClipSpec, then: ClipSpec) -> Tensor:
-    """Whether such objects stay within the picture and the world's sizes while the judge looks: (N,) bool."""
-    path = steered_path(first, replace(then, num_frames=OBEYED))
-    low, high = (SIZES[end] * GROW_RANGE[end] for end in (0, 1))
-    change = (path.size[:, -1] / path.size[:, GIVEN - 1]).log().abs()  # no object of the world changes more at a go
-    reach = path.size / 2 * torch.where(spins(first) | spins(then), math.sqrt(2), 1.0)[:, None]  # (N, F)
-    slack = 1e-3
-    inside = (path.centre - reach[..., None] >= -slack) & (path.centre + reach[..., None] <= CANVAS + slack)
-    sized = (path.size >= low - slack) & (path.size <= high + slack)
-    after = slice(GIVEN, None)
-    seemly = change <= math.log(GROW_RANGE[1] / GROW_RANGE[0])
-    return inside[:, after].all(dim=2).all(dim=1) & sized[:, after].all(dim=1) & seemly
-
-
-def render_path(world: EmojiWorld, spec: ClipSpec, path: ObjectPath) -> Tensor:
-    """Objects of `spec` along a path on their backgrounds, (N, F, H, W, 3) uint8."""
-    parts = []
-    for row in range(0, len(spec), 64):
-        rows = slice(row, row + 64)
-        layer = world.place(spec.object[rows], ObjectPath(path.centre[rows], path.size[rows], path.angle[rows]))
-        canvas = world.colors[spec.background[rows]][:, :, None, None, None]
-        parts.append(to_uint8((layer[:, :3] + canvas * (1 - layer[:, 3:])) * 2 - 1))
-    return torch.cat(parts)
 
 
 # Draws ----------------------------------------------------------------------------------------------------------------

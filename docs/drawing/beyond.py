@@ -91,13 +91,17 @@ FIRST, WHOLE = 9, 33  # frames given, and frames in all
 
 
 def draw_going_on(
-    pipe: NovaPipeline, starts: Sequence[tuple[str, int]] = STARTS, first: int = FIRST, whole: int = WHOLE
+    pipe: NovaPipeline,
+    starts: Sequence[tuple[str, int]] = STARTS,
+    first: int = FIRST,
+    whole: int = WHOLE,
+    **settings: Any,
 ) -> Figure:
     """Clips that go on from their first frames."""
     strips = []
     for prompt, seed in starts:
-        start = pipe(prompt, num_frames=first, generator=seeded(seed)).frames[0]
-        clip = pipe(prompt, video=start, num_frames=whole, generator=seeded(seed + 1)).frames[0]
+        start = pipe(prompt, num_frames=first, generator=seeded(seed), **settings).frames[0]
+        clip = pipe(prompt, video=start, num_frames=whole, generator=seeded(seed + 1), **settings).frames[0]
         strips.append(strip_of(clip, prompt, max(1, (whole - 1) // 8), first))
     return draw_strips(strips)
 
@@ -170,10 +174,9 @@ def slots_read(context: Context, num_frames: int, change: int = 0) -> np.ndarray
 
 def draw_contexts(contexts: dict[str, tuple[Context, int]] = CONTEXTS, num_frames: int = 20) -> Figure:
     """Which earlier latent frames each frame is made from, and in which slot they stand."""
-    colors = LinearSegmentedColormap.from_list("slots", ["#C6DBEF", "#4292C6", "#08306B"])
-    colors.set_bad(ABSENT)
-    figure, panels = plt.subplots(1, len(contexts), figsize=(2.45 * len(contexts), 2.75), sharey=True)
-    for axes, (title, (context, change)) in zip(panels, contexts.items(), strict=True):
+    colors = LinearSegmentedColormap.from_list("slots", ["#C6DBEF", "#4292C6", "#08306B"]).with_extremes(bad=ABSENT)
+    figure, panels = plt.subplots(1, len(contexts), figsize=(2.45 * len(contexts), 2.75), sharey=True, squeeze=False)
+    for axes, (title, (context, change)) in zip(panels[0], contexts.items(), strict=True):
         slots = slots_read(context, num_frames, change)
         image = axes.imshow(np.ma.masked_equal(slots, 0), cmap=colors, vmin=1, vmax=num_frames - 1)
         axes.set_title(title, fontsize=8.5)
@@ -181,7 +184,7 @@ def draw_contexts(contexts: dict[str, tuple[Context, int]] = CONTEXTS, num_frame
         for frame in range(num_frames):
             axes.add_patch(Rectangle((frame - 0.5, frame - 0.5), 1, 1, color=SPACE))
         axes.tick_params(length=2)
-    panels[0].set_ylabel("latent frame made")
+    panels[0, 0].set_ylabel("latent frame made")
     figure.tight_layout(w_pad=0.4)
     bar = figure.colorbar(image, ax=panels, fraction=0.012, pad=0.015)
     bar.set_label("slot", fontsize=8.5)
@@ -205,12 +208,16 @@ STORIES = (
 
 
 def draw_steering(
-    pipe: NovaPipeline, stories: Sequence[Sequence[tuple[float, str]]] = STORIES, seed: int = 0, seconds: float = 6.0
+    pipe: NovaPipeline,
+    stories: Sequence[Sequence[tuple[float, str]]] = STORIES,
+    seed: int = 0,
+    seconds: float = 6.0,
+    **settings: Any,
 ) -> Figure:
     """Clips whose sentence changes."""
     strips = []
     for story in stories:
-        clip = pipe(list(story), seconds=seconds, generator=seeded(seed)).frames[0]
+        clip = pipe(list(story), seconds=seconds, generator=seeded(seed), **settings).frames[0]
         fps = pipe.defaults.fps
         every = max(1, len(clip) // 12)
         told = ", ".join(f"from {at:g} s “{sentence}”" if at else f"“{sentence}”" for at, sentence in story)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
 import figures  # noqa: E402
-from drawing import attention, autoencoder, curves, network, requests, samples, showcase, style, training  # noqa: E402
+from drawing import attention, autoencoder, beyond, curves, network, requests, samples, showcase, style, training  # noqa: E402
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny  # noqa: E402
 from nova_video.model import set_sizes  # noqa: E402
@@ -255,10 +255,16 @@ def test_curves_are_the_logs(tmp_path: Path) -> None:
 
 
 def test_the_script_draws_what_the_pages_show(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Every picture of the README and the docs; those of trained weights are drawn by the functions tested above."""
+    """Every picture of the README and the docs; those of trained weights are drawn by the functions tested above.
+
+    Those of benchmarks are the sheets that the benchmarks write.
+    """
     figures.main(figures.Figures(str(tiny_checkpoint), tmp_path, structure_only=True))
-    trained = {"filling.webp", "denoising.png", "guidance.png", "emoji.webp", "training-curve.png"}
-    drawn = {path.name for path in tmp_path.iterdir()} | trained
+    trained = {"filling.webp", "denoising.png", "guidance.png", "emoji.webp", "training-curve.png", *beyond.TRAINED}
+    measured = {
+        path.name for path in (ROOT / "docs" / "images").iterdir() if path.name.startswith(("beyond-", "drift"))
+    }
+    drawn = {path.name for path in tmp_path.iterdir()} | trained | measured
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     shown = {name for page in pages for name in re.findall(r"\]\((?:docs/)?images/([^)]+)\)", page.read_text("utf-8"))}
     assert shown == drawn

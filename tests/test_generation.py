@@ -211,6 +211,14 @@ def test_previews(tiled: NovaPipeline) -> None:
     assert latents.shape == (1, 4, 1, 8, 12)
 
 
+def test_partial_frames_are_decoded_when_asked_for(causal: NovaPipeline) -> None:
+    stream = causal.stream(WHALE, num_frames=5, generator=seeded(), preview=True, output_type="np", **QUICK)
+    partial = next(stream)
+    stream.close()
+    assert isinstance(partial, PartialFrame)
+    assert partial.frame.shape[2] == 3  # outside the stream, where gradients are on
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_leaving_a_stream_stops_it(causal: NovaPipeline, ahead: bool) -> None:
     generation = causal.start(GenerateRequest(WHALE, num_frames=math.inf, **QUICK), seeded())

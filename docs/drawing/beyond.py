@@ -239,7 +239,7 @@ def square_mask(size: int, low: int, high: int) -> Image.Image:
 
 
 def draw_editing(pipe: NovaPipeline, seed: int = 0) -> Figure:
-    """A hole filled in, more around a picture, a share of the tokens redrawn, and a clip."""
+    """A hole filled in, more around a picture, a share of the tokens redrawn, and the end of a clip."""
     apple = pipe("a red apple on a white background", num_frames=1, generator=seeded(seed)).images[0]
     size = apple.width
     step = size // 8
@@ -286,6 +286,23 @@ def draw_editing(pipe: NovaPipeline, seed: int = 0) -> Figure:
             [apple, *again],
             ["given", *(f"{share:g}" for share in shares)],
             [GIVEN, *[MADE] * len(shares)],
+        )
+    )
+    whale = pipe("a whale moving left slowly on a blue background", num_frames=FIRST, generator=seeded(seed)).frames[0]
+    last = np.arange(FIRST) >= FIRST - pipe.vae.temporal_stride
+    turned = pipe(
+        "a whale moving right on a blue background",
+        video=whale,
+        mask_image=np.broadcast_to(last[:, None, None], (FIRST, size, size)),
+        generator=seeded(seed),
+    ).frames[0]
+    shown = (0, *range(FIRST - 5, FIRST))
+    rows.append(
+        Strip(
+            "the last four frames of a clip: a mask a frame, “a whale moving right on a blue background”",
+            [turned[index] for index in shown],
+            [f"frame {index}" for index in shown],
+            [MADE if last[index] else GIVEN for index in shown],
         )
     )
     return draw_strips(rows)

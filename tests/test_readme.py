@@ -85,15 +85,6 @@ def test_judge_reads_what_the_readme_says(recorded: dict[str, Any]) -> None:
         assert rate_of(recorded["scores"]["autoencoder"][key]) == Rate(400 - missed, 400)
 
 
-def test_scores_at_more_guidance() -> None:
-    scores = json.loads((MODEL / "scores-guidance-4.json").read_text(encoding="utf-8"))["scores"]["generated"]
-    still = scores["by_motion"]["staying still"]["motion"]
-    text = " ".join(CARD.read_text(encoding="utf-8").split())
-    shown = [f"{rate_of(scores[key]).value * 100:.1f}%" for key in ("motion", "object")]
-    assert f"right in {shown[0]} and the object in {shown[1]}" in text
-    assert f"only {still['right']} of {still['of']} clips stayed still" in text
-
-
 @pytest.mark.parametrize("page", [README, CARD], ids=["README", "card"])
 def test_command_and_device_of_the_scores(page: Path, recorded: dict[str, Any]) -> None:
     text = page.read_text(encoding="utf-8")

@@ -24,8 +24,12 @@ class _End:
 
 
 @contextlib.contextmanager
-def run_ahead(items: Iterator[T], depth: int) -> Iterator[Iterator[T]]:
+def run_ahead(
+    items: Iterator[T], depth: int, inside: contextlib.AbstractContextManager[object]
+) -> Iterator[Iterator[T]]:
     """`items` made in a thread, at most `depth` ahead. Leaving the block ends the thread after the item in hand.
+
+    `inside` is entered in the thread, such as a CUDA stream for what it computes.
 
     An error in the thread is raised where the consumer asks for the next item. Gradients are off in the thread, and it
     computes with as many threads as the consumer's.
@@ -43,7 +47,7 @@ def run_ahead(items: Iterator[T], depth: int) -> Iterator[Iterator[T]]:
     def work() -> None:
         torch.set_num_threads(cores)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), inside:
                 for item in items:
                     put(item)
                     if gone.is_set():

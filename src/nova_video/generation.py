@@ -9,7 +9,7 @@ Legend: B clips, F latent frames, T pixel frames, C latent channels, h w latent 
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +164,8 @@ class Generation:
         from nova_video.saving import save_generation
 
         with self._lock:
+            if self.state.random.device.type == "cuda":  # what a stream samples, it samples on a CUDA stream of its own
+                torch.cuda.synchronize(self.state.random.device)
             save_generation(self, Path(path))
 
     # To the end -------------------------------------------------------------------------------------------------------
@@ -210,8 +212,7 @@ class Generation:
         else:
             decoder = self._decoder()
             pieces += [*self._push(decoder, self.state.done), *self._finish(decoder)]
-        whole = torch.cat([piece.to(pieces[-1].device) for piece in pieces], dim=1)
-        return output_form(whole, self.output_type)
+        return output_form(torch.cat(pieces, dim=1), self.output_type)
 
     # Frame by frame ---------------------------------------------------------------------------------------------------
 
@@ -221,18 +222,27 @@ class Generation:
     ) -> Iterator[Any]:
         """Frames as they become final, in the form of `output_type`; with `preview`, events (see above).
 
-        `ahead`: sample the next frames in a thread while these are decoded and used. None: on a GPU, unless parts of
-        the model take turns on it; on a CPU both would only share its cores. Closing the iterator, as leaving a loop
-        over it does, stops the sampling.
+        `ahead`: sample the next frames in a thread, on a GPU in a CUDA stream of its own, while these are decoded and
+        used. None: on a GPU, unless parts of the model take turns on it; on a CPU both would only share its cores.
+        Closing the iterator, as leaving a loop over it does, stops the sampling.
         """
+        device = self.state.random.device
         if ahead is None:
-            ahead = self.state.random.device.type == "cuda" and not self.pipe.is_offloaded
-        frames = 2 * len(set_sizes(self.state.num_tokens, self.state.num_sets))  # sets of two latent frames
-        sets = self._marked(callback_on_step_end)
+            ahead = device.type == "cuda" and not self.pipe.is_offloaded
+        own = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
+        if own is not None:
+            own.wait_stream(torch.cuda.current_stream(device))  # all that `start` was given to do
+            for given in self.state.given.values():
+                given.latents.record_stream(own)
+        sets = self._marked(callback_on_step_end, own)
+        depth = 2 * len(set_sizes(self.state.num_tokens, self.state.num_sets))  # sets of two latent frames
+        inside = nullcontext() if own is None else torch.cuda.stream(own)
         try:
-            with run_ahead(sets, frames) if ahead else nullcontext(sets) as marked:
+            with run_ahead(sets, depth, inside) if ahead else nullcontext(sets) as marked:
                 yield from self._events(marked, preview) if preview else self._frames(marked)
         finally:
+            if own is not None:  # memory that its last kernels read must not be used again before
+                torch.cuda.current_stream(device).wait_stream(own)
             self.pipe.maybe_free_model_hooks()
 
     def _frames(self, sets: Iterator["_Marked"]) -> Iterator[Any]:
@@ -249,6 +259,7 @@ class Generation:
             frame = made.set.frame
             if not made.set.frame_done:
                 if preview:
+                    made.wait()
                     yield PartialFrame(frame, made.set.step, **self._shown(made.set), decode=self._picture)
                 continue
             made.wait()
@@ -306,14 +317,11 @@ class Generation:
                 if callback_on_step_end(self.pipe, done.step, done.frame, shown) is False:
                     return
 
-    def _marked(self, callback_on_step_end: StepCallback | None) -> Iterator["_Marked"]:
-        """The same, each with what tells another CUDA stream that it is computed."""
+    def _marked(self, callback_on_step_end: StepCallback | None, own: torch.cuda.Stream | None) -> Iterator["_Marked"]:
+        """The same, each with what tells the consumer's CUDA stream that it is there, if it is made on another."""
         for done in self._sets(callback_on_step_end):
-            event = None
-            if done.frame_done and done.tokens.is_cuda:
-                event = torch.cuda.Event()
-                event.record()
-            yield _Marked(done, event)
+            frames = (self.state.frames[done.frame],) if done.frame_done else ()
+            yield _Marked(done, (done.tokens, done.ids, *frames), None if own is None else own.record_event())
 
     def _shown(self, done: SetDone) -> dict[str, Tensor]:
         """A set's tensors for callbacks and events."""
@@ -335,7 +343,8 @@ class Generation:
         """Given frames that come back without decoding, as far as they were not handed out: one piece or none."""
         if self.given is None or self.plan.edits or self.emitted >= self.plan.given_frames:
             return []
-        return [self.given.part(self.emitted, self.plan.given_frames, self.state.batch)]
+        given = self.given.part(self.emitted, self.plan.given_frames, self.state.batch)
+        return [given.to(self.state.random.device)]  # where the others will be
 
     def _decoder(self) -> "_Decoder":
         """A decoder that stands at the piece of the next frame to hand out."""
@@ -344,14 +353,12 @@ class Generation:
     def _push(self, decoder: "_Decoder", stop: int) -> Iterator[Tensor]:
         """Latent frames up to `stop` to the decoder -> pieces (B, T, 3, H, W) in [0, 1], given pixels put back."""
         while decoder.pushed < stop:
-            with _beside(self.state.random.device):
-                pieces = [self._finished(decoder, piece) for piece in decoder.push(self.state.frames[decoder.pushed])]
-            yield from pieces
+            for piece in decoder.push(self.state.frames[decoder.pushed]):
+                yield self._finished(decoder, piece)
 
     def _finish(self, decoder: "_Decoder") -> Iterator[Tensor]:
-        with _beside(self.state.random.device):
-            pieces = [self._finished(decoder, piece) for piece in decoder.finish()]
-        yield from pieces
+        for piece in decoder.finish():
+            yield self._finished(decoder, piece)
 
     def _finished(self, decoder: "_Decoder", pixels: Tensor) -> Tensor:
         """Pixels (B, 3, T, H, W) of a piece -> its frames that were not handed out and were asked for."""
@@ -366,8 +373,7 @@ class Generation:
     @torch.no_grad()
     def _picture(self, latents: Tensor) -> Any:
         """Latents (B, C, h, w) decoded by themselves, in the form of `output_type` ("pt" for "latent")."""
-        with _beside(self.state.random.device):
-            frames = unit_frames(self.pipe.decode_picture(latents).unsqueeze(2))
+        frames = unit_frames(self.pipe.decode_picture(latents).unsqueeze(2))
         made = output_form(frames, "pt" if self.output_type == "latent" else self.output_type)
         pictures = [clip[0] for clip in made] if isinstance(made, list) else made[:, 0]
         return pictures[0] if self.bare else pictures
@@ -414,25 +420,18 @@ class _Decoder:
 
 @dataclass(frozen=True, eq=False)
 class _Marked:
+    """A set, perhaps made on another CUDA stream than its consumer's."""
+
     set: SetDone
+    tensors: tuple[Tensor, ...]
+    """What its consumer may read."""
     event: torch.cuda.Event | None
+    """After which they are there; None: made on the consumer's own stream."""
 
     def wait(self) -> None:
-        """Until what was sampled is there, for a decoder beside the sampler."""
+        """The consumer's stream goes on when they are there; their memory is not used again before it has read them."""
         if self.event is not None:
-            self.event.synchronize()
-
-
-_SIDES: dict[torch.device, torch.cuda.Stream] = {}
-
-
-@contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
-    """On a GPU, a CUDA stream of its own, waited for at the end: decoding does not queue up behind sampling."""
-    if device.type != "cuda":
-        yield
-        return
-    side = _SIDES.setdefault(device, torch.cuda.Stream(device))
-    with torch.cuda.stream(side):
-        yield
-    side.synchronize()
+            current = torch.cuda.current_stream(self.set.tokens.device)
+            current.wait_event(self.event)
+            for tensor in self.tensors:
+                tensor.record_stream(current)

@@ -578,8 +578,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"video": clip(9), "num_frames": 9}, "num_frames is 9 with 9 frames given: expected more than 9"),
     ({"video": clip(9), "image": PICTURE, "num_frames": 17}, "got both of image and video"),
     (
-        {"video": torch.zeros(1, 4, 3, 4, 4), "num_frames": 17},
-        r"latents \(1, 4, 3, 4, 4\): expected \(B, 4, F, 8, 12\)",
+        {"video": torch.zeros(1, 4, 2, 4, 4), "num_frames": 17},
+        r"latents \(1, 4, 2, 4, 4\): expected \(B, 4, F, 8, 12\)",
     ),
     ({"prompt": [(1, WHALE)], "num_frames": 9}, "prompt starts at 1 s"),
     ({"prompt": [(0, WHALE), (2, APPLE), (1, WHALE)], "num_frames": 49}, "changes at 1 s after 2 s"),

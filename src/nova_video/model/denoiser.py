@@ -1,5 +1,7 @@
 """The denoiser (`image_decoder`): a small MLP that denoises each token by itself, given its spatial feature."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,14 +29,22 @@ class TimeCondEmbed(nn.Module):
         self.timestep_proj = Projection(256, width, width)
         self.condition_proj = Projection(condition_dim, width, width)
 
+    def embed_times(self, timestep: Tensor) -> Tensor:
+        """timestep (...) -> (..., width)."""
+        return self.timestep_proj(timestep_frequencies(timestep).to(self.timestep_proj.fc1.weight.dtype))
+
     def forward(self, timestep: Tensor, condition: Tensor) -> Tensor:
         """timestep (B,) or (B, S), condition (B, S, width) already projected -> u (B, S, width)."""
-        time = self.timestep_proj(timestep_frequencies(timestep).to(condition.dtype))  # (B, [S,] width)
+        time = self.embed_times(timestep)  # (B, [S,] width)
         return (time if time.dim() == 3 else time.unsqueeze(1)) + condition
 
 
 class AdaLayerNorm(nn.Module):
-    """Layer norm without weights, scaled and shifted by the embedding; `chunks` 3 gives the branch's gate too."""
+    """Layer norm without weights, scaled and shifted by the embedding; `chunks` 3 gives the branch's gate too.
+
+    What comes of the embedding, the modulation, does not depend on what is normalised: sampling computes it for all
+    steps of a set at once.
+    """
 
     def __init__(self, width: int, chunks: int) -> None:
         super().__init__()
@@ -42,9 +52,13 @@ class AdaLayerNorm(nn.Module):
         self.proj = nn.Linear(width, chunks * width)
         self.width = width
 
-    def forward(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x, u (B, S, width) -> normalised x, and the gate or None."""
-        scale, shift, *gate = self.proj(functional.silu(u)).chunk(self.chunks, dim=-1)
+    def modulation(self, u: Tensor) -> Tensor:
+        """u (..., width) -> scale, shift and, with 3 chunks, gate: (..., chunks * width)."""
+        return self.proj(functional.silu(u))
+
+    def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x (B, S, width) and its modulation -> normalised x, and the gate or None."""
+        scale, shift, *gate = modulation.chunk(self.chunks, dim=-1)
         out = functional.layer_norm(x, (self.width,), eps=1e-6) * (1 + scale) + shift
         return out, gate[0] if gate else None
 
@@ -56,8 +70,8 @@ class DenoiserBlock(nn.Module):
         self.proj = Projection(width, width, width)
         self.norm2 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, u: Tensor) -> Tensor:
-        y, gate = self.norm1(x, u)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        y, gate = self.norm1(x, modulation)
         assert gate is not None
         return x + gate * self.norm2(self.proj(y))
 
@@ -77,11 +91,22 @@ class Denoiser(nn.Module):
         """Spatial encoder's features z (B, S, D) -> (B, S, width): once per set, the same at every step."""
         return self.time_cond_embed.condition_proj(z)
 
+    def embed_times(self, timestep: Tensor) -> Tensor:
+        """timestep (K,) -> (K, width): the same for all tokens, once a call."""
+        return self.time_cond_embed.embed_times(timestep)
+
+    def modulations(self, u: Tensor) -> list[Tensor]:
+        """Embeddings u (..., width) -> the modulation of every block (..., 3 width), and the head's (..., 2 width)."""
+        return [*(block.norm1.modulation(u) for block in self.blocks), self.norm.modulation(u)]
+
+    def predict(self, noisy: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        """noisy (B, S, P) under the modulations of a step, (B, S, 3 or 2 width) each -> prediction (B, S, P)."""
+        x = self.patch_embed.embed_tokens(noisy)  # (B, S, width)
+        for block, modulation in zip(self.blocks, modulations[:-1], strict=True):
+            x = block(x, modulation)
+        x, _ = self.norm(x, modulations[-1])
+        return self.head(x)
+
     def forward(self, noisy: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
         """noisy (B, S, P), timestep (B,) or (B, S), condition from `project_condition` -> prediction (B, S, P)."""
-        x = self.patch_embed.embed_tokens(noisy)  # (B, S, width)
-        u = self.time_cond_embed(timestep, condition)  # (B, S, width)
-        for block in self.blocks:
-            x = block(x, u)
-        x, _ = self.norm(x, u)
-        return self.head(x)
+        return self.predict(noisy, self.modulations(self.time_cond_embed(timestep, condition)))

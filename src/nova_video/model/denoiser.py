@@ -1,6 +1,7 @@
 """The denoiser (`image_decoder`): a small MLP that denoises each token by itself, given its spatial feature."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -97,7 +98,8 @@ class Denoiser(nn.Module):
 
     def modulations(self, u: Tensor) -> list[Tensor]:
         """Embeddings u (..., width) -> the modulation of every block (..., 3 width), and the head's (..., 2 width)."""
-        return [*(block.norm1.modulation(u) for block in self.blocks), self.norm.modulation(u)]
+        norms: list[Any] = [*(block.norm1 for block in self.blocks), self.norm]
+        return [norm.modulation(u) for norm in norms]
 
     def predict(self, noisy: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         """noisy (B, S, P) under the modulations of a step, (B, S, 3 or 2 width) each -> prediction (B, S, P)."""

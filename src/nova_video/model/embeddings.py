@@ -67,6 +67,9 @@ class Rotary:
         cos, sin = self.cos, self.sin  # ([B,] N, d/2)
         while cos.dim() < (x.dim() if self.cos.dim() == 3 else x.dim() - 1):
             cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        if not torch.compiler.is_compiling():  # the same product in one pass over the tensor
+            pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
         even, odd = x[..., 0::2], x[..., 1::2]
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 

@@ -9,7 +9,7 @@ predicted together, T condition tokens, C latent channels, D width, P = p * p * 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,9 @@ from nova_video.model.embeddings import (
 )
 from nova_video.model.patches import PatchEmbed, gather_tokens, scatter_tokens, token_positions
 from nova_video.model.vit import Block, CacheLayer, TemporalCache, block_causal_mask, heads_for_width
+
+ApplyBlock = Callable[..., Tensor]
+"""Calls a block with what its `forward` takes."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,20 @@ class ImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(
-        self, condition: Tensor, tokens: Tensor, visible_ids: Tensor, space: Tensor | None, rotary: Rotary | None
+        self,
+        condition: Tensor,
+        tokens: Tensor,
+        visible_ids: Tensor,
+        space: Tensor | None,
+        rotary: Rotary | None,
+        ids: Tensor | None = None,
+        apply: ApplyBlock = Block.__call__,
     ) -> Tensor:
-        """condition (B, Lc, D), tokens (B, L, D) as they are, visible_ids (B, V) as revealed -> z (B, L, D)."""
+        """condition (B, Lc, D), tokens (B, L, D) as they are, visible_ids (B, V) as revealed -> z (B, L, D).
+
+        With `ids` (B, S), z of these tokens alone, (B, S, D): the last block is computed for them only. `apply` calls
+        a block.
+        """
         count = condition.shape[1]
         half = len(self.blocks) // 2
         if space is not None:
@@ -116,12 +130,16 @@ class ImageEncoder(nn.Module):
         x = torch.cat([condition, gather_tokens(tokens, visible_ids)], dim=1)  # (B, Lc + V, D)
         seen = None if rotary is None else rotary.at(visible_ids).after_condition(count)
         for block in self.blocks[:half]:
-            x = block(x, seen)
+            x = apply(block, x, seen)
         x = torch.cat([x[:, :count], scatter_tokens(tokens, visible_ids, x[:, count:])], dim=1)  # (B, Lc + L, D)
         every = None if rotary is None else rotary.after_condition(count)
-        for block in self.blocks[half:]:
-            x = block(x, every)
-        return self.norm(x[:, count:])
+        if ids is None:
+            for block in self.blocks[half:]:
+                x = apply(block, x, every)
+            return self.norm(x[:, count:])
+        for block in self.blocks[half:-1]:
+            x = apply(block, x, every)
+        return self.norm(apply(self.blocks[-1], x, every, None, None, ids + count))
 
 
 def parse_arch(name: str, kind: str) -> tuple[int, int]:
@@ -282,14 +300,24 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin):
         """Token values (B, n, P) in patchify order -> (B, n, D) of the spatial encoder."""
         return self.image_encoder.patch_embed.embed_tokens(patches)
 
-    def encode_tokens(self, condition: Tensor, tokens: Tensor, visible_ids: Tensor, positions: Positions) -> Tensor:
-        """condition (B, Lc, D), tokens (B, L, D), visible_ids (B, V) -> features z (B, L, D).
+    def encode_tokens(
+        self,
+        condition: Tensor,
+        tokens: Tensor,
+        visible_ids: Tensor,
+        positions: Positions,
+        ids: Tensor | None = None,
+        apply: ApplyBlock = Block.__call__,
+    ) -> Tensor:
+        """condition (B, Lc, D), tokens (B, L, D), visible_ids (B, V) -> features z (B, L, D), or (B, S, D) of `ids`.
 
-        Rows of `tokens` outside `visible_ids` are replaced by the mask token, whatever they hold.
+        Rows of `tokens` outside `visible_ids` are replaced by the mask token, whatever they hold. `apply` calls a
+        block: a compiled one, where that is wanted.
         """
         masked = self.mask_embed.mask_token.to(tokens.dtype).expand(*tokens.shape[:2], -1)
         tokens = scatter_tokens(masked, visible_ids, gather_tokens(tokens, visible_ids))
-        return self.image_encoder(condition, tokens, visible_ids, positions.image_space, positions.image_rotary)
+        space, rotary = positions.image_space, positions.image_rotary
+        return self.image_encoder(condition, tokens, visible_ids, space, rotary, ids, apply)
 
     # Token by token -----------------------------------------------------------------------------------------------
 

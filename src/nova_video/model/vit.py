@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nova_video.model.embeddings import Rotary
+from nova_video.model.patches import gather_tokens
 
 
 class TemporalCache:
@@ -60,17 +61,26 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: CacheLayer | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        mask: Tensor | None = None,
+        cache: CacheLayer | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         batch, count, width = x.shape
         qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)  # (B, N, 3, heads, head_dim)
         query, key, value = qkv.unbind(2)
         if rotary is not None:
             query, key = rotary.rotate(qkv[:, :, :2]).unbind(2)
+        if rows is not None:
+            query = gather_tokens(query.flatten(2), rows).unflatten(2, (self.heads, -1))  # (B, S, heads, head_dim)
         query, key, value = (y.transpose(1, 2) for y in (query, key, value))  # (B, heads, N, head_dim)
         if cache is not None:
             key, value = cache.append(key, value)
         out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.proj(out.transpose(1, 2).reshape(batch, count, width))
+        return self.proj(out.transpose(1, 2).reshape(batch, -1, width))
 
 
 class Mlp(nn.Module):
@@ -84,7 +94,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + LN(attn(x)), then x + LN(mlp(x)); (B, N, D) -> (B, N, D)."""
+    """x + LN(attn(x)), then x + LN(mlp(x)); (B, N, D) -> (B, N, D), or (B, S, D) for the rows (B, S) alone.
+
+    All rows are attended to in any case.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -94,9 +107,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
 
     def forward(
-        self, x: Tensor, rotary: Rotary | None, mask: Tensor | None = None, cache: CacheLayer | None = None
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        mask: Tensor | None = None,
+        cache: CacheLayer | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.norm1(self.attn(x, rotary, mask, cache))
+        y = self.norm1(self.attn(x, rotary, mask, cache, rows))
+        x = (x if rows is None else gather_tokens(x, rows)) + y
         return x + self.norm2(self.mlp(x))
 
 

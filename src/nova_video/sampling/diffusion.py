@@ -1,15 +1,19 @@
 """Denoising one set of tokens with the checkpoint's own diffusers scheduler.
 
 The denoiser is token-wise, so only the set's tokens are computed. Random numbers are still drawn for the full frame and
-the set's are picked out: that is what makes a seed give the released implementation's picture.
+the set's are picked out: that is what makes a seed give the released implementation's picture. All of a set's are drawn
+before it is denoised, in the order in which the steps use them; what is left is a function of tensors, which an engine
+(`engine.py`) may call or capture.
 
-Legend: B batch, N guidance passes, L tokens of a frame, S tokens of the set, P values of a token.
+Legend: B batch, N guidance passes, L tokens of a frame, S tokens of the set, P values of a token, K steps.
 """
 
 import copy
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,10 +21,12 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from nova_video.errors import InputError
-from nova_video.model import NOVATransformer3DModel
 from nova_video.model.patches import gather_tokens, scatter_tokens
-from nova_video.sampling.guidance import Guidance, combine, renorm_ratio
+from nova_video.sampling.guidance import Guidance, renorm_ratio
 from nova_video.sampling.random import FrameNoise
+
+Predict = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""At step k, noisy tokens (B, S, P) -> the conditional and the guided prediction, both (B, S, P) float32."""
 
 
 def request_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
@@ -40,99 +46,68 @@ def request_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
     return scheduler
 
 
-def denoise_set(
-    model: NOVATransformer3DModel,
-    scheduler: Any,
-    features: Tensor,
-    ids: Tensor,
-    num_steps: int,
-    guidance: Guidance,
-    noise: FrameNoise,
-) -> Tensor:
-    """Spatial features (N * B, S, D) of the tokens `ids` (B, S) -> their values (B, S, P), float32."""
-    scheduler.set_timesteps(num_steps)
-    start = noise.draw().float() * getattr(scheduler, "init_noise_sigma", 1.0)  # (B, L, P)
-    tokens = SetOfTokens(model, scheduler, model.project_features(features), ids, guidance, noise)
-    if guidance.renorm >= 1:
-        return tokens.denoise(gather_tokens(start, ids))
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return tokens.denoise_renormed(start)
-    return tokens.denoise_in_frame(start)
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The steps in which every set of a request is denoised."""
 
-
-@dataclass(frozen=True)
-class SetOfTokens:
-    """One set while it is denoised: everything but the tokens' values, which the methods pass along."""
-
-    model: NOVATransformer3DModel
     scheduler: Any
-    condition: Tensor
-    """(N * B, S, width) of the denoiser, projected once: the same at every step."""
-    ids: Tensor
-    """(B, S)"""
-    guidance: Guidance
-    noise: FrameNoise
+    """The request's own copy, standing at its first step."""
+    timesteps: tuple[float, ...]
+    rows: Tensor | None
+    """(K, 8) float32: the steps of `linear_step`, and zeros that align them. None: the scheduler steps itself."""
+    clip: float | None
+    """Bound of the data that a step predicts."""
+    noisy: tuple[bool, ...]
+    """Steps that add a frame of noise."""
 
-    def denoise(self, x: Tensor) -> Tensor:
-        """Noise (B, S, P) -> values (B, S, P)."""
-        for t in self.scheduler.timesteps:
-            _, output = self.predict(x, t)
-            x = self.step(output, t, x, self.ids)
+    @classmethod
+    def of(cls, scheduler: Any, num_steps: int, device: torch.device) -> "Schedule":
+        scheduler.set_timesteps(num_steps)
+        timesteps = tuple(float(t) for t in scheduler.timesteps)
+        rows, clip, noisy = None, None, (False,) * len(timesteps)
+        if isinstance(scheduler, DDPMScheduler):
+            rows = torch.tensor([ddpm_row(scheduler, t) for t in scheduler.timesteps])
+            clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
+            noisy = tuple(t > 0 for t in timesteps)
+        elif isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.stochastic_sampling:
+            sigmas = scheduler.sigmas.double()
+            rows = torch.tensor([(1.0, 1.0, 0.0, float(dt), 0.0) for dt in sigmas.diff()])
+        if rows is not None:
+            rows = torch.nn.functional.pad(rows, (0, 8 - rows.shape[1])).to(device)
+        return cls(scheduler, timesteps, rows, clip, noisy)
+
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        """Equal for schedules that step alike."""
+        config = tuple(sorted((name, str(value)) for name, value in self.scheduler.config.items()))
+        return (type(self.scheduler).__name__, self.timesteps, config)
+
+    @property
+    def is_flow(self) -> bool:
+        return isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
+
+    @property
+    def draws(self) -> bool:
+        """The scheduler draws random numbers of its own as it steps."""
+        return self.rows is None and "generator" in inspect.signature(self.scheduler.step).parameters
+
+    def scaled(self, i: int, x: Tensor) -> Tensor:
+        """Noisy values as the model reads them at step `i`."""
+        if self.rows is None and hasattr(self.scheduler, "scale_model_input"):
+            scaled: Tensor = self.scheduler.scale_model_input(x, self.scheduler.timesteps[i])
+            return scaled
         return x
 
-    def denoise_renormed(self, start: Tensor) -> Tensor:
-        """Flow matching with `guidance_renorm`: the frame's noise (B, L, P) -> values (B, S, P).
-
-        The norms are of the full frame, where outside the set the "output" is the noisy input itself. An Euler step
-        only scales that part, so its squared norm at the start and one factor k for each sample stand for it.
-        """
-        x = gather_tokens(start, self.ids)  # (B, S, P)
-        outside = (start.square().sum((1, 2), keepdim=True) - x.square().sum((1, 2), keepdim=True)).clamp_min(0)
-        k = torch.ones_like(outside)  # (B, 1, 1)
-        sigmas = self.scheduler.sigmas.tolist()
-        for i, t in enumerate(self.scheduler.timesteps):
-            cond, output = self.predict(x, t)
-            ratio = renorm_ratio(cond, output, self.guidance.renorm, k.square() * outside)  # (B, 1, 1)
-            x = self.step(output * ratio, t, x, self.ids)
-            k = k * (1 + (sigmas[i + 1] - sigmas[i]) * ratio)
-        return x
-
-    def denoise_in_frame(self, x: Tensor) -> Tensor:
-        """`guidance_renorm` with any other scheduler: the full frame (B, L, P) is stepped, since its norm counts."""
-        for t in self.scheduler.timesteps:
-            cond, output = self.predict(gather_tokens(x, self.ids), t)
-            cond, output = (scatter_tokens(x, self.ids, part) for part in (cond, output))  # (B, L, P)
-            x = self.step(output * renorm_ratio(cond, output, self.guidance.renorm), t, x, None)
-        return gather_tokens(x, self.ids)
-
-    def predict(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, S, P) at timestep t -> the conditional and the guided prediction, both (B, S, P) float32."""
-        passes = self.guidance.passes_at(float(t))
-        if hasattr(self.scheduler, "scale_model_input"):
-            x = self.scheduler.scale_model_input(x, t)
-        x = x.to(self.condition.dtype).repeat(passes, 1, 1)  # (n * B, S, P)
-        timestep = torch.full((len(x),), float(t), device=x.device)
-        return combine(self.model.denoise(x, timestep, self.condition[: len(x)]), passes, self.guidance)
-
-    def step(self, output: Tensor, t: Tensor, x: Tensor, ids: Tensor | None) -> Tensor:
-        """One step of the scheduler on the tokens `ids` (B, S) or, for None, on the whole frame."""
-        if isinstance(self.scheduler, DDPMScheduler):
-            if t == 0:
-                return ddpm_step(self.scheduler, output, t, x, None)
-            fresh = self.noise.draw().float()  # (B, L, P)
-            return ddpm_step(self.scheduler, output, t, x, fresh if ids is None else gather_tokens(fresh, ids))
-        if "generator" in inspect.signature(self.scheduler.step).parameters:
-            generators = list(self.noise.random.generators)
-            stepped: Tensor = self.scheduler.step(output, t, x, generator=generators, return_dict=False)[0]
-        else:
-            stepped = self.scheduler.step(output, t, x, return_dict=False)[0]
-        return stepped
+    def begin(self) -> None:
+        """Back to the first step, for the next set."""
+        if self.rows is None:
+            self.scheduler.set_timesteps(len(self.timesteps))
 
 
-def ddpm_step(scheduler: DDPMScheduler, output: Tensor, t: Tensor, x: Tensor, noise: Tensor | None) -> Tensor:
-    """`DDPMScheduler.step` with its noise given: the library's own can only draw it for the tokens it is handed.
+def ddpm_row(scheduler: DDPMScheduler, t: Tensor) -> tuple[float, ...]:
+    """The row of `linear_step` at timestep `t`: equations 6 and 7 of DDPM (arXiv 2006.11239).
 
-    Equations 6 and 7 of DDPM (arXiv 2006.11239), from the scheduler's own tables and settings.
+    The library's own step can only draw its noise for the tokens that it is handed. From its tables and settings.
     """
     config = scheduler.config
     previous = int(scheduler.previous_timestep(t))
@@ -140,15 +115,97 @@ def ddpm_step(scheduler: DDPMScheduler, output: Tensor, t: Tensor, x: Tensor, no
     kept_before = float(scheduler.alphas_cumprod[previous]) if previous >= 0 else 1.0
     alpha = kept / kept_before
     if config.prediction_type == "epsilon":
-        data = (x - (1 - kept) ** 0.5 * output) / kept**0.5
+        data = (1 / kept**0.5, -((1 - kept) ** 0.5) / kept**0.5)
     elif config.prediction_type == "v_prediction":
-        data = kept**0.5 * x - (1 - kept) ** 0.5 * output
+        data = (kept**0.5, -((1 - kept) ** 0.5))
     else:
-        data = output
-    if config.clip_sample:
-        data = data.clamp(-config.clip_sample_range, config.clip_sample_range)
-    mean: Tensor = (kept_before**0.5 * (1 - alpha) * data + alpha**0.5 * (1 - kept_before) * x) / (1 - kept)
-    if noise is None:
-        return mean
+        data = (0.0, 1.0)
+    own = alpha**0.5 * (1 - kept_before) / (1 - kept)
+    share = kept_before**0.5 * (1 - alpha) / (1 - kept)
     deviation = math.sqrt(max((1 - kept_before) / (1 - kept) * (1 - alpha), 1e-20))
-    return mean + deviation * noise
+    return (own, share, *data, deviation if t > 0 else 0.0)
+
+
+def linear_step(x: Tensor, output: Tensor, row: Tensor, clip: float | None, noise: Tensor | None) -> Tensor:
+    """x' = own x + share clamp(a x + b output) + deviation noise, all (..., P) float32; `row` holds the five."""
+    own, share, a, b, deviation = row[:5].unbind()
+    data = a * x + b * output
+    if clip is not None:
+        data = data.clamp(-clip, clip)
+    stepped = own * x + share * data
+    return stepped if noise is None else stepped + deviation * noise
+
+
+@dataclass(frozen=True, eq=False)
+class SetNoise:
+    """The random numbers of one set, float32."""
+
+    start: Tensor
+    """(B, S, P), or (B, L, P) where the whole frame is stepped."""
+    fresh: Tensor
+    """(noisy steps, B, S or L, P)"""
+    outside: Tensor
+    """(B, 1, 1) squared norm of the start outside the set, which guidance_renorm of flow matching counts."""
+
+    @classmethod
+    def draw(cls, schedule: Schedule, guidance: Guidance, noise: FrameNoise, ids: Tensor) -> "SetNoise":
+        """For the tokens `ids` (B, S)."""
+        frames = noise.draw(1 + sum(schedule.noisy))  # (1 + noisy steps, B, L, P)
+        start = frames[0] * getattr(schedule.scheduler, "init_noise_sigma", 1.0)
+        norm = start.square().sum((1, 2), keepdim=True)
+        if in_frame(schedule, guidance):
+            return cls(start, frames[1:], torch.zeros_like(norm))
+        drawn = gather_tokens(frames[1:].flatten(0, 1), ids.repeat(len(frames) - 1, 1))  # (noisy steps * B, S, P)
+        fresh = drawn.unflatten(0, (len(frames) - 1, len(ids)))
+        start = gather_tokens(start, ids)
+        return cls(start, fresh, (norm - start.square().sum((1, 2), keepdim=True)).clamp_min(0))
+
+
+def in_frame(schedule: Schedule, guidance: Guidance) -> bool:
+    """The full frame is stepped, since its norm counts and no factor stands for what lies outside the set."""
+    return guidance.renorm < 1 and not (schedule.is_flow and schedule.rows is not None)
+
+
+def denoise_set(
+    schedule: Schedule,
+    guidance: Guidance,
+    noise: SetNoise,
+    ids: Tensor,
+    predict: Predict,
+    generators: list[torch.Generator] | None = None,
+) -> Tensor:
+    """The steps, from noise to the values (B, S, P) of the tokens `ids` (B, S), float32.
+
+    `generators` are for schedulers that draw as they step. With `guidance_renorm` the norms are of the full frame. With
+    flow matching the "output" outside the set is the noisy input itself, which an Euler step only scales: its squared
+    norm at the start and one factor k for each sample stand for it. With any other scheduler the full frame is stepped.
+    """
+    schedule.begin()
+    whole = in_frame(schedule, guidance)
+    x, k = noise.start, torch.ones_like(noise.outside)
+    for i in range(len(schedule.timesteps)):
+        cond, output = predict(i, gather_tokens(x, ids) if whole else x)
+        if whole:
+            cond, output = (scatter_tokens(x, ids, part) for part in (cond, output))  # (B, L, P)
+            output = output * renorm_ratio(cond, output, guidance.renorm)
+        elif guidance.renorm < 1:
+            assert schedule.rows is not None
+            ratio = renorm_ratio(cond, output, guidance.renorm, k.square() * noise.outside)  # (B, 1, 1)
+            output, k = output * ratio, k * (1 + schedule.rows[i, 3] * ratio)
+        x = take_step(schedule, i, x, output, noise, generators)
+    return gather_tokens(x, ids) if whole else x
+
+
+def take_step(
+    schedule: Schedule, i: int, x: Tensor, output: Tensor, noise: SetNoise, generators: list[torch.Generator] | None
+) -> Tensor:
+    """Step `i` of the tokens or frames that x and the prediction hold."""
+    if schedule.rows is not None:
+        fresh = noise.fresh[sum(schedule.noisy[:i])] if schedule.noisy[i] else None
+        return linear_step(x, output, schedule.rows[i], schedule.clip, fresh)
+    t = schedule.scheduler.timesteps[i]
+    if schedule.draws:
+        stepped: Tensor = schedule.scheduler.step(output, t, x, generator=generators, return_dict=False)[0]
+    else:
+        stepped = schedule.scheduler.step(output, t, x, return_dict=False)[0]
+    return stepped

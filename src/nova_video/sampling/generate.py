@@ -14,8 +14,10 @@ from torch import Tensor
 from nova_video.model import NOVATransformer3DModel, patchify, random_order, unpatchify
 from nova_video.model.patches import gather_tokens, scatter_tokens
 from nova_video.sampling.context import REFERENCE_FRAMES, Statistics, hold_statistics
-from nova_video.sampling.diffusion import denoise_set
+from nova_video.sampling.diffusion import Schedule, SetNoise
+from nova_video.sampling.engine import Engine, PlainEngine
 from nova_video.sampling.state import OpenFrame, SamplingState
+from nova_video.sampling.timing import Stopwatch, span
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,26 @@ class SetDone:
     """(B, V) tokens revealed so far, in that order."""
 
 
-def generate_sets(model: NOVATransformer3DModel, scheduler: Any, state: SamplingState) -> Iterator[SetDone]:
-    """Advance `state` to its end, one set a turn. `scheduler` is the request's own copy."""
+def generate_sets(
+    model: NOVATransformer3DModel,
+    scheduler: Any,
+    state: SamplingState,
+    engine: Engine | None = None,
+    stopwatch: Stopwatch | None = None,
+) -> Iterator[SetDone]:
+    """Advance `state` to its end, one set a turn. `scheduler` is the request's own copy; None: the plain engine."""
+    engine = engine or PlainEngine(model)
+    schedule = Schedule.of(scheduler, state.num_diffusion_steps, state.random.device)
     while not state.finished:
         if state.open is None:
             given = state.given.get(state.done)
             if given is not None and given.redraw == 0:
                 finish_frame(state, given.latents)
                 continue
-            state.open = open_frame(model, state, encode_next_frame(model, state))
-        yield reveal_set(model, scheduler, state, state.open)
+            with span(stopwatch, "temporal"):
+                condition = encode_next_frame(model, state)
+            state.open = open_frame(model, state, condition)
+        yield reveal_set(model, engine, schedule, state, state.open, stopwatch)
 
 
 # In time --------------------------------------------------------------------------------------------------------------
@@ -150,16 +162,23 @@ def reveal(model: NOVATransformer3DModel, frame: OpenFrame, ids: Tensor, values:
     frame.embedded = scatter_tokens(frame.embedded, ids, model.embed_tokens(values))
 
 
-def reveal_set(model: NOVATransformer3DModel, scheduler: Any, state: SamplingState, frame: OpenFrame) -> SetDone:
+def reveal_set(
+    model: NOVATransformer3DModel,
+    engine: Engine,
+    schedule: Schedule,
+    state: SamplingState,
+    frame: OpenFrame,
+    stopwatch: Stopwatch | None,
+) -> SetDone:
     """Predict the next set of the open frame and fix it; the last set closes the frame."""
-    passes, guidance = state.passes, state.segments[state.segment_at(state.done)].guidance
+    guidance = state.segments[state.segment_at(state.done)].guidance
     visible = frame.revealed(frame.sets)  # (B, V)
     ids = frame.revealed(frame.sets + 1)[:, visible.shape[1] :]  # (B, S)
-    z = model.encode_tokens(
-        frame.condition, frame.embedded.repeat(passes, 1, 1), visible.repeat(passes, 1), state.positions
-    )  # (N * B, L, D)
-    features = gather_tokens(z, ids.repeat(passes, 1))  # (N * B, S, D)
-    values = denoise_set(model, scheduler, features, ids, state.num_diffusion_steps, guidance, state.noise)
+    with span(stopwatch, "spatial"):
+        features = engine.features(frame.condition, frame.embedded, visible, ids, state.positions)  # (N * B, S, D)
+    with span(stopwatch, "denoiser"):
+        noise = SetNoise.draw(schedule, guidance, state.noise, ids)
+        values = engine.denoise(features, ids, schedule, guidance, noise, state.random.generators)
     reveal(model, frame, ids, values.to(features.dtype))
     frame.sets += 1
     whole = frame.sets == len(frame.sizes)

@@ -32,7 +32,9 @@ class Guidance:
         return 1 if timestep < self.trunc else self.passes
 
 
-def combine(outputs: Tensor, passes: int, guidance: Guidance) -> tuple[Tensor, Tensor]:
+def combine(
+    outputs: Tensor, passes: int, scale: float | Tensor, image_scale: float | Tensor = 0.0
+) -> tuple[Tensor, Tensor]:
     """Outputs (N * B, S, P) of `passes` passes -> the conditional one c and the guided e, both (B, S, P) float32.
 
     Two passes: e = u + scale (c - u). Three: e = u + scale (c - i) + image_scale (i - u).
@@ -41,9 +43,9 @@ def combine(outputs: Tensor, passes: int, guidance: Guidance) -> tuple[Tensor, T
     if not others:
         return cond, cond
     if len(others) == 1:
-        return cond, others[0] + guidance.scale * (cond - others[0])
+        return cond, others[0] + scale * (cond - others[0])
     null, image = others
-    return cond, null + guidance.scale * (cond - image) + guidance.image_scale * (image - null)
+    return cond, null + scale * (cond - image) + image_scale * (image - null)
 
 
 def renorm_ratio(cond: Tensor, guided: Tensor, least: float, outside: Tensor | float = 0.0) -> Tensor:

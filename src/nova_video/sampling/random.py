@@ -22,16 +22,23 @@ class RandomState:
     dtype: torch.dtype
 
     def uniform(self, *shape: int) -> Tensor:
-        return self._draw(torch.rand, shape)
+        return self._draw(torch.rand, shape, 1)[0]
 
     def normal(self, *shape: int) -> Tensor:
-        return self._draw(torch.randn, shape)
+        return self._draw(torch.randn, shape, 1)[0]
 
-    def _draw(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+    def normals(self, count: int, *shape: int) -> Tensor:
+        """`count` draws of `normal`, one after the other: (count, *shape)."""
+        return self._draw(torch.randn, shape, count)
+
+    def _draw(self, draw: Callable[..., Tensor], shape: tuple[int, ...], count: int) -> Tensor:
         """Drawn where the generator lives, so that its numbers are the same whatever the model's device."""
         share = (shape[0] // len(self.generators), *shape[1:])
-        parts = [draw(share, generator=g, device=g.device, dtype=self.dtype) for g in self.generators]
-        return torch.cat(parts).to(self.device)
+        parts = [
+            torch.stack([draw(share, generator=g, device=g.device, dtype=self.dtype) for _ in range(count)])
+            for g in self.generators
+        ]
+        return torch.cat(parts, dim=1).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class FrameNoise:
     """(B, C, h, w)"""
     patch: int
 
-    def draw(self) -> Tensor:
-        """(B, L, P)."""
-        return patchify(self.random.normal(*self.shape), self.patch)
+    def draw(self, count: int) -> Tensor:
+        """(count, B, L, P) float32: `count` frames of noise, in the order of drawing."""
+        noise = self.random.normals(count, *self.shape)
+        return patchify(noise.flatten(0, 1), self.patch).unflatten(0, (count, self.shape[0])).float()

@@ -1,0 +1,321 @@
+"""How the pieces of one set are computed: plainly, or arranged for speed. `generate.py` is the one loop over both.
+
+`PlainEngine` calls the model step by step. `FastEngine` gives the same numbers to rounding: everything that does not
+depend on the noisy values is computed for all denoising steps at once, the spatial encoder's last block for the set's
+tokens alone, and what is left are functions of tensors that a runner calls or, on CUDA, captures and replays
+(`graphs.py`), with compiled blocks. An engine is made for a request; runners belong to a pipeline and outlive it.
+
+Legend: B batch, N guidance passes, L tokens of a frame, V of them revealed, S tokens of the set, Lc temporal tokens of
+the frame, D width, P values of a token, K denoising steps.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nova_video.model import NOVATransformer3DModel, Positions
+from nova_video.model.denoiser import Denoiser
+from nova_video.model.embeddings import Rotary
+from nova_video.model.patches import gather_tokens
+from nova_video.model.transformer import ApplyBlock
+from nova_video.model.vit import Block
+from nova_video.sampling.diffusion import Schedule, SetNoise, denoise_set, linear_step
+from nova_video.sampling.guidance import Guidance, combine
+
+SET_MULTIPLE = 8  # sets are padded to a multiple of it: a few graphs serve sets of all sizes
+ROWS_AT_ONCE = 1 << 16  # tokens times steps whose modulations are computed together: bounds their memory
+
+Inputs = Mapping[str, Tensor | None]
+
+
+class Runner(Protocol):
+    """Runs functions of tensors. Equal keys and shapes mean the same function."""
+
+    compiled: bool
+    """Blocks are compiled first."""
+
+    def __call__(self, key: tuple[object, ...], function: Callable[..., Tensor], inputs: Inputs) -> Tensor: ...
+
+
+class DirectRunner:
+    """Just calls."""
+
+    def __init__(self, compiled: bool = False) -> None:
+        self.compiled = compiled
+
+    def __call__(self, key: tuple[object, ...], function: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+        return function(**inputs)
+
+
+class Engine(Protocol):
+    """The two pieces of a set."""
+
+    def features(
+        self, condition: Tensor, embedded: Tensor, visible: Tensor, ids: Tensor, positions: Positions
+    ) -> Tensor:
+        """condition (N * B, Lc, D), embedded tokens (B, L, D), visible (B, V) -> z of `ids` (B, S): (N * B, S, D)."""
+        ...
+
+    def denoise(
+        self,
+        features: Tensor,
+        ids: Tensor,
+        schedule: Schedule,
+        guidance: Guidance,
+        noise: SetNoise,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Features (N * B, S, D) of the tokens `ids` (B, S) -> their values (B, S, P), float32."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class PlainEngine:
+    """As the paper says it, one call after the other."""
+
+    model: NOVATransformer3DModel
+
+    def features(
+        self, condition: Tensor, embedded: Tensor, visible: Tensor, ids: Tensor, positions: Positions
+    ) -> Tensor:
+        passes = len(condition) // len(embedded)
+        z = self.model.encode_tokens(
+            condition, embedded.repeat(passes, 1, 1), visible.repeat(passes, 1), positions
+        )  # (N * B, L, D)
+        return gather_tokens(z, ids.repeat(passes, 1))
+
+    def denoise(
+        self,
+        features: Tensor,
+        ids: Tensor,
+        schedule: Schedule,
+        guidance: Guidance,
+        noise: SetNoise,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        condition = self.model.project_features(features)  # (N * B, S, width), the same at every step
+
+        def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+            passes = guidance.passes_at(schedule.timesteps[i])
+            noisy = schedule.scaled(i, x).to(condition.dtype).repeat(passes, 1, 1)  # (n * B, S, P)
+            timestep = torch.full((len(noisy),), schedule.timesteps[i], device=x.device)
+            output = self.model.denoise(noisy, timestep, condition[: len(noisy)])
+            return combine(output, passes, guidance.scale, guidance.image_scale)
+
+        return denoise_set(schedule, guidance, noise, ids, predict, list(generators))
+
+
+@dataclass(frozen=True, eq=False)
+class FastEngine:
+    """The same numbers to rounding, for speed."""
+
+    model: NOVATransformer3DModel
+    runner: Runner
+    _once: dict[object, Tensor] = field(default_factory=dict)
+
+    def features(
+        self, condition: Tensor, embedded: Tensor, visible: Tensor, ids: Tensor, positions: Positions
+    ) -> Tensor:
+        rotary = positions.image_rotary
+        inputs = {
+            "condition": condition,
+            "embedded": embedded,
+            "visible": visible,
+            "ids": pad_set(ids),
+            "space": positions.image_space,
+            "cos": None if rotary is None else rotary.cos,
+            "sin": None if rotary is None else rotary.sin,
+        }
+        encode = partial(
+            encode_set, self.model, positions, compiled_block() if self.runner.compiled else Block.__call__
+        )
+        return self.runner(("features",), encode, inputs)[:, : ids.shape[1]]
+
+    def denoise(
+        self,
+        features: Tensor,
+        ids: Tensor,
+        schedule: Schedule,
+        guidance: Guidance,
+        noise: SetNoise,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        if schedule.draws:  # random numbers inside the steps cannot be drawn beforehand
+            return PlainEngine(self.model).denoise(features, ids, schedule, guidance, noise, generators)
+        plain = guidance.renorm >= 1 and schedule.rows is not None
+        size = ids.shape[1]
+        if plain:  # norms would count what is padded
+            ids = pad_set(ids)
+            more = ids.shape[1] - size
+            features = functional.pad(features, (0, 0, 0, more))
+            noise = replace(
+                noise,
+                start=functional.pad(noise.start, (0, 0, 0, more)),
+                fresh=functional.pad(noise.fresh, (0, 0, 0, more)),
+            )
+        inputs = {
+            "features": features,
+            "ids": ids,
+            "start": noise.start,
+            "fresh": noise.fresh,
+            "outside": noise.outside,
+            "rows": schedule.rows,
+            "times": self._times(schedule, features),
+            "scales": self._scales(guidance, features.device),
+        }
+        step = compiled_step() if self.runner.compiled else guided_step
+        denoise = partial(run_steps if plain else run_any, self.model.image_decoder, schedule, guidance, step)
+        return self.runner(("denoise", schedule.key, guidance), denoise, inputs)[:, :size]
+
+    def _times(self, schedule: Schedule, like: Tensor) -> Tensor:
+        """(K, width) embedded timesteps, once a request."""
+        if schedule.key not in self._once:
+            steps = torch.tensor(schedule.timesteps, device=like.device)
+            self._once[schedule.key] = self.model.image_decoder.embed_times(steps).to(like.dtype)
+        return self._once[schedule.key]
+
+    def _scales(self, guidance: Guidance, device: torch.device) -> Tensor:
+        """(2,) of the prompt and of the history, once a request."""
+        if guidance not in self._once:
+            self._once[guidance] = torch.tensor([guidance.scale, guidance.image_scale], device=device)
+        return self._once[guidance]
+
+
+def pad_set(ids: Tensor) -> Tensor:
+    """ids (B, S) with the first token again and again, up to a multiple of SET_MULTIPLE."""
+    more = -ids.shape[1] % SET_MULTIPLE
+    return torch.cat([ids, ids[:, :1].expand(-1, more)], dim=1)
+
+
+# Functions of tensors -------------------------------------------------------------------------------------------------
+
+
+def encode_set(
+    model: NOVATransformer3DModel,
+    positions: Positions,
+    apply: ApplyBlock,
+    *,
+    condition: Tensor,
+    embedded: Tensor,
+    visible: Tensor,
+    ids: Tensor,
+    space: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> Tensor:
+    """The spatial encoder, for the tokens `ids` alone: (N * B, S, D)."""
+    passes = len(condition) // len(embedded)
+    rotary = None if cos is None or sin is None else Rotary(cos, sin)
+    return model.encode_tokens(
+        condition,
+        embedded.repeat(passes, 1, 1),
+        visible.repeat(passes, 1),
+        replace(positions, image_space=space, image_rotary=rotary),
+        ids.repeat(passes, 1),
+        apply,
+    )
+
+
+def run_steps(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    guidance: Guidance,
+    step: Callable[..., Tensor],
+    *,
+    features: Tensor,
+    ids: Tensor,
+    start: Tensor,
+    fresh: Tensor,
+    outside: Tensor,
+    rows: Tensor,
+    times: Tensor,
+    scales: Tensor,
+) -> Tensor:
+    """All steps of a set whose tokens are stepped by themselves: start (B, S, P) -> values (B, S, P)."""
+    x, drawn = start, 0
+    modulations = Modulations(denoiser, denoiser.project_condition(features), times)
+    for i, t in enumerate(schedule.timesteps):
+        noise = fresh[drawn] if schedule.noisy[i] else None
+        drawn += schedule.noisy[i]
+        passes = guidance.passes_at(t)
+        x = step(denoiser, x, modulations.at(i, passes * len(x)), rows[i], scales, noise, passes, schedule.clip)
+    return x
+
+
+def guided_step(
+    denoiser: Denoiser,
+    x: Tensor,
+    modulations: list[Tensor],
+    row: Tensor,
+    scales: Tensor,
+    noise: Tensor | None,
+    passes: int,
+    clip: float | None,
+) -> Tensor:
+    """One step: x (B, S, P) float32 under the modulations of n passes -> the next x."""
+    output = denoiser.predict(x.to(modulations[0].dtype).repeat(passes, 1, 1), modulations)
+    _, guided = combine(output, passes, scales[0], scales[1])
+    return linear_step(x, guided, row, clip, noise)
+
+
+def run_any(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    guidance: Guidance,
+    step: Callable[..., Tensor],
+    *,
+    features: Tensor,
+    ids: Tensor,
+    start: Tensor,
+    fresh: Tensor,
+    outside: Tensor,
+    rows: Tensor | None,
+    times: Tensor,
+    scales: Tensor,
+) -> Tensor:
+    """All steps of a set in any other way: `denoise_set` with the modulations computed beforehand."""
+    modulations = Modulations(denoiser, denoiser.project_condition(features), times)
+
+    def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        passes = guidance.passes_at(schedule.timesteps[i])
+        noisy = schedule.scaled(i, x).to(features.dtype).repeat(passes, 1, 1)  # (n * B, S, P)
+        output = denoiser.predict(noisy, modulations.at(i, len(noisy)))
+        return combine(output, passes, scales[0], scales[1])
+
+    given = replace(schedule, rows=rows)
+    return denoise_set(given, guidance, SetNoise(start, fresh, outside), ids, predict)
+
+
+class Modulations:
+    """The modulations of all steps: nothing of them depends on the noisy values."""
+
+    def __init__(self, denoiser: Denoiser, condition: Tensor, times: Tensor) -> None:
+        """condition (N * B, S, width) projected, times (K, width)."""
+        self.denoiser, self.condition, self.times = denoiser, condition, times
+        self.chunk = max(1, ROWS_AT_ONCE // condition[..., 0].numel())
+        self.first = 0
+        self.computed: list[Tensor] = []
+
+    def at(self, step: int, rows: int) -> list[Tensor]:
+        """Of a step, for the first `rows` rows: (rows, S, 3 width) a block, and the head's (rows, S, 2 width)."""
+        if not self.computed or step >= self.first + len(self.computed[0]):
+            self.first = step
+            u = self.times[step : step + self.chunk, None, None] + self.condition  # (K', N * B, S, width)
+            self.computed = self.denoiser.modulations(u)
+        return [modulation[step - self.first, :rows] for modulation in self.computed]
+
+
+@cache
+def compiled_block() -> ApplyBlock:
+    """A block, compiled once for all of them and for any number of tokens."""
+    return torch.compile(Block.forward, dynamic=True)
+
+
+@cache
+def compiled_step() -> Callable[..., Tensor]:
+    return torch.compile(guided_step, dynamic=True)

@@ -1,0 +1,154 @@
+"""The fast engine gives the plain one's latents: every guidance mode, scheduler, kind of position, mask and context."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+from torch import Tensor
+
+from nova_video.sampling.context import Context
+from nova_video.sampling.diffusion import request_scheduler
+from nova_video.sampling.engine import (
+    SET_MULTIPLE,
+    DirectRunner,
+    Engine,
+    FastEngine,
+    Inputs,
+    Modulations,
+    PlainEngine,
+    pad_set,
+)
+from nova_video.sampling.generate import generate_sets
+from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.state import GivenFrame, SamplingState, Segment
+from nova_video.sampling.timing import Stopwatch
+from test_sampling import DDPM_CONFIG, GUIDANCES, close, make_state, open_model, open_scheduler
+
+
+@pytest.fixture(autouse=True)
+def _seeded_without_gradients() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def run(folder: str, engine: Callable[[Any], Engine], state: SamplingState, scheduler: Any = None) -> Tensor:
+    model = open_model(folder)
+    for _ in generate_sets(model, request_scheduler(scheduler or open_scheduler(folder), None), state, engine(model)):
+        pass
+    return state.latents()
+
+
+def fast(model: Any) -> Engine:
+    return FastEngine(model, DirectRunner())
+
+
+def embeds() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(5, 32, generator=generator), torch.randn(3, 32, generator=generator)]
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES, ids=str)
+@pytest.mark.parametrize("folder", ["text-to-image", "text-to-video", "rotary-flow"])
+def test_fast_equals_plain(folder: str, guidance: Guidance) -> None:
+    frames = 1 if folder == "text-to-image" else 3
+    model = open_model(folder)
+    plain, quick = (
+        run(folder, engine, make_state(model, embeds(), guidance, frames=frames, sets=5))
+        for engine in (PlainEngine, fast)
+    )
+    close(quick, plain)
+
+
+@pytest.mark.parametrize("renorm", [1.0, 0.3])
+@pytest.mark.parametrize("cls", [DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler])
+def test_other_schedulers(cls: Any, renorm: float) -> None:
+    """Those that draw as they step go the plain way; the others through the same function of tensors."""
+    scheduler = cls.from_config(DDPMScheduler.from_pretrained(DDPM_CONFIG).config)
+    model, guidance = open_model("text-to-video"), Guidance(4.0, renorm=renorm)
+    plain, quick = (
+        run("text-to-video", engine, make_state(model, embeds(), guidance), scheduler) for engine in (PlainEngine, fast)
+    )
+    close(quick, plain)
+
+
+@pytest.mark.parametrize("folder", ["text-to-video", "rotary-flow"])
+def test_masks_timelines_and_bounded_context(folder: str) -> None:
+    model, guidance = open_model(folder), Guidance(4.0)
+    known = torch.arange(24) % 3 == 0
+    latents = torch.randn(2, 4, 8, 12)
+
+    def state() -> SamplingState:
+        made = make_state(model, embeds(), guidance, frames=6, sets=5, context=Context(frames=3, history_noise=0.1))
+        given = {0: GivenFrame(latents), 1: GivenFrame(latents, known, redraw=16), 4: GivenFrame(latents, known, 9)}
+        later = Segment(3, -made.segments[0].text, replace(guidance, scale=2.0), begin=2)
+        return replace(made, given=given, segments=[*made.segments, later])
+
+    close(run(folder, fast, state()), run(folder, PlainEngine, state()))
+
+
+def test_sets_are_padded_with_a_token_of_their_own() -> None:
+    ids = torch.tensor([[7, 3, 5], [2, 9, 4]])
+    padded = pad_set(ids)
+    assert padded.shape == (2, SET_MULTIPLE)
+    assert torch.equal(padded[:, :3], ids)
+    assert (padded[:, 3:] == ids[:, :1]).all()
+    assert torch.equal(pad_set(padded), padded)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 1000])
+def test_modulations_in_chunks(at_once: int) -> None:
+    denoiser = open_model("text-to-video").image_decoder
+    condition, times = torch.randn(2, 3, denoiser.norm.width), torch.randn(5, denoiser.norm.width)
+    modulations = Modulations(denoiser, condition, times)
+    modulations.chunk = at_once
+    for step in range(5):
+        for got, expected in zip(modulations.at(step, 1), denoiser.modulations(times[step] + condition), strict=True):
+            torch.testing.assert_close(got, expected[:1], rtol=1e-5, atol=1e-5)
+
+
+@dataclass
+class Recorder:
+    """A runner that keeps what a graph would be keyed by."""
+
+    compiled: bool = False
+    keys: list[tuple[object, ...]] = field(default_factory=list)
+
+    def __call__(self, key: tuple[object, ...], function: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+        shapes = tuple((name, None if x is None else (x.shape, x.dtype)) for name, x in inputs.items())
+        self.keys.append((*key, shapes))
+        return function(**inputs)
+
+
+def test_a_clip_needs_few_graphs() -> None:
+    """Every frame asks for the same functions again, and so does the next request."""
+    model, recorder = open_model("rotary-flow"), Recorder()
+
+    def keys(frames: int) -> set[tuple[object, ...]]:
+        recorder.keys.clear()
+        run(
+            "rotary-flow",
+            lambda model: FastEngine(model, recorder),
+            make_state(model, embeds(), Guidance(4.0), frames=frames, sets=5),
+        )
+        assert len(recorder.keys) == 2 * 5 * frames
+        return set(recorder.keys)
+
+    one = keys(1)
+    assert len(one) == 5 + 1  # a function a set of the spatial encoder; all sets fit into one padded size
+    assert keys(3) == one
+
+
+def test_stopwatch() -> None:
+    model, stopwatch = open_model("rotary-flow"), Stopwatch(torch.device("cpu"))
+    state = make_state(model, embeds(), Guidance(4.0))
+    for _ in generate_sets(model, request_scheduler(open_scheduler("rotary-flow"), None), state, None, stopwatch):
+        pass
+    seconds = stopwatch.seconds()
+    assert set(seconds) == {"temporal", "spatial", "denoiser"}
+    assert all(value > 0 for value in seconds.values())
+    stopwatch.reset()
+    assert stopwatch.seconds() == {}

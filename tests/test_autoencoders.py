@@ -1,5 +1,8 @@
 """Both video autoencoders: their shapes, their causality, their numbers, and the scaling of latents."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +21,7 @@ from nova_video.autoencoders import (
     unscale_latents,
 )
 from nova_video.autoencoders.base import VideoAutoencoder
+from nova_video.autoencoders.fast import decode_tile, parts_of
 from nova_video.autoencoders.opensora import CausalConv3d, first_frame_padded
 from nova_video.autoencoders.tiling import map_tiles, tile_starts
 from nova_video.errors import InputError
@@ -492,3 +496,118 @@ def test_tiny_context_follows_its_layers(layers: int) -> None:
 def test_context_leaves_something_to_decode(either: VideoAutoencoder, context: int) -> None:
     with pytest.raises(InputError, match=f"expected 0 to 1, got {context}"):
         either.decode(clip_latents(either, 2), context=context)
+
+
+# The fast decode ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uneven() -> AutoencoderKLOpenSora:
+    """Widths that differ, as the released ones do, and norms that do something."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLOpenSora(block_out_channels=(16, 32, 64, 64), norm_num_groups=16, layers_per_block=1)
+    for parameter in vae.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return vae.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def fast(uneven: AutoencoderKLOpenSora) -> Iterator[AutoencoderKLOpenSora]:
+    uneven.enable_fast_decode()
+    yield uneven
+    uneven.disable_fast_decode()
+    uneven.disable_tiling()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("num_latents", "batch"), [(1, 1), (2, 2), (5, 1), (7, 2)])
+def test_fast_decode_gives_the_plain_pixels(uneven: AutoencoderKLOpenSora, num_latents: int, batch: int) -> None:
+    latents = clip_latents(uneven, num_latents, batch, (3, 5))
+    plain = uneven.decode(latents).sample
+    uneven.enable_fast_decode()
+    pixels = uneven.decode(latents).sample
+    uneven.disable_fast_decode()
+    assert_close(pixels, plain, 2e-5)
+    assert torch.equal(uneven.decode(latents).sample, plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("values", [1, 3000, 40_000])
+def test_fast_decode_is_the_same_in_parts_of_any_length(uneven: AutoencoderKLOpenSora, values: int) -> None:
+    latents = clip_latents(uneven, 5, size=(3, 5))
+    z = uneven.post_quant_conv(latents)
+    assert_close(decode_tile(uneven.decoder, z, values=values), uneven.decoder(z), 2e-5)
+
+
+@torch.no_grad()
+def test_fast_decode_streams_and_tiles(fast: AutoencoderKLOpenSora, monkeypatch) -> None:
+    latents = clip_latents(fast, 7, size=(4, 6))
+    pieces = decoded_in_pieces(StreamDecoder(fast), latents)
+    assert torch.equal(torch.cat(pieces, dim=2), fast.decode(latents).sample)
+    monkeypatch.setattr(fast, "tile_size", 32)
+    monkeypatch.setattr(fast, "tile_overlap", 16)
+    fast.enable_tiling()
+    tiled = fast.decode(latents).sample
+    fast.disable_fast_decode()
+    assert_close(tiled, fast.decode(latents).sample, 2e-5)
+
+
+@torch.no_grad()
+def test_fast_decode_in_half_precision_is_no_farther_off(uneven: AutoencoderKLOpenSora) -> None:
+    half = AutoencoderKLOpenSora.from_config(uneven.config)
+    half.load_state_dict(uneven.state_dict())
+    half = half.to(torch.bfloat16).eval()
+    errors = {"plain": 0.0, "fast": 0.0}
+    for seed in range(3):
+        latents = noise(1, 4, 5, 3, 4, seed=seed)
+        exact = uneven.decode(latents).sample
+        for way in errors:
+            half.use_fast_decode = way == "fast"
+            made = half.decode(latents.to(torch.bfloat16)).sample.float()
+            errors[way] += float((made - exact).square().mean().sqrt())
+    assert errors["fast"] <= 1.1 * errors["plain"]
+
+
+def test_gradients_go_through_the_plain_modules(fast: AutoencoderKLOpenSora) -> None:
+    latents = clip_latents(fast, 2).requires_grad_()
+    fast.decode(latents).sample.sum().backward()
+    assert latents.grad is not None
+
+
+def test_fast_layout_is_saved_as_any_other(fast: AutoencoderKLOpenSora, tmp_path: Path) -> None:
+    fast.save_pretrained(tmp_path)
+    loaded = AutoencoderKLOpenSora.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), fast.parameters(), strict=True))
+
+
+def test_parts_cover_the_frames() -> None:
+    assert parts_of(17, 94, 300) == [3, 3, 3, 3, 3, 2]
+    assert parts_of(17, 1, 300) == [17]
+    assert parts_of(5, 1000, 300) == [3, 2]
+    assert parts_of(9, 1000, 300) == [3, 2, 2, 2]
+
+
+KERNELS = """
+import torch
+from nova_video.autoencoders import AutoencoderKLOpenSora, fast, kernels
+
+assert kernels.agree(torch.device("cpu"), torch.float16) is None
+torch.manual_seed(0)
+vae = AutoencoderKLOpenSora(block_out_channels=(16, 16, 32, 32), norm_num_groups=8, layers_per_block=1).eval()
+z = torch.randn(1, 4, 2, 2, 3)
+with torch.no_grad():
+    plain = vae.decoder(z)
+    for pieces in (kernels.PIECES, kernels.LIBRARY_PIECES):
+        off = ((fast.decode_tile(vae.decoder, z, pieces, values=20_000) - plain).abs().max() / plain.abs().max()).item()
+        assert off < 2e-5, off
+"""
+
+
+def test_kernels_give_the_plain_pieces_numbers() -> None:
+    """By Triton's interpreter, in a process of its own, since Triton reads the switch when it is imported."""
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-c", KERNELS], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr

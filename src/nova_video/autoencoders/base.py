@@ -33,6 +33,7 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
     """Pixels over which neighbouring tiles are blended."""
     use_slicing = False
     use_tiling = False
+    use_fast_decode = False
     decode_context = 1
     """Latent frames that must stand before a piece of a clip for its pixels to be those of the whole clip: one at
     least, since a piece with nothing before it is a clip's beginning."""
@@ -93,6 +94,14 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
 
     def disable_tiling(self) -> None:
         self.use_tiling = False
+
+    def enable_fast_decode(self) -> None:
+        """Decode by the arrangement that is faster and smaller, if the autoencoder has one: the same numbers, rounded
+        elsewhere. Where gradients are wanted, the plain modules decode."""
+        self.use_fast_decode = True
+
+    def disable_fast_decode(self) -> None:
+        self.use_fast_decode = False
 
     def _slices(self, clip: Tensor) -> tuple[Tensor, ...]:
         return clip.split(1) if self.use_slicing else (clip,)

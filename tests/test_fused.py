@@ -1,0 +1,192 @@
+"""The fused denoiser loop against the plain one: on a GPU as it is, elsewhere in Triton's interpreter, step by step.
+
+The interpreter is chosen before Triton is imported, so these tests run in a process of their own (`test_interpreted`).
+"""
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from nova_video.model.denoiser import Denoiser
+from nova_video.sampling import fused
+from nova_video.sampling.diffusion import Schedule, linear_step, request_scheduler
+from nova_video.sampling.fused import Layout, Tile, bytes_read, denoise_fused, rank_tiles, run_fused, supports
+from nova_video.sampling.guidance import Guidance, combine
+
+WIDTH, CHANNELS, PATCH, DEPTH, STEPS = 48, 3, 2, 2, 3
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or (DEVICE.type == "cpu" and not INTERPRETED),
+    reason="needs Triton, and a GPU or its interpreter",
+)
+LAYOUT = Layout(Tile(16, 16, 16), Tile(16, 16, 16, splits=3))
+
+
+def test_interpreted() -> None:
+    """Runs the tests below in the interpreter."""
+    if INTERPRETED or DEVICE.type == "cuda" or importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton and no GPU")
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+class Loop:
+    """A random denoiser and all that one loop of it takes."""
+
+    def __init__(self, passes: int, batch: int = 2, size: int = 3, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(passes)
+        self.passes, self.dtype = passes, dtype
+        self.denoiser = Denoiser(DEPTH, WIDTH, 16, CHANNELS, PATCH).eval().requires_grad_(False)
+        for parameter in self.denoiser.parameters():
+            parameter.normal_(std=0.2)
+        self.denoiser.to(DEVICE, dtype)
+        values = CHANNELS * PATCH**2
+        self.start = torch.randn(batch, size, values, device=DEVICE)
+        self.fresh = torch.randn(STEPS, batch, size, values, device=DEVICE)
+        self.rows = torch.randn(STEPS, 8, device=DEVICE)
+        self.scales = torch.tensor([2.5, 1.5], device=DEVICE)
+        self.times = torch.tensor([900.0, 500.0, 100.0], device=DEVICE)
+        self.features = torch.randn(passes * batch, size, 16, device=DEVICE).to(dtype)
+
+    def modulations(self) -> list[Tensor]:
+        times = self.denoiser.embed_times(self.times).to(self.dtype)  # (K, W)
+        return self.denoiser.modulations(times[:, None, None] + self.denoiser.project_condition(self.features))
+
+    def fused(self, layout: Layout | None = LAYOUT, clip: float | None = None) -> Tensor:
+        return denoise_fused(
+            self.denoiser,
+            self.modulations(),
+            self.start,
+            self.fresh,
+            self.rows,
+            self.scales,
+            self.passes,
+            clip,
+            layout,
+        )
+
+    def plain(self, clip: float | None = None, passes: Sequence[int] | None = None) -> Tensor:
+        x, modulations = self.start, self.modulations()
+        for step, row in enumerate(self.rows):
+            count = passes[step] if passes else self.passes
+            noisy = x.to(self.dtype).repeat(count, 1, 1)
+            output = self.denoiser.predict(noisy, [modulation[step][: len(noisy)] for modulation in modulations])
+            _, guided = combine(output, count, self.scales[0], self.scales[1])
+            x = linear_step(x, guided, row, clip, self.fresh[step] if step < len(self.fresh) else None)
+        return x
+
+
+def far(result: Tensor, expected: Tensor) -> float:
+    """Largest difference, of the largest value."""
+    return float((result.cpu() - expected.cpu()).abs().max() / expected.abs().max())
+
+
+@needs_triton
+@pytest.mark.parametrize(("passes", "clip"), [(1, 0.5), (2, 0.5), (3, None)])
+def test_is_the_plain_loop(passes: int, clip: float | None) -> None:
+    loop = Loop(passes)
+    assert far(loop.fused(clip=clip), loop.plain(clip)) < 1e-5
+
+
+@needs_triton
+@pytest.mark.parametrize("drawn", [0, STEPS - 1])
+def test_the_last_steps_need_no_noise(drawn: int) -> None:
+    loop = Loop(2)
+    loop.fresh = loop.fresh[:drawn]
+    assert far(loop.fused(), loop.plain()) < 1e-5
+
+
+@needs_triton
+def test_guidance_can_end_early() -> None:
+    """At the last two steps only the conditional pass runs: the loop is run in two parts."""
+    loop = Loop(2)
+    scheduler = request_scheduler(DDPMScheduler(beta_schedule="squaredcos_cap_v2"), None)
+    schedule = Schedule.of(scheduler, STEPS, DEVICE)
+    assert schedule.rows is not None
+    loop.rows, loop.fresh = schedule.rows, loop.fresh[: sum(schedule.noisy)]
+    loop.times = torch.tensor(schedule.timesteps, device=DEVICE)
+    result = run_fused(
+        loop.denoiser,
+        schedule,
+        Guidance(scale=2.5, trunc=schedule.timesteps[0]),
+        features=loop.features,
+        start=loop.start,
+        fresh=loop.fresh,
+        rows=schedule.rows,
+        times=loop.denoiser.embed_times(loop.times),
+        scales=loop.scales,
+    )
+    assert far(result, loop.plain(schedule.clip, passes=(2, 1, 1))) < 1e-5
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_as_near_to_float32_as_the_plain_loop(dtype: torch.dtype) -> None:
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies the bits of bfloat16 matrices")
+    loop = Loop(2, dtype=dtype)
+    plain, result = loop.plain(), loop.fused()
+    loop.denoiser.float()
+    loop.features, loop.dtype = loop.features.float(), torch.float32
+    exact = loop.plain()
+    assert far(result, exact) < 1.5 * far(plain, exact)
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", [None, Layout(Tile(32, 16, 16), Tile(16, 16, 16))])
+def test_cuts_change_nothing(layout: Layout | None) -> None:
+    loop = Loop(2, batch=1, size=9)
+    assert far(loop.fused(layout), loop.plain()) < 1e-5
+
+
+@needs_triton
+def test_one_kernel_for_the_whole_loop() -> None:
+    if INTERPRETED and not interpreter_loops():
+        pytest.skip("this Triton's interpreter has no loops over tensors with this numpy")
+    loop = Loop(3)
+    programs = 1 if INTERPRETED else 16  # the interpreter ends a program before the next: only one can wait for all
+    assert far(loop.fused(replace(LAYOUT, resident=True, programs=programs)), loop.plain()) < 1e-5
+
+
+def interpreter_loops() -> bool:
+    import numpy
+    import triton
+
+    def version(name: str) -> list[int]:
+        return [int(part) for part in name.split(".")[:2]]
+
+    return version(triton.__version__) >= [3, 7] or version(numpy.__version__) < [2, 4]
+
+
+def test_supports_says_where() -> None:
+    denoiser = Denoiser(DEPTH, WIDTH, 16, CHANNELS, PATCH)
+    assert not supports(denoiser, 10, 2)  # on a CPU
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+        denoiser.cuda()
+        assert supports(denoiser, 10, 2)
+        assert not supports(denoiser, fused.MAX_ROWS + 1, 2)
+        assert not supports(Denoiser(DEPTH, 40, 16, CHANNELS, PATCH).cuda(), 10, 2)  # width is no multiple of 16
+
+
+@pytest.mark.parametrize("width", [320, 768, 1024, 1280, 1536])
+def test_cuts_are_even_and_fit(width: int) -> None:
+    for rows, itemsize, split in itertools.product((6, 44, 128, 256, 512), (2, 4), (False, True)):
+        ranked = rank_tiles(rows, width, itemsize, 132, split)
+        for tile in ranked:
+            assert width % tile.columns == 0
+            assert width % (tile.depth * tile.splits) == 0
+            assert tile.stages * (tile.rows + tile.columns) * tile.depth * itemsize <= 2 * fused.SHARED_MEMORY
+        first, second = (bytes_read(tile, rows, width, itemsize, 132) for tile in ranked[:2])
+        assert first <= second

@@ -1,13 +1,27 @@
 """Measuring: floors against other ways to count, rows on disk, the command, and tables that say what the rows say."""
 
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import CONFORMANCE
+from nova_video import cli
+from nova_video.arguments import BenchSample, parse
 from nova_video.benchmarks.configs import SIZES, TEXT_DIM, build, resized
 from nova_video.benchmarks.floor import RATES, Floor, count_work, device_rates, floor_of, temporal_steps
+from nova_video.benchmarks.plots import PLOTS, is_current, write_plots
+from nova_video.benchmarks.rows import PARTS, Row, as_lines, cells, read_rows, record_row, write_rows
+from nova_video.benchmarks.sample import Asked, Runs, request_of
+from nova_video.benchmarks.tables import EMPTY, RELEASED, filled, released_seconds, sweeps, tables
 from nova_video.errors import InputError
 from nova_video.pipeline import NovaPipeline
 from nova_video.request import GenerateRequest
@@ -86,3 +100,231 @@ def test_rates_are_of_known_devices() -> None:
     assert device_rates("NVIDIA H200", torch.float16) is device_rates("NVIDIA H200", torch.bfloat16) is H200
     assert device_rates("NVIDIA H200", torch.float32) is None
     assert device_rates("cpu (x86_64)", torch.float16) is None
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--sets", "3", "--diffusion-steps", "2", "--repeats", "2"]
+
+
+def row(config: str = "t2v-480-0.6b", seconds: float | None = 5.0, **values: object) -> Row:
+    """Like one of an H200."""
+    given = {"preset": "exact", "batch": 1, "compile": True, "dtype": "float16", "device": "NVIDIA H200"}
+    shape = {"frames": 33, "latent_frames": 9, "size": "768x480", "tokens": 1440, "floor_seconds": 2.0}
+    more = {"versions": {"torch": "2.11.0"}, "command": f"nova bench sample --config {config}", "seconds": seconds}
+    return Row(config=config, **(given | shape | more | values))
+
+
+def curve() -> list[Row]:
+    """A clip of three lengths, and a picture of two sizes."""
+    clips = [row(seconds=s, frames=f, latent_frames=n, changed={"frames": f}) for f, n, s in ((9, 3, 1.5), (65, 17, 9))]
+    small = {"size": "256x256", "tokens": 256, "frames": 1, "latent_frames": 1, "floor_seconds": 0.04}
+    own = {"size": "512x512", "tokens": 1024, "frames": 1, "latent_frames": 1, "floor_seconds": 0.15}
+    pictures = [
+        row("t2i-512-0.6b", 0.4, **own),
+        row("t2i-512-0.6b", 0.2, changed={"size": "256x256"}, **small),
+    ]
+    return [row(), *clips, *pictures]
+
+
+def test_a_row_replaces_its_kind(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.json"
+    assert read_rows(path) == []
+    other = row(batch=8)
+    for measured in (row(seconds=5.0), other, row(changed={"frames": 9}), row(seconds=4.0, command="again")):
+        record_row(path, measured)
+    assert [r.seconds for r in read_rows(path)] == [4.0, 5.0, 5.0]
+    assert read_rows(path)[1] == other
+    assert read_rows(path)[0].command == "again"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '[{"config": "a"}]', '[{"speed": 1}]'])
+def test_a_file_of_something_else_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(InputError, match=r"rows\.json: expected a list of measured rows"):
+        read_rows(tmp_path / "rows.json")
+
+
+def test_a_row_is_one_line_under_its_header() -> None:
+    header, line = as_lines(row(seconds=4.125, parts=dict.fromkeys(PARTS, 0.5), changed={"frames": 9}))
+    assert len(header) == len(line)
+    assert header.split()[:4] == ["config", "preset", "batch", "seconds"]
+    assert "t2v-480-0.6b frames=9" in line
+    assert "4.12" in line
+    assert cells(row(compile=False))["preset"] == "exact, plain"
+    (failed,) = as_lines(row(error="out of memory"))
+    assert failed.endswith("failed: out of memory")
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_command_measures_and_goes_on(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two checkpoints, of which the second has no autoencoder: a row of each, and an exit code that tells."""
+    monkeypatch.chdir(tmp_path)
+    blind = tmp_path / "blind"
+    for part in ("transformer", "scheduler"):
+        (blind / part).parent.mkdir(exist_ok=True)
+        (blind / part).symlink_to(tiny_checkpoint / part)
+    configs = [str(blind), str(tiny_checkpoint)]
+    code = cli.main(["bench", "sample", "--config", *configs, "--frames", "9", "--batch", "2", *QUICK])
+    printed = capsys.readouterr()
+    assert code == 2
+    assert "1 of 2 failed" in printed.err
+    values = json.loads((tmp_path / "benchmarks" / "results" / "sample.json").read_text())
+    failed, done = read_rows(tmp_path / "benchmarks" / "results" / "sample.json")
+    assert failed.seconds is None
+    assert "no vae/" in failed.error
+    expected = {"frames": 9, "latent_frames": 3, "batch": 2, "sets": 3, "diffusion_steps": 2, "size": "96x64"}
+    assert expected.items() <= values[1].items()
+    assert done.seconds_range[0] <= done.seconds <= done.seconds_range[1]
+    assert 0 < done.vae_seconds < done.total_seconds < done.first_call_seconds * 10
+    assert 0 < done.first_preview_seconds <= done.first_frame_seconds
+    assert done.frames_per_second == pytest.approx(18 / done.total_seconds, rel=1e-2)
+    assert (done.floor_seconds, done.floor_ratio, done.peak_memory_gb) == (None, None, None)
+    assert done.finite
+    assert set(done.parts) == set(PARTS)
+    assert done.tflop > 0
+    assert "t2v" not in printed.out
+    assert f"{tiny_checkpoint} frames=9" in printed.out
+    again = parse(done.command.split()[1:])
+    assert isinstance(again, BenchSample)
+    assert (again.config, again.batch, again.frames, again.sets, again.repeats) == ((configs[1],), 2, 9, 3, 2)
+
+
+def test_what_is_timed_is_the_call(tiny_checkpoint: Path) -> None:
+    """Sampled to latents and then decoded: the pixels that the pipeline gives."""
+    pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    asked = Asked(frames=5, sets=2, diffusion_steps=1)
+    runs = Runs(pipe, request_of(pipe, asked, "tiny"), torch.device("cpu"))
+    generation = runs.sampled()
+    pixels = generation.run().frames
+    expected = pipe.generate(
+        dataclasses.replace(runs.request, output_type="pt"), torch.Generator().manual_seed(0)
+    ).frames
+    assert torch.equal(pixels, expected)
+
+
+def test_profile_is_a_trace(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    runs = Runs(pipe, request_of(pipe, Asked(frames=9, sets=2, diffusion_steps=1), "tiny"), torch.device("cpu"))
+    runs.profile(tmp_path / "trace.json")
+    assert "aten::addmm" in {
+        event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nowhere"], "config is 'nowhere': expected one of t2i-512-0.6b"),
+        (["--config", "emoji", "--batch", "0"], "batch is 0"),
+        (["--config", "emoji", "--repeats", "0"], "repeats is 0"),
+        (["--config", "emoji", "--size", "big"], "size is 'big'"),
+        (["--config", "emoji", "emoji", "--profile", "trace.json"], "--profile with 2 configurations"),
+        (["--config", "emoji", "--device", "cuda:99"], "cuda:99"),
+        (["--config", "emoji", "--output", "rows.json"], "rows.json: expected a list"),
+    ],
+)
+def test_wrong_input_is_found_before_the_work(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.json").write_text("no rows")
+    monkeypatch.setattr("nova_video.benchmarks.sample.measure", None)
+    assert cli.main(["bench", "sample", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+# Tables and plots -----------------------------------------------------------------------------------------------------
+
+
+def test_tables_say_what_the_rows_say() -> None:
+    made = tables([row(seconds=4.0, floor_ratio=2.0, vae_seconds=0.5, total_seconds=4.5), row("other", error="why")])
+    cells = [cell.strip() for cell in made["speed"].splitlines()[-1].strip("|").split("|")]
+    assert cells[:3] == ["t2v-480-0.6b", "exact", "1"]
+    assert cells[3:] == ["40.9", "**4**", "- to -", "10.2", "2", "2", "0.5", "4.5"]
+    assert "other" not in made["speed"]
+    assert "Failed: why" in made["commands"]
+    assert tables([])["speed"] == EMPTY
+
+
+def test_released_times_are_for_the_same_work() -> None:
+    assert released_seconds(row("t2i-1024-0.6b", batch=8)) == RELEASED["t2i-1024-0.6b", 8]
+    assert released_seconds(row("t2i-1024-0.6b", batch=4)) is None
+    assert released_seconds(row(changed={"frames": 9})) is None
+    assert released_seconds(row(device="NVIDIA A100-SXM4-80GB")) is None
+
+
+def test_sweeps_differ_in_one_thing() -> None:
+    found = sweeps([*curve(), row(changed={"frames": 9, "sets": 8})], "frames")
+    assert {name: [r.frames for r in rows] for name, rows in found.items()} == {"t2v-480-0.6b, exact": [9, 33, 65]}
+    sizes = sweeps(curve(), "size")
+    assert {name: [r.tokens for r in rows] for name, rows in sizes.items()} == {"t2i-512-0.6b, exact": [256, 1024]}
+    made = tables(curve())
+    assert "| t2v-480-0.6b, exact | 65 | 17 | 9 | 0.529 |" in made["frames"]
+    assert "| t2i-512-0.6b, exact | 256x256 | 256 | 0.2 | 0.04 | - |" in made["tokens"]
+
+
+def test_plots_know_their_rows(tmp_path: Path) -> None:
+    for path in write_plots(curve(), tmp_path):
+        assert is_current(path, curve())
+        assert not is_current(path, curve()[:-1])
+        assert Image.open(path).width > 500
+    assert {path.stem for path in tmp_path.iterdir()} == set(PLOTS)
+    assert not is_current(tmp_path / "none.png", [])
+
+
+def test_a_page_has_a_place_for_every_table() -> None:
+    page = "a\n<!-- begin speed -->\nold\n<!-- end speed -->\nb\n"
+    assert filled(page, {"speed": "new"}) == "a\n<!-- begin speed -->\nnew\n<!-- end speed -->\nb\n"
+    with pytest.raises(InputError, match="no single place for the table parts"):
+        filled(page, {"parts": "new"})
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """benchmarks/tables.py"""
+    spec = importlib.util.spec_from_file_location("tables_script", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_recorded_tables_are_those_of_the_rows(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(script.Tables(check=True)) == 0, capsys.readouterr().err
+
+
+def test_stale_tables_are_found(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, rows = tmp_path / "README.md", tmp_path / "rows.json"
+    page.write_text((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    write_rows(rows, curve())
+    asked = script.Tables(check=True, rows=rows, page=page, plots=tmp_path / "plots")
+    assert script.main(asked) == 1
+    stale = capsys.readouterr().err
+    assert "README.md is not that of the rows" in stale
+    assert "floor.png" in stale
+    assert script.main(dataclasses.replace(asked, check=False)) == 0
+    assert script.main(asked) == 0
+
+
+def test_recorded_rows_can_be_made_again() -> None:
+    """Each row's command is one that `nova` understands, of that row."""
+    for measured in read_rows(ROOT / "benchmarks" / "results" / "sample.json"):
+        args = parse(measured.command.split()[1:])
+        assert isinstance(args, BenchSample)
+        assert (args.config, args.preset, args.batch) == ((measured.config,), measured.preset, measured.batch)
+        assert measured.device
+        assert measured.versions

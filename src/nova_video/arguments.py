@@ -231,6 +231,41 @@ class EvaluateDrift(Evaluating):
     """Tried, as for `nova generate`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchSample:
+    """Time sampling, each configuration by itself: a line printed and a row of a JSON file."""
+
+    what: Annotated[Positional[Literal["sample"]], arg(metavar="sample")]
+    """What to time."""
+    config: Annotated[tuple[str, ...], arg(metavar="NAME ...")]
+    """t2i-512-0.6b, t2i-1024-0.3b, t2i-1024-0.6b, t2i-1024-1.4b or t2v-480-0.6b (random weights at a released size),
+    or a model as for `nova generate`."""
+    preset: Annotated[str, arg(metavar="NAME")] = "exact"
+    """As for `nova generate`."""
+    batch: Annotated[int, arg(metavar="N")] = 1
+    """Pictures or clips of a call."""
+    no_compile: bool = False
+    """As for `nova generate`."""
+    frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Pixel frames."""
+    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
+    """Size in pixels; a released size is built for it."""
+    sets: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    diffusion_steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    repeats: Annotated[int, arg(metavar="N")] = 5
+    """Calls that count."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """As for `nova generate`."""
+    dtype: Dtype = "auto"
+    """As for `nova generate`."""
+    profile: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Write a trace for chrome://tracing of the first latent frame; .json or .json.gz."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("benchmarks/results/sample.json")
+    """Rows that are there stay, but for those of the same configuration and settings."""
+
+
 @dataclass(frozen=True)
 class DataEmoji:
     """Prepare the emoji world from the art and its names (`make data` fetches both)."""
@@ -265,6 +300,7 @@ Command = (
     | Annotated[Info, subcommand("info")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Any, subcommand("evaluate", description="Measure a model.", constructor_factory=lambda: Benchmarks)]
+    | Annotated[BenchSample, subcommand("bench")]
     | Annotated[
         Any, subcommand("data", description="Prepare what is learned from.", constructor_factory=lambda: Worlds)
     ]

@@ -1,0 +1,47 @@
+"""The tables and plots of this folder, made from the rows in results/: `python benchmarks/tables.py [--check]`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from nova_video.benchmarks.plots import PLOTS, is_current, write_plots
+from nova_video.benchmarks.rows import read_rows
+from nova_video.benchmarks.tables import filled, tables
+from nova_video.media import atomic_path
+
+FOLDER = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Write the tables into README.md, and the plots."""
+
+    check: bool = False
+    """Write nothing: fail if a table or a plot is not that of the rows."""
+    rows: Path = FOLDER / "results" / "sample.json"
+    """What `nova bench sample` wrote."""
+    page: Path = FOLDER / "README.md"
+    plots: Path = FOLDER / "plots"
+
+
+def main(args: Tables) -> int:
+    rows = read_rows(args.rows)
+    page = args.page.read_text(encoding="utf-8")
+    made = filled(page, tables(rows))
+    if args.check:
+        plots = [args.plots / f"{name}.png" for name in PLOTS]
+        stale = [path for path in plots if not is_current(path, rows)] + ([args.page] if made != page else [])
+        for path in stale:
+            print(f"{path} is not that of the rows: run python benchmarks/tables.py", file=sys.stderr)
+        return 1 if stale else 0
+    with atomic_path(args.page) as temporary:
+        temporary.write_text(made, encoding="utf-8")
+    for path in [args.page, *write_plots(rows, args.plots)]:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Tables, config=(tyro.conf.FlagCreatePairsOff,))))

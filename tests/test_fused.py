@@ -19,7 +19,16 @@ from torch import Tensor
 from nova_video.model.denoiser import Denoiser
 from nova_video.sampling import fused
 from nova_video.sampling.diffusion import Schedule, linear_step, request_scheduler
-from nova_video.sampling.fused import Layout, Tile, bytes_read, denoise_fused, rank_tiles, run_fused, supports
+from nova_video.sampling.fused import (
+    Layout,
+    Tile,
+    bytes_read,
+    denoise_fused,
+    hold_weights,
+    rank_tiles,
+    run_fused,
+    supports,
+)
 from nova_video.sampling.guidance import Guidance, combine
 
 WIDTH, CHANNELS, PATCH, DEPTH, STEPS = 48, 3, 2, 2, 3
@@ -45,10 +54,12 @@ def test_interpreted() -> None:
 class Loop:
     """A random denoiser and all that one loop of it takes."""
 
-    def __init__(self, passes: int, batch: int = 2, size: int = 3, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, passes: int, batch: int = 2, size: int = 3, dtype: torch.dtype = torch.float32, width: int = WIDTH
+    ) -> None:
         torch.manual_seed(passes)
         self.passes, self.dtype = passes, dtype
-        self.denoiser = Denoiser(DEPTH, WIDTH, 16, CHANNELS, PATCH).eval().requires_grad_(False)
+        self.denoiser = Denoiser(DEPTH, width, 16, CHANNELS, PATCH).eval().requires_grad_(False)
         for parameter in self.denoiser.parameters():
             parameter.normal_(std=0.2)
         self.denoiser.to(DEVICE, dtype)
@@ -145,19 +156,23 @@ def test_low_precision_is_as_near_to_float32_as_the_plain_loop(dtype: torch.dtyp
 
 
 @needs_triton
-@pytest.mark.parametrize("layout", [None, Layout(Tile(32, 16, 16), Tile(16, 16, 16))])
+@pytest.mark.parametrize("layout", [None, Layout(Tile(32, 16, 16, held=True), Tile(16, 16, 16, held=True))])
 def test_cuts_change_nothing(layout: Layout | None) -> None:
     loop = Loop(2, batch=1, size=9)
     assert far(loop.fused(layout), loop.plain()) < 1e-5
 
 
 @needs_triton
-def test_one_kernel_for_the_whole_loop() -> None:
+@pytest.mark.parametrize(
+    ("width", "tile"), [(WIDTH, LAYOUT.fc2), (32, Tile(32, 32, 16, held=True))], ids=["tiles", "held weights"]
+)
+def test_one_kernel_for_the_whole_loop(width: int, tile: Tile) -> None:
     if INTERPRETED and not interpreter_loops():
         pytest.skip("this Triton's interpreter has no loops over tensors with this numpy")
-    loop = Loop(3)
+    loop = Loop(3, width=width)
     programs = 1 if INTERPRETED else 16  # the interpreter ends a program before the next: only one can wait for all
-    assert far(loop.fused(replace(LAYOUT, resident=True, programs=programs)), loop.plain()) < 1e-5
+    layout = Layout(replace(tile, splits=1), tile, resident=True, programs=programs)
+    assert far(loop.fused(layout), loop.plain()) < 1e-5
 
 
 def interpreter_loops() -> bool:
@@ -187,6 +202,8 @@ def test_cuts_are_even_and_fit(width: int) -> None:
         for tile in ranked:
             assert width % tile.columns == 0
             assert width % (tile.depth * tile.splits) == 0
+            held = hold_weights(tile, width, itemsize)
+            assert width % (held.depth * held.splits) == 0
             assert tile.stages * (tile.rows + tile.columns) * tile.depth * itemsize <= 2 * fused.SHARED_MEMORY
         first, second = (bytes_read(tile, rows, width, itemsize, 132) for tile in ranked[:2])
         assert first <= second

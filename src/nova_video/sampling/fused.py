@@ -12,7 +12,7 @@ Legend: K steps, N passes, B batch, S tokens of a set, P values of a token, R = 
 import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ MAX_ROWS = 512  # beyond, the products are large enough for the library's own
 ROWS_AT_ONCE = 1 << 16  # rows times steps whose modulations are computed together: bounds their memory
 SHARED_MEMORY = 112 * 1024  # bytes of a program's pieces in flight: two programs fit on a multiprocessor of 227 KB
 
+HELD_MEMORY = 128 * 1024  # bytes of a program that holds its weights: beside it, one of the kernel behind still fits
 
 BlockWeights = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]
 """fc1's weight and bias, fc2's weight, and what comes behind: its bias, norm2's weight and bias."""
@@ -43,6 +44,9 @@ class Tile:
     stages: int = 3
     """One more than pieces of `depth` in flight."""
     warps: int = 4
+    held: bool = False
+    """A program reads all its weights while it waits for its input; they stay on its multiprocessor. Resident kernels
+    do so where there are no more tiles than programs."""
 
     def programs(self, rows: int, width: int) -> int:
         return -(-rows // self.rows) * (width // self.columns) * self.splits
@@ -155,18 +159,20 @@ def denoise_fused(
     row_sizes = (width, power_of_two(width))
     token_sizes = (*row_sizes, count, power_of_two(count), passes)
 
+    programs1, programs2 = (tile.programs(rows, width) for tile in (fc1, fc2))
     if layout.resident:
         counter = torch.zeros(1, dtype=torch.int32, device=x.device)
         together = {"launch_cooperative_grid": True} if x.is_cuda else {}
         kernels.whole_loop[(layout.programs,)](
             counter, tokens, len(steps), state, g, update, bound, blocks, ends, modulations,
-            *token_sizes, len(blocks), clipped, fc1.rows, fc1.columns, fc1.depth, fc1.stages,
-            fc2.rows, fc2.columns, fc2.depth, fc2.stages, fc2.splits, num_warps=layout.warps, num_stages=1, **together,
+            *token_sizes, len(blocks), clipped,
+            fc1.rows, fc1.columns, fc1.depth, fc1.stages, fc1.held and programs1 <= layout.programs,
+            fc2.rows, fc2.columns, fc2.depth, fc2.stages, fc2.held and programs2 <= layout.programs, fc2.splits,
+            num_warps=layout.warps, num_stages=1, **together,
         )  # fmt: skip
         return values
 
     early = {"launch_pdl": True} if layout.dependent else {}
-    programs1, programs2 = (tile.programs(rows, width) for tile in (fc1, fc2))
     between = (blocks[-1][3], ends, modulations[-2], modulations[-1], modulations[0])
     kernels.turn_kernel[(tokens,)](
         tokens, 0, 0, state, update, bound, *between, *token_sizes, fc2.splits, False, clipped, False,
@@ -181,11 +187,11 @@ def denoise_fused(
                 )  # fmt: skip
             kernels.linear_kernel[(programs1,)](
                 y, weight1, bias1, g, rows, width, fc1.rows, fc1.columns, fc1.depth, 1, fc1.stages,
-                True, layout.dependent, num_warps=fc1.warps, **early,
+                True, fc1.held, layout.dependent, num_warps=fc1.warps, **early,
             )  # fmt: skip
             kernels.linear_kernel[(programs2,)](
                 g, weight2, bias1, h, rows, width, fc2.rows, fc2.columns, fc2.depth, fc2.splits, fc2.stages,
-                False, layout.dependent, num_warps=fc2.warps, **early,
+                False, fc2.held, layout.dependent, num_warps=fc2.warps, **early,
             )  # fmt: skip
         kernels.turn_kernel[(tokens,)](
             tokens, step, min(step + 1, len(steps) - 1), state, update, bound, *between,
@@ -225,6 +231,8 @@ def choose_layout(rows: int, width: int, dtype: torch.dtype, device: torch.devic
         programs = torch.cuda.get_device_properties(device).multi_processor_count
         dependent = torch.cuda.get_device_capability(device) >= (9, 0)
     fc1, fc2 = (rank_tiles(rows, width, dtype.itemsize, programs, split)[0] for split in (False, True))
+    if dependent:
+        fc1, fc2 = (hold_weights(tile, width, dtype.itemsize) for tile in (fc1, fc2))
     return Layout(fc1, fc2, dependent=dependent, programs=programs)
 
 
@@ -246,6 +254,14 @@ def tiles(rows: int, width: int, itemsize: int, depth: int, split: bool) -> Iter
             fitting = SHARED_MEMORY // ((height + columns) * depth * itemsize)
             stages = max(2, min(fitting, chunks // parts + 1))
             yield Tile(height, columns, depth, parts, stages, warps=8 if height * columns > 4096 else 4)
+
+
+def hold_weights(tile: Tile, width: int, itemsize: int) -> Tile:
+    """The cut with its weights held, if they fit beside what it reads and have two bytes."""
+    length = width // tile.splits
+    if itemsize > 2 or (tile.rows + tile.columns) * length * itemsize > HELD_MEMORY:
+        return tile
+    return replace(tile, depth=min(length & -length, 256), stages=1, warps=8, held=True)
 
 
 def bytes_read(tile: Tile, rows: int, width: int, itemsize: int, programs: int) -> int:

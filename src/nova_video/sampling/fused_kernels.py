@@ -64,11 +64,25 @@ def enter(row, rows, step, state, out, left, entered, WIDTH: tl.constexpr, PADDE
 
 
 @triton.jit
-def linear(
-    tile, a, weight, bias, to, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, HIDDEN: tl.constexpr,
+def hold(
+    tile, weight, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
-    """A tile of a (R, W) @ weight (W, W)^T, over one of SPLITS parts of the sum.
+    """The weights of a tile of `linear`, all at once, in registers."""
+    chunks: tl.constexpr = WIDTH // DEPTH // SPLITS
+    column = (tile % (WIDTH // COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)
+    depth = (tile // (WIDTH // COLUMNS)) % SPLITS * (chunks * DEPTH) + tl.arange(0, DEPTH)
+    held = ()
+    for chunk in tl.static_range(chunks):
+        held = held + (tl.load(weight + column[None, :] * WIDTH + chunk * DEPTH + depth[:, None]),)  # noqa: RUF005
+    return held
+
+
+@triton.jit
+def linear(
+    tile, a, weight, held, bias, to, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, HIDDEN: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """A tile of a (R, W) @ weight (W, W)^T, over one of SPLITS parts of the sum; HELD: with the weights of `hold`.
 
     HIDDEN: silu(. + bias), in the weights' dtype; else the bare part of the sum into `to` (splits, R, W), float32.
     """
@@ -82,10 +96,17 @@ def linear(
     lefts = a + row[:, None] * WIDTH + depth[None, :]  # (ROWS, DEPTH)
     rights = weight + column[None, :] * WIDTH + depth[:, None]  # (DEPTH, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for chunk in tl.range(chunks, num_stages=STAGES):
-        left = tl.load(lefts + chunk * DEPTH, mask=inside, other=0.0)
-        right = tl.load(rights + chunk * DEPTH)
-        total = tl.dot(left, right, total, input_precision="ieee")
+    if HELD:
+        read = ()
+        for chunk in tl.static_range(chunks):  # all reads before the first product waits for any
+            read = read + (tl.load(lefts + chunk * DEPTH, mask=inside, other=0.0),)  # noqa: RUF005
+        for chunk in tl.static_range(chunks):
+            total = tl.dot(read[chunk], held[chunk], total, input_precision="ieee")
+    else:
+        for chunk in tl.range(chunks, num_stages=STAGES):
+            left = tl.load(lefts + chunk * DEPTH, mask=inside, other=0.0)
+            right = tl.load(rights + chunk * DEPTH)
+            total = tl.dot(left, right, total, input_precision="ieee")
     at = row[:, None] * WIDTH + column[None, :]
     if HIDDEN:
         total += tl.load(bias + column).to(tl.float32)[None, :]
@@ -169,10 +190,16 @@ def turn(
 
 
 @triton.jit
-def await_kernel_before(DEPENDENT: tl.constexpr):
-    """Of a kernel launched while the one before still runs: let the next one come too, then wait for the one before."""
+def release_kernel_behind(DEPENDENT: tl.constexpr):
+    """Let the next kernel be launched while this one runs: what it reads before it awaits this one costs no time."""
     if DEPENDENT:
         gdc_launch_dependents()
+
+
+@triton.jit
+def await_kernel_before(DEPENDENT: tl.constexpr):
+    """Wait until the kernel before has ended, and so all before it: it waited, too."""
+    if DEPENDENT:
         gdc_wait()
 
 
@@ -183,6 +210,7 @@ def turn_kernel(
     PASSES: tl.constexpr, SPLITS: tl.constexpr, END: tl.constexpr, CLIP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    release_kernel_behind(DEPENDENT)
     await_kernel_before(DEPENDENT)
     turn(
         tl.program_id(0), tokens, step, following, state, update, clip, out, ends, left, last, entered,
@@ -195,6 +223,7 @@ def enter_kernel(
     rows, step, state, out, left, entered,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    release_kernel_behind(DEPENDENT)
     await_kernel_before(DEPENDENT)
     enter(tl.program_id(0), rows, step, state, out, left, entered, WIDTH, PADDED, SPLITS)
 
@@ -202,10 +231,16 @@ def enter_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
     a, weight, bias, to, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, HIDDEN: tl.constexpr, DEPENDENT: tl.constexpr,
+    DEPTH: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, HIDDEN: tl.constexpr,
+    HELD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    release_kernel_behind(DEPENDENT)
+    tile = tl.program_id(0)
+    held = ()
+    if HELD:  # weights depend on no kernel: they are read while the one before still runs
+        held = hold(tile, weight, WIDTH, COLUMNS, DEPTH, SPLITS)
     await_kernel_before(DEPENDENT)
-    linear(tl.program_id(0), a, weight, bias, to, rows, WIDTH, ROWS, COLUMNS, DEPTH, SPLITS, STAGES, HIDDEN)
+    linear(tile, a, weight, held, bias, to, rows, WIDTH, ROWS, COLUMNS, DEPTH, SPLITS, STAGES, HIDDEN, HELD)
 
 
 # All of them in one ---------------------------------------------------------------------------------------------------
@@ -221,13 +256,33 @@ def meet(counter, arrivals):
     tl.debug_barrier()
 
 
+@triton.jit
+def meet_and_multiply(
+    counter, arrivals, a, weight, bias, to, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, HIDDEN: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """All tiles of a matrix product, behind a meeting; HELD: there are no more tiles than programs."""
+    program = tl.program_id(0)
+    tiles = (WIDTH // COLUMNS) * tl.cdiv(rows, ROWS) * SPLITS
+    if HELD:  # while the others come
+        held = hold(program, weight, WIDTH, COLUMNS, DEPTH, SPLITS)
+        meet(counter, arrivals)
+        if program < tiles:
+            linear(program, a, weight, held, bias, to, rows, WIDTH, ROWS, COLUMNS, DEPTH, SPLITS, STAGES, HIDDEN, HELD)
+    else:
+        meet(counter, arrivals)
+        for tile in range(program, tiles, tl.num_programs(0)):
+            linear(tile, a, weight, (), bias, to, rows, WIDTH, ROWS, COLUMNS, DEPTH, SPLITS, STAGES, HIDDEN, HELD)
+
+
 @triton.jit(do_not_specialize=["tokens", "steps"])
 def whole_loop(
     counter, tokens, steps, state, g, update, clip, blocks, ends, modulations,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
     PASSES: tl.constexpr, BLOCKS: tl.constexpr, CLIP: tl.constexpr,
-    ROWS1: tl.constexpr, COLUMNS1: tl.constexpr, DEPTH1: tl.constexpr, STAGES1: tl.constexpr,
-    ROWS2: tl.constexpr, COLUMNS2: tl.constexpr, DEPTH2: tl.constexpr, STAGES2: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS1: tl.constexpr, COLUMNS1: tl.constexpr, DEPTH1: tl.constexpr, STAGES1: tl.constexpr, HELD1: tl.constexpr,
+    ROWS2: tl.constexpr, COLUMNS2: tl.constexpr, DEPTH2: tl.constexpr, STAGES2: tl.constexpr, HELD2: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The whole loop, by programs that are all on the GPU at once (a cooperative launch) and meet between its pieces.
 
@@ -236,8 +291,6 @@ def whole_loop(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     rows = tokens * PASSES
-    tiles1 = (WIDTH // COLUMNS1) * tl.cdiv(rows, ROWS1)
-    tiles2 = (WIDTH // COLUMNS2) * tl.cdiv(rows, ROWS2) * SPLITS
     _, _, y, h = state
     _, _, _, out = blocks[BLOCKS - 1]
     for token in range(program, tokens, programs):
@@ -245,33 +298,32 @@ def whole_loop(
             token, tokens, 0, 0, state, update, clip, out, ends, modulations[BLOCKS - 1], modulations[BLOCKS],
             modulations[0], WIDTH, PADDED, VALUES, PADDED_VALUES, PASSES, SPLITS, False, CLIP,
         )  # fmt: skip
-    arrivals = programs
-    meet(counter, arrivals)
+    arrivals = 0
     for step in range(steps):
         for block in tl.static_range(BLOCKS):
             fc1, bias, fc2, _ = blocks[block]
             if block > 0:
                 _, _, _, before = blocks[block - 1]
+                arrivals += programs
+                meet(counter, arrivals)
                 for row in range(program, rows, programs):
                     enter(
                         row, rows, step, state, before, modulations[block - 1], modulations[block],
                         WIDTH, PADDED, SPLITS,
                     )  # fmt: skip
-                arrivals += programs
-                meet(counter, arrivals)
-            for tile in range(program, tiles1, programs):
-                linear(tile, y, fc1, bias, g, rows, WIDTH, ROWS1, COLUMNS1, DEPTH1, 1, STAGES1, True)
             arrivals += programs
-            meet(counter, arrivals)
-            for tile in range(program, tiles2, programs):
-                linear(tile, g, fc2, bias, h, rows, WIDTH, ROWS2, COLUMNS2, DEPTH2, SPLITS, STAGES2, False)
+            meet_and_multiply(
+                counter, arrivals, y, fc1, bias, g, rows, WIDTH, ROWS1, COLUMNS1, DEPTH1, 1, STAGES1, True, HELD1
+            )  # fmt: skip
             arrivals += programs
-            meet(counter, arrivals)
+            meet_and_multiply(
+                counter, arrivals, g, fc2, bias, h, rows, WIDTH, ROWS2, COLUMNS2, DEPTH2, SPLITS, STAGES2, False, HELD2
+            )  # fmt: skip
+        arrivals += programs
+        meet(counter, arrivals)
         for token in range(program, tokens, programs):
             turn(
                 token, tokens, step, tl.minimum(step + 1, steps - 1), state, update, clip, out, ends,
                 modulations[BLOCKS - 1], modulations[BLOCKS], modulations[0],
                 WIDTH, PADDED, VALUES, PADDED_VALUES, PASSES, SPLITS, True, CLIP,
             )  # fmt: skip
-        arrivals += programs
-        meet(counter, arrivals)

@@ -1,0 +1,362 @@
+"""The fused denoiser loop: whether it is right, and how long it takes: `python benchmarks/fused.py --help`.
+
+For each shape (blocks, width, rows = passes x tokens) a random denoiser runs a DDPM loop: eagerly, eagerly in a CUDA
+graph, as a compiled step in a CUDA graph, and fused in every way that `sampling/fused.py` knows, with its own cuts and
+with the best that a small search finds. Every result is compared with the float32 loop; the fused one may be no farther
+from it than 1.5 times the plain one in low precision. Each way of a shape runs in a process of its own: one that fails
+leaves the others alone. Without a GPU: `TRITON_INTERPRET=1 python benchmarks/fused.py --shapes 2x48x6 --steps 2`.
+"""
+
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from nova_video.model.denoiser import Denoiser
+from nova_video.sampling.diffusion import Schedule, linear_step, request_scheduler
+from nova_video.sampling.fused import Layout, Tile, choose_layout, denoise_fused, hold_weights, rank_tiles
+from nova_video.sampling.guidance import combine
+
+PASSES, SCALE, CHANNELS, PATCH, CONDITION = 2, 5.0, 4, 2, 1024
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Check and time the fused denoiser loop."""
+
+    shapes: tuple[str, ...] = ("3x1280x44", "6x1024x128", "6x1024x256")
+    """Blocks x width x rows, each."""
+    ways: tuple[str, ...] = ("plain", "pieces", "resident")
+    """plain: without fused kernels. pieces: a kernel for each piece. resident: one for all."""
+    dtype: str = "fp16"
+    steps: int = 25
+    seeds: int = 5
+    """Noises that every way is checked on."""
+    candidates: int = 5
+    """Cuts of each matrix product that the search tries, those first that read least; 0: no search."""
+    timeout: int = 150
+    """Seconds for a way of a shape."""
+    output: Path | None = None
+    """JSON file to write."""
+    layout: str = ""
+    """JSON of a layout that the resident kernel tries, too."""
+    child: bool = False
+    """Run one shape and way, and print a line of JSON for each result."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loop:
+    """A random denoiser and what a loop of it takes."""
+
+    denoiser: Denoiser
+    schedule: Schedule
+    start: Tensor
+    fresh: Tensor
+    modulations: list[Tensor]
+    scales: Tensor
+
+    @classmethod
+    def random(cls, shape: str, args: Fused, seed: int, device: torch.device) -> "Loop":
+        depth, width, rows = (int(part) for part in shape.split("x"))
+        torch.manual_seed(seed)
+        with device:
+            denoiser = Denoiser(depth, width, CONDITION, CHANNELS, PATCH).eval().requires_grad_(False)
+        denoiser.to(DTYPES[args.dtype])
+        schedule = Schedule.of(
+            request_scheduler(DDPMScheduler(beta_schedule="squaredcos_cap_v2"), None), args.steps, device
+        )
+        size, count = rows // PASSES, CHANNELS * PATCH**2
+        features = torch.randn(PASSES, size, CONDITION, device=device).to(DTYPES[args.dtype])
+        times = denoiser.embed_times(torch.tensor(schedule.timesteps, device=device)).to(features.dtype)  # (K, W)
+        modulations = denoiser.modulations(times[:, None, None] + denoiser.project_condition(features))
+        start = torch.randn(1, size, count, device=device)
+        fresh = torch.randn(sum(schedule.noisy), 1, size, count, device=device)
+        return cls(denoiser, schedule, start, fresh, modulations, torch.tensor([SCALE, 0.0], device=device))
+
+    def plain(self, step: Callable[..., Tensor] | None = None) -> Tensor:
+        x, step = self.start, step or one_step
+        assert self.schedule.rows is not None
+        for i, row in enumerate(self.schedule.rows):
+            noise = self.fresh[i] if i < len(self.fresh) else None
+            x = step(self.denoiser, x, [m[i] for m in self.modulations], row, self.scales, noise, self.schedule.clip)
+        return x
+
+    def fused(self, layout: Layout | None = None) -> Tensor:
+        assert self.schedule.rows is not None
+        return denoise_fused(
+            self.denoiser,
+            self.modulations,
+            self.start,
+            self.fresh,
+            self.schedule.rows,
+            self.scales,
+            PASSES,
+            self.schedule.clip,
+            layout,
+        )
+
+    def exact(self) -> Tensor:
+        """The plain loop in float32, of the same weights and modulations."""
+        denoiser, dtype = self.denoiser, self.denoiser.head.weight.dtype
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        denoiser.float()
+        result = replace(self, modulations=[modulation.float() for modulation in self.modulations]).plain()
+        denoiser.to(dtype)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        return result
+
+
+def one_step(
+    denoiser: Denoiser,
+    x: Tensor,
+    modulations: list[Tensor],
+    row: Tensor,
+    scales: Tensor,
+    noise: Tensor | None,
+    clip: float | None,
+) -> Tensor:
+    output = denoiser.predict(x.to(modulations[0].dtype).repeat(PASSES, 1, 1), modulations)
+    _, guided = combine(output, PASSES, scales[0], scales[1])
+    return linear_step(x, guided, row, clip, noise)
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def seconds(function: Callable[[], Any], device: torch.device, graph: bool = True) -> float:
+    """Median of five measurements of a call; on a GPU of many replays of it in a CUDA graph."""
+    if device.type != "cuda":
+        times = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    call, repeats = function, 5
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            function()
+        call, repeats = captured.replay, 20
+    times = []
+    for _ in range(6):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000 / repeats)
+    return statistics.median(times[1:])
+
+
+def far(result: Tensor, exact: Tensor) -> float:
+    """Largest difference, of the largest value; not a number where any is not."""
+    difference = (result - exact).abs().max() / exact.abs().max()
+    return float(difference) if bool(result.isfinite().all()) else float("nan")
+
+
+def check(shape: str, args: Fused, device: torch.device, layout: Layout | None) -> dict[str, Any]:
+    """Distances to the float32 loop, over the seeds; in a CUDA graph the same again, bit by bit."""
+    fused, plain = [], []
+    for seed in range(args.seeds):
+        loop = Loop.random(shape, args, seed, device)
+        exact = loop.exact()
+        fused.append(far(loop.fused(layout), exact))
+        plain.append(far(loop.plain(), exact))
+    worst = max(fused) / max(max(plain), 1e-30)
+    good = worst <= 1.5 or max(fused) < 1e-4
+    result = {"far": max(fused), "plain_far": max(plain), "ratio": round(min(worst, 1e6), 3), "right": good}
+    if device.type == "cuda":
+        once, captured = loop.fused(layout), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            replayed = loop.fused(layout)
+        for _ in range(20):
+            replayed.fill_(float("nan"))
+            captured.replay()
+            torch.cuda.synchronize()
+            if not torch.equal(once, replayed):
+                result["right"] = False
+                result["replay_far"] = far(replayed, once)
+    return result
+
+
+# What is run ----------------------------------------------------------------------------------------------------------
+
+
+def run_plain(shape: str, args: Fused, device: torch.device) -> Iterator[dict[str, Any]]:
+    loop = Loop.random(shape, args, 0, device)
+    yield attempt("eager", lambda: {"seconds": seconds(loop.plain, device, graph=False)})
+    if device.type == "cuda":
+        yield attempt("eager in a graph", lambda: {"seconds": seconds(loop.plain, device)})
+        step = torch.compile(one_step)
+        yield attempt("compiled in a graph", lambda: {"seconds": seconds(lambda: loop.plain(step), device)})
+
+
+def run_pieces(shape: str, args: Fused, device: torch.device) -> Iterator[dict[str, Any]]:
+    """A kernel for each piece: launched plainly, overlapped, with held weights; then the best of a small search."""
+    loop = Loop.random(shape, args, 0, device)
+    own = own_layout(loop, device)
+    pipelined = replace(own, fc1=released(own.fc1), fc2=released(own.fc2))
+    rows = [
+        measure("pieces, one after the other", loop, shape, args, device, replace(pipelined, dependent=False)),
+        measure("pieces, overlapped", loop, shape, args, device, pipelined),
+    ]
+    if own != pipelined:
+        rows.append(measure("pieces, overlapped, weights held", loop, shape, args, device, own))
+    yield from rows
+    right = [row for row in rows if row.get("right")]
+    if device.type != "cuda" or not right or not args.candidates:
+        return
+    fastest = min(right, key=lambda row: row["seconds"])
+    best, least = layout_of(fastest["layout"]), fastest["seconds"]
+    for part in ("fc1", "fc2", "warps"):
+        for layout in list(variants(best, part, loop, args)):
+            row = attempt(f"pieces, tried: {layout}", lambda: {"seconds": seconds(lambda: loop.fused(layout), device)})  # noqa: B023
+            if "error" in row:
+                yield row
+            elif row["seconds"] < least:
+                best, least = layout, row["seconds"]
+    yield measure("pieces, best found", loop, shape, args, device, best)
+
+
+def run_resident(shape: str, args: Fused, device: torch.device) -> Iterator[dict[str, Any]]:
+    """One kernel for the whole loop, with its own cuts and with those of `--layout`."""
+    loop = Loop.random(shape, args, 0, device)
+    own = replace(own_layout(loop, device), resident=True)
+    yield measure("resident", loop, shape, args, device, own)
+    if args.layout:
+        found = replace(layout_of(json.loads(args.layout)), resident=True, warps=8)
+        if found != own:
+            yield measure("resident, cuts of the best pieces", loop, shape, args, device, found)
+        own = found
+    if device.type == "cuda":
+        yield measure("resident, 16 warps", loop, shape, args, device, replace(own, warps=16))
+
+
+WAYS = {"plain": run_plain, "pieces": run_pieces, "resident": run_resident}
+
+
+def own_layout(loop: Loop, device: torch.device) -> Layout:
+    weight = loop.denoiser.head.weight
+    return choose_layout(PASSES * loop.start.shape[1], weight.shape[1], weight.dtype, device)
+
+
+def layout_of(values: dict[str, Any]) -> Layout:
+    """From JSON."""
+    return Layout(**values | {"fc1": Tile(**values["fc1"]), "fc2": Tile(**values["fc2"])})
+
+
+def released(tile: Tile) -> Tile:
+    """The same cut, its weights not held."""
+    return replace(tile, held=False, depth=min(tile.depth, 128), stages=4) if tile.held else tile
+
+
+def variants(best: Layout, part: str, loop: Loop, args: Fused) -> Iterator[Layout]:
+    """The layout with another cut of one product, or other warps."""
+    if part == "warps":
+        yield from (replace(best, warps=warps) for warps in (4, 16))
+        return
+    weight = loop.denoiser.head.weight
+    width, itemsize = weight.shape[1], weight.dtype.itemsize
+    ranked = rank_tiles(PASSES * loop.start.shape[1], width, itemsize, best.programs, part == "fc2")
+    for tile in ranked[: args.candidates]:
+        for cut in {tile, replace(tile, warps=8), hold_weights(tile, width, itemsize)}:
+            yield replace(best, fc1=cut) if part == "fc1" else replace(best, fc2=cut)
+
+
+def measure(name: str, loop: Loop, shape: str, args: Fused, device: torch.device, layout: Layout) -> dict[str, Any]:
+    """Whether a layout is right and how long it takes."""
+
+    def both() -> dict[str, Any]:
+        checked = check(shape, args, device, layout)
+        return {"seconds": seconds(lambda: loop.fused(layout), device), **checked, "layout": asdict(layout)}
+
+    return attempt(name, both)
+
+
+def attempt(name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row: what the function measures, or its error."""
+    try:
+        return {"way": name, **function()}
+    except Exception as error:
+        traceback.print_exc(limit=-3)
+        return {"way": name, "error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+
+
+def spawn(shape: str, way: str, args: Fused, layout: str) -> list[dict[str, Any]]:
+    """Run a way of a shape in a process of its own -> its rows; what it cannot say itself is a row with an error."""
+    command = [sys.executable, __file__, "--child", "--shapes", shape, "--ways", way]
+    for name in ("dtype", "steps", "seeds", "candidates"):
+        command += [f"--{name}", str(getattr(args, name))]
+    command += ["--layout", layout] if layout else []
+    output, error = "", ""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=args.timeout)
+        output, error = done.stdout, f"ended with {done.returncode}" if done.returncode else ""
+    except subprocess.TimeoutExpired as expired:
+        output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
+        error = f"took more than {args.timeout} s"
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return rows + ([{"way": way, "error": error}] if error else [])
+
+
+def main(args: Fused) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.child:
+        for row in WAYS[args.ways[0]](args.shapes[0], args, device):
+            print(json.dumps(row), flush=True)
+        return
+    rows: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        layout = ""
+        for way in args.ways:
+            for row in spawn(shape, way, args, layout):
+                rows.append({"shape": shape, "dtype": args.dtype, "steps": args.steps, **row})
+                print(line(rows[-1]), flush=True)
+                if way == "pieces" and row.get("right"):
+                    layout = json.dumps(row["layout"])  # the last one is the best found
+    if args.output is not None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+        command = shlex.join(["python", "benchmarks/fused.py", *sys.argv[1:]])
+        result = {"benchmark": "fused", "rows": rows, "device": name, "torch": torch.__version__, "command": command}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the printed table."""
+    head = f"{row['shape']:12} {row['dtype']} {row['way']:34}"
+    if "error" in row:
+        return f"{head} FAILED {row['error']}"
+    text = f"{head} {1000 * row['seconds']:8.3f} ms {1e6 * row['seconds'] / row['steps']:7.1f} us a step"
+    if "right" in row:
+        text += (
+            f"   {'right' if row['right'] else 'WRONG'}: {row['far']:.1e} from float32, plain {row['plain_far']:.1e}"
+        )
+        tiles = (row["layout"]["fc1"], row["layout"]["fc2"])
+        cuts = ("x".join(str(tile[key]) for key in ("rows", "columns", "depth", "splits")) for tile in tiles)
+        text += f"   {' '.join(cuts)}"
+    return text
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Fused))

@@ -30,36 +30,51 @@ def normalise(x, inside, WIDTH: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
-def modulate(x, modulation, inside, columns, WIDTH: tl.constexpr):
-    """LN(x) (1 + scale) + shift of one row; `modulation` points at the row's scale, the shift follows."""
-    scale = tl.load(modulation + columns, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(modulation + WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
-    return normalise(x, inside, WIDTH, 1e-6) * (1.0 + scale) + shift
+def read(pointer, columns, inside):
+    return tl.load(pointer + columns, mask=inside, other=0.0)
 
 
 @triton.jit
-def leave(row, rows, step, x, h, out, modulation, inside, columns, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
-    """The residual stream of a row behind a block: x + gate * LN(h + bias), h summed over its splits."""
+def modulate(x, modulation, inside, WIDTH: tl.constexpr):
+    """LN(x) (1 + scale) + shift of one row; `modulation` is (scale, shift)."""
+    scale, shift = modulation
+    return normalise(x, inside, WIDTH, 1e-6) * (1.0 + scale.to(tl.float32)) + shift.to(tl.float32)
+
+
+@triton.jit
+def leave(row, rows, x, h, out, gate, columns, inside, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
+    """The residual stream of a row behind a block: x + gate * LN(h + bias), h summed over its splits; `out` is read."""
     bias, norm_weight, norm_bias = out
-    branch = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    stream = read(x + row * WIDTH, columns, inside)
+    branch = bias.to(tl.float32)
     for split in tl.static_range(SPLITS):
-        branch += tl.load(h + (split * rows + row) * WIDTH + columns, mask=inside, other=0.0)
-    weight = tl.load(norm_weight + columns, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(norm_bias + columns, mask=inside, other=0.0).to(tl.float32)
-    branch = normalise(branch, inside, WIDTH, 1e-5) * weight + shift
-    gate = tl.load(modulation + (step * rows + row) * 3 * WIDTH + 2 * WIDTH + columns, mask=inside, other=0.0)
-    return tl.load(x + row * WIDTH + columns, mask=inside, other=0.0) + gate.to(tl.float32) * branch
+        branch += read(h + (split * rows + row) * WIDTH, columns, inside)
+    branch = normalise(branch, inside, WIDTH, 1e-5) * norm_weight.to(tl.float32) + norm_bias.to(tl.float32)
+    return stream + gate.to(tl.float32) * branch
 
 
 @triton.jit
-def enter(row, rows, step, state, out, left, entered, WIDTH: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr):
-    """A row between two blocks: x behind the first, y for the second; `left` and `entered` are their modulations."""
-    _, x, y, h = state
+def read_for_enter(row, rows, step, out, left, entered, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """What `enter` needs that is known before the loop."""
     columns = tl.arange(0, PADDED)
     inside = columns < WIDTH
-    stream = leave(row, rows, step, x, h, out, left, inside, columns, WIDTH, SPLITS)
+    bias, norm_weight, norm_bias = out
+    own = (step * rows + row) * 3 * WIDTH
+    branch = (read(bias, columns, inside), read(norm_weight, columns, inside), read(norm_bias, columns, inside))
+    gate = read(left + own + 2 * WIDTH, columns, inside)
+    return branch, gate, (read(entered + own, columns, inside), read(entered + own + WIDTH, columns, inside))
+
+
+@triton.jit
+def enter(row, rows, state, known, WIDTH: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr):
+    """A row between two blocks: x behind the first, y for the second."""
+    _, x, y, h = state
+    out, gate, modulation = known
+    columns = tl.arange(0, PADDED)
+    inside = columns < WIDTH
+    stream = leave(row, rows, x, h, out, gate, columns, inside, WIDTH, SPLITS)
     tl.store(x + row * WIDTH + columns, stream, mask=inside)
-    own = modulate(stream, entered + (step * rows + row) * 3 * WIDTH, inside, columns, WIDTH)
+    own = modulate(stream, modulation, inside, WIDTH)
     tl.store(y + row * WIDTH + columns, own.to(y.dtype.element_ty), mask=inside)
 
 
@@ -117,51 +132,78 @@ def linear(
 
 
 @triton.jit
-def predict(
-    row, rows, step, x, h, out, ends, left, last, value, valid,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr,
+def read_for_turn(
+    token, tokens, step, following, out, ends, left, last, entered,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
-    """The denoiser's output for a row (P,): residual behind the last block, last norm, head."""
-    head, head_bias, _, _ = ends
+    """What `turn` needs that is known before the loop, but for the smallest; `left`, `last` and `entered` are the
+    modulations of the last block, of the last norm and of the first block."""
     columns = tl.arange(0, PADDED)
     inside = columns < WIDTH
-    stream = leave(row, rows, step, x, h, out, left, inside, columns, WIDTH, SPLITS)
-    own = modulate(stream, last + (step * rows + row) * 2 * WIDTH, inside, columns, WIDTH)
-    both = valid[:, None] & inside[None, :]
-    weight = tl.load(head + value[:, None] * WIDTH + columns[None, :], mask=both, other=0.0).to(tl.float32)
-    return tl.sum(weight * own[None, :], 1) + tl.load(head_bias + value, mask=valid, other=0.0).to(tl.float32)
+    value = tl.arange(0, PADDED_VALUES)
+    valid = value < VALUES
+    bias, norm_weight, norm_bias = out
+    head, head_bias, embed, embed_bias = ends
+    branch = (read(bias, columns, inside), read(norm_weight, columns, inside), read(norm_bias, columns, inside))
+    passes = ()
+    for index in tl.static_range(PASSES):
+        row = step * tokens * PASSES + index * tokens + token
+        next_row = following * tokens * PASSES + index * tokens + token
+        passes = passes + (  # noqa: RUF005
+            (
+                read(left + row * 3 * WIDTH + 2 * WIDTH, columns, inside),
+                (read(last + row * 2 * WIDTH, columns, inside), read(last + row * 2 * WIDTH + WIDTH, columns, inside)),
+                (
+                    read(entered + next_row * 3 * WIDTH, columns, inside),
+                    read(entered + next_row * 3 * WIDTH + WIDTH, columns, inside),
+                ),
+            ),
+        )
+    head_tile = read(head, value[:, None] * WIDTH + columns[None, :], valid[:, None] & inside[None, :])  # (P, W)
+    embed_tile = read(embed, columns[:, None] * VALUES + value[None, :], inside[:, None] & valid[None, :])  # (W, P)
+    weights = (head_tile, read(head_bias, value, valid), embed_tile, read(embed_bias, columns, inside))
+    return branch, passes, weights
+
+
+@triton.jit
+def predict(
+    row, rows, x, h, out, known, weights, columns, inside, WIDTH: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """The denoiser's output for a row (P,): residual behind the last block, last norm, head."""
+    gate, modulation, _ = known
+    head, head_bias, _, _ = weights
+    stream = leave(row, rows, x, h, out, gate, columns, inside, WIDTH, SPLITS)
+    own = modulate(stream, modulation, inside, WIDTH)
+    return tl.sum(head.to(tl.float32) * own[None, :], 1) + head_bias.to(tl.float32)
 
 
 @triton.jit
 def turn(
-    token, tokens, step, following, state, update, clip, out, ends, left, last, entered,
+    token, tokens, step, state, update, clip, known,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
     PASSES: tl.constexpr, SPLITS: tl.constexpr, END: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     """One token in all its passes between two steps; without END, before the first.
 
-    END: head, guidance and the scheduler's update of `step`. Then embedding, norm and modulation of step `following`.
+    END: head, guidance and the scheduler's update of `step`. Then embedding, norm and modulation of the step behind.
     """
     values, x, y, h = state
+    out, passes, weights = known
     rows = tokens * PASSES
+    columns = tl.arange(0, PADDED)
+    inside = columns < WIDTH
     value = tl.arange(0, PADDED_VALUES)
     valid = value < VALUES
-    noisy = tl.load(values + token * VALUES + value, mask=valid, other=0.0)  # (P,)
+    noisy = read(values + token * VALUES, value, valid)  # (P,)
     if END:
         rows_of_steps, scales, fresh, drawn = update
-        guided = predict(
-            token, rows, step, x, h, out, ends, left, last, value, valid, WIDTH, PADDED, SPLITS
-        )  # fmt: skip
+        guided = predict(token, rows, x, h, out, passes[0], weights, columns, inside, WIDTH, SPLITS)
         if PASSES > 1:
-            null = predict(
-                tokens + token, rows, step, x, h, out, ends, left, last, value, valid, WIDTH, PADDED, SPLITS
-            )  # fmt: skip
+            null = predict(tokens + token, rows, x, h, out, passes[1], weights, columns, inside, WIDTH, SPLITS)
             if PASSES == 2:
                 guided = null + tl.load(scales) * (guided - null)
             else:
-                image = predict(
-                    2 * tokens + token, rows, step, x, h, out, ends, left, last, value, valid, WIDTH, PADDED, SPLITS
-                )  # fmt: skip
+                image = predict(2 * tokens + token, rows, x, h, out, passes[2], weights, columns, inside, WIDTH, SPLITS)
                 guided = null + tl.load(scales) * (guided - image) + tl.load(scales + 1) * (image - null)
         row = rows_of_steps + step * 8  # as in `linear_step`
         if CLIP:
@@ -169,21 +211,16 @@ def turn(
             noisy = tl.load(row + 3) * noisy + tl.load(row + 4) * tl.minimum(tl.maximum(data, -clip), clip)
         else:
             noisy = tl.load(row) * noisy + tl.load(row + 1) * guided
-        noise = tl.load(fresh + (step * tokens + token) * VALUES + value, mask=valid & (step < drawn), other=0.0)
+        noise = read(fresh + (step * tokens + token) * VALUES, value, valid & (step < drawn))
         noisy += tl.load(row + 2) * noise
         tl.store(values + token * VALUES + value, noisy, mask=valid)
-    _, _, embed, embed_bias = ends
-    columns = tl.arange(0, PADDED)
-    inside = columns < WIDTH
-    both = inside[:, None] & valid[None, :]
-    weight = tl.load(embed + columns[:, None] * VALUES + value[None, :], mask=both, other=0.0).to(tl.float32)
-    stream = tl.sum(weight * noisy[None, :], 1)  # (W,)
-    stream += tl.load(embed_bias + columns, mask=inside, other=0.0).to(tl.float32)
+    _, _, embed, embed_bias = weights
+    stream = tl.sum(embed.to(tl.float32) * noisy[None, :], 1) + embed_bias.to(tl.float32)  # (W,)
     for index in tl.static_range(PASSES):
-        row = index * tokens + token
-        tl.store(x + row * WIDTH + columns, stream, mask=inside)
-        begun = modulate(stream, entered + (following * rows + row) * 3 * WIDTH, inside, columns, WIDTH)
-        tl.store(y + row * WIDTH + columns, begun.to(y.dtype.element_ty), mask=inside)
+        _, _, modulation = passes[index]
+        own = (index * tokens + token) * WIDTH + columns
+        tl.store(x + own, stream, mask=inside)
+        tl.store(y + own, modulate(stream, modulation, inside, WIDTH).to(y.dtype.element_ty), mask=inside)
 
 
 # Each piece as a kernel of its own ------------------------------------------------------------------------------------
@@ -207,13 +244,16 @@ def await_kernel_before(DEPENDENT: tl.constexpr):
 def turn_kernel(
     tokens, step, following, state, update, clip, out, ends, left, last, entered,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
-    PASSES: tl.constexpr, SPLITS: tl.constexpr, END: tl.constexpr, CLIP: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    PASSES: tl.constexpr, SPLITS: tl.constexpr, END: tl.constexpr, CLIP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     release_kernel_behind(DEPENDENT)
+    token = tl.program_id(0)
+    known = read_for_turn(
+        token, tokens, step, following, out, ends, left, last, entered, WIDTH, PADDED, VALUES, PADDED_VALUES, PASSES
+    )  # fmt: skip
     await_kernel_before(DEPENDENT)
     turn(
-        tl.program_id(0), tokens, step, following, state, update, clip, out, ends, left, last, entered,
+        token, tokens, step, state, update, clip, known,
         WIDTH, PADDED, VALUES, PADDED_VALUES, PASSES, SPLITS, END, CLIP,
     )  # fmt: skip
 
@@ -224,8 +264,10 @@ def enter_kernel(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     release_kernel_behind(DEPENDENT)
+    row = tl.program_id(0)
+    known = read_for_enter(row, rows, step, out, left, entered, WIDTH, PADDED)
     await_kernel_before(DEPENDENT)
-    enter(tl.program_id(0), rows, step, state, out, left, entered, WIDTH, PADDED, SPLITS)
+    enter(row, rows, state, known, WIDTH, PADDED, SPLITS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -250,9 +292,11 @@ def linear_kernel(
 def meet(counter, arrivals):
     """Wait until all programs have come here: each adds one, and the sum is `arrivals` when all have."""
     tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    while tl.atomic_add(counter, 0, sem="acq_rel", scope="gpu") < arrivals:
-        pass
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") + 1
+    while arrived < arrivals:
+        arrived = tl.inline_asm_elementwise(
+            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [counter], dtype=tl.int32, is_pure=False, pack=1
+        )
     tl.debug_barrier()
 
 
@@ -293,10 +337,14 @@ def whole_loop(
     rows = tokens * PASSES
     _, _, y, h = state
     _, _, _, out = blocks[BLOCKS - 1]
+    left, last, entered = modulations[BLOCKS - 1], modulations[BLOCKS], modulations[0]
     for token in range(program, tokens, programs):
+        known = read_for_turn(
+            token, tokens, 0, 0, out, ends, left, last, entered, WIDTH, PADDED, VALUES, PADDED_VALUES, PASSES
+        )  # fmt: skip
         turn(
-            token, tokens, 0, 0, state, update, clip, out, ends, modulations[BLOCKS - 1], modulations[BLOCKS],
-            modulations[0], WIDTH, PADDED, VALUES, PADDED_VALUES, PASSES, SPLITS, False, CLIP,
+            token, tokens, 0, state, update, clip, known,
+            WIDTH, PADDED, VALUES, PADDED_VALUES, PASSES, SPLITS, False, CLIP,
         )  # fmt: skip
     arrivals = 0
     for step in range(steps):
@@ -307,10 +355,10 @@ def whole_loop(
                 arrivals += programs
                 meet(counter, arrivals)
                 for row in range(program, rows, programs):
-                    enter(
-                        row, rows, step, state, before, modulations[block - 1], modulations[block],
-                        WIDTH, PADDED, SPLITS,
+                    own = read_for_enter(
+                        row, rows, step, before, modulations[block - 1], modulations[block], WIDTH, PADDED
                     )  # fmt: skip
+                    enter(row, rows, state, own, WIDTH, PADDED, SPLITS)
             arrivals += programs
             meet_and_multiply(
                 counter, arrivals, y, fc1, bias, g, rows, WIDTH, ROWS1, COLUMNS1, DEPTH1, 1, STAGES1, True, HELD1
@@ -321,9 +369,13 @@ def whole_loop(
             )  # fmt: skip
         arrivals += programs
         meet(counter, arrivals)
+        following = tl.minimum(step + 1, steps - 1)
         for token in range(program, tokens, programs):
+            known = read_for_turn(
+                token, tokens, step, following, out, ends, left, last, entered,
+                WIDTH, PADDED, VALUES, PADDED_VALUES, PASSES,
+            )  # fmt: skip
             turn(
-                token, tokens, step, tl.minimum(step + 1, steps - 1), state, update, clip, out, ends,
-                modulations[BLOCKS - 1], modulations[BLOCKS], modulations[0],
+                token, tokens, step, state, update, clip, known,
                 WIDTH, PADDED, VALUES, PADDED_VALUES, PASSES, SPLITS, True, CLIP,
             )  # fmt: skip

@@ -279,7 +279,8 @@ def variants(best: Layout, part: str, loop: Loop, args: Fused) -> Iterator[Layou
     width, itemsize = weight.shape[1], weight.dtype.itemsize
     ranked = rank_tiles(PASSES * loop.start.shape[1], width, itemsize, best.programs, part == "fc2")
     for tile in ranked[: args.candidates]:
-        for cut in {tile, replace(tile, warps=8), hold_weights(tile, width, itemsize)}:
+        held = hold_weights(tile, width, itemsize)
+        for cut in {tile, replace(tile, warps=8), held, replace(held, warps=12 - held.warps)}:
             yield replace(best, fc1=cut) if part == "fc1" else replace(best, fc2=cut)
 
 

@@ -168,7 +168,7 @@ def denoise_fused(
             *token_sizes, len(blocks), clipped,
             fc1.rows, fc1.columns, fc1.depth, fc1.stages, fc1.held and programs1 <= layout.programs,
             fc2.rows, fc2.columns, fc2.depth, fc2.stages, fc2.held and programs2 <= layout.programs, fc2.splits,
-            num_warps=layout.warps, num_stages=1, **together,
+            num_stages=1, **resources(layout.warps), **together,
         )  # fmt: skip
         return values
 
@@ -176,28 +176,33 @@ def denoise_fused(
     between = (blocks[-1][3], ends, modulations[-2], modulations[-1], modulations[0])
     kernels.turn_kernel[(tokens,)](
         tokens, 0, 0, state, update, bound, *between, *token_sizes, fc2.splits, False, clipped, False,
-        num_warps=layout.warps,
+        **resources(layout.warps),
     )  # fmt: skip
     for step in range(len(steps)):
         for index, (weight1, bias1, weight2, _) in enumerate(blocks):
             if index > 0:
                 kernels.enter_kernel[(rows,)](
                     rows, step, state, blocks[index - 1][3], modulations[index - 1], modulations[index],
-                    *row_sizes, fc2.splits, layout.dependent, num_warps=4, **early,
+                    *row_sizes, fc2.splits, layout.dependent, **resources(4), **early,
                 )  # fmt: skip
             kernels.linear_kernel[(programs1,)](
                 y, weight1, bias1, g, rows, width, fc1.rows, fc1.columns, fc1.depth, 1, fc1.stages,
-                True, fc1.held, layout.dependent, num_warps=fc1.warps, **early,
+                True, fc1.held, layout.dependent, **resources(fc1.warps), **early,
             )  # fmt: skip
             kernels.linear_kernel[(programs2,)](
                 g, weight2, bias1, h, rows, width, fc2.rows, fc2.columns, fc2.depth, fc2.splits, fc2.stages,
-                False, fc2.held, layout.dependent, num_warps=fc2.warps, **early,
+                False, fc2.held, layout.dependent, **resources(fc2.warps), **early,
             )  # fmt: skip
         kernels.turn_kernel[(tokens,)](
             tokens, step, min(step + 1, len(steps) - 1), state, update, bound, *between,
-            *token_sizes, fc2.splits, True, clipped, layout.dependent, num_warps=layout.warps, **early,
+            *token_sizes, fc2.splits, True, clipped, layout.dependent, **resources(layout.warps), **early,
         )  # fmt: skip
     return values
+
+
+def resources(warps: int) -> dict[str, int]:
+    """Of a program: warps, and registers for as many reads at once as it has; ptxas saves them when not told to."""
+    return {"num_warps": warps, "maxnreg": min(255, (1 << 16) // (32 * warps))}
 
 
 def weights_of(denoiser: Denoiser) -> tuple[tuple[BlockWeights, ...], tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -261,7 +266,8 @@ def hold_weights(tile: Tile, width: int, itemsize: int) -> Tile:
     length = width // tile.splits
     if itemsize > 2 or (tile.rows + tile.columns) * length * itemsize > HELD_MEMORY:
         return tile
-    return replace(tile, depth=min(length & -length, 256), stages=1, warps=8, held=True)
+    depth = min(length & -length, 256 if tile.rows >= 64 else 128)
+    return replace(tile, depth=depth, stages=1, warps=8 if tile.rows >= 64 else 4, held=True)
 
 
 def bytes_read(tile: Tile, rows: int, width: int, itemsize: int, programs: int) -> int:

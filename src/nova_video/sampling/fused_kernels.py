@@ -112,11 +112,14 @@ def linear(
     rights = weight + column[None, :] * WIDTH + depth[:, None]  # (DEPTH, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     if HELD:
-        read = ()
+        read_ahead = ()
         for chunk in tl.static_range(chunks):  # all reads before the first product waits for any
-            read = read + (tl.load(lefts + chunk * DEPTH, mask=inside, other=0.0),)  # noqa: RUF005
+            read_ahead = read_ahead + (tl.load(lefts + chunk * DEPTH, mask=inside, other=0.0),)  # noqa: RUF005
+        second, third, fourth = total, total, total  # sums of their own do not wait for each other
         for chunk in tl.static_range(chunks):
-            total = tl.dot(read[chunk], held[chunk], total, input_precision="ieee")
+            more = tl.dot(read_ahead[chunk], held[chunk], total, input_precision="ieee")
+            total, second, third, fourth = second, third, fourth, more
+        total = (total + second) + (third + fourth)
     else:
         for chunk in tl.range(chunks, num_stages=STAGES):
             left = tl.load(lefts + chunk * DEPTH, mask=inside, other=0.0)

@@ -46,9 +46,9 @@ class Fused:
     steps: int = 25
     seeds: int = 5
     """Noises that every way is checked on."""
-    candidates: int = 5
+    candidates: int = 4
     """Cuts of each matrix product that the search tries, those first that read least; 0: no search."""
-    timeout: int = 150
+    timeout: int = 200
     """Seconds for a way of a shape."""
     output: Path | None = None
     """JSON file to write."""
@@ -216,13 +216,15 @@ def run_pieces(shape: str, args: Fused, device: torch.device) -> Iterator[dict[s
     loop = Loop.random(shape, args, 0, device)
     own = own_layout(loop, device)
     pipelined = replace(own, fc1=released(own.fc1), fc2=released(own.fc2))
-    rows = [
-        measure("pieces, one after the other", loop, shape, args, device, replace(pipelined, dependent=False)),
-        measure("pieces, overlapped", loop, shape, args, device, pipelined),
-    ]
-    if own != pipelined:
-        rows.append(measure("pieces, overlapped, weights held", loop, shape, args, device, own))
-    yield from rows
+    layouts = {
+        "pieces, one after the other": replace(pipelined, dependent=False),
+        "pieces, overlapped": pipelined,
+        "pieces, overlapped, weights held": own,
+    }
+    rows = []
+    for name, layout in layouts.items():
+        rows.append(measure(name, loop, shape, args, device, layout))
+        yield rows[-1]
     right = [row for row in rows if row.get("right")]
     if device.type != "cuda" or not right or not args.candidates:
         return

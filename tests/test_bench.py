@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -74,7 +76,11 @@ def test_operations_are_those_torch_counts(name: str) -> None:
     config, frames = pipe.transformer.config, 9 if pipe.capabilities.video else 1
     features = [torch.zeros(3, config.text_token_dim)] * 2
     request = GenerateRequest(
-        prompt_embeds=features, num_frames=frames, num_inference_steps=3, num_diffusion_steps=2, output_type="latent"
+        prompt_embeds=features,
+        num_frames=frames,
+        num_inference_steps=3,
+        num_diffusion_steps=2,
+        output_type="latent",
     )
     work = count_work(pipe.transformer, request.resolve(pipe.defaults, pipe.capabilities))
     counter = FlopCounterMode(display=False)
@@ -328,3 +334,14 @@ def test_recorded_rows_can_be_made_again() -> None:
         assert (args.config, args.preset, args.batch) == ((measured.config,), measured.preset, measured.batch)
         assert measured.device
         assert measured.versions
+
+
+def test_commands_that_record_are_understood() -> None:
+    """record.sh, with an echo in place of `nova`."""
+    environment = os.environ | {"NOVA": "echo"}
+    command = ["sh", str(ROOT / "benchmarks" / "record.sh"), "rows.json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    asked = [parse(line.split()) for line in run.stdout.splitlines()]
+    assert {config for args in asked for config in args.config} == set(SIZES)
+    assert {args.output for args in asked} == {Path("rows.json")}
+    assert {args.batch for args in asked} == {1, 8}

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 
 from nova_video.benchmarks.rows import Row
@@ -79,6 +81,7 @@ def draw_floor(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_yticks(range(len(works)), [name + (f", batch {batch}" if batch > 1 else "") for name, batch in works])
     axes.invert_yaxis()
     axes.set_xscale("log")
+    plain_numbers(axes.xaxis)
     axes.set_xlabel("seconds from prompt features to latents")
     axes.set_title("Time against the floor")
     legend(axes)
@@ -109,9 +112,18 @@ def draw_tokens(axes: Axes, rows: Sequence[Row]) -> None:
         if np.isfinite(floor).any():
             axes.plot(tokens, floor, ":", color=color, label=f"{name}, floor")
     axes.set(xlabel="tokens of a picture", ylabel="seconds", title="Time against tokens")
-    axes.set_xscale("log", base=2)
+    axes.set_xscale("log")
     axes.set_yscale("log")
+    plain_numbers(axes.xaxis)
+    plain_numbers(axes.yaxis)
     legend(axes)
+
+
+def plain_numbers(axis: Axis) -> None:
+    """1, 2, 5, 10 on a logarithmic axis, in place of powers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def legend(axes: Axes) -> None:

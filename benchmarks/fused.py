@@ -66,6 +66,8 @@ class Loop:
     schedule: Schedule
     start: Tensor
     fresh: Tensor
+    u: Tensor
+    """What the modulations are made of: (K, N * B, S, width)."""
     modulations: list[Tensor]
     scales: Tensor
 
@@ -82,10 +84,11 @@ class Loop:
         size, count = rows // PASSES, CHANNELS * PATCH**2
         features = torch.randn(PASSES, size, CONDITION, device=device).to(DTYPES[args.dtype])
         times = denoiser.embed_times(torch.tensor(schedule.timesteps, device=device)).to(features.dtype)  # (K, W)
-        modulations = denoiser.modulations(times[:, None, None] + denoiser.project_condition(features))
+        u = times[:, None, None] + denoiser.project_condition(features)
         start = torch.randn(1, size, count, device=device)
         fresh = torch.randn(sum(schedule.noisy), 1, size, count, device=device)
-        return cls(denoiser, schedule, start, fresh, modulations, torch.tensor([SCALE, 0.0], device=device))
+        scales = torch.tensor([SCALE, 0.0], device=device)
+        return cls(denoiser, schedule, start, fresh, u, denoiser.modulations(u), scales)
 
     def plain(self, step: Callable[..., Tensor] | None = None) -> Tensor:
         x, step = self.start, step or one_step
@@ -206,6 +209,8 @@ def run_plain(shape: str, args: Fused, device: torch.device) -> Iterator[dict[st
     loop = Loop.random(shape, args, 0, device)
     yield attempt("eager", lambda: {"seconds": seconds(loop.plain, device, graph=False)})
     if device.type == "cuda":
+        modulations = "modulations of all steps, before any"
+        yield attempt(modulations, lambda: {"seconds": seconds(lambda: loop.denoiser.modulations(loop.u), device)})
         yield attempt("eager in a graph", lambda: {"seconds": seconds(loop.plain, device)})
         step = torch.compile(one_step)
         yield attempt("compiled in a graph", lambda: {"seconds": seconds(lambda: loop.plain(step), device)})
@@ -347,7 +352,7 @@ def main(args: Fused) -> None:
 
 def line(row: dict[str, Any]) -> str:
     """One row of the printed table."""
-    head = f"{row['shape']:12} {row['dtype']} {row['way']:34}"
+    head = f"{row['shape']:12} {row['dtype']} {row['way']:36}"
     if "error" in row:
         return f"{head} FAILED {row['error']}"
     text = f"{head} {1000 * row['seconds']:8.3f} ms {1e6 * row['seconds'] / row['steps']:7.1f} us a step"

@@ -177,6 +177,21 @@ def test_one_kernel_for_the_whole_loop(width: int, tile: Tile) -> None:
     assert far(loop.fused(layout), loop.plain()) < ROUNDING
 
 
+@needs_triton
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("layout", [None, replace(LAYOUT, resident=True, programs=16)], ids=["chosen", "resident"])
+def test_replays_in_a_graph(layout: Layout | None) -> None:
+    loop = Loop(2, dtype=torch.float16)
+    once = loop.fused(layout)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = loop.fused(layout)
+    for _ in range(10):
+        replayed.zero_()
+        graph.replay()
+        assert torch.equal(replayed, once)
+
+
 def interpreter_loops() -> bool:
     import numpy
     import triton

@@ -78,6 +78,7 @@ def supports(denoiser: Denoiser, rows: int, passes: int) -> bool:
         torch.cuda.get_device_capability(weight.device) >= (8, 0)
         and weight.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and all(type(linear) is nn.Linear and linear.weight.dtype == weight.dtype for linear in linears)
+        and all(linear.bias is not None and linear.weight.is_contiguous() for linear in linears)
         and denoiser.head.in_features % 16 == 0
         and 1 <= passes <= 3
         and rows <= MAX_ROWS

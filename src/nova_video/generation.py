@@ -27,6 +27,7 @@ from nova_video.pixels import output_form, unit_frames
 from nova_video.plan import Plan
 from nova_video.sampling.generate import SetDone, generate_sets
 from nova_video.sampling.state import SamplingState
+from nova_video.sampling.timing import span
 
 if TYPE_CHECKING:
     from nova_video.pipeline import NovaPipeline
@@ -304,7 +305,9 @@ class Generation:
 
     def _sets(self, callback_on_step_end: StepCallback | None) -> Iterator[SetDone]:
         """The sets that remain, until the end or until the callback stops them."""
-        sets = generate_sets(self.pipe.transformer, self.scheduler, self.state)
+        pipe = self.pipe
+        engine = pipe.engine(self.plan.compile)
+        sets = generate_sets(pipe.transformer, self.scheduler, self.state, engine, pipe.stopwatch)
         while True:
             with self._lock:
                 self.pipe.bring(self.pipe.transformer)
@@ -353,11 +356,15 @@ class Generation:
     def _push(self, decoder: "_Decoder", stop: int) -> Iterator[Tensor]:
         """Latent frames up to `stop` to the decoder -> pieces (B, T, 3, H, W) in [0, 1], given pixels put back."""
         while decoder.pushed < stop:
-            for piece in decoder.push(self.state.frames[decoder.pushed]):
+            with span(self.pipe.stopwatch, "vae"):
+                pieces = decoder.push(self.state.frames[decoder.pushed])
+            for piece in pieces:
                 yield self._finished(decoder, piece)
 
     def _finish(self, decoder: "_Decoder") -> Iterator[Tensor]:
-        for piece in decoder.finish():
+        with span(self.pipe.stopwatch, "vae"):
+            pieces = decoder.finish()
+        for piece in pieces:
             yield self._finished(decoder, piece)
 
     def _finished(self, decoder: "_Decoder", pixels: Tensor) -> Tensor:

@@ -35,8 +35,11 @@ from nova_video.model import NOVATransformer3DModel
 from nova_video.plan import Capabilities, Plan
 from nova_video.request import GenerateRequest, Mask, Number, Picture, Prompt, Video
 from nova_video.sampling.diffusion import request_scheduler
+from nova_video.sampling.engine import DirectRunner, Engine, FastEngine, PlainEngine
+from nova_video.sampling.graphs import CudaRecorder, GraphRunner, can_compile
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
+from nova_video.sampling.timing import Stopwatch, span
 from nova_video.saving import load_generation
 from nova_video.settings import CheckpointSettings, Defaults
 from nova_video.text.encoders import encode_batch, load_text_encoder
@@ -44,7 +47,7 @@ from nova_video.timeline import Timeline
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
-_ENCODER_LOADING = threading.Lock()  # two threads that share a pipeline load its named text encoder once
+_PREPARING = threading.Lock()  # two threads that share a pipeline load its named text encoder once, for one
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +79,9 @@ class NovaPipeline(DiffusionPipeline):
             )
         self.settings = settings or CheckpointSettings()
         self._named_text_parts: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
+        self._graphs: GraphRunner | None = None
+        self.stopwatch: Stopwatch | None = None
+        """Where set, calls are timed by their parts."""
 
     # Opening and saving -------------------------------------------------------------------------------------------
 
@@ -186,6 +192,7 @@ class NovaPipeline(DiffusionPipeline):
         history_noise: float = 0.0,
         reanchor_frames: int | None = None,
         hold_statistics: float = 0.0,
+        compile: bool | None = None,
     ) -> GenerateResult:
         """Generate. The arguments are those of `GenerateRequest`, explained there; None is the checkpoint's default.
 
@@ -216,6 +223,7 @@ class NovaPipeline(DiffusionPipeline):
             history_noise=history_noise,
             reanchor_frames=reanchor_frames,
             hold_statistics=hold_statistics,
+            compile=compile,
             num_images_per_prompt=num_images_per_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
@@ -265,7 +273,8 @@ class NovaPipeline(DiffusionPipeline):
         generators = self._generators(request, generator, plan.batch)
         try:
             random = RandomState(generators, self.execution_device, self.transformer.dtype)
-            texts, negatives = self._prompt_features(request, plan)
+            with span(self.stopwatch, "text"):
+                texts, negatives = self._prompt_features(request, plan)
             given, pixels = self._given(request, plan, random)
             self.bring(self.transformer)
             state = SamplingState.create(
@@ -304,6 +313,35 @@ class NovaPipeline(DiffusionPipeline):
         if len(generators) not in (1, batch) or not all(isinstance(g, torch.Generator) for g in generators):
             raise InputError(f"generator: got a list of {len(generators)}: expected one, or {batch}, one a picture")
         return generators
+
+    # Speed --------------------------------------------------------------------------------------------------------
+
+    def engine(self, compile: bool) -> Engine:
+        """How the sets of a request are computed. Captured graphs are the pipeline's, shared by its requests."""
+        model, device = self.transformer, self.execution_device
+        if not compile:
+            return PlainEngine(model)
+        if device.type != "cuda":
+            return FastEngine(model, DirectRunner())
+        if self.is_offloaded:
+            log.info("parts take turns on the device: blocks are compiled, but nothing is captured")
+            return FastEngine(model, DirectRunner(compiled=can_compile(device)))
+        with _PREPARING:
+            if self._graphs is None:
+                self._graphs = GraphRunner(CudaRecorder(device), can_compile(device))
+            self._graphs.use(model)
+            return FastEngine(model, self._graphs)
+
+    def release(self) -> None:
+        """Let go of captured graphs, compiled code and their memory; the next call makes them anew.
+
+        Compiled code is dropped by `torch.compiler.reset`, everybody's in this process.
+        """
+        with _PREPARING:
+            if self._graphs is not None:
+                self._graphs.release()
+                self._graphs = None
+                torch.compiler.reset()
 
     # Text ---------------------------------------------------------------------------------------------------------
 
@@ -352,7 +390,7 @@ class NovaPipeline(DiffusionPipeline):
         if name is None:
             missing = "text_encoder/" if self.text_encoder is None else "tokenizer/"
             raise InputError(f"the checkpoint has no {missing}: expected prompt_embeds instead of a prompt")
-        with _ENCODER_LOADING:
+        with _PREPARING:
             if self._named_text_parts is None:
                 self._named_text_parts = load_text_encoder(name, self.transformer.dtype)
             tokenizer, encoder = self._named_text_parts

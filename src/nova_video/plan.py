@@ -86,6 +86,8 @@ class Plan:
     """Of them, those that are only returned: latent frame 0 is pixel frame `offset`."""
     edits: bool = False
     """Given frames are changed, under a mask or by `strength`; else they stay."""
+    compile: bool = True
+    """Arranged for speed, not the plain loop."""
 
     @property
     def passes(self) -> int:
@@ -154,6 +156,7 @@ def make_plan(request: "GenerateRequest", defaults: Defaults, model: Capabilitie
         given_frames=given,
         offset=offset,
         edits=request.edits,
+        compile=request.compile is not False,
     )
 
 

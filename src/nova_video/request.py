@@ -84,6 +84,9 @@ class GenerateRequest:
     """Against drift: every so many frames the context is cut back to the first frames and the newest one."""
     hold_statistics: float = 0.0
     """Against drift, 0 to 1: how far the channel statistics of new latent frames are drawn to those of the first."""
+    compile: bool | None = None
+    """False: the plain loop, step by step. None and True: the same numbers to rounding, faster: everything that does not
+    depend on the noise computed for all steps at once, and on CUDA compiled blocks and captured graphs."""
     num_images_per_prompt: int = 1
     prompt_embeds: Sequence[Tensor] | None = None
     """Features of each prompt, (tokens, width)."""

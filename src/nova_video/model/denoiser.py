@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -60,7 +61,7 @@ class AdaLayerNorm(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (B, S, width) and its modulation -> normalised x, and the gate or None."""
         scale, shift, *gate = modulation.chunk(self.chunks, dim=-1)
-        out = functional.layer_norm(x, (self.width,), eps=1e-6) * (1 + scale) + shift
+        out = torch.addcmul(shift, functional.layer_norm(x, (self.width,), eps=1e-6), 1 + scale)
         return out, gate[0] if gate else None
 
 
@@ -74,7 +75,7 @@ class DenoiserBlock(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         y, gate = self.norm1(x, modulation)
         assert gate is not None
-        return x + gate * self.norm2(self.proj(y))
+        return torch.addcmul(x, gate, self.norm2(self.proj(y)))
 
 
 class Denoiser(nn.Module):

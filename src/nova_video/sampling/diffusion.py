@@ -54,7 +54,7 @@ class Schedule:
     """The request's own copy, standing at its first step."""
     timesteps: tuple[float, ...]
     rows: Tensor | None
-    """(K, 8) float32: the steps of `linear_step`, and zeros that align them. None: the scheduler steps itself."""
+    """(K, 8) float32: the steps of `linear_step`. None: the scheduler steps itself."""
     clip: float | None
     """Bound of the data that a step predicts."""
     noisy: tuple[bool, ...]
@@ -66,15 +66,13 @@ class Schedule:
         timesteps = tuple(float(t) for t in scheduler.timesteps)
         rows, clip, noisy = None, None, (False,) * len(timesteps)
         if isinstance(scheduler, DDPMScheduler):
-            rows = torch.tensor([ddpm_row(scheduler, t) for t in scheduler.timesteps])
+            rows = torch.tensor([ddpm_row(scheduler, t) for t in scheduler.timesteps], dtype=torch.float32)
             clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
             noisy = tuple(t > 0 for t in timesteps)
         elif isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.stochastic_sampling:
-            sigmas = scheduler.sigmas.double()
-            rows = torch.tensor([(1.0, 1.0, 0.0, float(dt), 0.0) for dt in sigmas.diff()])
-        if rows is not None:
-            rows = torch.nn.functional.pad(rows, (0, 8 - rows.shape[1])).to(device)
-        return cls(scheduler, timesteps, rows, clip, noisy)
+            steps = scheduler.sigmas.double().diff().tolist()
+            rows = torch.tensor([row(0.0, dt, 0.0, 1.0, 1.0) for dt in steps], dtype=torch.float32)
+        return cls(scheduler, timesteps, None if rows is None else rows.to(device), clip, noisy)
 
     @cached_property
     def key(self) -> tuple[object, ...]:
@@ -107,7 +105,7 @@ class Schedule:
 def ddpm_row(scheduler: DDPMScheduler, t: Tensor) -> tuple[float, ...]:
     """The row of `linear_step` at timestep `t`: equations 6 and 7 of DDPM (arXiv 2006.11239).
 
-    The library's own step can only draw its noise for the tokens that it is handed. From its tables and settings.
+    From the library's tables and settings; its own step can only draw noise for the tokens that it is handed.
     """
     config = scheduler.config
     previous = int(scheduler.previous_timestep(t))
@@ -122,17 +120,22 @@ def ddpm_row(scheduler: DDPMScheduler, t: Tensor) -> tuple[float, ...]:
         data = (0.0, 1.0)
     own = alpha**0.5 * (1 - kept_before) / (1 - kept)
     share = kept_before**0.5 * (1 - alpha) / (1 - kept)
-    deviation = math.sqrt(max((1 - kept_before) / (1 - kept) * (1 - alpha), 1e-20))
-    return (own, share, *data, deviation if t > 0 else 0.0)
+    deviation = math.sqrt(max((1 - kept_before) / (1 - kept) * (1 - alpha), 1e-20)) if t > 0 else 0.0
+    return row(*data, deviation, own, share)
+
+
+def row(a: float, b: float, deviation: float, own: float, share: float) -> tuple[float, ...]:
+    """The numbers of `linear_step`, with and without its clamp; a last zero aligns rows in memory."""
+    return (own + share * a, share * b, deviation, own, share, a, b, 0.0)
 
 
 def linear_step(x: Tensor, output: Tensor, row: Tensor, clip: float | None, noise: Tensor | None) -> Tensor:
-    """x' = own x + share clamp(a x + b output) + deviation noise, all (..., P) float32; `row` holds the five."""
-    own, share, a, b, deviation = row[:5].unbind()
-    data = a * x + b * output
-    if clip is not None:
-        data = data.clamp(-clip, clip)
-    stepped = own * x + share * data
+    """x' = own x + share clamp(a x + b output) + deviation noise, all (..., P) float32; `row` (8,) holds the numbers."""
+    x_share, output_share, deviation, own, share, a, b, _ = row.unbind()
+    if clip is None:
+        stepped = x_share * x + output_share * output
+    else:
+        stepped = own * x + share * (a * x + b * output).clamp(-clip, clip)
     return stepped if noise is None else stepped + deviation * noise
 
 
@@ -191,7 +194,7 @@ def denoise_set(
         elif guidance.renorm < 1:
             assert schedule.rows is not None
             ratio = renorm_ratio(cond, output, guidance.renorm, k.square() * noise.outside)  # (B, 1, 1)
-            output, k = output * ratio, k * (1 + schedule.rows[i, 3] * ratio)
+            output, k = output * ratio, k * (1 + schedule.rows[i, 1] * ratio)
         x = take_step(schedule, i, x, output, noise, generators)
     return gather_tokens(x, ids) if whole else x
 

@@ -27,7 +27,6 @@ from nova_video.model.vit import Block
 from nova_video.sampling.diffusion import Schedule, SetNoise, denoise_set, linear_step
 from nova_video.sampling.guidance import Guidance, combine
 
-SET_MULTIPLE = 8  # sets are padded to a multiple of it: a few graphs serve sets of all sizes
 ROWS_AT_ONCE = 1 << 16  # tokens times steps whose modulations are computed together: bounds their memory
 
 Inputs = Mapping[str, Tensor | None]
@@ -38,6 +37,8 @@ class Runner(Protocol):
 
     compiled: bool
     """Blocks are compiled first."""
+    set_multiple: int
+    """Sets are padded to a multiple of it, so that a few captured functions serve sets of all sizes."""
 
     def __call__(self, key: tuple[object, ...], function: Callable[..., Tensor], inputs: Inputs) -> Tensor: ...
 
@@ -45,8 +46,8 @@ class Runner(Protocol):
 class DirectRunner:
     """Just calls."""
 
-    def __init__(self, compiled: bool = False) -> None:
-        self.compiled = compiled
+    def __init__(self, compiled: bool = False, set_multiple: int = 1) -> None:
+        self.compiled, self.set_multiple = compiled, set_multiple
 
     def __call__(self, key: tuple[object, ...], function: Callable[..., Tensor], inputs: Inputs) -> Tensor:
         return function(**inputs)
@@ -126,7 +127,7 @@ class FastEngine:
             "condition": condition,
             "embedded": embedded,
             "visible": visible,
-            "ids": pad_set(ids),
+            "ids": pad_set(ids, self.runner.set_multiple),
             "space": positions.image_space,
             "cos": None if rotary is None else rotary.cos,
             "sin": None if rotary is None else rotary.sin,
@@ -150,14 +151,11 @@ class FastEngine:
         plain = guidance.renorm >= 1 and schedule.rows is not None
         size = ids.shape[1]
         if plain:  # norms would count what is padded
-            ids = pad_set(ids)
-            more = ids.shape[1] - size
-            features = functional.pad(features, (0, 0, 0, more))
-            noise = replace(
-                noise,
-                start=functional.pad(noise.start, (0, 0, 0, more)),
-                fresh=functional.pad(noise.fresh, (0, 0, 0, more)),
-            )
+            ids = pad_set(ids, self.runner.set_multiple)
+            if more := ids.shape[1] - size:
+                features = functional.pad(features, (0, 0, 0, more))
+                start, fresh = (functional.pad(x, (0, 0, 0, more)) for x in (noise.start, noise.fresh))
+                noise = replace(noise, start=start, fresh=fresh)
         inputs = {
             "features": features,
             "ids": ids,
@@ -186,10 +184,10 @@ class FastEngine:
         return self._once[guidance]
 
 
-def pad_set(ids: Tensor) -> Tensor:
-    """ids (B, S) with the first token again and again, up to a multiple of SET_MULTIPLE."""
-    more = -ids.shape[1] % SET_MULTIPLE
-    return torch.cat([ids, ids[:, :1].expand(-1, more)], dim=1)
+def pad_set(ids: Tensor, multiple: int) -> Tensor:
+    """ids (B, S) with the first token again and again, up to a multiple."""
+    more = -ids.shape[1] % multiple
+    return torch.cat([ids, ids[:, :1].expand(-1, more)], dim=1) if more else ids
 
 
 # Functions of tensors -------------------------------------------------------------------------------------------------

@@ -1,0 +1,171 @@
+"""Recording and replaying, with a recorder that needs no GPU: the same results in bounded memory, whatever changes."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nova_video.sampling.diffusion import request_scheduler
+from nova_video.sampling.engine import DirectRunner, FastEngine, Inputs
+from nova_video.sampling.generate import generate_sets
+from nova_video.sampling.graphs import GraphRunner, Recording
+from nova_video.sampling.guidance import Guidance
+from test_engine import embeds
+from test_sampling import GUIDANCES, close, make_state, open_model, open_scheduler
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+class DirectRecorder:
+    """Replays by calling the function again, on the memory that it was recorded with, as a graph does."""
+
+    def __init__(self, size: int = 1) -> None:
+        self.size, self.recorded, self.waits = size, 0, 0
+        self.fails = False
+
+    def record(self, function: Callable[..., Tensor], arguments: Inputs) -> Recording:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        self.recorded += 1
+        output = torch.full_like(
+            function(**{name: None if x is None else x.clone() for name, x in arguments.items()}), torch.nan
+        )
+
+        def replay() -> None:
+            output.copy_(function(**arguments))
+
+        return Recording(replay, output, self.size)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        yield
+
+    def wait(self) -> None:
+        self.waits += 1
+
+
+def double(*, x: Tensor, y: Tensor | None) -> Tensor:
+    return 2 * x if y is None else 2 * x + y
+
+
+def test_called_then_recorded_then_replayed() -> None:
+    recorder = DirectRecorder()
+    runner = GraphRunner(recorder)
+    for count in range(4):
+        x, y = torch.full((2, 3), float(count)), torch.ones(3)
+        assert torch.equal(runner(("double",), double, {"x": x, "y": y}), 2 * x + y)
+        assert recorder.recorded == min(count, 1)
+    assert torch.equal(runner(("double",), double, {"x": x, "y": None}), 2 * x)  # another function: nothing is added
+    assert (recorder.recorded, len(runner)) == (1, 1)
+
+
+def test_results_are_the_caller_s() -> None:
+    runner = GraphRunner(DirectRecorder())
+    results = [runner(("double",), double, {"x": torch.full((2,), float(i)), "y": None}) for i in range(4)]
+    assert [result[0].item() for result in results] == [0, 2, 4, 6]
+
+
+def test_inputs_are_copied_only_when_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = GraphRunner(DirectRecorder())
+    x, y = torch.ones(2), torch.ones(2)
+    for _ in range(2):
+        runner(("double",), double, {"x": x, "y": y})
+    filled: list[str] = []
+    copy = torch.Tensor.copy_
+    names = {id(buffer.memory): key[0] for key, buffer in runner._buffers.items()}
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda self, source: (filled.append(names.get(id(self), "-")), copy(self, source))[1]
+    )
+    runner(("double",), double, {"x": x, "y": y})
+    assert filled == ["-"]  # the result alone
+    y.add_(1)
+    assert torch.equal(runner(("double",), double, {"x": x, "y": y}), torch.full((2,), 4.0))
+    assert "y" in filled
+    assert "x" not in filled
+
+
+def test_what_cannot_be_captured_is_called(caplog: pytest.LogCaptureFixture) -> None:
+    recorder = DirectRecorder()
+    recorder.fails = True
+    runner = GraphRunner(recorder)
+    x = torch.ones(2)
+    for _ in range(4):
+        assert torch.equal(runner(("double",), double, {"x": x, "y": None}), 2 * x)
+    assert len(runner) == 0
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "not captured, and computed step by step instead: operation not permitted when stream is capturing"
+    ]
+
+
+@pytest.mark.parametrize(("limits", "kept"), [({"max_graphs": 3}, 3), ({"max_bytes": 40}, 5)])
+def test_bounded_in_number_and_memory(limits: dict[str, int], kept: int) -> None:
+    runner = GraphRunner(DirectRecorder(size=10), **limits)
+    for length in [*range(1, 9), *range(1, 9)]:
+        runner(("double",), double, {"x": torch.ones(length), "y": None})
+    assert len(runner) == len(runner._buffers) == kept
+    recorded = runner.recorder.recorded
+    runner(("double",), double, {"x": torch.ones(8), "y": None})
+    assert runner.recorder.recorded == recorded  # the newest are there
+    runner(("double",), double, {"x": torch.ones(1), "y": None})
+    assert runner.recorder.recorded == recorded + 1  # the oldest are not
+
+
+def test_graphs_of_weights_that_moved_are_let_go() -> None:
+    layer, runner = torch.nn.Linear(2, 2), GraphRunner(DirectRecorder())
+
+    def function(*, x: Tensor) -> Tensor:
+        return layer(x)
+
+    runner.use(layer)
+    for _ in range(2):
+        runner(("layer",), function, {"x": torch.ones(1, 2)})
+    runner.use(layer)
+    assert len(runner) == 1
+    layer.weight.data = layer.weight.data + 1
+    runner.use(layer)
+    assert len(runner) == 0
+    assert torch.equal(runner(("layer",), function, {"x": torch.ones(1, 2)}), layer(torch.ones(1, 2)))
+
+
+@pytest.mark.parametrize("guidance", [GUIDANCES[1], GUIDANCES[-1]], ids=str)
+@pytest.mark.parametrize("folder", ["text-to-video", "rotary-flow"])
+def test_clips_of_one_runner(folder: str, guidance: Guidance) -> None:
+    """Requests of several lengths and batches, replaying what others recorded, give the latents of calling."""
+    model, scheduler, runner = open_model(folder), open_scheduler(folder), GraphRunner(DirectRecorder())
+
+    def made(how: Any, batch: int, frames: int, sets: int) -> Tensor:
+        state = make_state(model, embeds()[:batch], guidance, frames=frames, sets=sets)
+        for _ in generate_sets(model, request_scheduler(scheduler, None), state, FastEngine(model, how)):
+            pass
+        return state.latents()
+
+    for shape in [(1, 3, 5), (2, 2, 5), (1, 3, 5), (1, 2, 4), (2, 3, 5)]:
+        close(made(runner, *shape), made(DirectRunner(set_multiple=8), *shape), 1e-5)
+    assert len(runner) > 10
+
+
+def test_threads_take_turns() -> None:
+    runner = GraphRunner(DirectRecorder())
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        with torch.no_grad():
+            for count in range(200):
+                x = torch.full((3,), float(1000 * number + count))
+                if not torch.equal(runner(("double",), double, {"x": x, "y": None}), 2 * x):
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

@@ -81,6 +81,7 @@ def test_operations_are_those_torch_counts(name: str) -> None:
         num_inference_steps=3,
         num_diffusion_steps=2,
         output_type="latent",
+        compile=False,
     )
     work = count_work(pipe.transformer, request.resolve(pipe.defaults, pipe.capabilities))
     counter = FlopCounterMode(display=False)
@@ -205,8 +206,9 @@ def test_what_is_timed_is_the_call(tiny_checkpoint: Path) -> None:
     """Sampled to latents and then decoded: the pixels that the pipeline gives."""
     pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
     pipe.set_progress_bar_config(disable=True)
-    asked = Asked(frames=5, sets=2, diffusion_steps=1)
+    asked = Asked(frames=5, sets=2, diffusion_steps=1, compile=False)
     runs = Runs(pipe, request_of(pipe, asked, "tiny"), torch.device("cpu"))
+    assert runs.request.compile is False
     generation = runs.sampled()
     pixels = generation.run().frames
     expected = pipe.generate(

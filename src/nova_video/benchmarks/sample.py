@@ -83,7 +83,7 @@ def measure(config: str, asked: Asked, command: str, profile: Path | None = None
         changed=asked.changed,
     )
     try:
-        return _measured(row, asked, device, dtype, profile)
+        return _opened(row, asked, device, dtype, profile)
     except Exception as error:  # of whatever kind: the next configuration is still to be measured
         return replace(row, error=" ".join(f"{type(error).__name__}: {error}".split()))
     finally:
@@ -92,8 +92,15 @@ def measure(config: str, asked: Asked, command: str, profile: Path | None = None
             torch.cuda.empty_cache()
 
 
-def _measured(row: Row, asked: Asked, device: torch.device, dtype: torch.dtype, profile: Path | None) -> Row:
+def _opened(row: Row, asked: Asked, device: torch.device, dtype: torch.dtype, profile: Path | None) -> Row:
     pipe = open_pipeline(row.config, asked, device, dtype)
+    try:
+        return _measured(row, pipe, asked, device, profile)
+    finally:
+        pipe.release()  # the next configuration compiles and captures its own
+
+
+def _measured(row: Row, pipe: NovaPipeline, asked: Asked, device: torch.device, profile: Path | None) -> Row:
     pipe.require_vae("decoding")
     runs = Runs(pipe, request_of(pipe, asked, row.config), device)
     plan = runs.request.resolve(pipe.defaults, pipe.capabilities)
@@ -103,7 +110,7 @@ def _measured(row: Row, asked: Asked, device: torch.device, dtype: torch.dtype, 
     timed = [runs.once() for _ in range(asked.repeats)]
     streams = [runs.stream() for _ in range(1 + asked.repeats)][1:]
     work = count_work(pipe.transformer, plan)
-    rates = device_rates(row.device, dtype)
+    rates = device_rates(row.device, pipe.transformer.dtype)
     floor = None if rates is None else floor_of(work, rates)
     seconds = statistics.median(run.sampling for run in timed)
     total = statistics.median(run.total for run in timed)
@@ -181,6 +188,7 @@ def request_of(pipe: NovaPipeline, asked: Asked, config: str) -> GenerateRequest
         num_frames=asked.frames,
         num_inference_steps=asked.sets,
         num_diffusion_steps=asked.diffusion_steps,
+        compile=None if asked.compile else False,
     )
 
 

@@ -102,7 +102,16 @@ def test_signature() -> None:
         *("motion_flow", "flow_shift", "num_images_per_prompt", "generator", "prompt_embeds"),
         *("negative_prompt_embeds", "output_type", "callback_on_step_end"),
         *("seconds", "video", "mask_image", "strength", "context_frames", "sink_frames", "history_noise"),
-        *("reanchor_frames", "hold_statistics"),
+        *(
+            "reanchor_frames",
+            "hold_statistics",
+            "compile",
+            "preset",
+            "solver",
+            "last_steps",
+            "guided_sets",
+            "guidance_every",
+        ),
     ]
     given = {name: p.default for name, p in parameters.items() if p.default not in (None, inspect.Parameter.empty)}
     assert given == {

@@ -21,6 +21,7 @@ from nova_video.sampling.diffusion import ddpm_row, linear_step, request_schedul
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance, combine, renorm_ratio
 from nova_video.sampling.random import RandomState
+from nova_video.sampling.shortcuts import EXACT, Shortcuts
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
 
 CONFORMANCE = Path(__file__).parent / "conformance"
@@ -73,6 +74,7 @@ def make_state(
     generators: list[torch.Generator] | None = None,
     given: tuple[Tensor, ...] = (),
     context: Context | None = None,
+    shortcuts: Shortcuts = EXACT,
 ) -> SamplingState:
     generators = generators or [torch.Generator().manual_seed(0)]
     return SamplingState.create(
@@ -85,6 +87,7 @@ def make_state(
         random=RandomState(generators, torch.device("cpu"), torch.float32),
         passes=guidance.passes,
         context=context,
+        shortcuts=shortcuts,
         given={frame: GivenFrame(latents) for frame, latents in enumerate(given)},
     )
 

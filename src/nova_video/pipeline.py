@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.hooks import CpuOffload
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -141,6 +141,7 @@ class NovaPipeline(DiffusionPipeline):
             shiftable=isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler),
             max_diffusion_steps=self.scheduler.config.num_train_timesteps,
             latent_channels=config.image_dim,
+            second_order=isinstance(self.scheduler, DDPMScheduler | FlowMatchEulerDiscreteScheduler),
         )
 
     def enable_vae_slicing(self) -> None:
@@ -193,6 +194,11 @@ class NovaPipeline(DiffusionPipeline):
         reanchor_frames: int | None = None,
         hold_statistics: float = 0.0,
         compile: bool | None = None,
+        preset: str | None = None,
+        solver: str | None = None,
+        last_steps: float | None = None,
+        guided_sets: float | None = None,
+        guidance_every: int | None = None,
     ) -> GenerateResult:
         """Generate. The arguments are those of `GenerateRequest`, explained there; None is the checkpoint's default.
 
@@ -224,6 +230,11 @@ class NovaPipeline(DiffusionPipeline):
             reanchor_frames=reanchor_frames,
             hold_statistics=hold_statistics,
             compile=compile,
+            preset=preset,
+            solver=solver,
+            last_steps=last_steps,
+            guided_sets=guided_sets,
+            guidance_every=guidance_every,
             num_images_per_prompt=num_images_per_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
@@ -287,6 +298,7 @@ class NovaPipeline(DiffusionPipeline):
                 random=random,
                 passes=plan.passes,
                 context=plan.context,
+                shortcuts=plan.shortcuts,
                 given=given,
             )
         except BaseException:

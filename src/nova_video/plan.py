@@ -15,6 +15,7 @@ from nova_video.errors import InputError
 from nova_video.given import Clip, frames_at
 from nova_video.sampling.context import Context
 from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.shortcuts import EXACT, Shortcuts
 from nova_video.settings import Defaults, check_number
 from nova_video.timeline import Timeline
 
@@ -47,6 +48,8 @@ class Capabilities:
     max_diffusion_steps: int
     """Steps the noise schedule was trained with."""
     latent_channels: int = 4
+    second_order: bool = True
+    """A noise schedule that DPM-Solver++ knows."""
 
     def latent_count(self, num_frames: int) -> int:
         """Whole latent frames that cover so many pixel frames."""
@@ -86,6 +89,7 @@ class Plan:
     """Of them, those that are only returned: latent frame 0 is pixel frame `offset`."""
     edits: bool = False
     """Given frames are changed, under a mask or by `strength`; else they stay."""
+    shortcuts: Shortcuts = EXACT
     compile: bool = True
     """Arranged for speed, not the plain loop."""
 
@@ -117,9 +121,15 @@ def make_plan(request: "GenerateRequest", defaults: Defaults, model: Capabilitie
         raise InputError(f"motion_flow is {score}: this model makes images and takes no motion score")
     if request.flow_shift is not None and not model.shiftable:
         raise InputError(f"flow_shift is {request.flow_shift:g}: this model's schedule is not a flow and has no shift")
-    steps = defaults.num_diffusion_steps if request.num_diffusion_steps is None else request.num_diffusion_steps
+    shortcuts = request.shortcuts
+    steps, sets = request.num_diffusion_steps, request.num_inference_steps
+    if steps is None:
+        steps = max(1, round(defaults.num_diffusion_steps * shortcuts.steps))
     check_number("num_diffusion_steps", steps, 1, integer=True, high=model.max_diffusion_steps)
-    sets = defaults.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
+    if sets is None:
+        sets = max(1, round(defaults.num_inference_steps * shortcuts.sets))
+    if shortcuts.solver != "own" and not model.second_order:
+        raise InputError(f"solver is {shortcuts.solver}: expected a checkpoint with a DDPM or flow schedule")
     context = _context(request, defaults, model, endless=num_frames is None)
     scales, motion = request.guidance(defaults), request.motion(defaults)
     for name, timeline in (("prompt", request.timeline), ("guidance_scale", scales), ("motion_flow", motion)):
@@ -156,6 +166,7 @@ def make_plan(request: "GenerateRequest", defaults: Defaults, model: Capabilitie
         given_frames=given,
         offset=offset,
         edits=request.edits,
+        shortcuts=shortcuts,
         compile=request.compile is not False,
     )
 
@@ -272,6 +283,7 @@ def plan_from_json(values: dict[str, Any]) -> Plan:
     changed = {
         "grid": tuple(values["grid"]),
         "context": Context(**values["context"]),
+        "shortcuts": Shortcuts(**values["shortcuts"]),
         "guidance": Timeline(tuple(guidance["times"]), tuple(Guidance(**value) for value in guidance["values"])),
         "motion_flow": Timeline(tuple(motion["times"]), tuple(motion["values"])),
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 from nova_video.errors import InputError
 from nova_video.given import Clip, masks_of, read_clips, read_masks
 from nova_video.plan import Capabilities, Plan, make_plan
+from nova_video.sampling.shortcuts import Shortcuts, shortcuts_of
 from nova_video.settings import Defaults, check_number, check_setting
 from nova_video.timeline import Timeline, is_timeline
 
@@ -85,8 +86,19 @@ class GenerateRequest:
     hold_statistics: float = 0.0
     """Against drift, 0 to 1: how far the channel statistics of new latent frames are drawn to those of the first."""
     compile: bool | None = None
-    """False: the plain loop, step by step. None and True: the same numbers to rounding, faster: everything that does not
-    depend on the noise computed for all steps at once, and on CUDA compiled blocks and captured graphs."""
+    """False: the plain loop, step by step. None and True: the same numbers to rounding, faster: what does not depend on
+    the noise is computed for all steps at once, and on CUDA blocks are compiled and captured in graphs."""
+    preset: str | None = None
+    """What may be lost for speed: exact (None), balanced or fast, as `sampling/shortcuts.py` has them. The next four
+    each replace a part of it."""
+    solver: str | None = None
+    """own: the checkpoint's scheduler. dpm++: DPM-Solver++ of second order, for fewer steps."""
+    last_steps: float | None = None
+    """Up to 1: share of the denoising steps that a frame's last set takes; earlier ones fall to it evenly."""
+    guided_sets: float | None = None
+    """0 to 1: share of a frame's sets that are guided, the first ones."""
+    guidance_every: int | None = None
+    """Every so many sets all guidance passes are encoded, between them the conditional one alone."""
     num_images_per_prompt: int = 1
     prompt_embeds: Sequence[Tensor] | None = None
     """Features of each prompt, (tokens, width)."""
@@ -135,6 +147,7 @@ class GenerateRequest:
             check_number("seed", self.seed, 0, integer=True, high=2**63 - 1)
         if self.output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type is {self.output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
+        _ = self.shortcuts  # checks itself
         self._check_given()
 
     def _check_length(self) -> None:
@@ -165,6 +178,17 @@ class GenerateRequest:
             for clip in self.given_clips:
                 masks_of(masks, clip)
             object.__setattr__(self, "mask_image", masks)
+
+    @property
+    def shortcuts(self) -> Shortcuts:
+        """The preset, with what is named besides."""
+        return shortcuts_of(
+            self.preset,
+            solver=self.solver,
+            last_steps=self.last_steps,
+            guided_sets=self.guided_sets,
+            guidance_every=self.guidance_every,
+        )
 
     @property
     def edits(self) -> bool:

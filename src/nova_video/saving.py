@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 KEY = "nova_generation"
 FORMAT = 1
-OPEN_TENSORS = ("condition", "tokens", "embedded", "order")  # of the frame in hand
+OPEN_TENSORS = ("condition", "tokens", "embedded", "order", "differences")  # of the frame in hand
 
 
 def model_mark(model: NOVATransformer3DModel) -> str:
@@ -96,7 +96,8 @@ def save_generation(generation: Generation, path: Path) -> None:
         tensors |= {"reference.mean": state.reference.mean, "reference.deviation": state.reference.deviation}
     if state.open is not None:
         facts["open"] = {"known": state.open.known, "sizes": state.open.sizes, "sets": state.open.sets}
-        tensors |= {f"open.{name}": getattr(state.open, name) for name in OPEN_TENSORS}
+        held = {name: getattr(state.open, name) for name in OPEN_TENSORS}
+        tensors |= {f"open.{name}": tensor for name, tensor in held.items() if tensor is not None}
     for index, generator in enumerate(state.random.generators):
         tensors[f"generator.{index}"] = generator.get_state()
     if generation.given is not None:
@@ -146,6 +147,7 @@ def load_generation(pipe: "NovaPipeline", path: Path) -> Generation:
         random=RandomState(generators, device, model.dtype),
         passes=facts["passes"],
         context=plan.context,
+        shortcuts=plan.shortcuts,
         given={
             int(frame): GivenFrame(moved[f"given.{frame}.latents"], moved.get(f"given.{frame}.known"), redraw)
             for frame, redraw in facts["given"].items()
@@ -160,7 +162,7 @@ def load_generation(pipe: "NovaPipeline", path: Path) -> Generation:
             **facts["reference"], mean=moved["reference.mean"], deviation=moved["reference.deviation"]
         )
     if "open" in facts:
-        parts: dict[str, Any] = {name: moved[f"open.{name}"] for name in OPEN_TENSORS}
+        parts: dict[str, Any] = {name: moved.get(f"open.{name}") for name in OPEN_TENSORS}
         state.open = OpenFrame(**parts, **facts["open"])
     pipe.bring(model)
     restore_context(model, state)

@@ -130,7 +130,7 @@ def row(a: float, b: float, deviation: float, own: float, share: float) -> tuple
 
 
 def linear_step(x: Tensor, output: Tensor, row: Tensor, clip: float | None, noise: Tensor | None) -> Tensor:
-    """x' = own x + share clamp(a x + b output) + deviation noise, all (..., P) float32; `row` (8,) holds the numbers."""
+    """x' = own x + share clamp(a x + b output) + deviation noise, all (..., P) float32; `row` (8,) holds the rest."""
     x_share, output_share, deviation, own, share, a, b, _ = row.unbind()
     if clip is None:
         stepped = x_share * x + output_share * output

@@ -5,7 +5,7 @@ then for each set the spatial encoder once, the denoiser's steps on the set's to
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from nova_video.model.patches import gather_tokens, scatter_tokens
 from nova_video.sampling.context import REFERENCE_FRAMES, Statistics, hold_statistics
 from nova_video.sampling.diffusion import Schedule, SetNoise
 from nova_video.sampling.engine import Engine, PlainEngine
+from nova_video.sampling.shortcuts import second_order
 from nova_video.sampling.state import OpenFrame, SamplingState
 from nova_video.sampling.timing import Stopwatch, span
 
@@ -45,7 +46,9 @@ def generate_sets(
 ) -> Iterator[SetDone]:
     """Advance `state` to its end, one set a turn. `scheduler` is the request's own copy; None: the plain engine."""
     engine = engine or PlainEngine(model)
-    schedule = Schedule.of(scheduler, state.num_diffusion_steps, state.random.device)
+    if state.shortcuts.solver == "dpm++":
+        scheduler = second_order(scheduler)
+    schedules: dict[int, Schedule] = {}  # by number of steps
     while not state.finished:
         if state.open is None:
             given = state.given.get(state.done)
@@ -55,7 +58,11 @@ def generate_sets(
             with span(stopwatch, "temporal"):
                 condition = encode_next_frame(model, state)
             state.open = open_frame(model, state, condition)
-        yield reveal_set(model, engine, schedule, state, state.open, stopwatch)
+        frame = state.open
+        steps = state.shortcuts.steps_of(frame.sets, len(frame.sizes), state.num_diffusion_steps)
+        if steps not in schedules:
+            schedules[steps] = Schedule.of(scheduler, steps, state.random.device)
+        yield reveal_set(model, engine, schedules[steps], state, frame, stopwatch)
 
 
 # In time --------------------------------------------------------------------------------------------------------------
@@ -172,10 +179,12 @@ def reveal_set(
 ) -> SetDone:
     """Predict the next set of the open frame and fix it; the last set closes the frame."""
     guidance = state.segments[state.segment_at(state.done)].guidance
+    if not state.shortcuts.guides(frame.sets, len(frame.sizes)):
+        guidance = replace(guidance, scale=1.0, image_scale=0.0)
     visible = frame.revealed(frame.sets)  # (B, V)
     ids = frame.revealed(frame.sets + 1)[:, visible.shape[1] :]  # (B, S)
     with span(stopwatch, "spatial"):
-        features = engine.features(frame.condition, frame.embedded, visible, ids, state.positions)  # (N * B, S, D)
+        features = set_features(engine, state, frame, visible, ids, guidance.passes)  # (N * B, S, D)
     with span(stopwatch, "denoiser"):
         noise = SetNoise.draw(schedule, guidance, state.noise, ids)
         values = engine.denoise(features, ids, schedule, guidance, noise, state.random.generators)
@@ -189,6 +198,26 @@ def reveal_set(
         finish_frame(state, latents if state.done in state.given else held(state, latents))
         state.open = None
     return done
+
+
+def set_features(
+    engine: Engine, state: SamplingState, frame: OpenFrame, visible: Tensor, ids: Tensor, passes: int
+) -> Tensor:
+    """Spatial features of the tokens `ids` (B, S) in the first `passes` passes, (N * B, S, D)."""
+    batch, every = len(ids), state.shortcuts.guidance_every
+    condition, following = frame.condition[: passes * batch], ids
+    if passes > 1 and every > 1:
+        if frame.sets % every:
+            assert frame.differences is not None
+            cond = engine.features(condition[:batch], frame.embedded, visible, ids, state.positions)  # (B, S, D)
+            others, frame.differences = frame.differences.tensor_split([ids.shape[1]], dim=1)
+            return torch.cat([cond, (others.unflatten(0, (-1, batch)) + cond).flatten(0, 1)])
+        following = frame.revealed(frame.sets + every)[:, visible.shape[1] :]  # this set's tokens and the next ones'
+    features = engine.features(condition, frame.embedded, visible, following, state.positions)
+    if following is not ids:
+        later = features[:, ids.shape[1] :].unflatten(0, (passes, batch))
+        frame.differences = (later[1:] - later[:1]).flatten(0, 1)  # ((N - 1) * B, S of the next sets, D)
+    return features[:, : ids.shape[1]]
 
 
 def finish_frame(state: SamplingState, latents: Tensor) -> None:

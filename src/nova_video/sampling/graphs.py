@@ -1,9 +1,9 @@
 """CUDA graphs of the sampler's functions: captured when a shape comes again, replayed from then on.
 
 A set is a few hundred kernels of a few microseconds, and launching them one by one takes longer than running them.
-`GraphRunner` belongs to a pipeline and is handed to the engine of every request (`engine.py`); `CudaRecorder` is all of it
-that needs a GPU. All graphs share their memory: one is replayed at a time, in the order of the calls, whichever streams
-and threads those come from.
+`GraphRunner` belongs to a pipeline and is handed to the engine of every request (`engine.py`); `CudaRecorder` is all of
+it that needs a GPU. All graphs share their memory: one is replayed at a time, in the order of the calls, whichever
+streams and threads those come from.
 """
 
 import logging

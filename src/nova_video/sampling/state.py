@@ -18,6 +18,7 @@ from nova_video.model import NOVATransformer3DModel, Positions, TemporalCache, s
 from nova_video.sampling.context import Context, Statistics
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.random import FrameNoise, RandomState
+from nova_video.sampling.shortcuts import EXACT, Shortcuts
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class OpenFrame:
     """Of the sets in which the others are revealed."""
     sets: int = 0
     """Sets revealed."""
+    differences: Tensor | None = None
+    """((N - 1) * B, S of the next sets, D): what the other passes' features differ by from the conditional pass's,
+    where they are not computed for every set."""
 
     def revealed(self, sets: int) -> Tensor:
         """Ids (B, V) of the tokens that are there after `sets` sets, in order of revelation."""
@@ -81,6 +85,7 @@ class SamplingState:
     num_sets: int
     """Sets that a frame is revealed in."""
     num_diffusion_steps: int
+    shortcuts: Shortcuts
     segments: Sequence[Segment]
     context: Context
     positions: Positions
@@ -124,6 +129,7 @@ class SamplingState:
         random: RandomState,
         passes: int,
         context: Context | None = None,
+        shortcuts: Shortcuts = EXACT,
         given: Mapping[int, GivenFrame] | None = None,
     ) -> "SamplingState":
         """A fresh request. Every segment's text has `passes` rows a sample, in the order of `guidance.py`."""
@@ -136,6 +142,7 @@ class SamplingState:
             num_tokens=(grid[0] // model.patch_size) * (grid[1] // model.patch_size),
             num_sets=num_sets,
             num_diffusion_steps=num_diffusion_steps,
+            shortcuts=shortcuts,
             segments=segments,
             context=context,
             positions=positions,

@@ -1,0 +1,212 @@
+"""Shortcuts do what they say and no more; presets are shares of a checkpoint's own numbers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from nova_video.errors import InputError
+from nova_video.model import set_sizes
+from nova_video.plan import Capabilities, plan_as_json, plan_from_json
+from nova_video.request import GenerateRequest
+from nova_video.sampling.diffusion import Schedule, request_scheduler
+from nova_video.sampling.engine import DirectRunner, FastEngine, PlainEngine
+from nova_video.sampling.generate import generate_sets
+from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.shortcuts import EXACT, PRESETS, Shortcuts, second_order, shortcuts_of
+from nova_video.sampling.state import SamplingState
+from nova_video.settings import Defaults
+from test_engine import embeds
+from test_sampling import GUIDANCES, close, make_state, open_model, open_scheduler
+
+SETS = 5
+GUIDED = Guidance(4.0)
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@dataclass(frozen=True)
+class Watched(PlainEngine):
+    """The plain engine, and what it was asked for: rows and tokens encoded, passes and steps denoised."""
+
+    calls: list[tuple[int, ...]]
+
+    def features(self, condition: Tensor, embedded: Tensor, visible: Tensor, ids: Tensor, positions: Any) -> Tensor:
+        self.calls.append((len(condition), ids.shape[1]))
+        return super().features(condition, embedded, visible, ids, positions)
+
+    def denoise(
+        self, features: Tensor, ids: Tensor, schedule: Schedule, guidance: Guidance, noise: Any, generators: Any
+    ) -> Tensor:
+        self.calls.append((guidance.passes, len(schedule.timesteps)))
+        return super().denoise(features, ids, schedule, guidance, noise, generators)
+
+
+def made(
+    shortcuts: Shortcuts,
+    guidance: Guidance = GUIDED,
+    folder: str = "rotary-flow",
+    scheduler: Any = None,
+    fast: bool = False,
+) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """Latents, and what the engine was asked for."""
+    model, calls = open_model(folder), list[tuple[int, ...]]()
+    state = make_state(model, embeds()[:1], guidance, sets=SETS, steps=4, shortcuts=shortcuts)
+    engine = FastEngine(model, DirectRunner(set_multiple=8)) if fast else Watched(model, calls)
+    scheduler = request_scheduler(scheduler or open_scheduler(folder), None)
+    for _ in generate_sets(model, scheduler, state, engine):
+        pass
+    return state.latents(), calls
+
+
+SIZES = set_sizes(24, SETS)
+
+
+def test_exact_is_exact() -> None:
+    latents, calls = made(EXACT)
+    assert calls == [call for size in SIZES for call in ((2, size), (2, 4))] * 2
+    for none in (Shortcuts(guidance_every=1), Shortcuts(guided_sets=1.0), Shortcuts(last_steps=1.0)):
+        assert torch.equal(made(none)[0], latents)
+
+
+def test_annealing() -> None:
+    _, calls = made(Shortcuts(last_steps=0.25))
+    assert [steps for _, steps in calls[1::2]] == [4, 3, 2, 2, 1] * 2
+    assert [EXACT.steps_of(i, 3, 25) for i in range(3)] == [25, 25, 25]
+    assert Shortcuts(last_steps=0.01).steps_of(2, 3, 25) == 1
+
+
+@pytest.mark.parametrize("guidance", [Guidance(4.0), Guidance(4.0, image_scale=1.5)], ids=str)
+def test_guided_sets(guidance: Guidance) -> None:
+    none, calls = made(Shortcuts(guided_sets=0.0), guidance)
+    close(none, made(EXACT, Guidance(1.0))[0])
+    assert {rows for rows, _ in calls} == {1}
+    some, calls = made(Shortcuts(guided_sets=0.6), guidance)
+    n = guidance.passes
+    assert [rows for rows, _ in calls[::2]] == [n, n, n, 1, 1] * 2
+    assert [passes for passes, _ in calls[1::2]] == [n, n, n, 1, 1] * 2
+    assert not torch.equal(some, none)
+
+
+@pytest.mark.parametrize("guidance", [Guidance(4.0), Guidance(4.0, image_scale=1.5)], ids=str)
+def test_guidance_every_other_set(guidance: Guidance) -> None:
+    latents, calls = made(Shortcuts(guidance_every=2), guidance)
+    n, s = guidance.passes, SIZES
+    asked = [(n, s[0] + s[1]), (1, s[1]), (n, s[2] + s[3]), (1, s[3]), (n, s[4])]
+    assert calls[::2] == asked * 2
+    assert {passes for passes, _ in calls[1::2]} == {n}
+    exact = made(EXACT, guidance)[0]
+    assert not torch.equal(latents, exact)
+    assert (latents - exact).abs().mean() < (made(Shortcuts(guided_sets=0.2), guidance)[0] - exact).abs().mean()
+
+
+@pytest.mark.parametrize("folder", ["text-to-video", "rotary-flow"])
+def test_second_order_is_the_library_s(folder: str) -> None:
+    scheduler = second_order(open_scheduler(folder))
+    assert isinstance(scheduler, DPMSolverMultistepScheduler)
+    got, _ = made(Shortcuts(solver="dpm++"), folder=folder)
+    close(got, made(EXACT, folder=folder, scheduler=scheduler)[0])
+
+
+def test_second_order_needs_fewer_steps() -> None:
+    """On a flow whose velocity is known, data N(1.5, 0.3^2): nearer to the limit than Euler with twice the steps."""
+    start = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+
+    def end(scheduler: Any, steps: int) -> Tensor:
+        scheduler.set_timesteps(steps)
+        x = start
+        for i, t in enumerate(scheduler.timesteps):
+            sigma = float(scheduler.sigmas[i])
+            data = 1.5 + (1 - sigma) * 0.09 / ((1 - sigma) ** 2 * 0.09 + sigma**2) * (x - (1 - sigma) * 1.5)
+            x = scheduler.step((x - (1 - sigma) * data) / sigma - data, t, x, return_dict=False)[0]
+        return x
+
+    flow = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    limit = end(FlowMatchEulerDiscreteScheduler(shift=1.0), 500)
+    assert (end(second_order(flow), 12) - limit).abs().mean() < (end(flow, 24) - limit).abs().mean()
+
+
+@pytest.mark.parametrize("preset", ["balanced", "fast"])
+@pytest.mark.parametrize("guidance", [GUIDANCES[1], GUIDANCES[3], GUIDANCES[-1]], ids=str)
+@pytest.mark.parametrize("folder", ["text-to-video", "rotary-flow"])
+def test_fast_engine_takes_the_same_shortcuts(folder: str, guidance: Guidance, preset: Any) -> None:
+    plain, _ = made(PRESETS[preset], guidance, folder)
+    close(made(PRESETS[preset], guidance, folder, fast=True)[0], plain)
+
+
+# Requests -------------------------------------------------------------------------------------------------------------
+
+MODEL = Capabilities((64, 64), 8, False, True, 4, 32, 8, True, 1000)
+
+
+def plan(**values: Any) -> Any:
+    return GenerateRequest("a whale", **values).resolve(Defaults(num_inference_steps=16, num_diffusion_steps=25), MODEL)
+
+
+def test_presets_are_shares_of_the_checkpoint_s_own() -> None:
+    assert (plan().num_inference_steps, plan().num_diffusion_steps, plan().shortcuts) == (16, 25, EXACT)
+    fast = PRESETS["fast"]
+    quick = plan(preset="fast")
+    assert (quick.num_inference_steps, quick.num_diffusion_steps) == (round(16 * fast.sets), round(25 * fast.steps))
+    assert quick.shortcuts == fast
+    named = plan(preset="fast", num_inference_steps=12, num_diffusion_steps=7, solver="own", guidance_every=1)
+    assert (named.num_inference_steps, named.num_diffusion_steps) == (12, 7)
+    assert (named.shortcuts.solver, named.shortcuts.guidance_every) == ("own", 1)
+    assert named.shortcuts.last_steps == fast.last_steps
+    assert plan_from_json(plan_as_json(quick)) == quick
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"preset": "turbo"}, "preset is 'turbo': expected one of exact, balanced, fast"),
+        ({"solver": "heun"}, "solver is 'heun': expected own or dpm"),
+        ({"last_steps": 0}, "last_steps is 0: expected a number of more than 0 and at most 1"),
+        ({"guided_sets": 1.5}, "guided_sets is 1.5"),
+        ({"guidance_every": 0}, "guidance_every is 0"),
+    ],
+)
+def test_wrong_shortcuts(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GenerateRequest("a whale", **values)
+    assert shortcuts_of(None) == EXACT
+
+
+def test_solver_needs_a_schedule_that_it_knows() -> None:
+    with pytest.raises(InputError, match="solver is dpm"):
+        second_order(DDIMScheduler())
+
+
+def test_saved_between_sets(tmp_path: Path) -> None:
+    """In the middle of a frame whose other passes are not computed for every set."""
+    from nova_video import NovaPipeline
+
+    pipe = NovaPipeline(open_model("rotary-flow"), open_scheduler("rotary-flow"))
+    pipe.set_progress_bar_config(disable=True)
+    features = embeds()[0]
+    request = GenerateRequest(
+        prompt_embeds=[features],
+        num_frames=9,
+        num_inference_steps=5,
+        num_diffusion_steps=3,
+        preset="fast",
+        output_type="latent",
+        seed=0,
+    )
+    whole = pipe.generate(request).frames
+    stopped = pipe.start(request)
+    stopped.run(lambda pipe, step, frame, tensors: step < 2)
+    state: SamplingState = stopped.state
+    assert state.open is not None
+    assert state.open.differences is not None
+    stopped.save(tmp_path / "clip.state")
+    assert torch.equal(pipe.resume(tmp_path / "clip.state").run().frames, whole)

@@ -22,7 +22,7 @@ from nova_video.benchmarks.configs import SIZES, TEXT_DIM, build, resized
 from nova_video.benchmarks.floor import RATES, Floor, count_work, device_rates, floor_of, temporal_steps
 from nova_video.benchmarks.plots import PLOTS, is_current, write_plots
 from nova_video.benchmarks.rows import PARTS, Row, as_lines, cells, read_rows, record_row, write_rows
-from nova_video.benchmarks.sample import Asked, Runs, request_of
+from nova_video.benchmarks.sample import Asked, Runs, measure, request_of
 from nova_video.benchmarks.tables import EMPTY, RELEASED, filled, released_seconds, sweeps, tables
 from nova_video.errors import InputError
 from nova_video.pipeline import NovaPipeline
@@ -217,6 +217,15 @@ def test_what_is_timed_is_the_call(tiny_checkpoint: Path) -> None:
     assert torch.equal(pixels, expected)
 
 
+def test_presets_are_timed_against_the_exact_work(tiny_checkpoint: Path) -> None:
+    pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
+    exact = request_of(pipe, Asked(frames=1), "tiny").resolve(pipe.defaults, pipe.capabilities)
+    row = measure(str(tiny_checkpoint), Asked(preset="fast", frames=1, repeats=1), "nova bench sample")
+    assert (row.error, row.preset) == (None, "fast")
+    assert row.tflop == pytest.approx(sum(count_work(pipe.transformer, exact).flops.values()) / 1e12, rel=1e-3)
+    assert row.sets * row.diffusion_steps < exact.num_inference_steps * exact.num_diffusion_steps
+
+
 def test_profile_is_a_trace(tmp_path: Path, tiny_checkpoint: Path) -> None:
     pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
     pipe.set_progress_bar_config(disable=True)
@@ -233,6 +242,7 @@ def test_profile_is_a_trace(tmp_path: Path, tiny_checkpoint: Path) -> None:
         (["--config", "nowhere"], "config is 'nowhere': expected one of t2i-512-0.6b"),
         (["--config", "emoji", "--batch", "0"], "batch is 0"),
         (["--config", "emoji", "--repeats", "0"], "repeats is 0"),
+        (["--config", "emoji", "--preset", "hasty"], "preset is 'hasty': expected one of exact"),
         (["--config", "emoji", "--size", "big"], "size is 'big'"),
         (["--config", "emoji", "emoji", "--profile", "trace.json"], "--profile with 2 configurations"),
         (["--config", "emoji", "--device", "cuda:99"], "cuda:99"),

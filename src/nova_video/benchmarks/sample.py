@@ -28,11 +28,11 @@ from nova_video.generation import FrameReady, Generation, LatentPreview
 from nova_video.loading import resolve_checkpoint
 from nova_video.pipeline import NovaPipeline
 from nova_video.request import GenerateRequest
+from nova_video.sampling.shortcuts import PRESETS
 from nova_video.sampling.timing import Stopwatch
 from nova_video.settings import check_number
 
 WARM_UP = 2  # calls: the second one captures graphs
-PRESETS = ("exact",)
 PROMPT_TOKENS = 20  # of the random prompt features; a model pads them all to one length
 GIB = 2**30
 
@@ -57,7 +57,7 @@ class Asked:
         for name in ("batch", "repeats"):
             check_number(name, getattr(self, name), 1, integer=True)
         if self.preset not in PRESETS:
-            raise InputError(f"preset is {self.preset!r}: expected {' or '.join(PRESETS)}")
+            raise InputError(f"preset is {self.preset!r}: expected one of {', '.join(PRESETS)}")
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -109,7 +109,8 @@ def _measured(row: Row, pipe: NovaPipeline, asked: Asked, device: torch.device, 
     first, *_ = [runs.once() for _ in range(WARM_UP)]
     timed = [runs.once() for _ in range(asked.repeats)]
     streams = [runs.stream() for _ in range(1 + asked.repeats)][1:]
-    work = count_work(pipe.transformer, plan)
+    exact = replace(runs.request, preset="exact").resolve(pipe.defaults, pipe.capabilities)
+    work = count_work(pipe.transformer, exact)
     rates = device_rates(row.device, pipe.transformer.dtype)
     floor = None if rates is None else floor_of(work, rates)
     seconds = statistics.median(run.sampling for run in timed)
@@ -189,6 +190,7 @@ def request_of(pipe: NovaPipeline, asked: Asked, config: str) -> GenerateRequest
         num_inference_steps=asked.sets,
         num_diffusion_steps=asked.diffusion_steps,
         compile=None if asked.compile else False,
+        preset=asked.preset,
     )
 
 

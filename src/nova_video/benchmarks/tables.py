@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from nova_video.benchmarks.configs import SIZES
 from nova_video.benchmarks.rows import PARTS, Row, short
 from nova_video.errors import InputError
+from nova_video.sampling.shortcuts import PRESETS
 
 # Seconds of the released implementation from prompt features to latents, run as its guide says on one H200 (torch 2.11,
 # CUDA 13, float16, 64 sets of 25 steps, guidance 5), by configuration and batch.
@@ -21,7 +22,6 @@ RELEASED = {
 }
 RELEASED_VAE = {("t2v-480-0.6b", 1): 1.33}
 RELEASED_DEVICE = "H200"
-PRESETS = ("exact", "balanced", "fast")
 EMPTY = "Nothing is recorded yet."
 
 
@@ -33,8 +33,9 @@ def released_seconds(row: Row, times: Mapping[tuple[str, int], float] = RELEASED
 def measured(rows: Sequence[Row]) -> list[Row]:
     """Without those that failed; known sizes first, then by batch and preset."""
     configs = [*SIZES, *dict.fromkeys(row.config for row in rows if row.config not in SIZES)]
-    found = [row for row in rows if row.error is None and row.seconds is not None]
-    return sorted(found, key=lambda row: (configs.index(row.config), row.batch, row.compile, PRESETS.index(row.preset)))
+    presets: list[str] = [*PRESETS]
+    found = [row for row in rows if row.error is None and row.seconds is not None and row.preset in presets]
+    return sorted(found, key=lambda row: (configs.index(row.config), row.batch, row.compile, presets.index(row.preset)))
 
 
 def by_device(rows: Sequence[Row]) -> dict[str, list[Row]]:

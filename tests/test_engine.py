@@ -114,6 +114,7 @@ class Recorder:
     """A runner that keeps what a graph would be keyed by."""
 
     compiled: bool = False
+    fused: bool = False
     set_multiple: int = 8
     keys: list[tuple[object, ...]] = field(default_factory=list)
 

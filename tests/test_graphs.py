@@ -3,17 +3,21 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from nova_video.sampling.context import Context
 from nova_video.sampling.diffusion import request_scheduler
-from nova_video.sampling.engine import DirectRunner, FastEngine, Inputs
+from nova_video.sampling.engine import DirectRunner, FastEngine, Inputs, PlainEngine
 from nova_video.sampling.generate import generate_sets
-from nova_video.sampling.graphs import GraphRunner, Recording
+from nova_video.sampling.graphs import CudaRecorder, GraphRunner, Recording, can_compile
 from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.shortcuts import PRESETS, PresetName
+from nova_video.sampling.state import GivenFrame
 from test_engine import embeds
 from test_sampling import GUIDANCES, close, make_state, open_model, open_scheduler
 
@@ -169,3 +173,75 @@ def test_threads_take_turns() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+# With capture on ------------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def latents_on_gpu(model: Any, scheduler: Any, engine: Any, guidance: Guidance, batch: int = 2, **shape: int) -> Tensor:
+    """From seed 0, with random numbers drawn on the CPU."""
+    cuda = torch.device("cuda")
+    state = make_state(model, embeds()[:batch], guidance, device=cuda, **shape)
+    for _ in generate_sets(model, request_scheduler(scheduler, None), state, engine):
+        pass
+    return state.latents().cpu()
+
+
+@gpu
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("guidance", GUIDANCES, ids=str)
+@pytest.mark.parametrize("folder", ["text-to-image", "text-to-video", "rotary-flow"])
+def test_gpu_graphs_equal_the_plain_loop(folder: str, guidance: Guidance, preset: PresetName, fused: bool) -> None:
+    """Called, captured and replayed: all the same, in fp32 within 1e-4 of the largest value."""
+    model, scheduler = open_model(folder).cuda(), open_scheduler(folder)
+    shape: dict[str, Any] = {"frames": 1 if folder == "text-to-image" else 3, "sets": 5, "shortcuts": PRESETS[preset]}
+    plain = latents_on_gpu(model, scheduler, PlainEngine(model), guidance, **shape)
+    cuda = torch.device("cuda")
+    runner = GraphRunner(CudaRecorder(cuda), can_compile(cuda), fused)
+    for _ in range(3):
+        close(latents_on_gpu(model, scheduler, FastEngine(model, runner), guidance, **shape), plain)
+    assert len(runner) > 1
+
+
+@gpu
+def test_gpu_memory_is_flat_over_calls_of_mixed_shapes() -> None:
+    model, scheduler, cuda = open_model("rotary-flow").cuda(), open_scheduler("rotary-flow"), torch.device("cuda")
+    runner = GraphRunner(CudaRecorder(cuda), can_compile(cuda), max_graphs=40)
+    taken = []
+    for call in range(200):
+        shape = {"batch": 1 + call % 2, "frames": 1 + call % 3, "sets": 2 + call % 5, "steps": 2 + call % 3}
+        latents_on_gpu(model, scheduler, FastEngine(model, runner), GUIDANCES[1 + call % 2], **shape)
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        taken.append(total - free)
+    assert len(runner) <= 40
+    assert max(taken[100:]) <= max(taken[:100]) * 1.01
+    before = torch.cuda.memory_reserved()
+    runner.release()
+    torch.cuda.empty_cache()
+    assert len(runner) == 0
+    assert torch.cuda.memory_reserved() <= before
+
+
+@gpu
+def test_gpu_a_changed_prompt_mask_and_context_are_replayed() -> None:
+    """What differs between calls of one shape reaches the graphs: nothing of an earlier call is left in them."""
+    model, scheduler, cuda = open_model("rotary-flow").cuda(), open_scheduler("rotary-flow"), torch.device("cuda")
+    runner = GraphRunner(CudaRecorder(cuda), can_compile(cuda))
+    known = (torch.arange(24) % 3 == 0).cuda()
+
+    def made(seed: int, engine: Any) -> Tensor:
+        torch.manual_seed(seed)
+        given = {1: GivenFrame(torch.randn(1, 4, 8, 12).to(cuda), known, redraw=16)}
+        context = Context(frames=3, history_noise=0.1)
+        state = make_state(model, [torch.randn(4, 32)], Guidance(4.0), frames=5, sets=5, context=context, device=cuda)
+        state = replace(state, given=given)
+        for _ in generate_sets(model, request_scheduler(scheduler, None), state, engine):
+            pass
+        return state.latents().cpu()
+
+    for seed in range(4):
+        close(made(seed, FastEngine(model, runner)), made(seed, PlainEngine(model)))

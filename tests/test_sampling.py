@@ -29,6 +29,7 @@ CASES = [("text-to-image", "generate"), ("text-to-image", "generate_noguidance")
 CASES += [("text-to-video", "generate"), ("rotary-flow", "generate")]
 
 DDPM_CONFIG = CONFORMANCE / "text-to-video" / "scheduler"
+CPU = torch.device("cpu")
 FLOW_CONFIG = CONFORMANCE / "rotary-flow" / "scheduler"
 
 
@@ -59,7 +60,8 @@ def condition(model: NOVATransformer3DModel, embeds: list[Tensor], passes: int) 
     rows = embeds + [embeds[0][:0]] * len(embeds) * (passes - 1)
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
-    return model.embed_condition(padded, lengths, torch.full((len(rows),), 5.0), torch.full((len(rows),), 12.0))
+    values = (padded, lengths, torch.full((len(rows),), 5.0), torch.full((len(rows),), 12.0))
+    return model.embed_condition(*(value.to(model.device) for value in values))
 
 
 def make_state(
@@ -75,6 +77,7 @@ def make_state(
     given: tuple[Tensor, ...] = (),
     context: Context | None = None,
     shortcuts: Shortcuts = EXACT,
+    device: torch.device = CPU,
 ) -> SamplingState:
     generators = generators or [torch.Generator().manual_seed(0)]
     return SamplingState.create(
@@ -84,7 +87,7 @@ def make_state(
         grid=grid,
         num_sets=sets,
         num_diffusion_steps=steps,
-        random=RandomState(generators, torch.device("cpu"), torch.float32),
+        random=RandomState(generators, device, torch.float32),
         passes=guidance.passes,
         context=context,
         shortcuts=shortcuts,

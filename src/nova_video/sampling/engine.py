@@ -25,6 +25,7 @@ from nova_video.model.patches import gather_tokens
 from nova_video.model.transformer import ApplyBlock
 from nova_video.model.vit import Block
 from nova_video.sampling.diffusion import Schedule, SetNoise, denoise_set, linear_step
+from nova_video.sampling.fused import run_fused, supports
 from nova_video.sampling.guidance import Guidance, combine
 
 ROWS_AT_ONCE = 1 << 16  # tokens times steps whose modulations are computed together: bounds their memory
@@ -37,6 +38,8 @@ class Runner(Protocol):
 
     compiled: bool
     """Blocks are compiled first."""
+    fused: bool
+    """The denoiser's steps run in kernels of their own where they can (`fused.py`)."""
     set_multiple: int
     """Sets are padded to a multiple of it, so that a few captured functions serve sets of all sizes."""
 
@@ -45,6 +48,8 @@ class Runner(Protocol):
 
 class DirectRunner:
     """Just calls."""
+
+    fused = False
 
     def __init__(self, compiled: bool = False, set_multiple: int = 1) -> None:
         self.compiled, self.set_multiple = compiled, set_multiple
@@ -158,16 +163,22 @@ class FastEngine:
                 noise = replace(noise, start=start, fresh=fresh)
         inputs = {
             "features": features,
-            "ids": ids,
             "start": noise.start,
             "fresh": noise.fresh,
-            "outside": noise.outside,
             "rows": schedule.rows,
             "times": self._times(schedule, features),
             "scales": self._scales(guidance, features.device),
         }
-        step = compiled_step() if self.runner.compiled else guided_step
-        denoise = partial(run_steps if plain else run_any, self.model.image_decoder, schedule, guidance, step)
+        denoiser, compiled = self.model.image_decoder, self.runner.compiled
+        denoise: Callable[..., Tensor]
+        if not plain:
+            inputs |= {"ids": ids, "outside": noise.outside}
+            predict = compiled_prediction() if compiled else guided_prediction
+            denoise = partial(run_any, denoiser, schedule, guidance, predict)
+        elif self.runner.fused and supports(denoiser, features[..., 0].numel(), guidance.passes):
+            denoise = partial(run_fused, denoiser, schedule, guidance)
+        else:
+            denoise = partial(run_steps, denoiser, schedule, guidance, compiled_step() if compiled else guided_step)
         return self.runner(("denoise", schedule.key, guidance), denoise, inputs)[:, :size]
 
     def _times(self, schedule: Schedule, like: Tensor) -> Tensor:
@@ -226,10 +237,8 @@ def run_steps(
     step: Callable[..., Tensor],
     *,
     features: Tensor,
-    ids: Tensor,
     start: Tensor,
     fresh: Tensor,
-    outside: Tensor,
     rows: Tensor,
     times: Tensor,
     scales: Tensor,
@@ -256,16 +265,23 @@ def guided_step(
     clip: float | None,
 ) -> Tensor:
     """One step: x (B, S, P) float32 under the modulations of n passes -> the next x."""
-    output = denoiser.predict(x.to(modulations[0].dtype).repeat(passes, 1, 1), modulations)
-    _, guided = combine(output, passes, scales[0], scales[1])
+    _, guided = guided_prediction(denoiser, x, modulations, scales, passes)
     return linear_step(x, guided, row, clip, noise)
+
+
+def guided_prediction(
+    denoiser: Denoiser, x: Tensor, modulations: list[Tensor], scales: Tensor, passes: int
+) -> tuple[Tensor, Tensor]:
+    """x (B, S, P) float32 under the modulations of n passes -> the conditional and the guided prediction."""
+    output = denoiser.predict(x.to(modulations[0].dtype).repeat(passes, 1, 1), modulations)
+    return combine(output, passes, scales[0], scales[1])
 
 
 def run_any(
     denoiser: Denoiser,
     schedule: Schedule,
     guidance: Guidance,
-    step: Callable[..., Tensor],
+    prediction: Callable[..., tuple[Tensor, Tensor]],
     *,
     features: Tensor,
     ids: Tensor,
@@ -281,9 +297,7 @@ def run_any(
 
     def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
         passes = guidance.passes_at(schedule.timesteps[i])
-        noisy = schedule.scaled(i, x).to(features.dtype).repeat(passes, 1, 1)  # (n * B, S, P)
-        output = denoiser.predict(noisy, modulations.at(i, len(noisy)))
-        return combine(output, passes, scales[0], scales[1])
+        return prediction(denoiser, schedule.scaled(i, x), modulations.at(i, passes * len(x)), scales, passes)
 
     given = replace(schedule, rows=rows)
     return denoise_set(given, guidance, SetNoise(start, fresh, outside), ids, predict)
@@ -317,3 +331,8 @@ def compiled_block() -> ApplyBlock:
 @cache
 def compiled_step() -> Callable[..., Tensor]:
     return torch.compile(guided_step, dynamic=True)
+
+
+@cache
+def compiled_prediction() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(guided_prediction, dynamic=True)

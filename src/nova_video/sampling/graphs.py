@@ -147,9 +147,14 @@ class GraphRunner:
     set_multiple = SET_MULTIPLE
 
     def __init__(
-        self, recorder: Recorder, compiled: bool = True, max_graphs: int = MAX_GRAPHS, max_bytes: int = MAX_BYTES
+        self,
+        recorder: Recorder,
+        compiled: bool = True,
+        fused: bool = False,
+        max_graphs: int = MAX_GRAPHS,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
-        self.recorder, self.compiled = recorder, compiled
+        self.recorder, self.compiled, self.fused = recorder, compiled, fused
         self.max_graphs, self.max_bytes = max_graphs, max_bytes
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self._seen: OrderedDict[Hashable, bool] = OrderedDict()  # False: it cannot be recorded

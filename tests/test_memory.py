@@ -1,0 +1,107 @@
+"""Low memory: parts take turns, results stay. On a CPU the turns are taken where the parts are already."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nova_video import NovaPipeline
+from nova_video.errors import InputError
+from nova_video.memory import Turn, enable_low_memory, quantise, take_turns
+
+QUICK: dict[str, Any] = {"num_inference_steps": 2, "num_diffusion_steps": 2, "num_frames": 5, "output_type": "pt"}
+
+
+def open_pipe(folder: Path) -> NovaPipeline:
+    pipe = NovaPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def made(pipe: NovaPipeline) -> torch.Tensor:
+    return pipe("a whale", generator=torch.Generator().manual_seed(0), **QUICK).frames
+
+
+def test_low_memory_keeps_the_result(tiny_checkpoint: Path) -> None:
+    expected = made(open_pipe(tiny_checkpoint))
+    pipe = open_pipe(tiny_checkpoint)
+    enable_low_memory(pipe, "cpu")
+    assert pipe.is_offloaded
+    assert pipe.execution_device.type == "cpu"
+    assert pipe.vae.use_fast_decode
+    assert not pipe.vae.use_tiling
+    for _ in range(2):
+        assert (made(pipe) - expected).abs().max() < 1e-4
+    streamed = pipe.stream("a whale", generator=torch.Generator().manual_seed(0), **QUICK)
+    assert (torch.stack(list(streamed)) - expected[0]).abs().max() < 1e-4
+
+
+def test_int8_text_is_close(tiny_checkpoint: Path) -> None:
+    pytest.importorskip("torchao")
+    pipe = open_pipe(tiny_checkpoint)
+    expected = pipe._encode_text(["a whale"])["a whale"]
+    enable_low_memory(pipe, "cpu", text_encoder="int8", tiled=True)
+    features = pipe._encode_text(["a whale"])["a whale"]
+    assert pipe.vae.use_tiling
+    assert 0 < (features - expected).abs().max() < 0.05 * expected.abs().max()
+    assert torch.isfinite(made(pipe)).all()
+
+
+def test_int8_without_torchao_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(InputError, match=r"nova-video\[lowmem\]"):
+        quantise(nn.Linear(2, 2))
+
+
+def test_low_memory_is_asked_once(tiny_checkpoint: Path) -> None:
+    pipe = open_pipe(tiny_checkpoint)
+    with pytest.raises(InputError, match="'float' or 'int8'"):
+        enable_low_memory(pipe, "cpu", text_encoder="int4")  # type: ignore[arg-type]
+    enable_low_memory(pipe, "cpu")
+    with pytest.raises(InputError, match="already"):
+        enable_low_memory(pipe, "cpu")
+
+
+def test_bringing_a_part_sends_the_others_back(monkeypatch) -> None:
+    """On a GPU: here what moves is only noted."""
+    moves: list[tuple[str, int]] = []
+    parts = [nn.Linear(size, size) for size in (1, 2, 3)]
+    monkeypatch.setattr(Turn, "come", lambda self: moves.append(("come", self.module.in_features)))
+    monkeypatch.setattr(Turn, "leave", lambda self: moves.append(("leave", self.module.in_features)))
+    take_turns(parts, torch.device("cpu"))
+    parts[1](torch.zeros(1, 2))
+    assert moves == [("leave", 1), ("leave", 3), ("come", 2)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_weights_come_back_as_they_were() -> None:
+    parts = [nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Conv3d(2, 2, 3)]
+    parts[2].weight.data = parts[2].weight.data.contiguous(memory_format=torch.channels_last_3d)
+    before = [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in parts]
+    take_turns(parts, torch.device("cuda"))
+    for part in (*parts, *parts):
+        part._hf_hook.pre_forward(part)
+        assert [next(other.parameters()).is_cuda for other in parts] == [other is part for other in parts]
+    assert parts[2].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert parts[2]._hf_hook.leave()
+    assert not parts[2]._hf_hook.leave()
+    for part, state in zip(parts, before, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in part.state_dict().items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("text_encoder", ["float", "int8"])
+def test_gpu_parts_take_turns(tiny_checkpoint: Path, text_encoder: Any) -> None:
+    if text_encoder == "int8" and importlib.util.find_spec("torchao") is None:
+        pytest.skip("needs torchao")
+    expected = made(open_pipe(tiny_checkpoint))
+    pipe = open_pipe(tiny_checkpoint)
+    enable_low_memory(pipe, "cuda", text_encoder)
+    for _ in range(2):
+        difference = (made(pipe).cpu() - expected).abs()
+        assert difference.mean() < (1e-3 if text_encoder == "float" else 0.1)
+    assert (pipe.transformer.device.type, pipe.vae.device.type) == ("cpu", "cuda")

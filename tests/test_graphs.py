@@ -141,9 +141,12 @@ def test_graphs_of_weights_that_moved_are_let_go() -> None:
 
 @pytest.mark.parametrize("guidance", [GUIDANCES[1], GUIDANCES[-1]], ids=str)
 @pytest.mark.parametrize("folder", ["text-to-video", "rotary-flow"])
-def test_clips_of_one_runner(folder: str, guidance: Guidance) -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_clips_of_one_runner(folder: str, guidance: Guidance, compiled: bool) -> None:
     """Requests of several lengths and batches, replaying what others recorded, give the latents of calling."""
-    model, scheduler, runner = open_model(folder), open_scheduler(folder), GraphRunner(DirectRecorder())
+    if compiled and not can_compile(torch.device("cpu")):
+        pytest.skip("torch.compile does not work here")
+    model, scheduler, runner = open_model(folder), open_scheduler(folder), GraphRunner(DirectRecorder(), compiled)
 
     def made(how: Any, batch: int, frames: int, sets: int) -> Tensor:
         state = make_state(model, embeds()[:batch], guidance, frames=frames, sets=sets)

@@ -17,6 +17,7 @@ from PIL import Image
 from nova_video import cli, media
 from nova_video.arguments import parse
 from nova_video.request import GenerateRequest
+from nova_video.sampling.shortcuts import PRESETS
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK = ["--sets", "2", "--diffusion-steps", "1"]
@@ -69,6 +70,28 @@ def test_generate_reaches_the_pipeline(run: Run, tiny_checkpoint: Path) -> None:
         generator=torch.Generator().manual_seed(3),
     ).images[0]
     assert np.array_equal(media.read_frames("whale.png")[0][0], np.asarray(made))
+
+
+def test_speed_is_asked_for(run: Run, tiny_checkpoint: Path) -> None:
+    """A preset is shares of the model's own sets and steps, its parts can be named, and the plain loop is the same."""
+    common = ("generate", "a whale", "--model", tiny_checkpoint, "--seed", 3, "--num-frames", 5)
+    run(*common, "-o", "fast.mp4", "--preset", "fast", "--last-steps", 1)
+    settings = media.read_metadata("fast.mp4")["settings"]
+    preset = PRESETS["fast"]
+    assert (settings["sets"], settings["diffusion_steps"]) == (round(64 * preset.sets), round(25 * preset.steps))
+    assert (settings["preset"], settings["solver"], settings["last_steps"]) == ("fast", "dpm++", 1)
+    for name, flags in [("plain", ["--no-compile"]), ("quick", [])]:
+        run(*common, "-o", f"{name}.png", *QUICK, "--num-frames", 1, *flags)
+    plain, quick = (media.read_frames(f"{name}.png")[0].astype(int) for name in ("plain", "quick"))
+    assert np.abs(plain - quick).max() <= 1  # to rounding
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a computer without a GPU")
+def test_low_memory_needs_a_gpu(run: Run, tiny_checkpoint: Path) -> None:
+    code, out, err = run("generate", "a whale", "--model", tiny_checkpoint, "--low-memory")
+    assert (code, out) == (2, "")
+    assert err.startswith("nova: low_memory is for a GPU: got cpu")
+    assert files() == []
 
 
 def test_seed_decides(run: Run, tiny_checkpoint: Path) -> None:
@@ -445,6 +468,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "no sets": (["generate", "a whale", "--sets", "0"], "num_inference_steps is 0"),
     "no steps": (["generate", "a whale", "--diffusion-steps", "0"], "num_diffusion_steps is 0"),
+    "no preset": (["generate", "a whale", "--guided-sets", "2"], "guided_sets is 2.0: expected a number of at least 0"),
     "negative guidance": (["generate", "a whale", "--guidance", "-1"], "guidance_scale is -1.0"),
     "negative seed": (["generate", "a whale", "--seed", "-1"], "seed is -1"),
     "no rate": (["generate", "a whale", "--fps", "0"], "fps is 0.0"),

@@ -66,7 +66,7 @@ def test_every_flag_can_be_written(tmp_path: Path) -> None:
     assert {*KEYS.values(), *NOT_IN_SCRIPTS} == {field.name for field in fields(Generate)}
     path = tmp_path / "story.toml"
     for key, name in KEYS.items():
-        for value in ("3", "'float16'", "true"):
+        for value in ("3", "'float16'", "'fast'", "'dpm++'", "true"):
             path.write_text(f"{key} = {value}")
             with contextlib.suppress(InputError):
                 if getattr(read_script(path), name) != getattr(Generate(), name):

@@ -21,6 +21,8 @@ MODEL = "emoji"  # the model in the box
 OWN = "(default: the model's own)"
 AUTO = "(default: auto)"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Preset = Literal["exact", "balanced", "fast"]
+Solver = Literal["own", "dpm++"]
 PartName = Literal[
     "continue", "continue-long", "steer", "steer-anywhere", "steer-alone", "inpaint", "inpaint-empty", "inpaint-pair"
 ]
@@ -57,6 +59,20 @@ class Making:
     """How much to move, in pixels a frame."""
     negative: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
     """What to stay away from."""
+    preset: Annotated[Preset | None, arg(metavar="{exact,balanced,fast}", help_behavior_hint="(default: exact)")] = None
+    """What may be lost for speed; the next four are parts of it."""
+    solver: Annotated[Solver | None, arg(metavar="{own,dpm++}", help_behavior_hint="")] = None
+    """The model's own steps, or DPM-Solver++ for fewer of them."""
+    last_steps: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None
+    """Up to 1: share of the denoising steps that is left at a frame's last set."""
+    guided_sets: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None
+    """0 to 1: share of a frame's sets that follow the guidance, the first ones."""
+    guidance_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Compute the guidance's difference for every so many sets only."""
+    no_compile: bool = False
+    """The plain loop, step by step: slower, the same result to rounding."""
+    low_memory: bool = False
+    """For a small GPU: the model's parts take turns on it."""
     context_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
     """Longest clip that the model is shown: beyond it, the first frames and the most recent ones."""
     sink_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nova_video.request import GenerateRequest
 
 FOR_ONE_CLIP = ("prompt_at", "motion_at", "guidance_at", "script", "live", "state")  # flags of a single sentence
-WITH_RESUME = ("resume", "output", "state", "model", "device", "dtype", "json")  # all else is in the file
+WITH_RESUME = ("resume", "output", "state", "model", "device", "dtype", "low_memory", "json")  # all else is in the file
 
 
 def run_generate(args: Generate) -> None:
@@ -80,7 +80,10 @@ def _resume(args: Generate, path: Path) -> None:
         check_state(args.state)
     record = notes["record"]
     pipe = load_pipeline(
-        args.model or record["model"], args.device or notes["device"] or "auto", args.dtype or notes["dtype"] or "auto"
+        args.model or record["model"],
+        args.device or notes["device"] or "auto",
+        args.dtype or notes["dtype"] or "auto",
+        args.low_memory,
     )
     generation = pipe.resume(path)
     with progress(1) as watch:
@@ -185,7 +188,7 @@ def _flag(name: str) -> str:
 
 
 def _pipeline(args: Making) -> "NovaPipeline":
-    return load_pipeline(args.model or MODEL, args.device or "auto", args.dtype or "auto")
+    return load_pipeline(args.model or MODEL, args.device or "auto", args.dtype or "auto", args.low_memory)
 
 
 def _name(path: Path | None) -> str | None:
@@ -251,6 +254,12 @@ def _request(args: Making, prompt: str, seed: int) -> "GenerateRequest":
         motion_flow=args.motion,
         context_frames=args.context_frames,
         sink_frames=args.sink_frames,
+        preset=args.preset,
+        solver=args.solver,
+        last_steps=args.last_steps,
+        guided_sets=args.guided_sets,
+        guidance_every=args.guidance_every,
+        compile=False if args.no_compile else None,
         seed=seed,
         output_type="np",
     )

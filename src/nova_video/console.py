@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from nova_video.settings import Defaults
 
 
-def load_pipeline(model: str, device: str, dtype: str) -> "NovaPipeline":
+def load_pipeline(model: str, device: str, dtype: str, low_memory: bool = False) -> "NovaPipeline":
     """The model on its device. The device is checked before anything is loaded."""
     from nova_video.devices import choose_device, choose_dtype
 
@@ -22,7 +22,11 @@ def load_pipeline(model: str, device: str, dtype: str) -> "NovaPipeline":
 
     diffusers.utils.logging.disable_progress_bar()  # the bars of loading; sampling has ours
     transformers.utils.logging.disable_progress_bar()
-    pipe = NovaPipeline.from_pretrained(model, torch_dtype=choose_dtype(dtype, place)).to(place)
+    pipe = NovaPipeline.from_pretrained(
+        model, torch_dtype=choose_dtype(dtype, place), low_memory=place if low_memory else False
+    )
+    if not low_memory:
+        pipe.to(place)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SHORTCUTS = ("solver", "last_steps", "guided_sets", "guidance_every")  # the two others are in the numbers told
 NOTES = "nova generate"  # where the command's own notes are in a saved state
 
 
@@ -86,6 +87,8 @@ def make_record(
         **given,
         "sets": plan.num_inference_steps,
         "diffusion_steps": plan.num_diffusion_steps,
+        "preset": args.preset or "exact",
+        **{name: getattr(plan.shortcuts, name) for name in SHORTCUTS},
         "guidance": _told(plan.guidance, lambda guidance: guidance.scale),
         "motion": _told(plan.motion_flow, float),
         "context_frames": None if read is None else stride * (read - 1) + 1,

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nova_video.autoencoders import scale_latents, unscale_latents
+from nova_video.autoencoders.base import VideoAutoencoder
 from nova_video.errors import InputError
 from nova_video.generation import GenerateResult, Generation, GivenPixels, StepCallback
 from nova_video.given import fit_frames, fit_masks, frames_at, known_tokens, masks_of, same_rate, to_pixels
@@ -31,6 +32,7 @@ from nova_video.loading import (
     load_transformer,
     resolve_checkpoint,
 )
+from nova_video.memory import enable_low_memory
 from nova_video.model import NOVATransformer3DModel
 from nova_video.plan import Capabilities, Plan
 from nova_video.request import GenerateRequest, Mask, Number, Picture, Prompt, Video
@@ -94,11 +96,15 @@ class NovaPipeline(DiffusionPipeline):
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
+        low_memory: bool | torch.device | str = False,
     ) -> "NovaPipeline":
         """Open "emoji" (the model in the box), a local folder or a hub id; only its component folders count.
 
         As in diffusers, weights become float32 unless `torch_dtype` says otherwise, for all parts or by name
         ({"transformer": torch.bfloat16, "default": torch.float32}).
+
+        With `low_memory` (True: on "cuda", or a GPU's name) parts stay in the processor's memory and take turns on the
+        GPU, the text encoder layer by layer (`memory.py`). Such a pipeline is not to be moved.
         """
         folder = resolve_checkpoint(
             pretrained_model_name_or_path, revision=revision, token=token, local_files_only=local_files_only
@@ -110,6 +116,12 @@ class NovaPipeline(DiffusionPipeline):
         text_encoder, tokenizer = load_text_parts(folder, _dtype_of("text_encoder", torch_dtype))
         pipe = cls(transformer, scheduler, vae, text_encoder, tokenizer, settings)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        if low_memory is not False:
+            place = torch.device("cuda" if low_memory is True else low_memory)
+            if place.type != "cuda" or not torch.cuda.is_available():
+                here = "there is none here" if place.type == "cuda" else f"got {place}"
+                raise InputError(f"low_memory is for a GPU: {here}; without one, leave it out")
+            enable_low_memory(pipe, place)
         return pipe
 
     def save_pretrained(
@@ -287,6 +299,7 @@ class NovaPipeline(DiffusionPipeline):
             with span(self.stopwatch, "text"):
                 texts, negatives = self._prompt_features(request, plan)
             given, pixels = self._given(request, plan, random)
+            self._choose_decoding(plan)
             self.bring(self.transformer)
             state = SamplingState.create(
                 self.transformer,
@@ -343,6 +356,16 @@ class NovaPipeline(DiffusionPipeline):
                 self._graphs = GraphRunner(CudaRecorder(device), can_compile(device))
             self._graphs.use(model)
             return FastEngine(model, self._graphs)
+
+    def _choose_decoding(self, plan: Plan) -> None:
+        """The autoencoder's own fast arrangement, on a GPU, but for the plain loop."""
+        vae = self.vae
+        if self.execution_device.type != "cuda" or self.is_offloaded or not isinstance(vae, VideoAutoencoder):
+            return
+        if plan.compile and not vae.use_fast_decode:
+            vae.enable_fast_decode()
+        elif vae.use_fast_decode and not plan.compile:
+            vae.disable_fast_decode()
 
     def release(self) -> None:
         """Let go of captured graphs, compiled code and their memory; the next call makes them anew.

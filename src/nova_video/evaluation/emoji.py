@@ -214,22 +214,25 @@ def generate(pipe: Generator, world: EmojiWorld, spec: ClipSpec, settings: Emoji
 
 def score(asked: ClipSpec, seen: Judgement, asked_pairs: ClipSpec, seen_pairs: Judgement) -> SourceScores:
     """Compare what was asked with what was seen."""
-    moves = asked.num_frames > 1
-    background = seen.background == asked.background
-    motion = seen.motion == asked.motion
-    thing = seen.rank == 0
-    rates = {"background": Rate.of(background)}
-    if moves:
-        rates["motion"] = Rate.of(motion)
-    rates["object"] = Rate.of(thing)
-    rates["object_top5"] = Rate.of(seen.rank < 5)
-    rates["all"] = Rate.of(background & motion & thing)
+    flags = clip_flags(asked, seen)
     by_motion = {}
-    for index, name in enumerate(MOTIONS if moves else ()):
+    for index, name in enumerate(MOTIONS if asked.num_frames > 1 else ()):
         rows = asked.motion == index
-        by_motion[name] = {"motion": Rate.of(motion[rows]), "object": Rate.of(thing[rows])}
+        by_motion[name] = {"motion": Rate.of(flags["motion"][rows]), "object": Rate.of(flags["object"][rows])}
     if len(asked_pairs):
-        both = (seen_pairs.rank == 0) & (seen_pairs.second == asked_pairs.second)
-        rates["relation"] = Rate.of(seen_pairs.relation == asked_pairs.relation)
-        rates["both_objects"] = Rate.of(both)
-    return SourceScores(rates, by_motion)
+        flags |= pair_flags(asked_pairs, seen_pairs)
+    return SourceScores({name: Rate.of(right) for name, right in flags.items()}, by_motion)
+
+
+def clip_flags(asked: ClipSpec, seen: Judgement) -> dict[str, Tensor]:
+    """What is right of each clip, (N,) bool by score."""
+    background, motion, thing = seen.background == asked.background, seen.motion == asked.motion, seen.rank == 0
+    moves = {"motion": motion} if asked.num_frames > 1 else {}
+    objects = {"object": thing, "object_top5": seen.rank < 5}
+    return {"background": background, **moves, **objects, "all": background & motion & thing}
+
+
+def pair_flags(asked: ClipSpec, seen: Judgement) -> dict[str, Tensor]:
+    """The same for pictures of two objects."""
+    both = (seen.rank == 0) & (seen.second == asked.second)
+    return {"relation": seen.relation == asked.relation, "both_objects": both}

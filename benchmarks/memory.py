@@ -1,0 +1,158 @@
+"""What a video takes on a small card, and at what price: `python benchmarks/memory.py --help`.
+
+Builds the released text-to-video model at its size with random weights, and a random text encoder of Phi-2's size, and
+makes the 33x480x768 clip from a sentence: with all parts on the GPU and in the ways of `nova_video.memory`. Prints peak
+memory and time of each as soon as it is there, also for one that fails, and writes all as JSON.
+"""
+
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PhiConfig, PhiModel, PreTrainedTokenizerFast
+
+import nova_video
+from nova_video import NovaPipeline
+from nova_video.benchmarks.configs import SIZES, build, resized
+from nova_video.devices import choose_device, choose_dtype
+from nova_video.memory import enable_low_memory
+
+PROMPT = "a whale moving left on a blue background"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Measure memory."""
+
+    output: Path = Path("benchmarks/results/memory.json")
+    """JSON file to write."""
+    size: Literal["released", "toy"] = "released"
+    """33 frames of 480x768 and 2.7 B weights for the text, or a toy for a CPU."""
+    sets: int | None = None
+    diffusion_steps: int | None = None
+    device: str = "auto"
+
+
+def main(args: Memory) -> None:
+    device = choose_device(args.device)
+    dtype = choose_dtype("auto", device)
+    print(f"{'way':52}{'peak GB':>9}{'held GB':>9}{'set up s':>10}{'first s':>9}{'second s':>10}", flush=True)
+    rows = [attempt(name, set_up, args, device, dtype) for name, set_up in ways()]
+    result = {
+        "benchmark": "memory",
+        "size": args.size,
+        "rows": rows,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "versions": {"nova_video": nova_video.__version__, "torch": torch.__version__},
+        "command": shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def ways() -> list[tuple[str, Callable[[NovaPipeline, torch.device], Any]]]:
+    """Name, and what prepares a pipeline whose parts are in the processor's memory."""
+
+    def whole(pipe: NovaPipeline, device: torch.device) -> None:
+        pipe.to(device)
+        pipe.vae.disable_fast_decode()
+
+    def fast(pipe: NovaPipeline, device: torch.device) -> None:
+        pipe.to(device)
+        pipe.vae.enable_fast_decode()
+
+    return [
+        ("low memory", lambda pipe, device: enable_low_memory(pipe, device)),
+        ("low memory, tiled", lambda pipe, device: enable_low_memory(pipe, device, tiled=True)),
+        ("low memory, text in int8", lambda pipe, device: enable_low_memory(pipe, device, text_encoder="int8")),
+        ("the library's whole-model offload", lambda pipe, device: pipe.enable_model_cpu_offload(device=device)),
+        ("all on the device, fast decode", fast),
+        ("all on the device, plain decode", whole),
+    ]
+
+
+def attempt(
+    name: str,
+    set_up: Callable[[NovaPipeline, torch.device], Any],
+    args: Memory,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """One way: a pipeline built for it, two calls; or what went wrong with it."""
+    pipe: NovaPipeline | None = None
+    try:
+        pipe = build_pipe(args, device, dtype)
+        start = time.perf_counter()
+        set_up(pipe, device)
+        ready = time.perf_counter() - start
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        seconds = [call(pipe, args, device) for _ in range(2)]
+        peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+        held = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else 0.0
+        row: dict[str, Any] = {"way": name, "peak_gb": round(peak, 2), "held_gb": round(held, 2)}
+        row |= {"set_up_seconds": round(ready, 2), "seconds": [round(value, 3) for value in seconds]}
+        print(f"{name:52}{peak:9.2f}{held:9.2f}{ready:10.2f}{seconds[0]:9.3f}{seconds[1]:10.3f}", flush=True)
+    except Exception as error:
+        row = {"way": name, "error": f"{type(error).__name__}: {error}"[:400]}
+        print(f"{name:52} FAILED: {row['error']}", flush=True)
+    del pipe
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def call(pipe: NovaPipeline, args: Memory, device: torch.device) -> float:
+    """Seconds from the sentence to pixels."""
+    start = time.perf_counter()
+    pipe(
+        PROMPT,
+        num_frames=33 if args.size == "released" else 5,
+        num_inference_steps=args.sets,
+        num_diffusion_steps=args.diffusion_steps,
+        generator=torch.Generator(device).manual_seed(0),
+        output_type="pt",
+    )
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def build_pipe(args: Memory, device: torch.device, dtype: torch.dtype) -> NovaPipeline:
+    """All parts with random weights, made on the device and put into the processor's memory."""
+    size = SIZES["t2v-480-0.6b"]
+    layers, words = (32, 51200) if args.size == "released" else (1, 100)
+    pipe = build(size if args.size == "released" else resized(size, 64, 96), device, dtype)
+    for part in (pipe.transformer, pipe.vae):
+        part.to("cpu")
+    config = PhiConfig(
+        vocab_size=words,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        partial_rotary_factor=0.4,
+    )
+    with device:
+        encoder = PhiModel(config).to(dtype).eval().requires_grad_(False)
+    vocabulary = {word: index for index, word in enumerate(["[UNK]", *PROMPT.split()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    words_of = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    made = NovaPipeline(pipe.transformer, pipe.scheduler, pipe.vae, encoder.to("cpu"), words_of, settings=pipe.settings)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Memory))

@@ -96,6 +96,15 @@ def test_inputs_are_copied_only_when_they_changed(monkeypatch: pytest.MonkeyPatc
     assert "x" not in filled
 
 
+def test_inference_mode() -> None:
+    runner = GraphRunner(DirectRecorder())
+    with torch.inference_mode():
+        x = torch.ones(2)
+        for value in range(4):
+            x.fill_(value)
+            assert torch.equal(runner(("double",), double, {"x": x, "y": None}), 2 * x)
+
+
 def test_what_cannot_be_captured_is_called(caplog: pytest.LogCaptureFixture) -> None:
     recorder = DirectRecorder()
     recorder.fails = True

@@ -120,9 +120,10 @@ class Buffer:
     version: int = -1
 
     def fill(self, source: Tensor) -> None:
-        if self.source is not source or self.version != source._version:
+        version = -2 if source.is_inference() else source._version  # tensors of inference mode count no changes
+        if self.source is not source or self.version != version or version == -2:
             self.memory.copy_(source)
-            self.source, self.version = source, source._version
+            self.source, self.version = source, version
 
 
 def fill(buffers: Mapping[str, Buffer], inputs: Inputs) -> None:

@@ -611,3 +611,40 @@ def test_kernels_give_the_plain_pieces_numbers() -> None:
         [sys.executable, "-c", KERNELS], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nova_video.autoencoders import kernels
+
+
+def compiles(kernel, types, **constants):
+    names = kernel.arg_names
+    types = {name: types.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()})
+    options = {"num_warps": 8, "num_stages": 3}
+    assert "sm_90" in triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+block = {"C": 128, "ROWS": 32, "COLUMNS": 128}
+half, full = "*fp16", "*fp32"
+compiles(kernels._normalise, {"part": half, "scale": full, "shift": full, "out": half}, **block)
+compiles(kernels._double, {"x": half, "out": half}, **block)
+compiles(kernels._sums, {"x": half, "onto": half, "sums": full}, ADD=True, LOOPS=16, **block)
+for inputs, outputs in ((256, 128), (128, 3)):
+    tile = kernels.choose_tile(inputs, outputs)
+    blocks = [f"tensordesc<fp16[{size},{tile.channels}]>" for size in (tile.rows, tile.columns)]
+    types = {"window": blocks[0], "weight": blocks[1], "bias": half, "out": half, "sums": full}
+    sizes = {"M": tile.rows, "N": tile.columns, "K": tile.channels}
+    compiles(kernels._convolve, types, C=inputs, D=outputs, TAPS=27, KH=3, KW=3, ADD=True, **sizes)
+"""
+
+
+def test_kernels_compile_for_a_gpu() -> None:
+    """Which needs none; the interpreter takes more than the compiler does."""
+    pytest.importorskip("triton")
+    run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -65,7 +65,7 @@ def _double(
         source_f = far_f if corner // 4 == 1 else near_f
         source_h = far_h if corner // 2 % 2 == 1 else near_h
         source_w = far_w if corner % 2 == 1 else near_w
-        weight: tl.constexpr = (
+        weight = (
             (0.25 if corner // 4 == 1 else 0.75)
             * (0.25 if corner // 2 % 2 == 1 else 0.75)
             * (0.25 if corner % 2 == 1 else 0.75)

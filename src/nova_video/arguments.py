@@ -251,8 +251,6 @@ class EvaluateDrift(Evaluating):
 class BenchSample:
     """Time sampling, each configuration by itself: a line printed and a row of a JSON file."""
 
-    what: Annotated[Positional[Literal["sample"]], arg(metavar="sample")]
-    """What to time."""
     config: Annotated[tuple[str, ...], arg(metavar="NAME ...")]
     """t2i-512-0.6b, t2i-1024-0.3b, t2i-1024-0.6b, t2i-1024-1.4b or t2v-480-0.6b (random weights at a released size),
     or a model as for `nova generate`."""
@@ -282,6 +280,47 @@ class BenchSample:
     """Rows that are there stay, but for those of the same configuration and settings."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchPresets:
+    """Make the same held-out sentences of the emoji world exactly and with each shortcut, and compare: time, scores and
+    distance. A run that was stopped goes on where it was."""
+
+    model: Annotated[str, arg(metavar="NAME")] = MODEL
+    """As for `nova generate`."""
+    data: Annotated[Path, arg(metavar="FOLDER")] = Path("data/emoji")
+    """A prepared world."""
+    variants: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = ()
+    """Some of those in `benchmarks/presets.py`, such as balanced or dpm-0.5; the exact one is always made."""
+    num_clips: Annotated[int, arg(metavar="N")] = 4000
+    """Sentences, each with its clip."""
+    num_pictures: Annotated[int, arg(metavar="N")] = 2000
+    """Pictures of two objects; 0 leaves them out."""
+    num_frames: Annotated[int, arg(metavar="N")] = 17
+    """Frames of a clip; 1 is for a model of pictures."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Which sentences, and their random numbers."""
+    batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 400 on a GPU, else 25)")] = None
+    """Clips made at once. Random numbers are drawn for a batch, so that other sizes give other clips."""
+    sets: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """As for `nova generate`: of the exact way."""
+    diffusion_steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """As for `nova generate`: of the exact way."""
+    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    motion: Annotated[float | None, arg(metavar="SCORE", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    no_compile: bool = False
+    """As for `nova generate`."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """As for `nova generate`."""
+    dtype: Dtype = "auto"
+    """As for `nova generate`."""
+    keep: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/bench-presets")
+    """Where each variant's results are kept as soon as they are there; what was made in the same way is taken."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("runs/bench-presets/presets.json")
+    """The rows of this run, in place of what was there."""
+
+
 @dataclass(frozen=True)
 class DataEmoji:
     """Prepare the emoji world from the art and its names (`make data` fetches both)."""
@@ -309,6 +348,7 @@ Benchmarks = (
     | Annotated[EvaluateBeyond, subcommand("beyond")]
     | Annotated[EvaluateDrift, subcommand("drift")]
 )
+Timings = Annotated[BenchSample, subcommand("sample")] | Annotated[BenchPresets, subcommand("presets")]
 Worlds = Annotated[DataEmoji, subcommand("emoji")] | Annotated[DataShapes, subcommand("shapes")]
 Command = (
     Annotated[Generate, subcommand("generate")]
@@ -316,7 +356,7 @@ Command = (
     | Annotated[Info, subcommand("info")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Any, subcommand("evaluate", description="Measure a model.", constructor_factory=lambda: Benchmarks)]
-    | Annotated[BenchSample, subcommand("bench")]
+    | Annotated[Any, subcommand("bench", description="Time sampling.", constructor_factory=lambda: Timings)]
     | Annotated[
         Any, subcommand("data", description="Prepare what is learned from.", constructor_factory=lambda: Worlds)
     ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nova_video.arguments import (
+    BenchPresets,
     BenchSample,
     DataEmoji,
     DataShapes,
@@ -25,7 +26,7 @@ from nova_video.arguments import (
     one_line_errors,
     parse,
 )
-from nova_video.cli_bench import run_bench_sample
+from nova_video.cli_bench import run_bench_presets, run_bench_sample
 from nova_video.cli_evaluate import run_evaluate_beyond, run_evaluate_drift, run_evaluate_emoji
 from nova_video.cli_generate import run_edit, run_generate
 from nova_video.errors import InputError
@@ -89,6 +90,7 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
     EvaluateBeyond: run_evaluate_beyond,
     EvaluateDrift: run_evaluate_drift,
     BenchSample: run_bench_sample,
+    BenchPresets: run_bench_presets,
     DataEmoji: run_data_emoji,
     DataShapes: run_data_shapes,
 }

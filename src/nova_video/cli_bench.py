@@ -1,10 +1,10 @@
-"""The command `nova bench ...`: lines for each configuration on stdout, its row in a JSON file."""
+"""The commands `nova bench ...`: lines for each thing measured on stdout, its row in a JSON file."""
 
 import shlex
 from dataclasses import fields
 from typing import Any
 
-from nova_video.arguments import BenchSample
+from nova_video.arguments import BenchPresets, BenchSample
 from nova_video.cli_generate import _size as size_of
 from nova_video.errors import InputError
 
@@ -39,7 +39,12 @@ def run_bench_sample(args: BenchSample) -> None:
     read_rows(args.output)  # a file that cannot be added to is found before the work
     failed = []
     for config in args.config:
-        row = measure(config, asked, _command_line(args, config), args.profile)
+        row = measure(
+            config,
+            asked,
+            _command_line("sample", args, ("config", "profile", "output"), "--config", config),
+            args.profile,
+        )
         record_row(args.output, row)
         print("\n".join(as_lines(row)), flush=True)
         if row.error is not None:
@@ -49,13 +54,54 @@ def run_bench_sample(args: BenchSample) -> None:
         raise InputError(f"{len(failed)} of {len(args.config)} failed: {', '.join(failed)} (see above)")
 
 
-def _command_line(args: BenchSample, config: str) -> str:
-    """The command that repeats one row."""
-    words: list[Any] = ["nova", "bench", args.what, "--config", config]
+def run_bench_presets(args: BenchPresets) -> None:
+    """Each variant in turn; one that fails has its error in its row, and the others go on."""
+    from nova_video.benchmarks.preset_rows import as_aligned, made_how, write_preset_rows
+    from nova_video.benchmarks.presets import CPU_BATCH, GPU_BATCH, VARIANTS, Asked, measure_presets
+    from nova_video.devices import choose_device
+    from nova_video.evaluation.emoji import EmojiSettings
+    from nova_video.evaluation.report import check_report_folder
+
+    on_gpu = choose_device(args.device).type == "cuda"
+    settings = EmojiSettings(
+        num_clips=args.num_clips,
+        num_pairs=args.num_pictures,
+        num_frames=args.num_frames,
+        seed=args.seed,
+        batch_size=args.batch_size if args.batch_size is not None else GPU_BATCH if on_gpu else CPU_BATCH,
+        num_inference_steps=args.sets,
+        num_diffusion_steps=args.diffusion_steps,
+        guidance_scale=args.guidance,
+        motion_flow=args.motion,
+    )
+    asked = Asked(
+        model=args.model,
+        data=args.data,
+        keep=args.keep,
+        settings=settings,
+        variants=args.variants or tuple(VARIANTS),
+        compile=not args.no_compile,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    check_report_folder(args.output.parent)
+    command = _command_line("presets", args, ("keep", "output"))
+    rows = measure_presets(asked, command, lambda line: print(line, flush=True))
+    write_preset_rows(args.output, rows)
+    print("\n".join(["", made_how(rows[0]), *as_aligned(rows)]))
+    print(args.output)
+    failed = [row.preset for row in rows if row.error is not None]
+    if failed:
+        raise InputError(f"{len(failed)} of {len(rows)} failed: {', '.join(failed)} (see above)")
+
+
+def _command_line(what: str, args: BenchSample | BenchPresets, without: tuple[str, ...], *given: str) -> str:
+    """The command that repeats a row: `given`, and what is not as by default."""
+    words: list[Any] = ["nova", "bench", what, *given]
     for field in fields(args):
         value = getattr(args, field.name)
-        if field.name in ("what", "config", "profile", "output") or value == field.default:
+        if field.name in without or value == field.default:
             continue
         flag = f"--{field.name.replace('_', '-')}"
-        words += [flag] if value is True else [flag, value]
+        words += [flag] if value is True else [flag, *value] if isinstance(value, tuple) else [flag, value]
     return shlex.join(map(str, words))

@@ -6,12 +6,13 @@ import re
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.data.shapes import prepare_shapes
@@ -30,6 +31,7 @@ from nova_video.training.recipe import (
     recipe_toml,
 )
 from nova_video.training.trainer import StopSignal, learning_rate, make_optimizer, set_rate, train
+from nova_video.training.transformer import TransformerTask, stretch
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 
@@ -108,6 +110,7 @@ def test_overrides_reach_nested_keys() -> None:
         ('kind = "transformer"\n[data]\nframes = [4]', "expected lengths 4k + 1"),
         ('kind = "transformer"\n[data]\nframes = [1, 5]', "one entry for each length"),
         ('kind = "transformer"\nvisible = [1, 2]', "expected as many entries"),
+        ('kind = "transformer"\n[data]\nwindow = 5', "data.window = 5: expected a length 4k + 1 of at least 9"),
         ("kind =", "is not TOML"),
     ],
 )
@@ -177,6 +180,41 @@ def test_draws_score_exactly_the_hidden_tokens() -> None:
 
 
 # The loop ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stretch_is_the_first_frame_and_what_lies_together() -> None:
+    """As a bounded context shows a clip that has gone on: every stretch comes up, the clip's beginning too."""
+    latents = torch.arange(17.0).view(1, 1, 17, 1, 1).expand(400, 2, -1, 3, 3)
+    shown = stretch(latents, 9)
+    assert shown.shape == (400, 2, 9, 3, 3)
+    assert (shown == shown[:, :1, :, :1, :1]).all()
+    numbers = shown[:, 0, :, 0, 0]
+    assert (numbers[:, 0] == 0).all()
+    assert (numbers[:, 1:].diff() == 1).all()
+    assert set(numbers[:, 1].tolist()) == set(range(1, 10))
+    whole = stretch(latents[:, :, :9], 9)
+    assert torch.equal(whole, latents[:, :, :9])
+
+
+def test_long_clips_are_learned_in_stretches(transformer_recipe: TransformerRecipe) -> None:
+    """Of the frames shown only the second half counts: the first ones' error moves nothing."""
+    data = replace(transformer_recipe.data, frames=(17,), probability=(1.0,), batch=(2,), pool=(4,), window=9)
+    task = TransformerTask(replace(transformer_recipe, data=data), torch.device("cpu"))
+    task.prepare(0)
+    shapes, scored = [], []
+
+    def spied(*args: Any) -> Tensor:
+        shapes.append(args[1].shape[2])
+        scored.append(torch.ones(3, requires_grad=True))
+        return scored[-1]
+
+    task._frame_losses = spied  # type: ignore[method-assign]
+    losses = task.loss((17, 2))
+    losses["loss"].backward()
+    assert shapes == [3]
+    assert set(losses) == {"loss"}
+    assert losses["loss"].item() == pytest.approx(3.0)
+    assert scored[0].grad.tolist() == [0.0, 1.5, 1.5]
 
 
 def test_learning_rate_warms_up_and_falls() -> None:

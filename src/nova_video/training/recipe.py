@@ -41,6 +41,9 @@ class DataRecipe:
     emphasized: tuple[str, ...] = ()
     """Motions that clips show `emphasis` times as often as the others."""
     emphasis: float = 1.0
+    window: int | None = None
+    """Of longer clips a step shows so many frames, the first one and a stretch of the rest, as a bounded context does
+    in sampling. Only the second half of them is learned: where the stretch begins, nothing tells the first ones."""
 
     def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in ("frames", "probability", "batch", "pool")}
@@ -48,6 +51,8 @@ class DataRecipe:
             raise InputError(f"data.frames, probability, batch and pool need one entry for each length; got {lengths}")
         if any(frames < 1 or frames % 4 != 1 for frames in self.frames):
             raise InputError(f"data.frames = {self.frames}: expected lengths 4k + 1, such as 1, 9 or 17")
+        if self.window is not None and (self.window < 9 or self.window % 4 != 1):
+            raise InputError(f"data.window = {self.window}: expected a length 4k + 1 of at least 9")
         if unknown := [motion for motion in self.emphasized if motion not in MOTIONS]:
             raise InputError(f"data.emphasized has {unknown[0]!r}: expected motions such as {MOTIONS[1]!r}")
 

@@ -38,6 +38,14 @@ Variant = tuple[int, int]
 """Clip length in frames, revealed tokens."""
 
 
+def stretch(latents: Tensor, window: int) -> Tensor:
+    """Latent frames (B, C, F, h, w) -> (B, C, window, h, w): each clip's first and then a stretch from anywhere."""
+    batch, _, frames = latents.shape[:3]
+    start = torch.randint(1, frames - window + 2, (batch, 1), device=latents.device)
+    index = torch.cat([torch.zeros_like(start), start + torch.arange(window - 1, device=latents.device)], dim=1)
+    return latents.gather(2, index[:, None, :, None, None].expand(-1, latents.shape[1], -1, *latents.shape[3:]))
+
+
 class TransformerTask(Task[NOVATransformer3DModel, Variant]):
     """A variant is a clip length and a number of revealed tokens."""
 
@@ -147,11 +155,17 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant]):
         lengths = rows["lengths"].masked_fill(chance[0] < recipe.prompt_dropout, 0)
         motion = rows["motion"].masked_fill(chance[1] < recipe.motion_dropout, recipe.defaults.motion_flow)
         latents = rows["latents"].float()  # (B, C, F, h, w)
+        window = None if recipe.data.window is None or frames <= recipe.data.window else recipe.data.window // 4 + 1
+        if window is not None:
+            latents = stretch(latents, window)
         noise = recipe.history_noise * torch.rand(count, 1, latents.shape[2], 1, 1, device=self.device)
         history = latents + noise * torch.randn_like(latents)
         per_frame = self._frame_losses(
             self.model, latents, history, (rows["text"].float(), lengths, motion), visible, recipe.loss_repeat
         )
+        if window is not None:  # the slots before do not know where in the clip they are
+            learned = per_frame[window // 2 :]
+            return {"loss": learned.sum() * window / len(learned)}
         return {"loss": per_frame.sum()} | {k: v for k, v in loss_parts(per_frame).items() if k != "loss"}
 
     def _frame_losses(

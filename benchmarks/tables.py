@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from nova_video.benchmarks.plots import PLOTS, is_current, write_plots
+from nova_video.benchmarks.preset_rows import presets_table, read_preset_rows
 from nova_video.benchmarks.rows import read_rows
 from nova_video.benchmarks.tables import filled, tables
 from nova_video.media import atomic_path
@@ -22,6 +23,8 @@ class Tables:
     """Write nothing: fail if a table or a plot is not that of the rows."""
     rows: Path = FOLDER / "results" / "sample.json"
     """What `nova bench sample` wrote."""
+    presets: Path = FOLDER / "results" / "presets.json"
+    """What `nova bench presets` wrote."""
     page: Path = FOLDER / "README.md"
     plots: Path = FOLDER / "plots"
 
@@ -29,7 +32,7 @@ class Tables:
 def main(args: Tables) -> int:
     rows = read_rows(args.rows)
     page = args.page.read_text(encoding="utf-8")
-    made = filled(page, tables(rows))
+    made = filled(page, tables(rows) | {"presets": presets_table(read_preset_rows(args.presets))})
     if args.check:
         plots = [args.plots / f"{name}.png" for name in PLOTS]
         stale = [path for path in plots if not is_current(path, rows)] + ([args.page] if made != page else [])

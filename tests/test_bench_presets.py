@@ -15,6 +15,7 @@ from nova_video import cli
 from nova_video.arguments import BenchPresets, parse
 from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.benchmarks import presets
+from nova_video.benchmarks.preset_outcome import digest, load_tensors, save_tensors
 from nova_video.benchmarks.preset_rows import (
     PresetRow,
     Score,
@@ -23,7 +24,7 @@ from nova_video.benchmarks.preset_rows import (
     read_preset_rows,
     write_preset_rows,
 )
-from nova_video.benchmarks.presets import OTHER_SEED, VARIANTS, Asked, Maker, frames_of, load_tensors, measure_presets
+from nova_video.benchmarks.presets import OTHER_SEED, VARIANTS, Asked, Maker, frames_of, measure_presets
 from nova_video.benchmarks.tables import EMPTY
 from nova_video.data.shapes import prepare_shapes
 from nova_video.data.world import EmojiWorld
@@ -85,9 +86,8 @@ def asked(folders: tuple[Path, Path], keep: Path, *variants: str, **changes: Any
 
 def measured(what: Asked) -> tuple[dict[str, PresetRow], list[str]]:
     """Rows by variant, and those that were taken from the folder."""
-    said: list[str] = []
-    rows = measure_presets(what, "nova bench presets", said.append)
-    return {row.preset: row for row in rows}, [line.split(":")[0] for line in said if "(kept in" in line]
+    found = list(measure_presets(what, "nova bench presets"))
+    return {row.preset: row for row, _ in found}, [row.preset for row, kept in found if kept]
 
 
 def test_every_variant_is_one_part_or_a_preset() -> None:
@@ -193,11 +193,11 @@ def test_without_the_exact_one_there_is_nothing(
 
 
 def test_the_key_names_model_and_world(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    presets.save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, "one")
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, "one")
     assert load_tensors(tmp_path / "a.safetensors", "another") is None
     assert load_tensors(tmp_path / "a.safetensors", "one") is not None
-    assert presets.digest(folders[1], ("",)) != presets.digest(folders[0], ("",))
-    assert presets.digest(folders[0], ("vae",)) != presets.digest(folders[0], ("vae", "nova.json"))
+    assert digest(folders[1], ("",)) != digest(folders[0], ("",))
+    assert digest(folders[0], ("vae",)) != digest(folders[0], ("vae", "nova.json"))
 
 
 # The command, rows and tables -----------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class Making:
     negative: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
     """What to stay away from."""
     preset: Annotated[Preset | None, arg(metavar="{exact,balanced,fast}", help_behavior_hint="(default: exact)")] = None
-    """What may be lost for speed; the next four are parts of it."""
+    """What may be lost for speed; the next five are parts of it."""
     solver: Annotated[Solver | None, arg(metavar="{own,dpm++}", help_behavior_hint="")] = None
     """The model's own steps, or DPM-Solver++ for fewer of them."""
     last_steps: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None
@@ -69,6 +69,8 @@ class Making:
     """0 to 1: share of a frame's sets that follow the guidance, the first ones."""
     guidance_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """Compute the guidance's difference for every so many sets only."""
+    fp8: bool | None = None
+    """Multiply in 8 bit floats, on a GPU that has them."""
     no_compile: bool = False
     """The plain loop, step by step: slower, the same result to rounding."""
     low_memory: bool = False
@@ -299,7 +301,7 @@ class BenchPresets:
     """Frames of a clip; 1 is for a model of pictures."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """Which sentences, and their random numbers."""
-    batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 400 on a GPU, else 25)")] = None
+    batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 250 on a GPU, else 25)")] = None
     """Clips made at once. Random numbers are drawn for a batch, so that other sizes give other clips."""
     sets: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
     """As for `nova generate`: of the exact way."""

@@ -4,16 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nova_video.benchmarks.preset_outcome import Outcome
 from nova_video.benchmarks.rows import short
 from nova_video.benchmarks.tables import EMPTY, markdown
 from nova_video.errors import InputError
 from nova_video.evaluation.rates import Paired, Rate
 from nova_video.media import atomic_path
-
-if TYPE_CHECKING:
-    from nova_video.benchmarks.presets import Outcome
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -94,7 +92,7 @@ class PresetRow:
         )
 
 
-def compared(row: PresetRow, outcome: "Outcome", exact: "Outcome") -> PresetRow:
+def compared(row: PresetRow, outcome: Outcome, exact: Outcome) -> PresetRow:
     """The row of what a variant gave, beside what the exact way gave."""
     scores = {}
     for name, flags in outcome.flags.items():

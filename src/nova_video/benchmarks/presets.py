@@ -14,21 +14,18 @@ that alone changes, `OTHER_SEED` says: the exact way with other numbers.
 """
 
 import gc
-import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from nova_video.benchmarks.preset_outcome import Outcome, digest, load_tensors, save_tensors
 from nova_video.benchmarks.preset_rows import PresetRow, compared, digits
 from nova_video.benchmarks.sample import device_name, versions
 from nova_video.data.clips import ClipSpec
@@ -41,7 +38,6 @@ from nova_video.evaluation.judge import Judge
 from nova_video.evaluation.report import check_report_folder
 from nova_video.generation import GenerateResult
 from nova_video.loading import COMPONENTS, resolve_checkpoint
-from nova_video.media import atomic_path
 from nova_video.pipeline import NovaPipeline
 from nova_video.request import GenerateRequest
 from nova_video.sampling.shortcuts import EXACT, PRESETS, Shortcuts
@@ -66,7 +62,7 @@ VARIANTS: dict[str, Shortcuts] = {
     "balanced": PRESETS["balanced"],
     "fast": PRESETS["fast"],
 }
-GPU_BATCH, CPU_BATCH = 400, 25
+GPU_BATCH, CPU_BATCH = 250, 25
 FAR = 1 << 30  # between the seeds of `OTHER_SEED` and those of all others; a CPU counts them in 32 bits
 WARM_UP = 2  # batches of a variant that are not timed: graphs are captured in them
 LATENTS = "exact-latents.safetensors"  # what the others are compared with
@@ -95,51 +91,9 @@ class Asked:
             raise InputError(f"variants: got {', '.join(unknown)}: expected some of {', '.join(VARIANTS)}")
 
 
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What one variant gave."""
-
-    flags: dict[str, Tensor]
-    """By score, whether each clip or picture is right: (N,) bool."""
-    error: Tensor
-    """(N,) squared distance of each clip's latents from the exact ones."""
-    size: Tensor
-    """(N,) squared norm of the exact ones."""
-    seconds: float
-    """Median of a batch, from prompt features to latents."""
-    vae_seconds: float
-    """Median of a batch, from latents to pixels."""
-    versions: dict[str, str]
-
-    @property
-    def distance(self) -> float:
-        """Root mean square of the difference of all latents, relative to that of the exact ones."""
-        return float((self.error.double().sum() / self.size.double().sum()).sqrt())
-
-    def save(self, path: Path, key: str) -> None:
-        tensors = {f"flags.{name}": right for name, right in self.flags.items()}
-        record = {
-            "scores": list(self.flags),
-            "seconds": self.seconds,
-            "vae_seconds": self.vae_seconds,
-            "versions": self.versions,
-        }
-        save_tensors(path, tensors | {"error": self.error, "size": self.size}, key, json.dumps(record))
-
-    @classmethod
-    def load(cls, path: Path, key: str) -> "Outcome | None":
-        """What was kept for this very key."""
-        kept = load_tensors(path, key)
-        if kept is None:
-            return None
-        tensors, record = kept[0], json.loads(kept[1])
-        flags = {name: tensors[f"flags.{name}"] for name in record.pop("scores")}
-        return cls(flags, tensors["error"], tensors["size"], **record)
-
-
-def measure_presets(asked: Asked, command: str, say: Callable[[str], None]) -> list[PresetRow]:
-    """A row for each variant. `say` is told of each as it is done; one that fails has its error in its row, but the
-    exact one must not."""
+def measure_presets(asked: Asked, command: str) -> Iterator[tuple[PresetRow, bool]]:
+    """A row for each variant as it is done, and whether what it gave was there already. One that fails has its error in
+    its row, but the exact one must not."""
     device = choose_device(asked.device)
     dtype = choose_dtype(asked.dtype, device)
     folder = resolve_checkpoint(asked.model)
@@ -171,30 +125,28 @@ def measure_presets(asked: Asked, command: str, say: Callable[[str], None]) -> l
     keys = {name: json.dumps(same | {name: asdict(VARIANTS[name])}, sort_keys=True) for name in names}
     paths = {name: asked.keep / f"{name}.safetensors" for name in names}
     outcomes = {name: Outcome.load(paths[name], keys[name]) for name in names}
-    kept = [name for name, outcome in outcomes.items() if outcome is not None]
     maker = Maker(asked, folder, world)
-    if len(kept) < len(names) and not maker.load_exact(keys["exact"]):
+    if None in outcomes.values() and not maker.load_exact(keys["exact"]):
         outcomes["exact"] = None  # the others' latents are compared with it
-    rows = []
     for name in names:
         sets, steps = numbers_of(VARIANTS[name], settings, defaults)
         changed = {part: value for part, value in asdict(VARIANTS[name]).items() if value != getattr(EXACT, part)}
         row = replace(row, preset=name, shortcuts=changed, sets=sets, diffusion_steps=steps)
-        note = f" (kept in {asked.keep})" if outcomes[name] is not None else ""
+        kept = outcomes[name] is not None
         try:
             if (outcome := outcomes[name]) is None:
                 outcome = outcomes[name] = maker.make(name, keys[name])
                 outcome.save(paths[name], keys[name])
             exact = outcomes["exact"]
             assert exact is not None
-            rows.append(compared(row, outcome, exact))
+            found = compared(row, outcome, exact)
         except Exception as error:  # of whatever kind: the next variant is still to be measured
             if name == "exact":
                 raise
-            rows.append(replace(row, error=" ".join(f"{type(error).__name__}: {error}".split())))
+            found = replace(row, error=" ".join(f"{type(error).__name__}: {error}".split()))
+        finally:
             free(device)
-        say(rows[-1].line() + note)
-    return rows
+        yield found, kept
 
 
 def numbers_of(shortcuts: Shortcuts, settings: EmojiSettings, defaults: Defaults) -> tuple[int, int]:
@@ -362,43 +314,7 @@ def now(device: torch.device) -> float:
 
 
 def free(device: torch.device) -> None:
-    """What a failure left behind."""
-    gc.collect()
+    """What a variant, perhaps a failed one, left behind."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
-
-
-# What is kept ---------------------------------------------------------------------------------------------------------
-
-
-def digest(folder: Path, parts: Sequence[str]) -> str:
-    """Of the files in these parts of a folder, and their names."""
-    found = hashlib.sha256()
-    for part in parts:
-        place = folder / part
-        for path in [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file()):
-            found.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
-            with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()[:32]
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], key: str, record: str = "{}") -> None:
-    with atomic_path(path) as temporary:
-        save_file(
-            {name: rows.cpu().contiguous() for name, rows in tensors.items()}, temporary, {"key": key, "record": record}
-        )
-
-
-def load_tensors(path: Path, key: str) -> tuple[dict[str, Tensor], str] | None:
-    """What was saved with this key, and its record."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            notes: dict[str, Any] = file.metadata() or {}
-            if notes.get("key") != key:
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}, str(notes["record"])  # noqa: SIM118
-    except (SafetensorError, OSError):
-        return None

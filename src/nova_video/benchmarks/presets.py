@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def measure_presets(asked: Asked, command: str) -> Iterator[tuple[PresetRow, boo
         "run": [row.compile, row.dtype, row.device],
     }
     names = list(dict.fromkeys(("exact", *asked.variants)))
-    keys = {name: json.dumps(same | {name: asdict(VARIANTS[name])}, sort_keys=True) for name in names}
+    keys = {name: json.dumps(same | {name: changed(VARIANTS[name])}, sort_keys=True) for name in names}
     paths = {name: asked.keep / f"{name}.safetensors" for name in names}
     outcomes = {name: Outcome.load(paths[name], keys[name]) for name in names}
     maker = Maker(asked, folder, world)
@@ -130,8 +131,7 @@ def measure_presets(asked: Asked, command: str) -> Iterator[tuple[PresetRow, boo
         outcomes["exact"] = None  # the others' latents are compared with it
     for name in names:
         sets, steps = numbers_of(VARIANTS[name], settings, defaults)
-        changed = {part: value for part, value in asdict(VARIANTS[name]).items() if value != getattr(EXACT, part)}
-        row = replace(row, preset=name, shortcuts=changed, sets=sets, diffusion_steps=steps)
+        row = replace(row, preset=name, shortcuts=changed(VARIANTS[name]), sets=sets, diffusion_steps=steps)
         kept = outcomes[name] is not None
         try:
             if (outcome := outcomes[name]) is None:
@@ -147,6 +147,11 @@ def measure_presets(asked: Asked, command: str) -> Iterator[tuple[PresetRow, boo
         finally:
             free(device)
         yield found, kept
+
+
+def changed(shortcuts: Shortcuts) -> dict[str, Any]:
+    """The parts that are not the exact way's."""
+    return {part: value for part, value in asdict(shortcuts).items() if value != getattr(EXACT, part)}
 
 
 def numbers_of(shortcuts: Shortcuts, settings: EmojiSettings, defaults: Defaults) -> tuple[int, int]:
@@ -280,12 +285,9 @@ class Maker:
             num_diffusion_steps=steps,
             guidance_scale=settings.guidance_scale,
             motion_flow=settings.motion_flow,
-            solver=shortcuts.solver,
-            last_steps=shortcuts.last_steps,
-            guided_sets=shortcuts.guided_sets,
-            guidance_every=shortcuts.guidance_every,
             compile=None if self.asked.compile else False,
             output_type="latent",
+            **{part: value for part, value in changed(shortcuts).items() if part not in ("sets", "steps")},
         )
         start = now(pipe.execution_device)
         generation = pipe.start(asked, torch.Generator(pipe.execution_device).manual_seed(seed))

@@ -111,6 +111,7 @@ def test_signature() -> None:
             "last_steps",
             "guided_sets",
             "guidance_every",
+            "fp8",
         ),
     ]
     given = {name: p.default for name, p in parameters.items() if p.default not in (None, inspect.Parameter.empty)}

@@ -1,7 +1,7 @@
 """Shortcuts do what they say and no more; presets are shares of a checkpoint's own numbers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from nova_video.plan import Capabilities, plan_as_json, plan_from_json
 from nova_video.request import GenerateRequest
 from nova_video.sampling.diffusion import Schedule, request_scheduler
 from nova_video.sampling.engine import DirectRunner, FastEngine, PlainEngine
+from nova_video.sampling.fp8 import check_fp8
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.shortcuts import EXACT, PRESETS, Shortcuts, second_order, shortcuts_of
@@ -179,6 +180,26 @@ def test_wrong_shortcuts(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         GenerateRequest("a whale", **values)
     assert shortcuts_of(None) == EXACT
+
+
+def test_fp8_needs_a_gpu_that_has_it() -> None:
+    with pytest.raises(InputError, match="fp8 is for a GPU: got a model on cpu"):
+        check_fp8(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_fp8_is_near_the_same_picture() -> None:
+    from nova_video import NovaPipeline
+
+    pytest.importorskip("torchao")
+    pipe = NovaPipeline.from_pretrained("emoji", torch_dtype=torch.bfloat16).to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    request = GenerateRequest(prompt_embeds=[torch.randn(8, 384)], num_frames=5, output_type="latent", seed=0)
+    exact, quick = (pipe.generate(replace(request, fp8=fp8)).frames for fp8 in (False, True))
+    assert not torch.equal(quick, exact)
+    apart = (quick - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    other = pipe.generate(replace(request, seed=1)).frames
+    assert apart < 0.5 * (other - exact).square().mean().sqrt() / exact.square().mean().sqrt()
 
 
 def test_solver_needs_a_schedule_that_it_knows() -> None:

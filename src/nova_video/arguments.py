@@ -69,7 +69,7 @@ class Making:
     """0 to 1: share of a frame's sets that follow the guidance, the first ones."""
     guidance_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """Compute the guidance's difference for every so many sets only."""
-    fp8: bool | None = None
+    fp8: bool = False
     """Multiply in 8 bit floats, on a GPU that has them."""
     no_compile: bool = False
     """The plain loop, step by step: slower, the same result to rounding."""

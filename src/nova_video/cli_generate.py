@@ -259,6 +259,7 @@ def _request(args: Making, prompt: str, seed: int) -> "GenerateRequest":
         last_steps=args.last_steps,
         guided_sets=args.guided_sets,
         guidance_every=args.guidance_every,
+        fp8=args.fp8 or None,
         compile=False if args.no_compile else None,
         seed=seed,
         output_type="np",

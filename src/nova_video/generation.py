@@ -306,8 +306,8 @@ class Generation:
     def _sets(self, callback_on_step_end: StepCallback | None) -> Iterator[SetDone]:
         """The sets that remain, until the end or until the callback stops them."""
         pipe = self.pipe
-        engine = pipe.engine(self.plan.compile)
-        sets = generate_sets(pipe.transformer, self.scheduler, self.state, engine, pipe.stopwatch)
+        engine = pipe.engine(self.plan.compile, self.plan.shortcuts.fp8)
+        sets = generate_sets(engine.model, self.scheduler, self.state, engine, pipe.stopwatch)
         while True:
             with self._lock:
                 self.pipe.bring(self.pipe.transformer)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SHORTCUTS = ("solver", "last_steps", "guided_sets", "guidance_every")  # the two others are in the numbers told
+SHORTCUTS = ("solver", "last_steps", "guided_sets", "guidance_every", "fp8")  # the two others are in the numbers told
 NOTES = "nova generate"  # where the command's own notes are in a saved state
 
 

@@ -38,6 +38,7 @@ from nova_video.plan import Capabilities, Plan
 from nova_video.request import GenerateRequest, Mask, Number, Picture, Prompt, Video
 from nova_video.sampling.diffusion import request_scheduler
 from nova_video.sampling.engine import DirectRunner, Engine, FastEngine, PlainEngine
+from nova_video.sampling.fp8 import check_fp8, with_fp8_blocks
 from nova_video.sampling.graphs import CudaRecorder, GraphRunner, can_compile
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
@@ -81,7 +82,8 @@ class NovaPipeline(DiffusionPipeline):
             )
         self.settings = settings or CheckpointSettings()
         self._named_text_parts: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
-        self._graphs: GraphRunner | None = None
+        self._graphs: dict[bool, GraphRunner] = {}  # of the transformer as it is, and of the one in 8 bits
+        self._fp8: tuple[tuple[int, ...], NOVATransformer3DModel] | None = None  # and the weights it was made of
         self.stopwatch: Stopwatch | None = None
         """Where set, calls are timed by their parts."""
 
@@ -211,6 +213,7 @@ class NovaPipeline(DiffusionPipeline):
         last_steps: float | None = None,
         guided_sets: float | None = None,
         guidance_every: int | None = None,
+        fp8: bool | None = None,
     ) -> GenerateResult:
         """Generate. The arguments are those of `GenerateRequest`, explained there; None is the checkpoint's default.
 
@@ -247,6 +250,7 @@ class NovaPipeline(DiffusionPipeline):
             last_steps=last_steps,
             guided_sets=guided_sets,
             guidance_every=guidance_every,
+            fp8=fp8,
             num_images_per_prompt=num_images_per_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
@@ -289,6 +293,8 @@ class NovaPipeline(DiffusionPipeline):
     def start(self, request: GenerateRequest, generator: Generators | None = None) -> Generation:
         """A request with its text and what it gives encoded, and nothing sampled: to run, stream or save."""
         plan = request.resolve(self.defaults, self.capabilities)
+        if plan.shortcuts.fp8:
+            check_fp8(self.execution_device, self.transformer.dtype)
         if request.given_clips:
             self.require_vae("an image" if request.image is not None else "a clip in pixels")
         elif request.output_type != "latent":
@@ -341,9 +347,9 @@ class NovaPipeline(DiffusionPipeline):
 
     # Speed --------------------------------------------------------------------------------------------------------
 
-    def engine(self, compile: bool) -> Engine:
+    def engine(self, compile: bool, fp8: bool = False) -> Engine:
         """How the sets of a request are computed. Captured graphs are the pipeline's, shared by its requests."""
-        model, device = self.transformer, self.execution_device
+        model, device = self._fp8_model() if fp8 else self.transformer, self.execution_device
         if not compile:
             return PlainEngine(model)
         if device.type != "cuda":
@@ -352,10 +358,20 @@ class NovaPipeline(DiffusionPipeline):
             log.info("parts take turns on the device: blocks are compiled, but nothing is captured")
             return FastEngine(model, DirectRunner(compiled=can_compile(device)))
         with _PREPARING:
-            if self._graphs is None:
-                self._graphs = GraphRunner(CudaRecorder(device), can_compile(device))
-            self._graphs.use(model)
-            return FastEngine(model, self._graphs)
+            if fp8 not in self._graphs:
+                self._graphs[fp8] = GraphRunner(CudaRecorder(device), can_compile(device))
+            self._graphs[fp8].use(model)
+            return FastEngine(model, self._graphs[fp8])
+
+    def _fp8_model(self) -> NOVATransformer3DModel:
+        """The transformer with products in 8 bits, made once for the weights that are there."""
+        if self.is_offloaded:
+            raise InputError("fp8 needs the transformer to stay on the GPU: expected no offloading with it")
+        weights = tuple(weight.data_ptr() for weight in self.transformer.parameters())
+        with _PREPARING:
+            if self._fp8 is None or self._fp8[0] != weights:
+                self._fp8 = weights, with_fp8_blocks(self.transformer)
+            return self._fp8[1]
 
     def _choose_decoding(self, plan: Plan) -> None:
         """The autoencoder's own fast arrangement, on a GPU, but for the plain loop."""
@@ -373,10 +389,12 @@ class NovaPipeline(DiffusionPipeline):
         Compiled code is dropped by `torch.compiler.reset`, everybody's in this process.
         """
         with _PREPARING:
-            if self._graphs is not None:
-                self._graphs.release()
-                self._graphs = None
+            if self._graphs:
+                for graphs in self._graphs.values():
+                    graphs.release()
+                self._graphs.clear()
                 torch.compiler.reset()
+            self._fp8 = None
 
     # Text ---------------------------------------------------------------------------------------------------------
 

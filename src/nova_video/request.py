@@ -89,7 +89,7 @@ class GenerateRequest:
     """False: the plain loop, step by step. None and True: the same numbers to rounding, faster: what does not depend on
     the noise is computed for all steps at once, and on CUDA blocks are compiled and captured in graphs."""
     preset: str | None = None
-    """What may be lost for speed: exact (None), balanced or fast, as `sampling/shortcuts.py` has them. The next four
+    """What may be lost for speed: exact (None), balanced or fast, as `sampling/shortcuts.py` has them. The next five
     each replace a part of it."""
     solver: str | None = None
     """own: the checkpoint's scheduler. dpm++: DPM-Solver++ of second order, for fewer steps."""
@@ -97,6 +97,8 @@ class GenerateRequest:
     """Up to 1: share of the denoising steps that a frame's last set takes; earlier ones fall to it evenly."""
     guided_sets: float | None = None
     """0 to 1: share of a frame's sets that are guided, the first ones."""
+    fp8: bool | None = None
+    """The encoders multiply in 8 bit floats, on GPUs that have them (needs torchao)."""
     guidance_every: int | None = None
     """Every so many sets all guidance passes are encoded, between them the conditional one alone."""
     num_images_per_prompt: int = 1
@@ -188,6 +190,7 @@ class GenerateRequest:
             last_steps=self.last_steps,
             guided_sets=self.guided_sets,
             guidance_every=self.guidance_every,
+            fp8=self.fp8,
         )
 
     @property

@@ -61,6 +61,9 @@ class DirectRunner:
 class Engine(Protocol):
     """The two pieces of a set."""
 
+    @property
+    def model(self) -> NOVATransformer3DModel: ...
+
     def features(
         self, condition: Tensor, embedded: Tensor, visible: Tensor, ids: Tensor, positions: Positions
     ) -> Tensor:

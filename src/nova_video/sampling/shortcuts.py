@@ -31,6 +31,8 @@ class Shortcuts:
     """The checkpoint's scheduler, or DPM-Solver++ of second order (arXiv 2211.01095) on the same noise schedule."""
     guided_sets: float = 1.0
     """Share of a frame's sets that are guided; the last ones run the conditional pass alone."""
+    fp8: bool = False
+    """The encoders' linear layers multiply in 8 bit floats (`fp8.py`)."""
     guidance_every: int = 1
     """Sets from one in which all passes are encoded to the next: those between encode the conditional one alone, and
     take the others' difference from it as it was (as the condition cache of LazyMAR, arXiv 2503.12450)."""

@@ -181,6 +181,11 @@ def test_a_run_goes_on(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: 
     assert (made, kept) == (["exact", "balanced"], [])
 
 
+def test_what_cannot_be_done_here_is_said(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    rows, _ = measured(asked(folders, tmp_path, "fp8"))
+    assert rows["fp8"].error == "InputError: fp8 is for a GPU: got a model on cpu"
+
+
 def test_without_the_exact_one_there_is_nothing(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,5 +290,5 @@ def test_recorded_rows_can_be_made_again() -> None:
     for recorded in read_preset_rows(Path(__file__).parents[1] / "benchmarks" / "results" / "presets.json"):
         args = parse(recorded.command.split()[1:])
         assert isinstance(args, BenchPresets)
-        assert recorded.preset in (args.variants or VARIANTS)
+        assert recorded.preset in ("exact", *(args.variants or VARIANTS))
         assert args.num_clips == recorded.num_clips >= 4000

@@ -79,7 +79,7 @@ def run_bench_presets(args: BenchPresets) -> None:
         data=args.data,
         keep=args.keep,
         settings=settings,
-        variants=args.variants or tuple(VARIANTS),
+        variants=args.variants or tuple(name for name, parts in VARIANTS.items() if on_gpu or not parts.fp8),
         compile=not args.no_compile,
         device=args.device,
         dtype=args.dtype,

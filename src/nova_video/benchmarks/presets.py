@@ -60,6 +60,7 @@ VARIANTS: dict[str, Shortcuts] = {
     "guided-sets-0.5": Shortcuts(guided_sets=0.5),
     "guidance-every-2": Shortcuts(guidance_every=2),
     "guidance-every-3": Shortcuts(guidance_every=3),
+    "fp8": Shortcuts(fp8=True),
     "balanced": PRESETS["balanced"],
     "fast": PRESETS["fast"],
 }

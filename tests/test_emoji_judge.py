@@ -177,6 +177,8 @@ class Painter:
         num_diffusion_steps: int | None,
         guidance_scale: float | None,
         motion_flow: float | None,
+        preset: str | None,
+        compile: bool | None,
         generator: list[torch.Generator],
         output_type: str,
     ) -> SimpleNamespace:

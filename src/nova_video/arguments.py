@@ -185,6 +185,10 @@ class Evaluating:
     """As for `nova generate`."""
     motion: Annotated[float | None, arg(metavar="SCORE", help_behavior_hint=OWN)] = None
     """As for `nova generate`."""
+    preset: Annotated[Preset | None, arg(metavar="{exact,balanced,fast}", help_behavior_hint="(default: exact)")] = None
+    """As for `nova generate`."""
+    no_compile: bool = False
+    """As for `nova generate`."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
     """As for `nova generate`."""
     dtype: Dtype = "auto"

@@ -33,6 +33,8 @@ def run_evaluate_emoji(args: EvaluateEmoji) -> None:
         num_diffusion_steps=args.diffusion_steps,
         guidance_scale=args.guidance,
         motion_flow=args.motion,
+        preset=args.preset,
+        compile=False if args.no_compile else None,
     )
     pipe, world = _open(args)
     with _progress() as on_progress:
@@ -69,6 +71,8 @@ def run_evaluate_beyond(args: EvaluateBeyond) -> None:
         num_diffusion_steps=args.diffusion_steps,
         guidance_scale=args.guidance,
         motion_flow=args.motion,
+        preset=args.preset,
+        compile=False if args.no_compile else None,
     )
     pipe, world = _open(args)
     with _progress() as on_progress:
@@ -103,6 +107,8 @@ def run_evaluate_drift(args: EvaluateDrift) -> None:
         num_diffusion_steps=args.diffusion_steps,
         guidance_scale=args.guidance,
         motion_flow=args.motion,
+        preset=args.preset,
+        compile=False if args.no_compile else None,
     )
     pipe, world = _open(args)
     with _progress() as on_progress:

@@ -43,6 +43,9 @@ class SamplingSettings:
     num_diffusion_steps: int | None = None
     guidance_scale: float | None = None
     motion_flow: float | None = None
+    preset: str | None = None
+    """As in a pipeline's call, and so is the next."""
+    compile: bool | None = None
 
     def check(self, least: dict[str, int]) -> None:
         """Each of the named settings is at least so much, the size of a batch 1."""
@@ -83,6 +86,8 @@ class Filler(Protocol):
         num_diffusion_steps: int | None,
         guidance_scale: float | None,
         motion_flow: float | None,
+        preset: str | None,
+        compile: bool | None,
         context_frames: int | None,
         sink_frames: int | None,
         history_noise: float,
@@ -176,6 +181,8 @@ def fill(
         num_diffusion_steps=sampling.num_diffusion_steps,
         guidance_scale=sampling.guidance_scale,
         motion_flow=sampling.motion_flow,
+        preset=sampling.preset,
+        compile=sampling.compile,
         context_frames=long.context_frames,
         sink_frames=long.sink_frames,
         history_noise=long.history_noise,

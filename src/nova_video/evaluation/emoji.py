@@ -55,6 +55,8 @@ class Generator(Protocol):
         num_diffusion_steps: int | None,
         guidance_scale: float | None,
         motion_flow: float | None,
+        preset: str | None,
+        compile: bool | None,
         generator: list[torch.Generator],
         output_type: str,
     ) -> Any: ...
@@ -206,6 +208,8 @@ def generate(pipe: Generator, world: EmojiWorld, spec: ClipSpec, settings: Emoji
         num_diffusion_steps=settings.num_diffusion_steps,
         guidance_scale=settings.guidance_scale,
         motion_flow=settings.motion_flow,
+        preset=settings.preset,
+        compile=settings.compile,
         generator=settings.generators(range(first, first + len(spec))),
         output_type="np",
     )

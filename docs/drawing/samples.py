@@ -3,7 +3,6 @@
 What is shown of an unfinished frame is its latents as they are, decoded; tokens not yet revealed are covered in grey.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,10 +179,10 @@ def record_denoising(pipe: NovaPipeline, prompt: str, seed: int, num_sets: int, 
     frames: list[Tensor] = []
     masks: list[np.ndarray] = []
 
-    def look(sample: Tensor, timestep: Tensor) -> Tensor:
-        """Stands where a scheduler may scale what the network is given; these do not, it only looks."""
-        seen.append((float(timestep), sample.clone()))
-        return sample
+    def look(_: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+        """Before every step of the plain loop; the tokens are the same in all passes."""
+        noisy, timestep, _ = given
+        seen.append((float(timestep[0]), noisy[:1].clone()))
 
     def keep(_: NovaPipeline, step: int, frame: int, tensors: dict[str, Tensor]) -> None:
         frames.append(tensors["latents"].clone())
@@ -192,19 +191,20 @@ def record_denoising(pipe: NovaPipeline, prompt: str, seed: int, num_sets: int, 
             steps.extend(seen)
         seen.clear()
 
-    scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.scale_model_input = look
-    watched = NovaPipeline(pipe.transformer, scheduler, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.settings)
-    watched.set_progress_bar_config(disable=True)
-    watched(
-        prompt,
-        num_frames=1,
-        num_inference_steps=num_sets,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="latent",
-        callback_on_step_end=keep,
-    )
     model = pipe.transformer
+    looking = model.image_decoder.register_forward_pre_hook(look)
+    try:
+        pipe(
+            prompt,
+            num_frames=1,
+            num_inference_steps=num_sets,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+            callback_on_step_end=keep,
+            compile=False,
+        )
+    finally:
+        looking.remove()
     tokens = [patchify(frame, model.patch_size) for frame in frames]
     count = masks[0].size
     uniform = torch.rand(1, count, 1, generator=torch.Generator().manual_seed(seed), dtype=model.dtype)

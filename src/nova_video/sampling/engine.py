@@ -276,7 +276,7 @@ def guided_prediction(
     denoiser: Denoiser, x: Tensor, modulations: list[Tensor], scales: Tensor, passes: int
 ) -> tuple[Tensor, Tensor]:
     """x (B, S, P) float32 under the modulations of n passes -> the conditional and the guided prediction."""
-    output = denoiser.predict(x.to(modulations[0].dtype).repeat(passes, 1, 1), modulations)
+    output = denoiser.predict(torch.cat([x.to(modulations[0].dtype)] * passes), modulations)
     return combine(output, passes, scales[0], scales[1])
 
 

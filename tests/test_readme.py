@@ -174,3 +174,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_nothing_is_left_to_fill_in() -> None:
     for page in PAGES:
         assert not re.search(r"TODO|FIXME|TBD|<the |<this |fills this", page.read_text(encoding="utf-8")), page
+
+
+def test_times_of_the_page_on_speed() -> None:
+    pairs = json.loads((ROOT / "benchmarks" / "measured" / "pairs.json").read_text(encoding="utf-8"))
+    text = " ".join((ROOT / "docs" / "speed.md").read_text(encoding="utf-8").split())
+    times = f"{pairs['fast_seconds']:.1f} seconds instead of {pairs['plain_seconds']:.1f}"
+    assert f"{times}, {pairs['times_as_fast']:.1f} times as fast" in text
+    assert pairs["device"] in text
+    assert pairs["command"] in text

@@ -59,6 +59,8 @@ class Schedule:
     """Bound of the data that a step predicts."""
     noisy: tuple[bool, ...]
     """Steps that add a frame of noise."""
+    start_scale: float = 1.0
+    """Standard deviation of the noise that the first step begins with."""
 
     @classmethod
     def of(cls, scheduler: Any, num_steps: int, device: torch.device) -> "Schedule":
@@ -72,7 +74,8 @@ class Schedule:
         elif isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.stochastic_sampling:
             steps = scheduler.sigmas.double().diff().tolist()
             rows = torch.tensor([row(0.0, dt, 0.0, 1.0, 1.0) for dt in steps], dtype=torch.float32)
-        return cls(scheduler, timesteps, None if rows is None else rows.to(device), clip, noisy)
+        scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
+        return cls(scheduler, timesteps, None if rows is None else rows.to(device), clip, noisy, scale)
 
     @cached_property
     def key(self) -> tuple[object, ...]:
@@ -154,7 +157,7 @@ class SetNoise:
     def draw(cls, schedule: Schedule, guidance: Guidance, noise: FrameNoise, ids: Tensor) -> "SetNoise":
         """For the tokens `ids` (B, S)."""
         frames = noise.draw(1 + sum(schedule.noisy))  # (1 + noisy steps, B, L, P)
-        start = frames[0] * getattr(schedule.scheduler, "init_noise_sigma", 1.0)
+        start = frames[0] * schedule.start_scale
         norm = start.square().sum((1, 2), keepdim=True)
         if in_frame(schedule, guidance):
             return cls(start, frames[1:], torch.zeros_like(norm))

@@ -19,6 +19,7 @@ from nova_video.sampling.engine import (
     Modulations,
     PlainEngine,
     pad_set,
+    say_once,
 )
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance
@@ -87,6 +88,15 @@ def test_masks_timelines_and_bounded_context(folder: str) -> None:
         return replace(made, given=given, segments=[*made.segments, later])
 
     close(run(folder, fast, state()), run(folder, PlainEngine, state()))
+
+
+def test_a_slower_way_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    say_once.cache_clear()
+    scheduler = EulerAncestralDiscreteScheduler.from_config(DDPMScheduler.from_pretrained(DDPM_CONFIG).config)
+    for _ in range(2):
+        run("text-to-video", fast, make_state(open_model("text-to-video"), embeds(), Guidance(4.0)), scheduler)
+    (record,) = caplog.records
+    assert record.message.startswith("EulerAncestralDiscreteScheduler draws random numbers as it steps")
 
 
 def test_sets_are_padded_with_a_token_of_their_own() -> None:

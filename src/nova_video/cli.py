@@ -99,6 +99,7 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of `nova` with these arguments."""
     logging.basicConfig(format="nova: %(message)s", level=logging.WARNING)
+    logging.getLogger("nova_video").setLevel(logging.INFO)  # what takes long is said
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
         COMMANDS[type(command)](command)

@@ -37,7 +37,7 @@ from nova_video.model import NOVATransformer3DModel
 from nova_video.plan import Capabilities, Plan
 from nova_video.request import GenerateRequest, Mask, Number, Picture, Prompt, Video
 from nova_video.sampling.diffusion import request_scheduler
-from nova_video.sampling.engine import DirectRunner, Engine, FastEngine, PlainEngine
+from nova_video.sampling.engine import DirectRunner, Engine, FastEngine, PlainEngine, say_once
 from nova_video.sampling.fp8 import check_fp8, with_fp8_blocks
 from nova_video.sampling.graphs import CudaRecorder, GraphRunner, can_compile
 from nova_video.sampling.random import RandomState
@@ -82,7 +82,7 @@ class NovaPipeline(DiffusionPipeline):
             )
         self.settings = settings or CheckpointSettings()
         self._named_text_parts: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
-        self._graphs: dict[bool, GraphRunner] = {}  # of the transformer as it is, and of the one in 8 bits
+        self._graphs: dict[tuple[torch.device, bool], GraphRunner] = {}  # by device, and whether in 8 bits
         self._fp8: tuple[tuple[int, ...], NOVATransformer3DModel] | None = None  # and the weights it was made of
         self.stopwatch: Stopwatch | None = None
         """Where set, calls are timed by their parts."""
@@ -355,13 +355,14 @@ class NovaPipeline(DiffusionPipeline):
         if device.type != "cuda":
             return FastEngine(model, DirectRunner())
         if self.is_offloaded:
-            log.info("parts take turns on the device: blocks are compiled, but nothing is captured")
+            say_once("parts of the model take turns on the GPU: blocks are compiled, but nothing is captured in graphs")
             return FastEngine(model, DirectRunner(compiled=can_compile(device)))
         with _PREPARING:
-            if fp8 not in self._graphs:
-                self._graphs[fp8] = GraphRunner(CudaRecorder(device), can_compile(device))
-            self._graphs[fp8].use(model)
-            return FastEngine(model, self._graphs[fp8])
+            if (device, fp8) not in self._graphs:
+                self._graphs[device, fp8] = GraphRunner(CudaRecorder(device), can_compile(device))
+            graphs = self._graphs[device, fp8]
+            graphs.use(model)
+            return FastEngine(model, graphs)
 
     def _fp8_model(self) -> NOVATransformer3DModel:
         """The transformer with products in 8 bits, made once for the weights that are there."""

@@ -9,6 +9,7 @@ Legend: B batch, N guidance passes, L tokens of a frame, V of them revealed, S t
 the frame, D width, P values of a token, K denoising steps.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -29,6 +30,8 @@ from nova_video.sampling.fused import run_fused, supports
 from nova_video.sampling.guidance import Guidance, combine
 
 ROWS_AT_ONCE = 1 << 16  # tokens times steps whose modulations are computed together: bounds their memory
+
+log = logging.getLogger(__name__)
 
 Inputs = Mapping[str, Tensor | None]
 
@@ -154,7 +157,11 @@ class FastEngine:
         noise: SetNoise,
         generators: Sequence[torch.Generator],
     ) -> Tensor:
-        if schedule.draws:  # random numbers inside the steps cannot be drawn beforehand
+        if schedule.draws:
+            name = type(schedule.scheduler).__name__
+            say_once(
+                f"{name} draws random numbers as it steps: its steps are those of the plain loop, which are slower"
+            )
             return PlainEngine(self.model).denoise(features, ids, schedule, guidance, noise, generators)
         plain = guidance.renorm >= 1 and schedule.rows is not None
         size = ids.shape[1]
@@ -196,6 +203,12 @@ class FastEngine:
         if guidance not in self._once:
             self._once[guidance] = torch.tensor([guidance.scale, guidance.image_scale], device=device)
         return self._once[guidance]
+
+
+@cache
+def say_once(message: str) -> None:
+    """What falls back to a slower way, once a process."""
+    log.warning(message)
 
 
 def pad_set(ids: Tensor, multiple: int) -> Tensor:

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from nova_video.sampling.fused import run_fused, supports
 from nova_video.sampling.guidance import Guidance, combine
 
 ROWS_AT_ONCE = 1 << 16  # tokens times steps whose modulations are computed together: bounds their memory
+MAX_VARIANTS = 64  # of one compiled function
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class FastEngine:
             "sin": None if rotary is None else rotary.sin,
         }
         encode = partial(
-            encode_set, self.model, positions, compiled_block() if self.runner.compiled else Block.__call__
+            encode_set, self.model, positions, compiled(Block.forward) if self.runner.compiled else Block.__call__
         )
         return self.runner(("features",), encode, inputs)[:, : ids.shape[1]]
 
@@ -179,17 +180,22 @@ class FastEngine:
             "times": self._times(schedule, features),
             "scales": self._scales(guidance, features.device),
         }
-        denoiser, compiled = self.model.image_decoder, self.runner.compiled
+        denoiser, compile = self.model.image_decoder, self.runner.compiled
         denoise: Callable[..., Tensor]
         if not plain:
             inputs |= {"ids": ids, "outside": noise.outside}
-            predict = compiled_prediction() if compiled else guided_prediction
+            predict = compiled(guided_prediction) if compile else guided_prediction
             denoise = partial(run_any, denoiser, schedule, guidance, predict)
         elif self.runner.fused and supports(denoiser, features[..., 0].numel(), guidance.passes):
             denoise = partial(run_fused, denoiser, schedule, guidance)
         else:
-            denoise = partial(run_steps, denoiser, schedule, guidance, compiled_step() if compiled else guided_step)
-        return self.runner(("denoise", schedule.key, guidance), denoise, inputs)[:, :size]
+            denoise = partial(
+                run_steps, denoiser, schedule, guidance, compiled(guided_step) if compile else guided_step
+            )
+        passes = tuple(
+            guidance.passes_at(t) for t in schedule.timesteps
+        )  # scales are inputs: one graph serves them all
+        return self.runner(("denoise", schedule.key, passes, guidance.renorm), denoise, inputs)[:, :size]
 
     def _times(self, schedule: Schedule, like: Tensor) -> Tensor:
         """(K, width) embedded timesteps, once a request."""
@@ -339,16 +345,11 @@ class Modulations:
 
 
 @cache
-def compiled_block() -> ApplyBlock:
-    """A block, compiled once for all of them and for any number of tokens."""
-    return torch.compile(Block.forward, dynamic=True)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function, compiled once for all blocks and any number of tokens.
 
-
-@cache
-def compiled_step() -> Callable[..., Tensor]:
-    return torch.compile(guided_step, dynamic=True)
-
-
-@cache
-def compiled_prediction() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(guided_prediction, dynamic=True)
+    Models, dtypes and ways of guidance are more variants than torch compiles by default (eight, and the rest it would
+    leave uncompiled): its limit is raised for the process.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
+    return torch.compile(function, dynamic=True)

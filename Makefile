@@ -42,7 +42,7 @@ clean:
 	touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[train,eval,demo,docs,lowmem,dev]'
+	$(PIP) --editable '.[train,data,eval,demo,docs,lowmem,dev]'
 	touch $@ .venv/.demo
 
 # The art (MIT) is fetched by package name and never committed.

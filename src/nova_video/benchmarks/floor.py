@@ -17,6 +17,7 @@ from torch import nn
 
 from nova_video.errors import InputError
 from nova_video.model import NOVATransformer3DModel, set_sizes
+from nova_video.model.operations import block, linear
 from nova_video.model.transformer import parse_arch
 from nova_video.plan import Plan
 
@@ -114,16 +115,6 @@ def count_work(model: NOVATransformer3DModel, plan: Plan) -> Work:
     count = plan.latent_frames * len(sizes)
     moved |= {part: float(count * weights[part]) for part in ("spatial", "denoiser")}
     return Work(flops, moved)
-
-
-def linear(count: int, inputs: int, outputs: int) -> float:
-    """Operations of a matrix product on `count` tokens."""
-    return 2.0 * count * inputs * outputs
-
-
-def block(queries: int, keys: int, width: int) -> float:
-    """Operations of a transformer block on one row: 12 D^2 weights a token, and attention."""
-    return linear(queries, width, 12 * width) + 4.0 * queries * keys * width
 
 
 def denoiser_step(count: int, depth: int, width: int, values: int) -> float:

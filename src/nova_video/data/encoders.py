@@ -1,0 +1,231 @@
+"""The two stages of encoding that need a network: clips to autoencoder moments, captions to text features.
+
+Both are plain callables that load their weights at the first call, so that they can be pickled to another process, and
+wrapped by an actor there, or called here. What a network gives for a clip depends on what it is batched with only by
+rounding.
+Legend: C latent channels, F latent frames, h w latent grid, T text tokens, D width of the text features.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from torch import Tensor
+
+from nova_video.autoencoders.base import VideoAutoencoder
+from nova_video.data.dataset import first_sentence
+from nova_video.devices import choose_device
+from nova_video.errors import InputError
+from nova_video.loading import DIFFUSERS_WEIGHTS, find_weights, load_autoencoder, read_json, resolve_checkpoint
+from nova_video.settings import CheckpointSettings
+from nova_video.text.encoders import encode_batch, load_text_encoder
+
+# Pixels that go through the autoencoder together, at least one clip: on a GPU what keeps it busy (a clip of 17 frames
+# of 480x768 is 6 M), on a CPU what stays near its caches.
+GPU_PIXELS, CPU_PIXELS = 8 << 20, 1 << 20
+TEXT_TOKENS = 256  # the most that a caption keeps: what the released models read
+TEXTS_PER_CALL = 64
+
+
+class Frames(Protocol):
+    """What is encoded: anything with the frames of one clip."""
+
+    @property
+    def frames(self) -> np.ndarray:
+        """(T, H, W, 3) uint8."""
+        ...
+
+
+@dataclass(frozen=True)
+class AutoencoderInfo:
+    """What a dataset notes of its autoencoder."""
+
+    fingerprint: str
+    latent_channels: int
+    spatial_stride: int
+    temporal_stride: int
+    """1: it takes pictures alone."""
+
+
+def autoencoder_info(model: str) -> AutoencoderInfo:
+    """Of the checkpoint's autoencoder, from its files; no network is built."""
+    folder = _autoencoder_folder(model)
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") == "AutoencoderKL":
+        spatial, temporal = 2 ** (len(config["block_out_channels"]) - 1), 1
+    else:
+        spatial, temporal = VideoAutoencoder.spatial_stride, VideoAutoencoder.temporal_stride
+    return AutoencoderInfo(fingerprint(folder), config["latent_channels"], spatial, temporal)
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of an autoencoder's weights, whatever its files and tensors are called: 16 hexadecimal digits.
+
+    Values are taken in float16, so that a copy in half precision is the same autoencoder.
+    """
+    digests = []
+    for path in find_weights(folder, DIFFUSERS_WEIGHTS).files:
+        with safe_open(str(path), framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_tensor(key).to(torch.float16)
+                digests.append(hashlib.sha256(f"{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes()).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
+
+
+def load_frozen_autoencoder(model: str, device: torch.device) -> Any:
+    """The checkpoint's autoencoder, in float32, for encoding and decoding alone."""
+    _autoencoder_folder(model)
+    vae = load_autoencoder(resolve_checkpoint(model))
+    return vae.to(device).eval().requires_grad_(False)  # type: ignore[union-attr]
+
+
+def text_names(model: str) -> tuple[str, str | None]:
+    """Text encoder and tokenizer (None: the encoder's own) of a name: a checkpoint with a text encoder, or one itself.
+
+    A checkpoint is the model in the box, or a folder with text_encoder/ or a nova.json that names one.
+    """
+    folder = Path(model).expanduser()
+    if "/" not in model and not folder.is_dir():
+        try:
+            folder = resolve_checkpoint(model)
+        except InputError:  # no packaged model: a text encoder's name
+            return model, None
+    if (folder / "text_encoder").is_dir():
+        tokenizer = folder / "tokenizer"
+        return str(folder / "text_encoder"), str(tokenizer) if tokenizer.is_dir() else None
+    if (folder / "transformer").is_dir():
+        named = CheckpointSettings.load(folder).text_encoder
+        if named is None:
+            raise InputError(f"{model}: has no text_encoder/ and names no text encoder: expected the name of one")
+        return named, None
+    return model, None
+
+
+@dataclass
+class EncodeLatents:
+    """Clips -> moments (2C, F, h, w) bf16 on the CPU, in the order of the clips; those of a size are taken together.
+
+    bf16 arithmetic on a GPU, float32 on a CPU.
+    """
+
+    model: str
+    """`emoji`, a checkpoint folder or the name of a released checkpoint: its vae/ is used."""
+    device: str = "auto"
+    batch: int | None = None
+    """Most clips of a forward pass; None: as many as GPU_PIXELS or CPU_PIXELS."""
+    _vae: Any = field(default=None, init=False, repr=False)
+
+    def load(self) -> Any:
+        """The autoencoder, loaded once."""
+        if self._vae is None:
+            self._vae = load_frozen_autoencoder(self.model, choose_device(self.device))
+        return self._vae
+
+    @torch.no_grad()
+    def __call__(self, clips: Sequence[Frames]) -> list[Tensor]:
+        vae = self.load()
+        device = vae.device
+        moments: list[Tensor] = [torch.empty(0)] * len(clips)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            for indices in self._batches(clips):
+                frames = torch.from_numpy(np.stack([clips[index].frames for index in indices]))  # (B, T, H, W, 3)
+                pixels = frames.to(device).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)  # (B, 3, T, H, W)
+                made = self._encode(pixels).to(torch.bfloat16).cpu()  # (B, 2C, F, h, w)
+                for index, values in zip(indices, made, strict=True):
+                    moments[index] = values.clone()
+        return moments
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        if not isinstance(self._vae, AutoencoderKL):
+            made: Tensor = self._vae.encode(pixels).latent_dist.parameters
+            return made
+        if pixels.shape[2] > 1:
+            raise InputError(
+                f"{self.model}: its autoencoder takes pictures: expected clips of 1 frame, got {pixels.shape[2]}"
+            )
+        picture: Tensor = self._vae.encode(pixels[:, :, 0]).latent_dist.parameters
+        return picture.unsqueeze(2)
+
+    def _batches(self, clips: Sequence[Frames]) -> Iterator[list[int]]:
+        """Indices of clips of one size, as many as go through together."""
+        sizes: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, clip in enumerate(clips):
+            sizes[clip.frames.shape].append(index)
+        most = GPU_PIXELS if self._vae.device.type == "cuda" else CPU_PIXELS
+        for (frames, height, width, _), indices in sizes.items():
+            count = self.batch or max(1, most // (frames * height * width))
+            for start in range(0, len(indices), count):
+                yield indices[start : start + count]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_vae": None}  # weights stay: another process loads its own
+
+
+@dataclass(frozen=True, eq=False)
+class TextFeatures:
+    text: Tensor
+    """(T, D) fp16: of the caption."""
+    short: Tensor | None
+    """(T', D) fp16: of its first sentence; None where that is all of it."""
+
+
+@dataclass
+class EncodeText:
+    """Captions -> their token features and those of their first sentences; equal texts are encoded once.
+
+    fp16 arithmetic on a GPU, float32 on a CPU.
+    """
+
+    name: str
+    """A text encoder (folder, packaged or on the hub), or a checkpoint that has or names one."""
+    device: str = "auto"
+    max_tokens: int = TEXT_TOKENS
+    _parts: Any = field(default=None, init=False, repr=False)
+
+    def load(self) -> tuple[Any, Any]:
+        """Tokenizer and encoder, loaded once."""
+        if self._parts is None:
+            device = choose_device(self.device)
+            dtype = torch.float16 if device.type == "cuda" else torch.float32
+            encoder, tokenizer = text_names(self.name)
+            self._parts = load_text_encoder(encoder, dtype, device, tokenizer)
+        return self._parts
+
+    @property
+    def width(self) -> int:
+        """D."""
+        width: int = self.load()[1].config.hidden_size
+        return width
+
+    def __call__(self, captions: Sequence[str]) -> list[TextFeatures]:
+        short = {caption: first_sentence(caption) for caption in captions}
+        texts = list(dict.fromkeys([*short, *short.values()]))
+        made: dict[str, Tensor] = {}
+        tokenizer, encoder = self.load()
+        for start in range(0, len(texts), TEXTS_PER_CALL):
+            part = texts[start : start + TEXTS_PER_CALL]
+            features, lengths = encode_batch(tokenizer, encoder, part, self.max_tokens)  # (N, T, D), (N,)
+            features = features.to(torch.float16).cpu()
+            for text, row, length in zip(part, features, lengths.tolist(), strict=True):
+                made[text] = row[:length].clone()
+        return [
+            TextFeatures(made[caption], None if short[caption] == caption.strip() else made[short[caption]])
+            for caption in captions
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_parts": None}
+
+
+def _autoencoder_folder(model: str) -> Path:
+    folder = resolve_checkpoint(model) / "vae"
+    if not folder.is_dir():
+        raise InputError(f"{model}: has no vae/: expected a checkpoint with an autoencoder")
+    return folder

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from drawing.style import ABSENT, CHOSEN, FAINT, FRAME_SHADES, HIDDEN, INK, SPACE, TEXT, TIME
-from nova_video.model.vit import block_causal_mask
+from nova_video.model.attention import block_causal_mask
 
 Array = np.ndarray
 

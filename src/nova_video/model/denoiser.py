@@ -1,6 +1,6 @@
 """The denoiser (`image_decoder`): a small MLP that denoises each token by itself, given its spatial feature."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,10 @@ class DenoiserBlock(nn.Module):
         self.proj = Projection(width, width, width)
         self.norm2 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor | None = None, active: Tensor | None = None) -> Tensor:
+        """x (B, S, width) under its modulation (B, S, 3 width), or under SiLU(u) (B, S, width), which that comes of."""
+        if modulation is None:
+            modulation = self.norm1.proj(active)
         y, gate = self.norm1(x, modulation)
         assert gate is not None
         return torch.addcmul(x, gate, self.norm2(self.proj(y)))
@@ -110,6 +113,18 @@ class Denoiser(nn.Module):
         x, _ = self.norm(x, modulations[-1])
         return self.head(x)
 
+    def denoise_under(self, noisy: Tensor, u: Tensor, apply: Callable[..., Tensor] = DenoiserBlock.__call__) -> Tensor:
+        """noisy (B, S, P) under the embeddings u (B, S, width) -> prediction (B, S, P). `apply` calls a block.
+
+        Each block makes its own modulation, so that checkpointing can do without keeping it.
+        """
+        active = functional.silu(u)
+        x = self.patch_embed.embed_tokens(noisy)  # (B, S, width)
+        for block in self.blocks:
+            x = apply(block, x, None, active)
+        x, _ = self.norm(x, self.norm.proj(active))
+        return self.head(x)
+
     def forward(self, noisy: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
         """noisy (B, S, P), timestep (B,) or (B, S), condition from `project_condition` -> prediction (B, S, P)."""
-        return self.predict(noisy, self.modulations(self.time_cond_embed(timestep, condition)))
+        return self.denoise_under(noisy, self.time_cond_embed(timestep, condition))

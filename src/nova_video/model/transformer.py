@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nova_video.errors import InputError
-from nova_video.model.denoiser import Denoiser
+from nova_video.model.attention import Mask, block_causal_mask
+from nova_video.model.denoiser import Denoiser, DenoiserBlock
 from nova_video.model.embeddings import (
     MaskEmbed,
     MotionEmbed,
@@ -30,7 +31,7 @@ from nova_video.model.embeddings import (
     space_table,
 )
 from nova_video.model.patches import PatchEmbed, gather_tokens, scatter_tokens, token_positions
-from nova_video.model.vit import Block, CacheLayer, TemporalCache, block_causal_mask, heads_for_width
+from nova_video.model.vit import Block, CacheLayer, TemporalCache, heads_for_width
 
 ApplyBlock = Callable[..., Tensor]
 """Calls a block with what its `forward` takes."""
@@ -73,20 +74,28 @@ class VideoEncoder(nn.Module):
         self.mixer = Mixer(width, mixer_rank) if mixer_rank else None
 
     def forward(
-        self, condition: Tensor, frames: Tensor, rotary: Rotary | None, cache: TemporalCache | None = None
+        self,
+        condition: Tensor,
+        frames: Tensor,
+        rotary: Rotary | None,
+        cache: TemporalCache | None = None,
+        mask: Mask | None = None,
+        apply: ApplyBlock = Block.__call__,
     ) -> Tensor:
         """All frames at once: condition (B, T, D), frames (B, F, Lc, D) -> features (B, F, Lc, D).
 
-        An empty `cache` is filled, so that `step` can go on from there.
+        An empty `cache` is filled, so that `step` can go on from there. `mask` is the block-causal one where the caller
+        has it ready. `apply` calls a block.
         """
         text, (num_frames, tokens) = condition.shape[1], frames.shape[1:3]
-        mask = None  # a single frame forms one block with the condition: nothing to hide
-        if num_frames > 1:
+        if num_frames == 1:
+            mask = None  # a single frame forms one block with the condition: nothing to hide
+        elif mask is None:
             mask = block_causal_mask(text, tokens, num_frames, frames.device)
         x = torch.cat([condition, frames.flatten(1, 2)], dim=1)  # (B, T + F * Lc, D)
         rotary = None if rotary is None else rotary.after_condition(text)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, mask, None if cache is None else CacheLayer(cache, layer))
+            x = apply(block, x, rotary, mask, None if cache is None else CacheLayer(cache, layer))
         if cache is not None:
             cache.advance(x.shape[1])
         return self.norm(x[:, text:]).unflatten(1, (num_frames, tokens))
@@ -117,11 +126,12 @@ class ImageEncoder(nn.Module):
         rotary: Rotary | None,
         ids: Tensor | None = None,
         apply: ApplyBlock = Block.__call__,
+        revealed: Tensor | None = None,
     ) -> Tensor:
         """condition (B, Lc, D), tokens (B, L, D) as they are, visible_ids (B, V) as revealed -> z (B, L, D).
 
         With `ids` (B, S), z of these tokens alone, (B, S, D): the last block is computed for them only. `apply` calls
-        a block.
+        a block. With `revealed` (B, V) bool, only those of `visible_ids` are: the others pad samples with fewer.
         """
         count = condition.shape[1]
         half = len(self.blocks) // 2
@@ -129,9 +139,15 @@ class ImageEncoder(nn.Module):
             tokens = tokens + space
         x = torch.cat([condition, gather_tokens(tokens, visible_ids)], dim=1)  # (B, Lc + V, D)
         seen = None if rotary is None else rotary.at(visible_ids).after_condition(count)
+        there = None  # (B, 1, 1, Lc + V), the columns that are not padding
+        if revealed is not None:
+            there = functional.pad(revealed, (count, 0), value=True)[:, None, None]
         for block in self.blocks[:half]:
-            x = apply(block, x, seen)
-        x = torch.cat([x[:, :count], scatter_tokens(tokens, visible_ids, x[:, count:])], dim=1)  # (B, Lc + L, D)
+            x = apply(block, x, seen, there)
+        known = x[:, count:]
+        if revealed is not None:
+            known = torch.where(revealed.unsqueeze(-1), known, gather_tokens(tokens, visible_ids).to(known.dtype))
+        x = torch.cat([x[:, :count], scatter_tokens(tokens, visible_ids, known)], dim=1)  # (B, Lc + L, D)
         every = None if rotary is None else rotary.after_condition(count)
         if ids is None:
             for block in self.blocks[half:]:
@@ -197,6 +213,11 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head, the same in both encoders."""
+        return self.width // heads_for_width(self.width)
+
     # Conditioning, once per call ----------------------------------------------------------------------------------
 
     def embed_condition(self, text: Tensor, lengths: Tensor, motion: Tensor | None, fps: Tensor | None) -> Tensor:
@@ -220,12 +241,11 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin):
             video_space = space_table(video_rows, video_columns, self.width, self.device).to(self.dtype)
             image_space = space_table(rows, columns, self.width, self.device).to(self.dtype)
             return Positions(num_frames, time, video_space, image_space, None, None)
-        head_dim = self.width // heads_for_width(self.width)
         row, column = token_positions(video_rows, video_columns, self.device)
         frame = torch.arange(num_frames, device=self.device).repeat_interleave(row.numel())
-        video = rotary_angles(frame, row.repeat(num_frames), column.repeat(num_frames), head_dim)
+        video = rotary_angles(frame, row.repeat(num_frames), column.repeat(num_frames), self.head_dim)
         row, column = token_positions(rows, columns, self.device)
-        image = rotary_angles(torch.zeros_like(row), row, column, head_dim)
+        image = rotary_angles(torch.zeros_like(row), row, column, self.head_dim)
         return Positions(num_frames, None, None, None, Rotary.from_angles(video), Rotary.from_angles(image))
 
     # In time, frame by frame --------------------------------------------------------------------------------------
@@ -241,7 +261,7 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin):
         if latents is not None:
             tokens = self.video_encoder.patch_embed(latents)
         else:
-            count = self._video_tokens(positions)
+            count = self.video_tokens(positions)
             tokens = self.mask_embed.bos_token.expand(batch, count, -1)
         if bare:
             return tokens
@@ -263,15 +283,25 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin):
             rotary = rotary.slice(slot * tokens.shape[1], (slot + 1) * tokens.shape[1])
         return self.video_encoder.step(tokens, rotary, cache)
 
-    def encode_frames(self, condition: Tensor, latents: Tensor, positions: Positions) -> Tensor:
-        """All frames at once (training): condition (B, T, D), latents (B, C, F, h, w) -> mixed (B, F, Lc, D)."""
+    def encode_frames(
+        self,
+        condition: Tensor,
+        latents: Tensor,
+        positions: Positions,
+        mask: Mask | None = None,
+        apply: ApplyBlock = Block.__call__,
+    ) -> Tensor:
+        """All frames at once (training): condition (B, T, D), latents (B, C, F, h, w) -> mixed (B, F, Lc, D).
+
+        `mask` is the block-causal one of these sizes in either form, where the caller has it ready.
+        """
         batch, _, num_frames = latents.shape[:3]
-        first = self.mask_embed.bos_token.expand(batch, 1, self._video_tokens(positions), -1)
+        first = self.mask_embed.bos_token.expand(batch, 1, self.video_tokens(positions), -1)
         earlier = self.video_encoder.patch_embed(latents[:, :, :-1].transpose(1, 2).flatten(0, 1))
         frames = torch.cat([first, earlier.unflatten(0, (batch, num_frames - 1))], dim=1)  # (B, F, Lc, D)
         if positions.time is not None and positions.video_space is not None:
             frames = frames + positions.time + positions.video_space
-        features = self.video_encoder(condition, frames, positions.video_rotary)
+        features = self.video_encoder(condition, frames, positions.video_rotary, None, mask, apply)
         if num_frames == 1:
             return features
         return torch.cat([features[:, :1], self.mix(features[:, :1], features[:, 1:])], dim=1)
@@ -283,12 +313,13 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin):
     def new_cache(self, batch: int, positions: Positions) -> TemporalCache:
         """An empty temporal cache with room for the condition tokens and all frames of `positions`."""
         text = self.text_embed.token_len + (2 if self.has_motion else 0)
-        capacity = text + positions.num_frames * self._video_tokens(positions)
+        capacity = text + positions.num_frames * self.video_tokens(positions)
         heads = heads_for_width(self.width)
         like = self.mask_embed.bos_token
-        return TemporalCache(len(self.video_encoder.blocks), batch, heads, capacity, self.width // heads, like)
+        return TemporalCache(len(self.video_encoder.blocks), batch, heads, capacity, self.head_dim, like)
 
-    def _video_tokens(self, positions: Positions) -> int:
+    def video_tokens(self, positions: Positions) -> int:
+        """Lc, the temporal encoder's tokens of a frame."""
         if positions.video_space is not None:
             return positions.video_space.shape[0]
         assert positions.video_rotary is not None
@@ -308,16 +339,20 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin):
         positions: Positions,
         ids: Tensor | None = None,
         apply: ApplyBlock = Block.__call__,
+        revealed: Tensor | None = None,
     ) -> Tensor:
         """condition (B, Lc, D), tokens (B, L, D), visible_ids (B, V) -> features z (B, L, D), or (B, S, D) of `ids`.
 
         Rows of `tokens` outside `visible_ids` are replaced by the mask token, whatever they hold. `apply` calls a
-        block: a compiled one, where that is wanted.
+        block: a compiled one, where that is wanted. With `revealed` (B, V) bool, only those of `visible_ids` are.
         """
-        masked = self.mask_embed.mask_token.to(tokens.dtype).expand(*tokens.shape[:2], -1)
-        tokens = scatter_tokens(masked, visible_ids, gather_tokens(tokens, visible_ids))
+        mask_token = self.mask_embed.mask_token.to(tokens.dtype)
+        visible = gather_tokens(tokens, visible_ids)
+        if revealed is not None:
+            visible = torch.where(revealed.unsqueeze(-1), visible, mask_token)
+        tokens = scatter_tokens(mask_token.expand(*tokens.shape[:2], -1), visible_ids, visible)
         space, rotary = positions.image_space, positions.image_rotary
-        return self.image_encoder(condition, tokens, visible_ids, space, rotary, ids, apply)
+        return self.image_encoder(condition, tokens, visible_ids, space, rotary, ids, apply, revealed)
 
     # Token by token -----------------------------------------------------------------------------------------------
 
@@ -325,6 +360,14 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin):
         """Features z (B, S, D) -> the denoiser's condition (B, S, width): once per set, shared by all its steps."""
         return self.image_decoder.project_condition(z)
 
+    def embed_times(self, timestep: Tensor) -> Tensor:
+        """timestep (K,) -> (K, width)."""
+        return self.image_decoder.embed_times(timestep)
+
     def denoise(self, noisy: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
         """noisy (B, S, P), timestep (B,) or (B, S), condition from `project_features` -> prediction (B, S, P)."""
         return self.image_decoder(noisy, timestep, condition)
+
+    def denoise_under(self, noisy: Tensor, u: Tensor, apply: ApplyBlock = DenoiserBlock.__call__) -> Tensor:
+        """The same under u (B, S, width), the sum of `embed_times` and `project_features`. `apply` calls a block."""
+        return self.image_decoder.denoise_under(noisy, u, apply)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nova_video.model.attention import Mask, attend
 from nova_video.model.embeddings import Rotary
 from nova_video.model.patches import gather_tokens
 
@@ -65,7 +66,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: Rotary | None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         cache: CacheLayer | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
@@ -79,7 +80,7 @@ class Attention(nn.Module):
         query, key, value = (y.transpose(1, 2) for y in (query, key, value))  # (B, heads, N, head_dim)
         if cache is not None:
             key, value = cache.append(key, value)
-        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        out = attend(query, key, value, mask)
         return self.proj(out.transpose(1, 2).reshape(batch, -1, width))
 
 
@@ -110,7 +111,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotary: Rotary | None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         cache: CacheLayer | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
@@ -122,18 +123,3 @@ class Block(nn.Module):
 def heads_for_width(width: int) -> int:
     """Attention heads of the released sizes; any other width has heads of 32 channels."""
     return {768: 12, 1024: 16, 1536: 16}.get(width, width // 32)
-
-
-def block_causal_mask(condition_tokens: int, frame_tokens: int, num_frames: int, device: torch.device) -> Tensor:
-    """(N, N) bool, True where row may attend to column.
-
-    Condition and frame 0 form the first block, each later frame one block. A token sees its own
-    block and all earlier ones (figure 2 of the paper).
-    """
-    block = torch.cat(
-        [
-            torch.zeros(condition_tokens, dtype=torch.long, device=device),
-            torch.arange(num_frames, device=device).repeat_interleave(frame_tokens),
-        ]
-    )
-    return block.unsqueeze(1) >= block.unsqueeze(0)

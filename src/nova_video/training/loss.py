@@ -4,16 +4,24 @@ Plain functions of recorded draws, so that a loss can be reproduced to the last 
 Legend as in `model/transformer.py`; R is `loss_repeat`, V the number of revealed tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+from torch.nn import functional
 
 from nova_video.errors import InputError
-from nova_video.model import NOVATransformer3DModel, Positions, patchify
+from nova_video.model import NOVATransformer3DModel, Positions, mask_ratios, patchify
 from nova_video.model.patches import gather_tokens
+from nova_video.model.transformer import ApplyBlock
+from nova_video.model.vit import Block
+from nova_video.training.blocks import TemporalMasks
+
+TIME_BINS = 10
+"""Parts of the noise table whose losses are told apart."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,13 @@ class LossDraws:
     """Every random number of one loss. Rows run repeats outermost, then batch, then frame."""
 
     visible_ids: Tensor  # (B * F, V) revealed tokens, in order of revelation
-    hidden_ids: Tensor  # (B * F, L - V) the others: the scored ones
-    index: Tensor  # (R * B * F, L - V) into the noise table, one for each scored token
-    noise: Tensor  # (R * B * F, L - V, P)
+    hidden_ids: Tensor  # (B * F, S) the others: the scored ones
+    index: Tensor  # (R * B * F, S) into the noise table, one for each scored token
+    noise: Tensor  # (R * B * F, S, P)
+    revealed: Tensor | None = None
+    """(B * F, V) bool: which of `visible_ids` count, where samples differ in how many are revealed. None: all."""
+    scored: Tensor | None = None
+    """(B * F, S) bool: which of `hidden_ids` count. None: all."""
 
 
 def draw(
@@ -74,15 +86,101 @@ def draw(
     generator: torch.Generator | None = None,
 ) -> LossDraws:
     """Fresh draws for `frames` = B * F frames of `tokens` tokens of `values` numbers, `visible` of them revealed."""
-    device = table.timestep.device
+    return draw_per_sample(table, [visible] * frames, tokens, values, repeats, generator=generator)
+
+
+def draw_per_sample(
+    table: NoiseTable,
+    visible: Sequence[int],
+    tokens: int,
+    values: int,
+    repeats: int,
+    multiple: int = 1,
+    generator: torch.Generator | None = None,
+) -> LossDraws:
+    """Fresh draws for frames of `tokens` tokens of `values` numbers; `visible` tells how many of each are revealed.
+
+    Frames with fewer are padded, with the tokens that would come next, up to the most of any; those with more denoise
+    some tokens in vain. Rounding both to a `multiple` leaves fewer different shapes to compile for.
+    """
+    device, frames = table.timestep.device, len(visible)
+    most = min(tokens, -(-max(visible) // multiple) * multiple)
+    least = min(visible) // multiple * multiple
     order = torch.rand(frames, tokens, generator=generator, device=device).argsort(dim=-1)
-    hidden = tokens - visible
+    revealed = scored = None
+    if most > least:
+        known = torch.arange(tokens, device=device) < torch.tensor(visible, device=device).unsqueeze(-1)  # (B * F, L)
+        revealed, scored = known[:, :most], ~known[:, least:]
     return LossDraws(
-        order[:, :visible],
-        order[:, visible:],
-        table.draw_index((repeats * frames, hidden), generator),
-        torch.randn(repeats * frames, hidden, values, generator=generator, device=device),
+        order[:, :most],
+        order[:, least:],
+        table.draw_index((repeats * frames, tokens - least), generator),
+        torch.randn(repeats * frames, tokens - least, values, generator=generator, device=device),
+        revealed,
+        scored,
     )
+
+
+def visible_tokens(count: int, tokens: int, generator: torch.Generator | None = None) -> list[int]:
+    """How many of `tokens` tokens are revealed, by `count` of the paper's mask ratios; `generator` on the CPU."""
+    return ((1 - mask_ratios(count, generator)) * tokens).round().long().tolist()
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A batch's loss, and where it comes from."""
+
+    total: Tensor
+    """() mean squared error over all scored tokens."""
+    by_frame: Tensor
+    """(F,) each frame's share: they sum to the total."""
+    bin_sum: Tensor
+    """(10,) squared errors of the scored tokens by noise level, in tenths of the noise table; detached."""
+    bin_count: Tensor
+    """(10,) and how many tokens those were."""
+
+
+def losses(
+    model: NOVATransformer3DModel,
+    latents: Tensor,
+    history: Tensor,
+    condition: Tensor,
+    positions: Positions,
+    table: NoiseTable,
+    draws: LossDraws,
+    apply: ApplyBlock = Block.__call__,
+    masks: TemporalMasks | None = None,
+) -> Losses:
+    """latents (B, C, F, h, w) are what is predicted; history, of the same shape, is what the temporal encoder reads:
+    the latents themselves, or with noise on them; condition (B, T, D).
+
+    `apply` calls a block of the encoders or the denoiser (`blocks.checkpointed`). `masks` keeps temporal masks from
+    call to call, and chooses their form.
+    """
+    num_frames = latents.shape[2]
+    mask = None if masks is None else masks.of(model, condition.shape[1], positions)
+    features = model.encode_frames(condition, history, positions, mask, apply).flatten(0, 1)  # (B * F, Lc, D)
+    clean = patchify(latents.transpose(1, 2).flatten(0, 1), model.patch_size)  # (B * F, L, P)
+    z = model.encode_tokens(
+        features, model.embed_tokens(clean), draws.visible_ids, positions, draws.hidden_ids, apply, draws.revealed
+    )  # (B * F, S, D)
+    repeats = draws.noise.shape[0] // clean.shape[0]
+    times = functional.embedding(draws.index, model.embed_times(table.timestep))  # (R * B * F, S, width)
+    u = (times.unflatten(0, (repeats, -1)) + model.project_features(z)).flatten(0, 1)
+    data = gather_tokens(clean, draws.hidden_ids).repeat(repeats, 1, 1)  # (R * B * F, S, P)
+    noisy, target = table.noisy_and_target(data, draws.noise, draws.index)
+    predicted = model.denoise_under(noisy, u, apply)
+    error = (predicted.float() - target.float()).square().mean(-1)  # (R * B * F, S)
+    scored = torch.ones_like(draws.index, dtype=torch.bool)
+    if draws.scored is not None:
+        scored = draws.scored.repeat(repeats, 1)
+        error = torch.where(scored, error, 0.0)
+    count = error.numel() if draws.scored is None else scored.sum()
+    by_frame = error.sum(-1).view(repeats, -1, num_frames).sum((0, 1)) / (count + 1e-5)  # (F,)
+    bins = torch.arange(TIME_BINS, device=error.device)[:, None, None]
+    inside = (draws.index * TIME_BINS // len(table.timestep) == bins) & scored  # (10, R * B * F, S)
+    bin_sum = torch.where(inside, error.detach(), 0.0).sum((1, 2))
+    return Losses(by_frame.sum(), by_frame, bin_sum, inside.sum((1, 2)))
 
 
 def frame_losses(
@@ -93,24 +191,14 @@ def frame_losses(
     positions: Positions,
     table: NoiseTable,
     draws: LossDraws,
+    apply: ApplyBlock = Block.__call__,
+    masks: TemporalMasks | None = None,
 ) -> Tensor:
     """l_f of each frame (F,): its share of the mean squared error over all scored tokens, so that they sum to the loss.
 
-    latents (B, C, F, h, w) are what is predicted; history, of the same shape, is what the temporal encoder reads (the
-    latents themselves, or with noise on them); condition (B, T, D).
+    Takes what `losses` does.
     """
-    num_frames = latents.shape[2]
-    features = model.encode_frames(condition, history, positions).flatten(0, 1)  # (B * F, Lc, D)
-    clean = patchify(latents.transpose(1, 2).flatten(0, 1), model.patch_size)  # (B * F, L, P)
-    z = model.encode_tokens(features, model.embed_tokens(clean), draws.visible_ids, positions)  # (B * F, L, D)
-    repeats = draws.noise.shape[0] // clean.shape[0]
-    z = model.project_features(gather_tokens(z, draws.hidden_ids)).repeat(repeats, 1, 1)  # (R * B * F, S, width)
-    data = gather_tokens(clean, draws.hidden_ids).repeat(repeats, 1, 1)  # (R * B * F, S, P)
-    noisy, target = table.noisy_and_target(data, draws.noise, draws.index)
-    predicted = model.denoise(noisy, table.timestep[draws.index], z)
-    error = (predicted.float() - target.float()).square().mean(-1)  # (R * B * F, S)
-    per_frame = error.sum(-1).view(repeats, -1, num_frames).sum((0, 1))  # (F,)
-    return per_frame / (error.numel() + 1e-5)
+    return losses(model, latents, history, condition, positions, table, draws, apply, masks).by_frame
 
 
 def loss_parts(per_frame: Tensor) -> dict[str, Tensor]:

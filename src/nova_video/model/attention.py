@@ -1,0 +1,62 @@
+"""Attention and its one mask: the block-causal one of the temporal encoder (figure 2 of the paper), in two forms.
+
+A tensor is read by plain attention anywhere. A `BlockMask` is read by flex attention, which skips what is hidden
+instead of computing it: for training on a GPU, as it has no backward on a CPU. Both are made of the same numbers.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+Mask = Tensor | BlockMask
+"""Which column a row may attend to: (N, N) bool, or (B, 1, 1, N) bool of columns that are there at all."""
+
+FLEX_HEAD_DIM = 16
+"""Channels of a head that flex attention needs at least; it takes any number from there."""
+MAX_SHAPES = 64
+"""Sizes that flex attention is compiled for: more than eight, torch's own limit, as buckets and lengths multiply."""
+
+
+def block_numbers(condition_tokens: int, frame_tokens: int, num_frames: int, device: torch.device) -> Tensor:
+    """(N,) of every token: condition and frame 0 form block 0, each later frame one block."""
+    first = torch.zeros(condition_tokens, dtype=torch.long, device=device)
+    return torch.cat([first, torch.arange(num_frames, device=device).repeat_interleave(frame_tokens)])
+
+
+def block_causal_mask(condition_tokens: int, frame_tokens: int, num_frames: int, device: torch.device) -> Tensor:
+    """(N, N) bool, True where row may attend to column: a token sees its own block and all earlier ones."""
+    block = block_numbers(condition_tokens, frame_tokens, num_frames, device)
+    return block.unsqueeze(1) >= block.unsqueeze(0)
+
+
+def flex_block_causal_mask(
+    condition_tokens: int, frame_tokens: int, num_frames: int, device: torch.device
+) -> BlockMask:
+    """The same for flex attention."""
+    block = block_numbers(condition_tokens, frame_tokens, num_frames, device)
+
+    def sees(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return block[row] >= block[column]
+
+    return create_block_mask(sees, None, None, len(block), len(block), device=device)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Tensor:
+    """Scaled dot product attention: query (B, heads, S, head_dim), key, value (B, heads, N, head_dim) -> as query."""
+    if mask is None or isinstance(mask, Tensor):
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    if query.is_cuda and not torch.compiler.is_compiling():
+        return _compiled_flex()(query, key, value, block_mask=mask)
+    out: Tensor = flex_attention(query, key, value, block_mask=mask)
+    return out
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    """Uncompiled, flex attention would hold every score. Each size is compiled for itself: its fastest kernels."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_SHAPES)
+    return torch.compile(flex_attention, dynamic=False)

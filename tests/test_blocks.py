@@ -1,0 +1,257 @@
+"""How training computes blocks and masks, and what of a loss is told apart: the same numbers in every arrangement."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+from nova_video.model import NOVATransformer3DModel, Positions
+from nova_video.model.attention import attend, block_causal_mask, flex_block_causal_mask
+from nova_video.training import blocks
+from nova_video.training.blocks import TemporalMasks, checkpointed, chooses_flex, why_not_flex
+from nova_video.training.loss import (
+    LossDraws,
+    NoiseTable,
+    draw,
+    draw_per_sample,
+    frame_losses,
+    losses,
+    visible_tokens,
+)
+
+CONFORMANCE = Path(__file__).parent / "conformance"
+CPU = torch.device("cpu")
+GRID = (8, 12)
+TOKENS, VALUES = 24, 16
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention has no backward on a CPU")
+
+
+@pytest.fixture(scope="module", params=["rotary-flow", "text-to-video"])
+def model(request: pytest.FixtureRequest) -> NOVATransformer3DModel:
+    model: NOVATransformer3DModel = NOVATransformer3DModel.from_pretrained(CONFORMANCE / request.param / "transformer")
+    torch.manual_seed(0)
+    for block in model.image_decoder.blocks:  # as trained: gates that let something through
+        torch.nn.init.normal_(block.norm1.proj.weight, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def table() -> NoiseTable:
+    return NoiseTable.from_scheduler(FlowMatchEulerDiscreteScheduler(), "cpu")
+
+
+def batch(model: NOVATransformer3DModel, size: int = 2, frames: int = 3) -> tuple[Tensor, Tensor, Positions]:
+    """Latents, condition tokens and positions."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(size, 4, frames, *GRID, generator=generator)
+    text = torch.randn(size, 5, 32, generator=generator)
+    lengths, number = torch.tensor([5, 0, 3, 4])[:size], torch.full((size,), 5.0)
+    return latents, model.embed_condition(text, lengths, number, 2 * number), model.positions(frames, GRID)
+
+
+# Checkpointed blocks -----------------------------------------------------------------------------------------------
+
+
+def test_checkpointed_blocks_have_exactly_the_gradients(model: NOVATransformer3DModel, table: NoiseTable) -> None:
+    draws = draw(table, 6, TOKENS, VALUES, 5, 2, torch.Generator().manual_seed(0))
+    calls = []
+
+    def counted(block: torch.nn.Module, *args: object) -> Tensor:
+        calls.append(block)
+        return checkpointed(block, *args)
+
+    gradients, totals = [], []
+    for apply in (torch.nn.Module.__call__, counted):
+        latents, condition, positions = batch(model)
+        model.zero_grad()
+        per_frame = frame_losses(model, latents, latents, condition, positions, table, draws, apply)
+        per_frame.sum().backward()
+        totals.append(per_frame.detach())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    model.zero_grad()
+    assert set(calls) == {*model.video_encoder.blocks, *model.image_encoder.blocks, *model.image_decoder.blocks}
+    assert torch.equal(*totals)
+    plain, again = gradients
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+# The temporal mask -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("condition", "tokens", "frames"), [(5, 6, 3), (18, 24, 9), (258, 360, 9)])
+def test_flex_mask_is_the_plain_mask(condition: int, tokens: int, frames: int) -> None:
+    plain = block_causal_mask(condition, tokens, frames, CPU)
+    flex = flex_block_causal_mask(condition, tokens, frames, CPU)
+    count = condition + tokens * frames
+    assert torch.equal(create_mask(flex.mask_mod, None, None, count, count, "cpu")[0, 0], plain)
+    assert plain[:, :condition].all()
+    assert not plain[0, condition + tokens :].any()
+    assert plain[-1].all()
+    assert count < 3000 or flex.sparsity() > 30  # percent of a clip's mask that is skipped
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_gives_the_values_of_plain_attention(model: NOVATransformer3DModel) -> None:
+    latents, condition, positions = batch(model)
+    plain, flex = TemporalMasks(flex=False), TemporalMasks(flex=True)
+    count = condition.shape[1]
+    assert isinstance(flex.of(model, count, positions), BlockMask)
+    assert flex.of(model, count, positions) is flex.of(model, count, positions)
+    assert TemporalMasks().of(model, count, model.positions(1, GRID)) is None
+    with torch.no_grad():
+        expected = model.encode_frames(condition, latents, positions)
+        for masks in (plain, flex):
+            got = model.encode_frames(condition, latents, positions, masks.of(model, count, positions))
+            assert torch.allclose(got, expected, atol=1e-5)
+        wrong = torch.ones_like(plain.of(model, count, positions))
+        assert not torch.allclose(model.encode_frames(condition, latents, positions, wrong), expected, atol=1e-3)
+
+
+def test_the_form_is_chosen_by_device_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    chooses_flex.cache_clear()
+    with caplog.at_level(logging.INFO, logger=blocks.__name__):
+        assert not chooses_flex(CPU, 64)
+        assert not chooses_flex(CPU, 64)
+    assert [record.getMessage() for record in caplog.records] == [
+        "block-causal mask on cpu: plain attention (flex attention has no backward there)"
+    ]
+    assert why_not_flex(torch.device("cuda"), 8) == "heads of 8 channels: flex attention needs 16"
+
+
+@needs_cuda
+@pytest.mark.parametrize("head_dim", [64, 96])  # of the released sizes
+def test_flex_attention_has_the_gradients_of_plain_attention(head_dim: int) -> None:
+    device = torch.device("cuda")
+    assert why_not_flex(device, head_dim) is None
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (2, 4, 258 + 3 * 60, head_dim)
+    inputs = [torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    weight = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+    results = []
+    for make in (block_causal_mask, flex_block_causal_mask):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = attend(*leaves, make(258, 60, 3, device))
+        (out * weight).sum().backward()
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    for plain, flex in zip(*results, strict=True):
+        assert (plain - flex).float().norm() < 0.01 * plain.float().norm()
+
+
+# A mask ratio for each sample --------------------------------------------------------------------------------------
+
+
+def test_equal_ratios_are_the_ratio_of_the_batch(table: NoiseTable) -> None:
+    alike = draw_per_sample(table, [5] * 6, TOKENS, VALUES, 2, generator=torch.Generator().manual_seed(3))
+    whole = draw(table, 6, TOKENS, VALUES, 5, 2, torch.Generator().manual_seed(3))
+    assert alike.revealed is None
+    assert alike.scored is None
+    for name in ("visible_ids", "hidden_ids", "index", "noise"):
+        assert torch.equal(getattr(alike, name), getattr(whole, name)), name
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_every_token_is_revealed_or_scored(table: NoiseTable, multiple: int) -> None:
+    visible = [0, 7, 3, 5]
+    draws = draw_per_sample(table, visible, TOKENS, VALUES, 2, multiple)
+    assert draws.revealed is not None
+    assert draws.scored is not None
+    assert draws.visible_ids.shape[1] == (7 if multiple == 1 else 8)
+    for row, count in enumerate(visible):
+        known = draws.visible_ids[row][draws.revealed[row]].tolist()
+        others = draws.hidden_ids[row][draws.scored[row]].tolist()
+        assert len(known) == count
+        assert sorted(known + others) == list(range(TOKENS))
+
+
+def test_samples_of_different_ratios_are_each_as_alone(model: NOVATransformer3DModel, table: NoiseTable) -> None:
+    """Loss and gradients of a batch whose samples reveal 0, 7 and 3 tokens: the sum of what each gives by itself."""
+    frames, repeats, visible = 2, 2, [0, 7, 3]
+    draws = draw_per_sample(
+        table, [count for count in visible for _ in range(frames)], TOKENS, VALUES, repeats,
+        generator=torch.Generator().manual_seed(5),
+    )  # fmt: skip
+    assert draws.revealed is not None
+    latents, condition, positions = batch(model, 3, frames)
+    model.zero_grad()
+    together = losses(model, latents, latents, condition, positions, table, draws)
+    together.total.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    least = min(visible)
+    scored = sum(TOKENS - count for count in visible) * frames * repeats
+    total, bins = torch.zeros(frames), torch.zeros(10)
+    latents, condition, positions = batch(model, 3, frames)
+    for sample, count in enumerate(visible):
+        rows = slice(sample * frames, (sample + 1) * frames)
+        both = [slice(r * 3 * frames + rows.start, r * 3 * frames + rows.stop) for r in range(repeats)]
+        own = LossDraws(
+            draws.visible_ids[rows, :count],
+            draws.hidden_ids[rows, count - least :],
+            torch.cat([draws.index[part, count - least :] for part in both]),
+            torch.cat([draws.noise[part, count - least :] for part in both]),
+        )
+        one = slice(sample, sample + 1)
+        alone = losses(model, latents[one], latents[one], condition[one], positions, table, own)
+        share = (TOKENS - count) * frames * repeats / scored
+        (alone.total * share).backward(retain_graph=True)
+        total += alone.by_frame.detach() * share
+        bins += alone.bin_sum
+    assert torch.allclose(together.by_frame, total, atol=1e-5)
+    assert torch.allclose(together.bin_sum, bins, rtol=1e-4)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, model.get_parameter(name).grad, atol=2e-5), name
+    model.zero_grad()
+
+
+def test_padding_reaches_nothing(model: NOVATransformer3DModel, table: NoiseTable) -> None:
+    """Wider padding, and other latents where nothing is revealed or scored, change no number."""
+    latents, condition, positions = batch(model, 2, 1)
+    narrow = draw_per_sample(table, [2, 6], TOKENS, VALUES, 1, 1, torch.Generator().manual_seed(2))
+    wide = draw_per_sample(table, [2, 6], TOKENS, VALUES, 1, 8, torch.Generator().manual_seed(2))
+    more = wide.hidden_ids.shape[1] - narrow.hidden_ids.shape[1]
+    wide = replace(
+        wide,
+        index=torch.cat([wide.index[:, :more], narrow.index], 1),
+        noise=torch.cat([wide.noise[:, :more], narrow.noise], 1),
+    )
+    with torch.no_grad():
+        first, second = (losses(model, latents, latents, condition, positions, table, d) for d in (narrow, wide))
+    assert more == 2
+    assert torch.allclose(first.by_frame, second.by_frame, atol=1e-6)
+    assert torch.equal(first.bin_count, second.bin_count)
+
+
+def test_visible_tokens_follow_the_papers_ratios() -> None:
+    counts = visible_tokens(2000, 1024, torch.Generator().manual_seed(0))
+    assert min(counts) >= 0
+    assert max(counts) <= round(0.3 * 1024)
+    assert len(set(counts)) > 200
+    assert counts == visible_tokens(2000, 1024, torch.Generator().manual_seed(0))
+
+
+# What is told apart ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), DDPMScheduler()], ids=["flow", "ddpm"])
+def test_losses_by_frame_and_by_time_add_up(model: NOVATransformer3DModel, scheduler: object) -> None:
+    table = NoiseTable.from_scheduler(scheduler, "cpu")
+    latents, condition, positions = batch(model)
+    draws = draw(table, 6, TOKENS, VALUES, 4, 3)
+    with torch.no_grad():
+        found = losses(model, latents, latents, condition, positions, table, draws)
+        assert torch.equal(found.by_frame, frame_losses(model, latents, latents, condition, positions, table, draws))
+    assert found.by_frame.shape == (3,)
+    assert found.total.item() == pytest.approx(found.by_frame.sum().item())
+    assert found.bin_count.tolist() == torch.bincount(draws.index.flatten() // 100, minlength=10).tolist()
+    assert (found.bin_sum.sum() / found.bin_count.sum()).item() == pytest.approx(found.total.item(), rel=1e-5)
+    only = replace(draws, index=torch.full_like(draws.index, 999))
+    with torch.no_grad():
+        last = losses(model, latents, latents, condition, positions, table, only)
+    assert last.bin_count.tolist() == [0] * 9 + [draws.index.numel()]
+    assert not last.bin_sum[:9].any()

@@ -48,16 +48,14 @@ def wasted(model: NOVATransformer3DModel, frames: int, visible: int) -> float:
     """What the plain step does beyond what is useful, each item written out."""
     width, rows = 64, BATCH * frames
     condition = TEXT + (0 if model.motion_embed is None else 2)
-    every = LATENT + TOKENS
     hidden = sum(LATENT * LATENT * (frames - 1 - f) for f in range(frames))  # later frames, for the tokens of each
     hidden += condition * LATENT * (frames - 1)  # and for the condition
     masked = 2 * attention(BATCH * hidden, width)  # in both temporal blocks
     unread = linear(BATCH * condition, width, 9 * width)  # of the last temporal block: the condition's rows
     unread += attention(BATCH * condition * (condition + LATENT), width)
-    unread += linear(rows * (LATENT + visible), width, 9 * width)  # of the last spatial block: what is not scored
-    unread += attention(rows * (LATENT + visible) * every, width)
-    unseen = linear(rows * (TOKENS - visible), 16, width)  # embedded, then replaced by the mask token: no gradient
-    return 3 * (masked + unread) + 2 * unseen
+    unseen = linear(rows * (TOKENS - visible), 16, width)  # embedded, then replaced by the mask token
+    spare = max(0, 1000 - REPEATS * rows * (TOKENS - visible))  # timesteps that nobody drew
+    return 3 * (masked + unread + linear(spare, 96, 96)) + 2 * (unseen + linear(spare, 256, 96))
 
 
 @pytest.mark.parametrize("visible", [0, 7])

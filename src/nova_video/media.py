@@ -270,12 +270,17 @@ def load_image(path: str | Path) -> Image.Image:
     path = _existing(path)
     with _open_image(path) as image:
         try:
-            upright = ImageOps.exif_transpose(image)
-            if not upright.has_transparency_data:
-                return upright.convert("RGB")
-            rgba = upright.convert("RGBA")
+            return upright_rgb(image)
         except (OSError, ValueError, SyntaxError) as error:
             raise InputError(f"cannot read the image {path}: {error}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture as RGB, upright, on white where it is transparent."""
+    upright = ImageOps.exif_transpose(image)
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    rgba = upright.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")
 

@@ -14,18 +14,53 @@ actors of `encode_ray.py` wrap them:
 Legend: F frames, H W pixels.
 """
 
-from dataclasses import dataclass
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
 
+import av
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from nova_video.data.dataset import Bucket
+from nova_video.data.dataset import TEMPORAL_STRIDE, Bucket, Sample, open_place
+from nova_video.data.motion import flow_magnitude
+from nova_video.errors import InputError
+from nova_video.given import SAME_RATE, fit_frames
+from nova_video.media import upright_rgb
+from nova_video.settings import check_number
+
+T = TypeVar("T")
+Timed = tuple[float, T]
+"""A frame and its time in seconds."""
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp", ".mts")
+MEDIA = PICTURES + VIDEOS
+
+MULTIPLE = 32  # pixels: the spatial stride (8) x the patch (2) x 2, which the temporal encoder's patches are larger by
+WIDEST = 2.0  # sides of a bucket: at most so many times as long as each other
+ENLARGED = 1.25  # a source is enlarged by at most this much; a smaller one is rejected
+SLOWEST = 0.5  # of the rate asked for: a source with fewer frames a second is rejected
+CUT_SIDE = 256  # pixels: cuts are looked for in frames of at most this width
+DURATION = 0.1  # seconds a frame of an animated picture is shown if it does not say
+TRIES, WAIT = 3, 1.0  # of reading from elsewhere: how often, and seconds before the second time
+
+
+# What passes between stages ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Item:
     """A source file with its caption, and where its bytes are. Items of a group are numbered, and the last one says so:
-    a group's shards can be written when that many items have gone through."""
+    a group's shards can be written when all of its items have gone through."""
 
     source: str
     """What it is called in the dataset: a relative path, TAR/MEMBER or PART:ROW."""
@@ -38,6 +73,9 @@ class Item:
     """In bytes; None: to the end of that file."""
     data: bytes | None = None
     """The bytes themselves, where the source gives them with the caption."""
+    caption_url: str = ""
+    """Where the caption is, if it is still to be read: a text file, or JSON with `caption_key`."""
+    caption_key: str = "caption"
     problem: str | None = None
     """Why it is rejected, where that is known from the listing."""
     group: str = ""
@@ -46,14 +84,14 @@ class Item:
     """In its group."""
     last: bool = False
     """Of its group."""
+    final: bool = False
+    """Of its part of the source: no group comes after this one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
     """A stretch of one scene, or a picture, at its bucket's size and rate."""
 
-    id: str
-    """SOURCE#NUMBER, alike in every run."""
     source: str
     start: float
     """Seconds in the source, as `end`."""
@@ -63,12 +101,21 @@ class Clip:
     frames: NDArray[np.uint8]
     """(F, H, W, 3)."""
     motion: float = 0.0
-    """Set by Motion."""
+    """Mean optical flow in pixels a frame, set by Motion."""
     group: str = ""
+    index: int = 0
+    """Of its item in the group."""
+    number: int = 0
+    """Among the clips of its item."""
+
+    @property
+    def id(self) -> str:
+        return f"{self.source}#{self.number}"
 
     @property
     def bucket(self) -> Bucket:
-        return Bucket(*self.frames.shape[:3])
+        frames, height, width = self.frames.shape[:3]
+        return Bucket(frames, height, width)
 
 
 @dataclass(frozen=True)
@@ -78,3 +125,382 @@ class Rejected:
     source: str
     reason: str
     group: str = ""
+    index: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class ItemResult:
+    """What came of an item, whichever runner made it."""
+
+    group: str
+    index: int
+    last: bool
+    final: bool
+    samples: list[Sample]
+    rejected: list[Rejected]
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How sources become clips."""
+
+    frames: tuple[int, ...]
+    """Lengths of clips, each 4k + 1: of a scene, the longest ones that fit. A picture has one frame whatever is said
+    here; 1 among the lengths also takes a first frame from scenes that are too short for the others."""
+    fps: float
+    """At most so many frames a second: of faster sources the nearest frames are taken, slower ones keep their own."""
+    size: tuple[int, int]
+    """(H, W): the area of all buckets, and one of them."""
+    one_size: bool = False
+    """Whether `size` is the only bucket."""
+    cuts: bool = False
+    """Whether clips end where PySceneDetect finds a cut."""
+    threshold: float = 27.0
+    """Of PySceneDetect's ContentDetector."""
+
+    def __post_init__(self) -> None:
+        if not self.frames:
+            raise InputError("frames is empty: expected lengths of clips, such as 17")
+        for length in self.frames:
+            check_number("frames", length, 1, integer=True)
+            if length % TEMPORAL_STRIDE != 1:
+                raise InputError(f"frames is {length}: expected {TEMPORAL_STRIDE}k + 1 (1, 5, 9, ...)")
+        check_number("fps", self.fps, 0, above=True)
+        check_number("threshold", self.threshold, 0, above=True)
+        height, width = self.size
+        if height < MULTIPLE or width < MULTIPLE or height % MULTIPLE or width % MULTIPLE:
+            raise InputError(f"size is {width}x{height}: expected width and height in multiples of {MULTIPLE}")
+
+
+# Sizes ---------------------------------------------------------------------------------------------------------------
+
+
+def size_buckets(size: tuple[int, int], one_size: bool = False) -> list[tuple[int, int]]:
+    """The sizes (H, W) that clips may have: about the area of `size`, sides in multiples of MULTIPLE, none more than
+    WIDEST times as long as the other, unless `size` itself is."""
+    if one_size:
+        return [size]
+    area = size[0] * size[1] / MULTIPLE**2
+    sides = range(1, math.ceil(math.sqrt(area * WIDEST)) + 1)
+    found = {(side, max(1, round(area / side))) for side in sides}
+    found |= {(width, height) for height, width in found}
+    kept = {(h * MULTIPLE, w * MULTIPLE) for h, w in found if max(h, w) <= WIDEST * min(h, w)}
+    return sorted(kept | {size})
+
+
+def choose_size(height: int, width: int, buckets: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The bucket whose ratio of sides is nearest; of equals, the largest."""
+    ratio = math.log(width / height)
+    return min(buckets, key=lambda size: (round(abs(math.log(size[1] / size[0]) - ratio), 6), -size[0] * size[1]))
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(item: Item) -> bytes:
+    """All of a source file. What is elsewhere is asked for again if it fails."""
+    if item.data is not None:
+        return item.data
+    stop = None if item.size is None else item.offset + item.size
+    return _patiently(item.url, lambda system, path: system.cat_file(path, start=item.offset, end=stop))
+
+
+def read_caption(item: Item) -> str:
+    """The caption of a source file, wherever it is."""
+    if not item.caption_url:
+        return item.caption
+    data = _patiently(item.caption_url, lambda system, path: system.cat_file(path))
+    return caption_from(data, PurePosixPath(item.caption_url).name, item.caption_key)
+
+
+def caption_from(data: bytes, name: str, key: str) -> str:
+    """The caption in a text or JSON file of that name; ValueError for what is none."""
+    try:
+        text = data.decode("utf-8-sig")
+        if not name.lower().endswith(".json"):
+            return " ".join(text.split())
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read as its name says: {error}") from None
+    if not isinstance(values, dict) or key not in values:
+        has = f"has {', '.join(map(str, values)) or 'no keys'}" if isinstance(values, dict) else "is no object"
+        raise ValueError(f"{name} {has}: expected the key {key}")
+    return clean_caption(values[key])
+
+
+def clean_caption(value: object) -> str:
+    """One line; of several captions, the first. Empty for what is no text."""
+    if isinstance(value, list | tuple) and value:
+        value = value[0]
+    return " ".join(value.split()) if isinstance(value, str) else ""
+
+
+def _patiently(url: str, read: Callable[[Any, str], bytes]) -> bytes:
+    system, path = open_place(url)
+    for attempt in range(1, TRIES):
+        try:
+            return read(system, path)
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except OSError:
+            time.sleep(WAIT * attempt)
+    return read(system, path)
+
+
+# Decode --------------------------------------------------------------------------------------------------------------
+
+
+class Decode:
+    """A source file -> its clips, in order. Whatever is wrong with the file is a Rejected, never an error."""
+
+    def __init__(self, settings: DecodeSettings) -> None:
+        self.settings = settings
+        self.buckets = size_buckets(settings.size, settings.one_size)
+        if settings.cuts:
+            _content_detector(settings.threshold)  # an absent package is found before the work
+
+    def __call__(self, item: Item) -> Iterator[Clip | Rejected]:
+        def rejected(reason: str) -> Rejected:
+            return Rejected(item.source, " ".join(reason.split()), item.group, item.index)
+
+        if item.problem is not None:
+            yield rejected(item.problem)
+            return
+        try:
+            caption = read_caption(item)
+        except (OSError, ValueError) as error:
+            yield rejected(f"no caption: {_said(error)}")
+            return
+        if not caption:
+            yield rejected("no caption: it is empty")
+            return
+        clips = 0
+        try:
+            for clip in self._clips(item):
+                yield replace(clip, caption=caption, group=item.group, index=item.index, number=clips)
+                clips += 1
+        except _UnfitError as error:
+            yield rejected(str(error))
+        except Exception as error:  # decoders raise many kinds
+            yield rejected(f"broken: {_said(error)}" + (f" (after {clips} clips, which are kept)" if clips else ""))
+
+    def _clips(self, item: Item) -> Iterator[Clip]:
+        """The clips of a file, without its caption."""
+        with ExitStack() as stack:
+            picture = _open_picture(item, stack)
+            if picture is None:
+                yield from self._video_clips(item, stack)
+            elif getattr(picture, "n_frames", 1) > 1:
+                yield from self._animation_clips(item, picture)
+            else:
+                frames = np.asarray(upright_rgb(picture))[None]  # (1, H, W, 3)
+                fitted = fit_frames(frames, self._choose_size(*frames.shape[1:3]))
+                yield Clip(item.source, 0.0, 0.0, self.settings.fps, "", fitted)
+
+    def _video_clips(self, item: Item, stack: ExitStack) -> Iterator[Clip]:
+        container = _open_video(item, stack)
+        if not container.streams.video:
+            raise _UnfitError("has no video stream")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        if not rate:
+            raise _UnfitError("tells no frame rate")
+        aspect = float(stream.sample_aspect_ratio or 1)  # of one pixel, width to height
+        detector = _content_detector(self.settings.threshold) if self.settings.cuts else None
+        damaged = 0
+
+        def decoded() -> Iterator[tuple[int, Timed[av.VideoFrame]]]:
+            """Frames with the numbers of their scenes. A damaged one is left out, and a scene ends there."""
+            nonlocal damaged
+            scene = 0
+            for number, frame in enumerate(container.decode(stream)):
+                if frame.is_corrupt:
+                    damaged += 1
+                    scene += 1
+                    continue
+                if detector is not None and _is_cut(detector, number, frame, rate):
+                    scene += 1
+                yield scene, (number / rate if frame.time is None else frame.time, frame)
+
+        yield from self._cut(item.source, decoded(), rate, lambda frame: _video_pixels(frame, aspect))
+        if damaged:
+            raise _UnfitError(f"{damaged} damaged frames, left out")
+
+    def _animation_clips(self, item: Item, picture: Image.Image) -> Iterator[Clip]:
+        """An animated gif, webp or png: one scene."""
+        times: list[float] = []
+        pixels: list[NDArray[np.uint8]] = []
+        shown = 0.0
+        for frame in ImageSequence.Iterator(picture):
+            times.append(shown)
+            pixels.append(np.asarray(upright_rgb(frame)))
+            shown += frame.info.get("duration", 0) / 1000 or DURATION
+        frames = ((0, timed) for timed in zip(times, pixels, strict=True))
+        yield from self._cut(item.source, frames, len(times) / shown, lambda frame: frame)
+
+    def _cut(
+        self,
+        source: str,
+        frames: Iterable[tuple[int, Timed[T]]],
+        rate: float,
+        to_pixels: Callable[[T], NDArray[np.uint8]],
+    ) -> Iterator[Clip]:
+        """Frames with the numbers of their scenes, `rate` of them a second -> clips of one scene each."""
+        asked = self.settings.fps
+        if rate < SLOWEST * asked:
+            least = SLOWEST * asked
+            raise _UnfitError(f"has {rate:g} frames a second: expected at least {least:g}, half of the fps asked for")
+        fps = asked if rate > asked * (1 + SAME_RATE) else rate
+        size: tuple[int, int] | None = None
+        longest = length = clips = 0
+
+        def fitted(scene: Iterable[Timed[T]]) -> Iterator[Timed[NDArray[np.uint8]]]:
+            nonlocal size, length
+            for length, (at, frame) in enumerate(nearest_frames(scene, fps, 1 / rate), start=1):  # noqa: B007
+                pixels = to_pixels(frame)
+                size = size or self._choose_size(*pixels.shape[:2])
+                yield at, fit_frames(pixels[None], size)[0]
+
+        for _, scene in groupby(frames, key=lambda pair: pair[0]):
+            for part in cut_lengths(fitted(timed for _, timed in scene), self.settings.frames):
+                start, end = part[0][0], part[0][0] + len(part) / fps
+                stack = np.stack([pixels for _, pixels in part])  # (F, H, W, 3)
+                yield Clip(source, round(start, 6), round(end, 6), fps, "", stack)
+                clips += 1
+            longest = max(longest, length)
+        if not clips:
+            scenes = ", in its longest scene" if self.settings.cuts else ""
+            least = min(self.settings.frames)
+            raise _UnfitError(f"has {longest} frames at {fps:g} a second{scenes}: expected at least {least}")
+
+    def _choose_size(self, height: int, width: int) -> tuple[int, int]:
+        size = choose_size(height, width, self.buckets)
+        enlarged = max(size[0] / height, size[1] / width)
+        if enlarged > ENLARGED:
+            raise _UnfitError(
+                f"is {width}x{height}, too small: it would be enlarged {enlarged:.2f} times for {size[1]}x{size[0]},"
+                f" expected at most {ENLARGED:g}"
+            )
+        return size
+
+
+class _UnfitError(Exception):
+    """What is said against a file that can be read."""
+
+
+def nearest_frames(frames: Iterable[Timed[T]], fps: float, shown: float) -> Iterator[Timed[T]]:
+    """`fps` frames a second of those with their times: the nearest to each moment, counted from the first. The last is
+    `shown` for so many seconds."""
+    before: Timed[T] | None = None
+    start, count = 0.0, 0
+    for at, frame in frames:
+        if before is None:
+            start = at
+        else:
+            while start + count / fps <= (before[0] + at) / 2:
+                yield start + count / fps, before[1]
+                count += 1
+        before = at, frame
+    if before is not None:
+        while start + count / fps < before[0] + shown - 1e-4:  # a hair: times are rounded
+            yield start + count / fps, before[1]
+            count += 1
+
+
+def cut_lengths(frames: Iterable[T], lengths: Iterable[int]) -> Iterator[list[T]]:
+    """A scene's frames in stretches, one after the other: each the longest of `lengths` that still fits. If there is
+    none and 1 is among them, the first frame alone."""
+    several = [length for length in lengths if length > 1]
+    longest = max(several, default=1)
+    waiting: list[T] = []
+    found = 0
+    for frame in frames:
+        waiting.append(frame)
+        if len(waiting) == longest:
+            yield waiting
+            found += 1
+            if longest == 1:
+                return
+            waiting = []
+    while fitting := [length for length in several if length <= len(waiting)]:
+        length = max(fitting)
+        yield waiting[:length]
+        found += 1
+        waiting = waiting[length:]
+    if not found and waiting and 1 in lengths:
+        yield waiting[:1]
+
+
+def _open_picture(item: Item, stack: ExitStack) -> Image.Image | None:
+    """A picture, or None for a video. A name that does not say which is looked into."""
+    suffix = PurePosixPath(item.url or item.source).suffix.lower()
+    if item.size is not None:  # in a tar, which is what `url` names
+        suffix = PurePosixPath(item.source).suffix.lower()
+    if suffix in VIDEOS:
+        return None
+    try:
+        return stack.enter_context(Image.open(io.BytesIO(read_bytes(item))))
+    except UnidentifiedImageError:
+        if suffix in PICTURES:
+            raise ValueError("it is damaged, or of no known format") from None
+        return None
+
+
+def _open_video(item: Item, stack: ExitStack) -> "av.container.InputContainer":
+    """Local files are read as they are decoded, others as a whole if they are part of a tar, else by pieces."""
+    if item.data is not None or item.size is not None:
+        return stack.enter_context(av.open(io.BytesIO(read_bytes(item)), "r"))
+    if "://" not in item.url:
+        return stack.enter_context(av.open(item.url, "r"))
+    system, path = open_place(item.url)
+    return stack.enter_context(av.open(stack.enter_context(system.open(path, "rb")), "r"))
+
+
+def _video_pixels(frame: av.VideoFrame, aspect: float) -> NDArray[np.uint8]:
+    """(H, W, 3), upright, with square pixels."""
+    pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+    if not math.isclose(aspect, 1, rel_tol=0.01):
+        height, width = pixels.shape[:2]
+        square = Image.fromarray(pixels).resize((round(width * aspect), height), Image.Resampling.BICUBIC)
+        pixels = np.asarray(square)
+    turns = round((frame.rotation or 0) / 90) % 4  # counterclockwise, as the file asks
+    return np.ascontiguousarray(np.rot90(pixels, turns))
+
+
+def _content_detector(threshold: float) -> Any:
+    """PySceneDetect's, which compares each frame's hue, saturation and brightness with the last one's. It is asked for
+    every cut: scenes that are too short for a clip are dropped later."""
+    try:
+        from scenedetect import ContentDetector
+    except ImportError as error:
+        raise InputError("scene cuts need PySceneDetect: pip install 'nova-video[data]'") from error
+    return ContentDetector(threshold=threshold, min_scene_len=0)
+
+
+def _is_cut(detector: Any, number: int, frame: av.VideoFrame, rate: float) -> bool:
+    """Whether a scene begins with this frame."""
+    from scenedetect import FrameTimecode
+
+    scale = min(1.0, CUT_SIDE / frame.width)
+    small = frame.reformat(max(1, round(frame.width * scale)), max(1, round(frame.height * scale)), "bgr24")
+    return bool(detector.process_frame(FrameTimecode(number, rate), small.to_ndarray()))
+
+
+def _said(error: Exception) -> str:
+    """An error in one line, without its class's brackets and numbers."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    text = getattr(error, "strerror", None) or str(error)
+    return next((line.strip() for line in str(text).splitlines() if line.strip()), type(error).__name__)
+
+
+# Motion --------------------------------------------------------------------------------------------------------------
+
+
+class Motion:
+    """The motion score: the mean optical flow between neighbouring frames, in pixels a frame at the bucket's size and
+    the clip's rate. The emoji world's measure, `motion.flow_magnitude`; 0 for a picture."""
+
+    def __call__(self, clip: Clip) -> Clip:
+        return replace(clip, motion=flow_magnitude(clip.frames) if len(clip.frames) > 1 else 0.0)

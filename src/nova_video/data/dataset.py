@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from nova_video.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
     from fsspec import AbstractFileSystem
 
 FORMAT = 1
@@ -267,42 +269,43 @@ def write_shard(place: str | Path, samples: Sequence[Sample], fingerprint: str |
 
 def iter_shard(place: str | Path) -> Iterator[Sample]:
     """The samples of a shard, a row group in memory at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    filesystem, path = open_place(place)
-    try:
-        with filesystem.open(path, "rb") as file:
-            shard = pq.ParquetFile(file)
-            _check_schema(place, shard.schema_arrow)
-            for group in range(shard.num_row_groups):
-                for row in shard.read_row_group(group, columns=schema().names).to_pylist():
-                    yield to_sample(row)
-    except InputError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, RuntimeError, TypeError) as error:
-        raise InputError(f"{place}: unreadable shard ({_first_line(error)})") from None
+    with _open_shard(place) as shard:
+        for group in range(shard.num_row_groups):
+            for row in shard.read_row_group(group, columns=schema().names).to_pylist():
+                yield to_sample(row)
 
 
 def read_shard(place: str | Path) -> list[Sample]:
     return list(iter_shard(place))
 
 
-def read_footer(place: str | Path) -> tuple[int, str | None]:
-    """Rows of a shard and the fingerprint of its autoencoder, its columns checked; the rows themselves are not read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def read_rows(place: str | Path, rows: Sequence[int]) -> list[Sample]:
+    """Some samples of a shard by their numbers: only the row groups that they are in are read."""
+    found: dict[int, Sample] = {}
+    with _open_shard(place) as shard:
+        start = 0
+        for group in range(shard.num_row_groups):
+            end = start + shard.metadata.row_group(group).num_rows
+            here = sorted({row for row in rows if start <= row < end})
+            if here:
+                table = shard.read_row_group(group, columns=schema().names).take([row - start for row in here])
+                found |= zip(here, map(to_sample, table.to_pylist()), strict=True)
+            start = end
+    return [found[row] for row in rows]
 
-    filesystem, path = open_place(place)
-    try:
-        with filesystem.open(path, "rb") as file:
-            shard = pq.ParquetFile(file)
-            columns, rows = shard.schema_arrow, shard.metadata.num_rows
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{place}: unreadable shard ({_first_line(error)})") from None
-    _check_schema(place, columns)
-    mark = (columns.metadata or {}).get(FINGERPRINT)
-    return rows, None if mark is None else mark.decode()
+
+def read_columns(place: str | Path, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns of a shard, and nothing else of it."""
+    with _open_shard(place) as shard:
+        columns: dict[str, list[Any]] = shard.read(columns=list(names)).to_pydict()
+    return columns
+
+
+def read_footer(place: str | Path) -> tuple[int, str | None]:
+    """Rows of a shard and the fingerprint of its autoencoder; the rows themselves are not read."""
+    with _open_shard(place) as shard:
+        mark = (shard.schema_arrow.metadata or {}).get(FINGERPRINT)
+        return shard.metadata.num_rows, None if mark is None else mark.decode()
 
 
 def list_shards(place: str | Path) -> dict[Bucket, list[Shard]]:
@@ -331,6 +334,24 @@ def list_shard_urls(place: str | Path) -> dict[Bucket, list[str]]:
 def shard_url(place: str | Path, bucket: Bucket, name: str) -> str:
     """Where the shard `name` of a bucket is."""
     return join(place, "data", bucket.name, f"{name}.parquet")
+
+
+@contextmanager
+def _open_shard(place: str | Path) -> Iterator["pq.ParquetFile"]:
+    """A shard whose columns are those of the schema; what goes wrong with it names it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    filesystem, path = open_place(place)
+    try:
+        with filesystem.open(path, "rb") as file:
+            shard = pq.ParquetFile(file)
+            _check_schema(place, shard.schema_arrow)
+            yield shard
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, RuntimeError, TypeError) as error:
+        raise InputError(f"{place}: unreadable shard ({_first_line(error)})") from None
 
 
 def _check_schema(place: str | Path, found: "pa.Schema") -> None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Frames(Protocol):
     """What is encoded: anything with the frames of one clip."""
 
     @property
-    def frames(self) -> np.ndarray:
+    def frames(self) -> NDArray[np.uint8]:
         """(T, H, W, 3) uint8."""
         ...
 
@@ -166,6 +167,33 @@ class EncodeLatents:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_vae": None}  # weights stay: another process loads its own
+
+
+@dataclass
+class DecodeLatents:
+    """Moments (2C, F, h, w) -> the frames (T, H, W, 3) uint8 that their means stand for."""
+
+    model: str
+    device: str = "auto"
+    _vae: Any = field(default=None, init=False, repr=False)
+
+    def load(self) -> Any:
+        """The autoencoder, loaded once."""
+        if self._vae is None:
+            self._vae = load_frozen_autoencoder(self.model, choose_device(self.device))
+        return self._vae
+
+    @torch.no_grad()
+    def __call__(self, moments: Tensor) -> NDArray[np.uint8]:
+        vae = self.load()
+        means = moments.float().chunk(2)[0][None].to(vae.device)  # (1, C, F, h, w)
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=vae.device.type == "cuda"):
+            if isinstance(vae, AutoencoderKL):
+                pixels = vae.decode(means[:, :, 0]).sample.unsqueeze(2)  # (1, 3, 1, H, W)
+            else:
+                pixels = vae.decode(means).sample  # (1, 3, T, H, W)
+        values = pixels[0].float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+        return values.permute(1, 2, 3, 0).cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,174 @@
+"""Pages of clips and pictures to look at: strips of frames with their captions, alone or decoded under their source."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+PAGE, MARGIN, GUTTER = 1360, 40, 40  # pixels: width of a page, its border, between columns
+COLUMNS = 2
+STRIP_HEIGHT, MOST_FRAMES = 104, 8  # of a strip: what its height is near to, and frames at most
+PICTURE_HEIGHT = 190  # what the height of a row of pictures is near to
+GAP, CORNER, BELOW = 3, 8, 30  # between frames, of rounded corners, under each entry
+TITLE, TEXT, SMALL = 30, 15, 12  # sizes of letters
+LINES = 2  # that a caption may take
+INK, FAINT, PAPER, RULE = "#24292F", "#6E7781", "#FFFFFF", "#D8DEE4"
+
+Frames = NDArray[np.uint8]
+"""(F, H, W, 3)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A clip, or a picture (one frame), with its caption and a note in small letters."""
+
+    frames: Frames
+    caption: str
+    note: str
+    below: Frames | None = None
+    """Drawn under the first: the same frames after something was done to them."""
+
+
+def draw_sheet(title: str, subtitle: str, entries: Sequence[Entry]) -> Image.Image:
+    """Clips in two columns of strips, then pictures in rows."""
+    clips = [entry for entry in entries if len(entry.frames) > 1]
+    pictures = [entry for entry in entries if len(entry.frames) == 1]
+    width = (PAGE - 2 * MARGIN - (COLUMNS - 1) * GUTTER) // COLUMNS
+    columns: list[list[Image.Image]] = [[] for _ in range(COLUMNS)]
+    for clip in clips:  # to the column that is shorter
+        min(columns, key=_total).append(_block(_strips(clip, width), clip))
+    rows = [_gallery_row(row, height) for row, height in _gallery_rows(pictures)]
+    header = _header(title, subtitle)
+    tallest = max(map(_total, columns))
+    page = Image.new("RGB", (PAGE, header.height + tallest + _total(rows) + MARGIN - BELOW), PAPER)
+    page.paste(header, (0, 0))
+    for index, column in enumerate(columns):
+        _stack(page, column, MARGIN + index * (width + GUTTER), header.height)
+    _stack(page, rows, MARGIN, header.height + tallest)
+    return page
+
+
+def spread(count: int, shown: int) -> list[int]:
+    """`shown` of `count` frames, evenly spread from the first to the last."""
+    return [round(index * (count - 1) / max(shown - 1, 1)) for index in range(min(shown, count))]
+
+
+def _header(title: str, subtitle: str) -> Image.Image:
+    page = Image.new("RGB", (PAGE, MARGIN + TITLE + 68), PAPER)
+    brush = ImageDraw.Draw(page)
+    brush.text((MARGIN, MARGIN - 6), _fit(title, TITLE, PAGE - 2 * MARGIN, 1)[0], INK, _font(TITLE))
+    brush.text((MARGIN, MARGIN + TITLE + 6), subtitle, FAINT, _font(TEXT))
+    line = MARGIN + TITLE + 38
+    brush.line((MARGIN, line, PAGE - MARGIN, line), RULE)
+    return page
+
+
+def _strips(entry: Entry, width: int) -> Image.Image:
+    """The entry's frames side by side, as wide as that; what is `below` right under them."""
+    count, height, side, _ = entry.frames.shape
+    fitting = [(width - (shown - 1) * GAP) / shown for shown in range(2, min(count, MOST_FRAMES) + 1)]
+    best = min(fitting, key=lambda one: abs(one * height / side - STRIP_HEIGHT))
+    shown = spread(count, fitting.index(best) + 2)
+    rows = [frames[shown] for frames in (entry.frames, entry.below) if frames is not None]
+    each = round(best * height / side)
+    strip = Image.new("RGB", (width, len(rows) * each + (len(rows) - 1) * GAP), PAPER)
+    for down, row in enumerate(rows):
+        for index, frame in enumerate(row):
+            left, right = round(index * (best + GAP)), round(index * (best + GAP) + best)
+            strip.paste(_scaled(frame, (right - left, each)), (left, down * (each + GAP)))
+    return strip
+
+
+def _gallery_rows(pictures: Sequence[Entry]) -> list[tuple[list[Entry], int]]:
+    """Pictures in rows that fill the page's width, and the height of each row."""
+    rows: list[tuple[list[Entry], int]] = []
+    row: list[Entry] = []
+    for picture in pictures:
+        row.append(picture)
+        if (height := _row_height(row)) <= PICTURE_HEIGHT:
+            rows.append((row, height))
+            row = []
+    return [*rows, (row, PICTURE_HEIGHT)] if row else rows
+
+
+def _row_height(row: Sequence[Entry]) -> int:
+    wide = sum(entry.frames.shape[2] / entry.frames.shape[1] for entry in row)  # at a height of 1
+    return int((PAGE - 2 * MARGIN - (len(row) - 1) * GUTTER / 2) / wide)
+
+
+def _gallery_row(row: Sequence[Entry], height: int) -> Image.Image:
+    blocks = []
+    for entry in row:
+        width = round(height * entry.frames.shape[2] / entry.frames.shape[1])
+        both = [frames[0] for frames in (entry.frames, entry.below) if frames is not None]
+        picture = Image.new("RGB", (width, len(both) * height + (len(both) - 1) * GAP), PAPER)
+        for down, frame in enumerate(both):
+            picture.paste(_scaled(frame, (width, height)), (0, down * (height + GAP)))
+        blocks.append(_block(picture, entry))
+    page = Image.new("RGB", (PAGE - 2 * MARGIN, max(block.height for block in blocks)), PAPER)
+    left = 0
+    for block in blocks:
+        page.paste(block, (left, 0))
+        left += block.width + GUTTER // 2
+    return page
+
+
+def _block(picture: Image.Image, entry: Entry) -> Image.Image:
+    """A picture with round corners, caption and note under it, and room below."""
+    caption = _fit(entry.caption, TEXT, picture.width, LINES)
+    note = _fit(entry.note, SMALL, picture.width, LINES)
+    lines = [(line, INK, TEXT, 21) for line in caption] + [(line, FAINT, SMALL, 17) for line in note]
+    height = picture.height + 8 + sum(step for *_, step in lines) + BELOW
+    block = Image.new("RGB", (picture.width, height), PAPER)
+    block.paste(picture, (0, 0), _round_mask(picture.size))
+    brush = ImageDraw.Draw(block)
+    down = picture.height + 8
+    for line, colour, size, step in lines:
+        brush.text((0, down), line, colour, _font(size))
+        down += step
+    return block
+
+
+def _round_mask(size: tuple[int, int]) -> Image.Image:
+    finer = 4
+    mask = Image.new("L", (size[0] * finer, size[1] * finer), 0)
+    ImageDraw.Draw(mask).rounded_rectangle((0, 0, mask.width - 1, mask.height - 1), CORNER * finer, fill=255)
+    return mask.resize(size, Image.Resampling.LANCZOS)
+
+
+def _fit(text: str, size: int, width: int, lines: int) -> list[str]:
+    """The text in at most so many lines; dots stand for what does not fit."""
+    font = _font(size)
+    words = " ".join(text.split()).split(" ")
+    made: list[str] = []
+    while words and len(made) < lines:
+        line = words.pop(0)
+        while words and font.getlength(f"{line} {words[0]}") <= width:
+            line = f"{line} {words.pop(0)}"
+        made.append(line)
+    if words or (made and font.getlength(made[-1]) > width):
+        last = made[-1]
+        while last and font.getlength(f"{last}…") > width:
+            last = last[:-1]
+        made[-1] = f"{last.rstrip(' .,;')}…"
+    return [line for line in made if line]
+
+
+def _scaled(frame: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def _total(blocks: Sequence[Image.Image]) -> int:
+    return sum(block.height for block in blocks)
+
+
+def _stack(page: Image.Image, blocks: Sequence[Image.Image], left: int, top: int) -> None:
+    for block in blocks:
+        page.paste(block, (left, top))
+        top += block.height

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from nova_video.errors import InputError
 from nova_video.media import atomic_path
@@ -80,26 +80,41 @@ class Row:
         return self.config, self.preset, self.batch, self.compile, self.dtype, self.device, changed
 
 
+class Recorded(Protocol):
+    """A dataclass that stands in a file of its like."""
+
+    @property
+    def kind(self) -> tuple[Any, ...]: ...
+
+
+R = TypeVar("R", bound=Recorded)
+
+
 def read_rows(path: Path) -> list[Row]:
+    """What `nova bench sample` wrote."""
+    return read_records(path, Row)
+
+
+def read_records(path: Path, record: type[R]) -> list[R]:
     """All rows of a file; none if there is no such file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return [Row(**value) for value in values]
+        return [record(**value) for value in values]
     except FileNotFoundError:
         return []
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: expected a list of measured rows ({error})") from None
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 
 
-def record_row(path: Path, row: Row) -> None:
+def record_row(path: Path, row: R) -> None:
     """Put a row where the one of its kind was, or at the end."""
-    rows = read_rows(path)
+    rows = read_records(path, type(row))
     kinds = [other.kind for other in rows]
     if row.kind in kinds:
         rows[kinds.index(row.kind)] = row

@@ -4,6 +4,7 @@ A page has places for tables, `<!-- begin NAME -->` to `<!-- end NAME -->`; what
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from nova_video.benchmarks.configs import SIZES
 from nova_video.benchmarks.rows import PARTS, Row, short
@@ -25,6 +26,14 @@ RELEASED_DEVICE = "H200"
 EMPTY = "Nothing is recorded yet."
 
 
+class OnDevice(Protocol):
+    @property
+    def device(self) -> str: ...
+
+
+D = TypeVar("D", bound=OnDevice)
+
+
 def released_seconds(row: Row, times: Mapping[tuple[str, int], float] = RELEASED) -> float | None:
     """What the released implementation takes for a row's work on the row's device, where that was measured."""
     return None if row.changed or RELEASED_DEVICE not in row.device else times.get((row.config, row.batch))
@@ -38,7 +47,7 @@ def measured(rows: Sequence[Row]) -> list[Row]:
     return sorted(found, key=lambda row: (configs.index(row.config), row.batch, row.compile, presets.index(row.preset)))
 
 
-def by_device(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def by_device(rows: Sequence[D]) -> dict[str, list[D]]:
     """Devices in order of their first row."""
     return {device: [row for row in rows if row.device == device] for device in dict.fromkeys(r.device for r in rows)}
 

@@ -58,7 +58,8 @@ def spread(count: int, shown: int) -> list[int]:
 def _header(title: str, subtitle: str) -> Image.Image:
     page = Image.new("RGB", (PAGE, MARGIN + TITLE + 68), PAPER)
     brush = ImageDraw.Draw(page)
-    brush.text((MARGIN, MARGIN - 6), _fit(title, TITLE, PAGE - 2 * MARGIN, 1)[0], INK, _font(TITLE))
+    for line in _fit(title, TITLE, PAGE - 2 * MARGIN, 1):
+        brush.text((MARGIN, MARGIN - 6), line, INK, _font(TITLE))
     brush.text((MARGIN, MARGIN + TITLE + 6), subtitle, FAINT, _font(TEXT))
     line = MARGIN + TITLE + 38
     brush.line((MARGIN, line, PAGE - MARGIN, line), RULE)

@@ -20,7 +20,6 @@ from nova_video.benchmarks.scaling import (
     fsdp,
     mean_visible,
     models,
-    repeated,
     sample_bytes,
     tables,
 )
@@ -90,11 +89,13 @@ def test_what_is_waited_for(strategy: object) -> None:
     assert idle.waiting == pytest.approx(idle.sending)  # nothing to hide behind
 
 
-def test_micro_batches_are_sent_once_by_ddp_alone() -> None:
-    step = ddp(LARGE, 64, INFINIBAND)
-    assert repeated("DDP", step, 4).sending == step.sending
-    assert repeated("DDP", step, 4).work == repeated("FSDP2", step, 4).work == 4 * step.work
-    assert repeated("FSDP2", step, 4).sending == 4 * step.sending
+def test_micro_batches_are_sent_once() -> None:
+    """DDP sends after the last of them; FSDP2 gathers for each, and scatters after the last."""
+    one, four = (ddp(LARGE, 64, INFINIBAND, micro=micro) for micro in (1, 4))
+    assert (four.work, four.sending, four.waiting) == (4 * one.work, one.sending, one.waiting)
+    one, two, four = (fsdp(LARGE, 64, INFINIBAND, micro=micro) for micro in (1, 2, 4))
+    assert four.sending - two.sending == pytest.approx(2 * (two.sending - one.sending))
+    assert one.sending < four.sending < 4 * one.sending
 
 
 def test_bytes_are_those_of_tensors() -> None:

@@ -149,24 +149,31 @@ def mean_visible() -> float:
     return 1 - mask_ratios(100_000, torch.Generator().manual_seed(0)).mean().item()
 
 
-def ddp(model: Model, gpus: int, network: Network, work: float | None = None) -> Step:
-    """Gradients in float32, all-reduced bucket by bucket while the rest of the backward pass goes on."""
+def ddp(model: Model, gpus: int, network: Network, work: float | None = None, micro: float = 1) -> Step:
+    """Gradients in float32, all-reduced bucket by bucket while the rest of the backward pass goes on.
+
+    `work`: seconds of a micro batch, if not those of the model's. Of several in a step, only the last one sends.
+    """
     work = model.seconds if work is None else work
     size = FLOAT * model.values
     buckets = math.ceil(size / BUCKET)
     one = network.reduce_seconds(size / buckets, gpus)
     sending = buckets * one
-    return Step(work, sending, one + max(0.0, sending - one - 2 / 3 * work))
+    return Step(micro * work, sending, one + max(0.0, sending - one - 2 / 3 * work))
 
 
-def fsdp(model: Model, gpus: int, network: Network, work: float | None = None) -> Step:
-    """Weights in bfloat16, gathered block by block forward and again backward; gradients in float32, scattered."""
+def fsdp(model: Model, gpus: int, network: Network, work: float | None = None, micro: float = 1) -> Step:
+    """Weights in bfloat16, gathered block by block forward and again backward; gradients in float32, scattered.
+
+    As `ddp`, but every micro batch gathers, and the last one scatters.
+    """
     work = model.seconds if work is None else work
     gather = network.share_seconds(HALF * model.values / model.blocks, gpus)
     scatter = network.share_seconds(FLOAT * model.values / model.blocks, gpus)
-    forward, backward = model.blocks * gather, model.blocks * (gather + scatter)
-    waiting = max(gather, forward - work / 3) + max(scatter, backward - 2 / 3 * work)
-    return Step(work, forward + backward, waiting)
+    gathers, scatters = model.blocks * gather, model.blocks * scatter
+    waiting = micro * max(gather, gathers - work / 3) + (micro - 1) * max(0.0, gathers - 2 / 3 * work)
+    waiting += max(scatter, gathers + scatters - 2 / 3 * work)
+    return Step(micro * work, micro * 2 * gathers + scatters, waiting)
 
 
 STRATEGIES = {"DDP": ddp, "FSDP2": fsdp}
@@ -235,18 +242,11 @@ def paper_table(found: Sequence[Model], network: Network) -> str:
                     cells.append("fewer samples than GPUs")
                     continue
                 micro = each / model.batch  # batches that a GPU does one after the other, or the part of one
-                work = min(1.0, micro) * model.seconds
-                step = repeated(name, strategy(model, gpus, network, work), max(1.0, micro))
+                step = strategy(model, gpus, network, min(1.0, micro) * model.seconds, max(1.0, micro))
                 rate = 1 / (step.work + step.waiting)
                 cells.append(f"{each:g}, {short(rate)}, {percent(step.hidden)}")
             rows.append([model.name, str(PAPER[model.name]), name, *cells])
     return markdown(columns, rows)
-
-
-def repeated(strategy: str, step: Step, times: float) -> Step:
-    """Several micro batches: DDP sends gradients after the last one, FSDP2 gathers and scatters for each."""
-    sent = 1.0 if strategy == "DDP" else times
-    return Step(times * step.work, sent * step.sending, sent * step.waiting)
 
 
 def data_table(found: Sequence[Model]) -> str:

@@ -43,6 +43,10 @@ class Making:
     """File to write (mp4, webp, gif or png), numbered if there are several sentences. If absent, named after it."""
     model: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=f"(default: {MODEL})")] = None
     """`emoji` (the model in the box), a checkpoint folder, or the name of a released checkpoint."""
+    lora: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """An adapter of the model (LoRA): a safetensors file or its folder, as `nova train --lora.rank` writes it."""
+    lora_scale: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
+    """How much of it: 0 is the model without."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
     """Size in pixels, such as 768x480."""
     fps: Annotated[float | None, arg(metavar="N", help_behavior_hint=OWN)] = None
@@ -149,6 +153,54 @@ class Info:
     """A file written by `nova generate`."""
     json: bool = False
     """Print it as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encode:
+    """Encode videos and pictures with captions into a dataset to train on. A run that was stopped goes on where it
+    was."""
+
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    """A folder of media with captions (.txt or .json beside each, or metadata.csv or .jsonl), .tar files (WebDataset),
+    .parquet files, a folder of save_to_disk or hf://OWNER/NAME. Local, or a URL that fsspec opens."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
+    """The dataset to write, or to go on with."""
+    model: Annotated[str, arg(metavar="NAME")] = MODEL
+    """Whose autoencoder encodes, as for `nova generate`; its own are the settings that are not given."""
+    frames: Annotated[tuple[int, ...], arg(metavar="N ...", help_behavior_hint=OWN)] = ()
+    """Lengths of clips, 4k + 1 each: the longest ones that fit into a scene. Pictures have 1."""
+    fps: Annotated[float | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Frames per second, at most: of faster videos the nearest frames are taken, slower ones keep theirs."""
+    lora: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """An adapter of the model (LoRA): a safetensors file or its folder, as `nova train --lora.rank` writes it."""
+    lora_scale: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
+    """How much of it: 0 is the model without."""
+    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
+    """Size in pixels, or the side of a square: of about that area are the sizes for other ratios of width to height."""
+    one_size: bool = False
+    """Bring everything to that size."""
+    cuts: bool = False
+    """End clips where PySceneDetect finds a cut."""
+    cut_threshold: Annotated[float, arg(metavar="N")] = 27.0
+    """Of its ContentDetector: lower finds more."""
+    caption_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: caption)")] = None
+    """Column of the captions, or their key in JSON files."""
+    media_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the only one)")] = None
+    """Column of the media in Parquet and Hugging Face datasets."""
+    split: Annotated[str, arg(metavar="NAME")] = "train"
+    """Of a Hugging Face dataset."""
+    text_encoder: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=OWN)] = None
+    """Whose features of the captions are kept; none: no features."""
+    group: Annotated[int, arg(metavar="N")] = 256
+    """Source files that are finished together: more make fewer, larger shards, and more to do again after a stop."""
+    batch: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: by their size)")] = None
+    """Clips that go through the autoencoder together."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """As for `nova generate`."""
+    ray: Annotated[str | None, arg(metavar="ADDRESS", help_behavior_hint="(default: a Ray of this machine)")] = None
+    """Address of a Ray cluster to run on."""
+    no_ray: bool = False
+    """Run in this process."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +320,10 @@ class BenchSample:
     """As for `nova generate`."""
     frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
     """Pixel frames."""
+    lora: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """An adapter of the model (LoRA): a safetensors file or its folder, as `nova train --lora.rank` writes it."""
+    lora_scale: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
+    """How much of it: 0 is the model without."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
     """Size in pixels; a released size is built for it."""
     sets: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
@@ -360,6 +416,7 @@ Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Edit, subcommand("edit")]
     | Annotated[Info, subcommand("info")]
+    | Annotated[Encode, subcommand("encode")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Any, subcommand("evaluate", description="Measure a model.", constructor_factory=lambda: Benchmarks)]
     | Annotated[Any, subcommand("bench", description="Time sampling.", constructor_factory=lambda: Timings)]

@@ -17,6 +17,7 @@ from nova_video.arguments import (
     DataEmoji,
     DataShapes,
     Edit,
+    Encode,
     EvaluateBeyond,
     EvaluateDrift,
     EvaluateEmoji,
@@ -27,12 +28,24 @@ from nova_video.arguments import (
     parse,
 )
 from nova_video.cli_bench import run_bench_presets, run_bench_sample
+from nova_video.cli_data import run_encode
 from nova_video.cli_evaluate import run_evaluate_beyond, run_evaluate_drift, run_evaluate_emoji
 from nova_video.cli_generate import run_edit, run_generate
 from nova_video.errors import InputError
 
 BAD_INPUT, INTERRUPTED = 2, 130
-EXTRAS = {"tensorboard": "train", "cv2": "train", "matplotlib": "docs"}  # package -> the extra that brings it
+EXTRAS = {  # package -> the extra that brings it
+    "tensorboard": "train",
+    "torchdata": "train",
+    "peft": "train",
+    "cv2": "train",
+    "ray": "data",
+    "datasets": "data",
+    "pyarrow": "data",
+    "fsspec": "data",
+    "scenedetect": "data",
+    "matplotlib": "docs",
+}
 
 
 def run_info(args: Info) -> None:
@@ -85,6 +98,7 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
     Generate: run_generate,
     Edit: run_edit,
     Info: run_info,
+    Encode: run_encode,
     Train: run_train,
     EvaluateEmoji: run_evaluate_emoji,
     EvaluateBeyond: run_evaluate_beyond,

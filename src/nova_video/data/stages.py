@@ -29,6 +29,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence, UnidentifiedImageError
+from torch import Tensor
 
 from nova_video.data.dataset import TEMPORAL_STRIDE, Bucket, Sample, open_place
 from nova_video.data.motion import flow_magnitude
@@ -117,6 +118,22 @@ class Clip:
         frames, height, width = self.frames.shape[:3]
         return Bucket(frames, height, width)
 
+    def sample(self, moments: Tensor, text: Tensor | None = None, text_short: Tensor | None = None) -> Sample:
+        """The row that it becomes, with what the networks gave."""
+        return Sample(
+            id=self.id,
+            source=self.source,
+            start=self.start,
+            end=self.end,
+            caption=self.caption,
+            fps=self.fps,
+            motion=self.motion,
+            bucket=self.bucket,
+            moments=moments,
+            text=text,
+            text_short=text_short,
+        )
+
 
 @dataclass(frozen=True)
 class Rejected:
@@ -137,6 +154,7 @@ class ItemResult:
     last: bool
     final: bool
     samples: list[Sample]
+    """In the order of their numbers, as `rejected`."""
     rejected: list[Rejected]
 
 

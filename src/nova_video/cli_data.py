@@ -1,0 +1,83 @@
+"""The commands that make and look at datasets: what was typed to settings, and progress on stderr."""
+
+import logging
+import re
+import time
+from typing import TYPE_CHECKING
+
+from nova_video.arguments import Encode
+from nova_video.cli_generate import _size as size_of
+from nova_video.console import checkpoint_defaults, progress_bar
+from nova_video.errors import InputError
+
+if TYPE_CHECKING:
+    from nova_video.data.encode import Done, EncodeSettings
+
+TOLD_EVERY = 30.0  # seconds between lines about progress where stderr is no terminal
+
+log = logging.getLogger(__name__)
+
+
+def run_encode(args: Encode) -> None:
+    """A source to a dataset."""
+    import transformers
+
+    from nova_video.data.encode import encode_dataset
+
+    transformers.utils.logging.disable_progress_bar()  # the bars of loading; encoding has ours
+    settings = _settings(args)
+    told = time.monotonic()
+    with progress_bar() as bar:
+        task = bar.add_task("encoding", total=None)
+
+        def tell(done: "Done") -> None:
+            nonlocal told
+            said = f"{done.clips} clips" + (f", {done.rejected} rejected" if done.rejected else "")
+            bar.update(task, completed=done.items, total=done.total, description=said)
+            if bar.disable and time.monotonic() - told > TOLD_EVERY:
+                told = time.monotonic()
+                log.info("%d%s sources: %s", done.items, "" if done.total is None else f" of {done.total}", said)
+
+        summary = encode_dataset(settings, tell)
+    clips = sum(rows for bucket, rows in summary.clips.items() if bucket.frames > 1)
+    pictures = sum(summary.clips.values()) - clips
+    rejected = f", {summary.rejected} rejected (rejected.jsonl)" if summary.rejected else ""
+    print(f"{args.output}: {clips} clips and {pictures} pictures from {summary.items} sources{rejected}")
+
+
+def _settings(args: Encode) -> "EncodeSettings":
+    """The checkpoint's own settings where nothing was typed."""
+    from nova_video.data.encode import EncodeSettings, model_size, model_text
+    from nova_video.data.sources import SourceSettings
+    from nova_video.data.stages import DecodeSettings
+    from nova_video.devices import choose_device
+
+    choose_device(args.device)
+    if args.no_ray and args.ray is not None:
+        raise InputError(f"got --no-ray and --ray {args.ray}: expected one of them")
+    defaults = checkpoint_defaults(args.model)
+    side = args.size
+    if side is not None and re.fullmatch(r"\d+", side):
+        side = f"{side}x{side}"
+    height, width = size_of(side)
+    size = model_size(args.model) if height is None or width is None else (height, width)
+    if size is None:
+        raise InputError(f"{args.model} has no transformer/ that tells its size: expected --size, such as 768x480")
+    text = args.text_encoder
+    return EncodeSettings(
+        source=SourceSettings(args.source, args.caption_column, args.media_column, args.split, args.group),
+        decode=DecodeSettings(
+            frames=args.frames or (defaults.num_frames,),
+            fps=defaults.fps if args.fps is None else args.fps,
+            size=size,
+            one_size=args.one_size,
+            cuts=args.cuts,
+            threshold=args.cut_threshold,
+        ),
+        output=args.output,
+        model=args.model,
+        text=model_text(args.model) if text is None else None if text == "none" else text,
+        batch=args.batch,
+        device=args.device,
+        ray=None if args.no_ray else args.ray or "local",
+    )

@@ -1,0 +1,405 @@
+"""`nova encode`: a source of media and captions to a dataset on disk, stage by stage, here or on Ray.
+
+Items go through in groups. When all items of a group are done, its samples are written as shards named after it, and
+then `progress/GROUP.json`. A group without that is done again from its beginning, whatever is there of it: a run may be
+stopped at any moment and started again, and ends with the dataset of a run that was not. `rejected.jsonl` is made of
+the records in `progress/`.
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nova_video.ahead import run_ahead
+from nova_video.data.card import write_card
+from nova_video.data.dataset import Bucket, DatasetInfo, Sample, shard_url, write_file, write_shard
+from nova_video.data.encoders import EncodeLatents, EncodeText, autoencoder_info, text_names
+from nova_video.data.sources import Source, SourceSettings, open_source
+from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected
+from nova_video.errors import InputError
+from nova_video.loading import read_json, resolve_checkpoint
+from nova_video.media import check_writable
+from nova_video.settings import CheckpointSettings
+from nova_video.text.encoders import find_text_encoder
+
+SHARD_BYTES = 256 << 20  # a group's samples of a bucket are split into shards of about so many
+TOGETHER = 16 << 20  # pixels that wait for the encoders here: several forward passes, so that few are part full
+AHEAD = 16  # clips that are decoded ahead of the encoders here
+PROGRESS = "progress"
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """One run of `nova encode`."""
+
+    source: SourceSettings
+    decode: DecodeSettings
+    output: Path
+    """Local folder to write, or to go on with."""
+    model: str = "emoji"
+    """Checkpoint whose autoencoder makes the moments."""
+    text: str | None = "emoji"
+    """Text encoder, or a checkpoint that names one; None: no text features."""
+    batch: int | None = None
+    """Most clips that go through the autoencoder together; None: by their size."""
+    device: str = "auto"
+    ray: str | None = None
+    """None: in this process; `local`: on a Ray of this machine; else the address of a cluster."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """How far a run is."""
+
+    items: int = 0
+    clips: int = 0
+    """Pictures included."""
+    rejected: int = 0
+    total: int | None = None
+    """Items in all, where that is known."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a dataset holds when it is done."""
+
+    items: int
+    clips: dict[Bucket, int]
+    rejected: int
+    encoded: int
+    """Of the items, those that this run went through; the others were there before."""
+    seconds: float
+    """Of this run."""
+
+
+@dataclass
+class Record:
+    """What `progress/GROUP.json` says."""
+
+    items: int
+    final: bool
+    """Whether no group of this part of the source comes after it."""
+    shards: dict[str, int] = field(default_factory=dict)
+    """Bucket -> rows."""
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    """{"source", "reason"}, as lines of rejected.jsonl."""
+
+
+def encode_dataset(settings: EncodeSettings, tell: Callable[[Done], None] = lambda done: None) -> Summary:
+    """Encode what is not there yet, then write rejected.jsonl and the card; `tell` is called after every item."""
+    began = time.monotonic()
+    info = describe_dataset(settings)
+    source = open_source(settings.source)
+    check_output(settings.output, info, source)
+    stages = None if settings.ray is not None else Stages.load(settings)  # a wrong name ends here
+    prepare_output(settings.output, info, source)
+    records = read_records(settings.output)
+    before = sum(record.items for record in records.values())
+    done = Done(before, sum(sum(r.shards.values()) for r in records.values()), _rejections(records), source.total)
+    tell(done)
+    items = source.items({group: record.final for group, record in records.items()})
+    if stages is not None:
+        results = encode_items_here(items, stages)
+    else:
+        from nova_video.data.encode_ray import encode_items_ray
+
+        results = encode_items_ray(items, settings)
+    pending: defaultdict[str, dict[int, ItemResult]] = defaultdict(dict)
+    sizes: dict[str, int] = {}
+    for result in results:
+        group = pending[result.group]
+        group[result.index] = result
+        if result.last:
+            sizes[result.group] = result.index + 1
+        if len(group) == sizes.get(result.group):
+            finish_group(settings.output, result.group, pending.pop(result.group).values(), info.fingerprint)
+        done = replace(
+            done,
+            items=done.items + 1,
+            clips=done.clips + len(result.samples),
+            rejected=done.rejected + len(result.rejected),
+        )
+        tell(done)
+    return _finish(settings, done.items - before, time.monotonic() - began)
+
+
+def _finish(settings: EncodeSettings, encoded: int, seconds: float) -> Summary:
+    """What is made of all groups together."""
+    records = read_records(settings.output)
+    lines = [line for record in records.values() for line in record.rejected]
+    text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+    write_file(settings.output / "rejected.jsonl", text.encode())
+    clips: Counter[Bucket] = Counter()
+    for record in records.values():
+        for name, rows in record.shards.items():
+            clips[Bucket.parse(name)] += rows
+    if not clips:
+        raise InputError(
+            f"{settings.source.place}: nothing could be encoded, all {len(lines)} were rejected:"
+            f" {lines[0]['source']} {lines[0]['reason']} (see {settings.output / 'rejected.jsonl'})"
+        )
+    write_card(settings.output, settings.device)
+    items = sum(record.items for record in records.values())
+    return Summary(items, dict(sorted(clips.items())), len(lines), encoded, seconds)
+
+
+# Settings and what is noted of them ----------------------------------------------------------------------------------
+
+
+def describe_dataset(settings: EncodeSettings) -> DatasetInfo:
+    """What holds for all of the dataset, with the settings that decide what is in it."""
+    found = autoencoder_info(settings.model)
+    if found.temporal_stride == 1 and any(length > 1 for length in settings.decode.frames):
+        lengths = ", ".join(map(str, settings.decode.frames))
+        raise InputError(f"frames is {lengths}, and the autoencoder of {settings.model} takes pictures: expected 1")
+    source, decode = settings.source, settings.decode
+    return DatasetInfo(
+        autoencoder=settings.model,
+        fingerprint=found.fingerprint,
+        latent_channels=found.latent_channels,
+        spatial_stride=found.spatial_stride,
+        temporal_stride=found.temporal_stride,
+        text_encoder=None if settings.text is None else text_names(settings.text)[0],
+        text_dim=None if settings.text is None else _text_width(settings.text),
+        settings={
+            "source": source.place,
+            "caption_column": source.caption_column,
+            "media_column": source.media_column,
+            "split": source.split,
+            "group": source.group,
+            "frames": sorted(set(decode.frames)),
+            "fps": float(decode.fps),
+            "size": f"{decode.size[1]}x{decode.size[0]}",
+            "one_size": decode.one_size,
+            "cuts": decode.cuts,
+            "threshold": float(decode.threshold),
+        },
+    )
+
+
+def decode_settings(noted: dict[str, Any]) -> DecodeSettings:
+    """Of the settings in dataset.json."""
+    width, height = map(int, noted["size"].split("x"))
+    return DecodeSettings(
+        frames=tuple(noted["frames"]),
+        fps=noted["fps"],
+        size=(height, width),
+        one_size=noted["one_size"],
+        cuts=noted["cuts"],
+        threshold=noted["threshold"],
+    )
+
+
+def source_settings(noted: dict[str, Any]) -> SourceSettings:
+    """Of the settings in dataset.json."""
+    return SourceSettings(
+        place=noted["source"],
+        caption_column=noted["caption_column"],
+        media_column=noted["media_column"],
+        split=noted["split"],
+        group=noted["group"],
+    )
+
+
+def model_size(model: str) -> tuple[int, int] | None:
+    """(H, W) in pixels that a checkpoint's transformer is made for; None where it has none."""
+    config = resolve_checkpoint(model) / "transformer" / "config.json"
+    if not config.is_file():
+        return None
+    height, width = read_json(config)["image_size"]
+    return int(height), int(width)
+
+
+def model_text(model: str) -> str | None:
+    """The checkpoint itself if it has or names a text encoder."""
+    folder = resolve_checkpoint(model)
+    named = (folder / "text_encoder").is_dir() or CheckpointSettings.load(folder).text_encoder is not None
+    return model if named else None
+
+
+def _text_width(text: str) -> int:
+    """Of its features, from its config alone."""
+    from transformers import AutoConfig
+
+    name = text_names(text)[0]
+    try:
+        width: int = AutoConfig.from_pretrained(find_text_encoder(name)).hidden_size
+    except Exception as error:  # transformers raises many kinds for a missing, foreign or corrupt folder
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"text encoder {name!r}: cannot be loaded: {said}") from None
+    return width
+
+
+# The folder ----------------------------------------------------------------------------------------------------------
+
+
+def check_output(output: Path, info: DatasetInfo, source: Source) -> None:
+    """Raises for a folder that is no place for this dataset, or holds one of other settings."""
+    if output.is_file():
+        raise InputError(f"{output} is a file: expected a folder to write")
+    check_writable(next(path for path in (output, *output.absolute().parents) if path.is_dir()))
+    if not output.exists():
+        return
+    if not (output / "dataset.json").exists():
+        if any(not path.name.startswith(".") for path in output.iterdir()):
+            raise InputError(f"{output} exists and is no encoded dataset: expected a new or empty folder")
+        return
+    there = DatasetInfo.load(output)
+    was = {name: value for name, value in asdict(there).items() if name != "settings"} | there.settings
+    now = {name: value for name, value in asdict(info).items() if name != "settings"} | info.settings
+    for name, value in now.items():
+        if was.get(name) != value:
+            raise InputError(
+                f"{output} was encoded with {name} {_shown(was.get(name))}, got {_shown(value)}: expected the same, or"
+                " another folder"
+            )
+    noted = output / PROGRESS / "source.json"
+    if noted.exists() and (before := read_json(noted)) != _content(source):
+        raise InputError(
+            f"{info.settings['source']} has changed since {output} was begun: it had {before.get('count')} files, now"
+            f" {len(source.content)}: expected the same, or another folder for the dataset"
+        )
+
+
+def prepare_output(output: Path, info: DatasetInfo, source: Source) -> None:
+    info.save(output)  # first of all: what is there of a run that was stopped is known by it
+    (output / PROGRESS).mkdir(exist_ok=True)
+    for left in [*output.glob(f"{PROGRESS}/.*.part"), *output.glob("data/*/.*.part")]:  # of a run that was killed
+        left.unlink(missing_ok=True)
+    write_file(output / PROGRESS / "source.json", json.dumps(_content(source)).encode())
+
+
+def read_records(output: Path) -> dict[str, Record]:
+    """Of all finished groups, in their order."""
+    paths = sorted(path for path in (output / PROGRESS).glob("*.json") if path.name != "source.json")
+    return {path.stem: Record(**read_json(path)) for path in paths}
+
+
+def finish_group(output: Path, group: str, results: Iterable[ItemResult], fingerprint: str) -> None:
+    """The group's shards, and last the record that makes it finished."""
+    found = sorted(results, key=lambda result: result.index)
+    samples: defaultdict[Bucket, list[Sample]] = defaultdict(list)
+    for result in found:
+        for sample in result.samples:
+            samples[sample.bucket].append(sample)
+    for bucket, rows in samples.items():
+        for number, part in enumerate(_shards(rows)):
+            name = group if number == 0 else f"{group}-{number:03d}"
+            write_shard(shard_url(output, bucket, name), part, fingerprint)
+    record = Record(
+        items=len(found),
+        final=any(result.final for result in found),
+        shards={bucket.name: len(rows) for bucket, rows in sorted(samples.items())},
+        rejected=[{"source": one.source, "reason": one.reason} for result in found for one in result.rejected],
+    )
+    text = json.dumps(asdict(record), ensure_ascii=False, indent=1)
+    write_file(output / PROGRESS / f"{group}.json", f"{text}\n".encode())
+
+
+def _shards(samples: list[Sample]) -> Iterator[list[Sample]]:
+    """As many samples as fit in SHARD_BYTES each, at least one."""
+    part: list[Sample] = []
+    size = 0
+    for sample in samples:
+        part.append(sample)
+        size += sum(values.nbytes for values in (sample.moments, sample.text, sample.text_short) if values is not None)
+        if size >= SHARD_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _content(source: Source) -> dict[str, Any]:
+    """What the source is made of, to find out whether it has changed."""
+    digest = hashlib.sha256("\n".join(source.content).encode()).hexdigest()
+    return {"count": len(source.content), "digest": digest}
+
+
+def _rejections(records: dict[str, Record]) -> int:
+    return sum(len(record.rejected) for record in records.values())
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+# Here, without Ray ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stages:
+    """All stages of a run."""
+
+    decode: Decode
+    motion: Motion
+    latents: EncodeLatents
+    text: EncodeText | None
+
+    @classmethod
+    def load(cls, settings: EncodeSettings) -> "Stages":
+        """With the weights of those that have some."""
+        latents = EncodeLatents(settings.model, settings.device, settings.batch)
+        text = None if settings.text is None else EncodeText(settings.text, settings.device)
+        latents.load()
+        if text is not None:
+            text.load()
+        return cls(Decode(settings.decode), Motion(), latents, text)
+
+    def encode(self, clips: list[Clip]) -> list[Sample]:
+        """Clips of any sizes -> samples, in their order."""
+        if not clips:
+            return []
+        texts = None if self.text is None else self.text([clip.caption for clip in clips])
+        moments = self.latents(clips)
+        if texts is None:
+            return [clip.sample(values) for clip, values in zip(clips, moments, strict=True)]
+        return [
+            clip.sample(values, features.text, features.short)
+            for clip, values, features in zip(clips, moments, texts, strict=True)
+        ]
+
+
+def encode_items_here(items: Iterable[Item], stages: Stages) -> Iterator[ItemResult]:
+    """Items in their order, decoded ahead in a thread. Clips wait until several go through the encoders, over items but
+    not over groups: what a clip is batched with is the same in every run."""
+    waiting: list[Clip] = []
+    ended: list[Item] = []
+    samples: defaultdict[int, list[Sample]] = defaultdict(list)  # by their item's number, as the next
+    rejected: defaultdict[int, list[Rejected]] = defaultdict(list)
+    with run_ahead(_decoded(items, stages), AHEAD, nullcontext()) as stream:
+        for item, found in stream:
+            if isinstance(found, Clip):
+                waiting.append(found)
+            elif isinstance(found, Rejected):
+                rejected[item.index].append(found)
+            else:
+                ended.append(item)
+            if sum(clip.frames[..., 0].size for clip in waiting) >= TOGETHER or (found is None and item.last):
+                for clip, sample in zip(waiting, stages.encode(waiting), strict=True):
+                    samples[clip.index].append(sample)
+                waiting = []
+                for one in ended:
+                    yield ItemResult(
+                        group=one.group,
+                        index=one.index,
+                        last=one.last,
+                        final=one.final,
+                        samples=samples.pop(one.index, []),
+                        rejected=rejected.pop(one.index, []),
+                    )
+                ended = []
+
+
+def _decoded(items: Iterable[Item], stages: Stages) -> Iterator[tuple[Item, Clip | Rejected | None]]:
+    """What each item gives, and None at its end."""
+    for item in items:
+        for found in stages.decode(item):
+            yield item, stages.motion(found) if isinstance(found, Clip) else found
+        yield item, None

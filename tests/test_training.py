@@ -6,19 +6,25 @@ import re
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.data.shapes import prepare_shapes
 from nova_video.errors import InputError
-from nova_video.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from nova_video.training.loss import NoiseTable, draw
+from nova_video.training.checkpoint import (
+    Average,
+    Progress,
+    gather_state,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from nova_video.training.loss import Losses, NoiseTable, draw
 from nova_video.training.pool import Pool, Rows, fill_seed
 from nova_video.training.recipe import (
     AutoencoderRecipe,
@@ -31,7 +37,8 @@ from nova_video.training.recipe import (
     recipe_toml,
 )
 from nova_video.training.trainer import StopSignal, learning_rate, make_optimizer, set_rate, train
-from nova_video.training.transformer import TransformerTask, stretch
+from nova_video.training.transformer import Variant
+from nova_video.training.world_task import WorldTask, stretch
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 
@@ -199,22 +206,17 @@ def test_a_stretch_is_the_first_frame_and_what_lies_together() -> None:
 def test_long_clips_are_learned_in_stretches(transformer_recipe: TransformerRecipe) -> None:
     """Of the frames shown only the second half counts: the first ones' error moves nothing."""
     data = replace(transformer_recipe.data, frames=(17,), probability=(1.0,), batch=(2,), pool=(4,), window=9)
-    task = TransformerTask(replace(transformer_recipe, data=data), torch.device("cpu"))
+    task = WorldTask(replace(transformer_recipe, data=data), torch.device("cpu"))
     task.prepare(0)
-    shapes, scored = [], []
-
-    def spied(*args: Any) -> Tensor:
-        shapes.append(args[1].shape[2])
-        scored.append(torch.ones(3, requires_grad=True))
-        return scored[-1]
-
-    task._frame_losses = spied  # type: ignore[method-assign]
-    losses = task.loss((17, 2))
+    scored = torch.ones(3, requires_grad=True)
+    task.batch_losses = lambda *_: Losses(scored.sum(), scored, torch.zeros(10), torch.zeros(10))  # type: ignore[method-assign]
+    batch = task.draw(Variant(17, 2), 0)
+    assert batch.latents.shape[2] == 3
+    losses = task.loss(Variant(17, 2), batch)
     losses["loss"].backward()
-    assert shapes == [3]
     assert set(losses) == {"loss"}
     assert losses["loss"].item() == pytest.approx(3.0)
-    assert scored[0].grad.tolist() == [0.0, 1.5, 1.5]
+    assert scored.grad.tolist() == [0.0, 1.5, 1.5]
 
 
 def test_learning_rate_warms_up_and_falls() -> None:
@@ -259,8 +261,10 @@ def test_resuming_equals_never_stopping(transformer_recipe: TransformerRecipe, t
 def test_the_loop_writes_what_it_says(transformer_recipe: TransformerRecipe) -> None:
     recipe = replace(transformer_recipe, log=replace(LOG, validate_every=6))
     folder = train(recipe)
-    assert {path.name for path in folder.iterdir()} == {"transformer", "vae", "scheduler", "nova.json", "recipe.toml"}
-    assert load_recipe(folder / "recipe.toml") == recipe
+    parts = {"transformer", "vae", "scheduler", "nova.json", "recipe.toml", "README.md"}
+    assert {path.name for path in folder.iterdir()} == parts
+    size = ModelRecipe(("vit_d2w64", "vit_d2w64", "mlp_d1w64"), -1, True, 16, 5, (128, 128))
+    assert load_recipe(folder / "recipe.toml") == replace(recipe, model=size)  # nothing is left open
     for part in ("transformer", "vae"):
         weights = load_file(folder / part / "diffusion_pytorch_model.safetensors")
         assert {value.dtype for value in weights.values()} == {torch.float16}
@@ -285,7 +289,7 @@ def test_stage_two_starts_from_stage_one(transformer_recipe: TransformerRecipe, 
     other = replace(
         second, model=replace(second.model, arch=("vit_d1w64", "vit_d2w64", "mlp_d1w64")), output=str(tmp_path / "x")
     )
-    with pytest.raises(InputError, match="does not fit this recipe's model"):
+    with pytest.raises(InputError, match=r"model.arch is .*, but init = .* has \('vit_d2w64'"):
         train(other)
 
 
@@ -322,23 +326,24 @@ def test_the_first_interrupt_only_asks() -> None:
 
 
 def test_checkpoints_are_whole_and_few(tmp_path: Path) -> None:
-    model, ema = nn.Linear(2, 2), nn.Linear(2, 2)
-    optimizer = make_optimizer(model, OptimizerRecipe(), torch.device("cpu"))
-    from nova_video.training.checkpoint import Progress
-
+    model = nn.Linear(2, 2)
+    optimizer, average = make_optimizer(model, OptimizerRecipe(), torch.device("cpu")), Average(model, 0.9)
     for step in (1, 2, 3):
         model(torch.randn(4, 2)).square().mean().backward()
         set_rate(optimizer, 0.1)
         optimizer.step()
-        path = save_checkpoint(tmp_path, Progress(step, 1.5), model, ema, optimizer, keep=2)
+        average.update()
+        path = save_checkpoint(tmp_path, Progress(step, 1.5), gather_state(model, average, optimizer), keep=2)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002.safetensors", "step-00000003.safetensors"]
     other = nn.Linear(2, 2)
-    fresh = make_optimizer(other, OptimizerRecipe(), torch.device("cpu"))
-    assert load_checkpoint(path, other, ema, fresh) == Progress(3, 1.5)
+    fresh, averages = make_optimizer(other, OptimizerRecipe(), torch.device("cpu")), Average(other, 0.9)
+    assert load_checkpoint(path, other, averages, fresh) == Progress(3, 1.5)
     assert torch.equal(other.weight, model.weight)
+    assert torch.equal(averages.averages["weight"], average.averages["weight"])
+    assert not torch.equal(averages.averages["weight"], other.weight)
     assert torch.equal(fresh.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
     with pytest.raises(InputError, match="of another model"):
-        load_checkpoint(path, nn.Linear(3, 2), ema, fresh)
+        load_checkpoint(path, nn.Linear(3, 2), Average(nn.Linear(3, 2), 0.9), fresh)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="cannot be read"):
-        load_checkpoint(path, other, ema, fresh)
+        load_checkpoint(path, other, averages, fresh)

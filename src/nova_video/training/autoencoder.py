@@ -8,20 +8,23 @@ from PIL import Image
 from torch import Tensor
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny
-from nova_video.data.world import Split, to_uint8
+from nova_video.data.world import EmojiWorld, Split, to_uint8
 from nova_video.training.pool import Rows
 from nova_video.training.recipe import AutoencoderRecipe
-from nova_video.training.task import Task
+from nova_video.training.task import Pools, Task, describe_world
 
 
-class AutoencoderTask(Task[AutoencoderKLCausalTiny, int]):
+class AutoencoderTask(Task[AutoencoderKLCausalTiny, int, Rows]):
     """A variant is a clip length."""
 
     loss_names = ("loss", "l1", "mse", "kl")
+    on_device = True
 
     def __init__(self, recipe: AutoencoderRecipe, device: torch.device) -> None:
-        super().__init__(recipe.data, recipe.seed, device)
-        self.recipe = recipe
+        super().__init__(recipe.seed, device)
+        self.recipe, self.data = recipe, recipe.data
+        self.world = EmojiWorld.load(recipe.data.world, device)
+        self.pools = Pools(recipe.data, recipe.seed, self.make_rows)
         self.model = AutoencoderKLCausalTiny(latent_channels=recipe.latent_channels).to(device)
         self.longest = max(recipe.data.frames)
 
@@ -35,11 +38,23 @@ class AutoencoderTask(Task[AutoencoderKLCausalTiny, int]):
             "background": self.world.colors[spec.background] * 2 - 1,  # (N, 3)
         }
 
+    def prepare(self, step: int) -> None:
+        self.pools.prepare(step)
+
+    def refresh_every(self) -> int:
+        return self.data.refresh_every
+
     def variants(self) -> tuple[list[int], list[float]]:
         return list(self.data.frames), list(self.data.probability)
 
-    def loss(self, variant: int) -> dict[str, Tensor]:
-        recipe, rows = self.recipe, self.pools[variant].draw(self.batch[variant])
+    def samples(self, variant: int) -> int:
+        return self.pools.batch[variant]
+
+    def draw(self, variant: int, micro: int) -> Rows:
+        return self.pools.draw(variant)
+
+    def loss(self, variant: int, batch: Rows) -> dict[str, Tensor]:
+        recipe, rows = self.recipe, batch
         clip = rows["clip"].float() / 127.5 - 1  # (B, 3, F, H, W)
         posterior = self.model.encode(clip).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
@@ -53,6 +68,9 @@ class AutoencoderTask(Task[AutoencoderKLCausalTiny, int]):
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         loss = recipe.l1 * l1 + recipe.mse * mse + recipe.gradient * gradient + recipe.kl * kl
         return {"loss": loss, "l1": l1, "mse": error.square().mean(), "kl": kl}
+
+    def learned_from(self) -> str:
+        return describe_world(self.data)
 
     def _clips(self, count: int, seed: int, split: Split) -> Tensor:
         """(N, 3, F, H, W) in [-1, 1] of the longest length, in steps of a pixel value as files have them."""

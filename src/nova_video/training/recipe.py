@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from nova_video.data.words import MOTIONS
 from nova_video.errors import InputError
-from nova_video.settings import Defaults
+from nova_video.settings import Defaults, check_number
 
 T = TypeVar("T")
 
@@ -58,8 +58,35 @@ class DataRecipe:
 
 
 @dataclass(frozen=True)
+class DatasetRecipe:
+    """What is learned from: clips and pictures that `nova encode` has encoded, streamed from a folder or a URL."""
+
+    path: str = ""
+    """Folder or URL written by `nova encode`."""
+    batch: int = 16
+    """Samples of a micro batch from the largest size bucket; smaller sizes get as many more as have as many tokens."""
+    image_share: float = 0.0
+    """Share of the steps on pictures; where the dataset has none, on the clips' first frames."""
+    short_captions: float = 0.5
+    """Share of the samples that are told the caption's first sentence only."""
+    held_out: float = 0.02
+    """Share of the sources that are kept for validation."""
+    shuffle: int = 1024
+    """Neighbouring rows that are mixed; besides, every pass reads the shards in another order."""
+    workers: int = 2
+    """Processes that read and decode, for each bucket and micro batch; 0: none besides the trainer's."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "shuffle"):
+            check_number(f"dataset.{name}", getattr(self, name), 1, integer=True)
+        check_number("dataset.workers", self.workers, 0, integer=True)
+        for name in ("image_share", "short_captions", "held_out"):
+            check_number(f"dataset.{name}", getattr(self, name), 0, high=1)
+
+
+@dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW with a linear warm-up and a cosine down to `final` of the rate."""
+    """AdamW with a linear warm-up and a cosine down to `final` of the rate: `final = 1` keeps it constant."""
 
     lr: float = 6e-4
     betas: tuple[float, float] = (0.9, 0.95)
@@ -70,9 +97,11 @@ class OptimizerRecipe:
     final: float = 0.1
     """Learning rate at the last step, as a share of `lr`."""
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm; 0: whatever it is."""
     ema: float = 0.999
     """Decay of the averaged weights, which are the ones saved for use."""
+    ema_every: int = 1
+    """Steps between two updates of the averaged weights."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +135,18 @@ class RunRecipe:
     device: str = "auto"
     output: str = "runs/run"
     cuda_graph: bool = True
-    """Record the whole step as CUDA graphs (GPU)."""
-    data: DataRecipe = field(default_factory=DataRecipe)
+    """Record the whole step as CUDA graphs (one GPU, one micro batch a step, and samples made on the device)."""
+    micro_batches: int = 0
+    """Micro batches of a step, all processes together: what a step learns depends on this, not on how many processes
+    share them. 0: one for each process."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """Of the arithmetic; weights are kept in fp32. auto: bf16 on a GPU, fp32 elsewhere. fp8: bf16, and the large
+    products of the transformer in 8 bit floats, on GPUs that have them."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several processes: whole weights on each (ddp), or sharded over them (fsdp). auto: what `accelerate launch`
+    says, else ddp."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Any that accelerate knows: tensorboard, wandb, trackio, ..."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
 
@@ -117,6 +156,7 @@ class AutoencoderRecipe(RunRecipe):
     """Trains `AutoencoderKLCausalTiny`."""
 
     kind: Literal["autoencoder"] = "autoencoder"
+    data: DataRecipe = field(default_factory=DataRecipe)
     latent_channels: int = 16
     l1: float = 1.0
     mse: float = 2.0
@@ -129,32 +169,59 @@ class AutoencoderRecipe(RunRecipe):
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """The transformer's size (`NOVATransformer3DModel`'s configuration follows from it and the autoencoder)."""
+    """The transformer's size; the rest of `NOVATransformer3DModel`'s configuration follows from the autoencoder.
 
-    arch: tuple[str, str, str] = ("vit_d4w256", "vit_d9w256", "mlp_d3w320")
-    video_mixer_rank: int = -1
-    """0: none, below 0: full rank."""
-    rotary_pos_embed: bool = True
-    text_token_len: int = 32
-    video_base_frames: int = 5
+    None: what the checkpoint named by `init` has, or else the value of SMALL.
+    """
+
+    arch: tuple[str, str, str] | None = None
+    """Temporal encoder, spatial encoder and denoiser."""
+    video_mixer_rank: int | None = None
+    """0: no mixer, below 0: full rank."""
+    rotary_pos_embed: bool | None = None
+    text_token_len: int | None = None
+    video_base_frames: int | None = None
     """Latent frames of the temporal encoder's grid; above 1 the model has motion tokens."""
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels that positions are made for; also None: the size of what is learned from."""
+
+
+SMALL = ModelRecipe(("vit_d4w256", "vit_d9w256", "mlp_d3w320"), -1, True, 32, 5)
 
 
 @dataclass(frozen=True)
-class TransformerRecipe(RunRecipe):
-    """Trains `NOVATransformer3DModel`: stage one on images, stage two on clips from stage one's weights (`init`)."""
+class LoraRecipe:
+    """Low-rank adapters: with a rank above 0 they are what is trained, and the model's own weights stay."""
+
+    rank: int = 0
+    alpha: float = 0.0
+    """Adapters are scaled by alpha / rank; 0: as large as the rank."""
+    targets: tuple[str, ...] = ()
+    """Names of the layers that get one, as peft matches them; empty: attention and MLP of both encoders."""
+
+
+@dataclass(frozen=True)
+class TransformerRun(RunRecipe):
+    """What all trainings of `NOVATransformer3DModel` have."""
 
     kind: Literal["transformer"] = "transformer"
     init: str = ""
-    """Checkpoint folder whose transformer is started from; empty: from scratch."""
+    """Checkpoint (folder, hub id or `emoji`) whose transformer is started from; empty: from scratch."""
+    fresh: tuple[str, ...] = ()
+    """With `init`: parts that are not taken from it but start anew, by the beginning of their names."""
     autoencoder: str = "runs/autoencoder/model"
-    """Checkpoint folder (or `emoji`) whose autoencoder makes the latents."""
+    """Checkpoint whose autoencoder makes the latents."""
     text_encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Local folder, name of an installed package's model, or hub id; in that order."""
-    scheduler: Literal["flow", "ddpm"] = "flow"
+    scheduler: Literal["flow", "ddpm", "init"] = "flow"
+    """Schedule of the noise; init: as `init` has it."""
+    frozen: tuple[str, ...] = ()
+    """Parts that stay as they are, by the beginning of their names, such as video_pos_embed."""
     visible: tuple[int, ...] = ()
     """Numbers of revealed tokens that batches are trained with; empty: the paper's truncated normal."""
     visible_probability: tuple[float, ...] = ()
+    mask_ratio: Literal["batch", "sample"] = "batch"
+    """Whether all frames of a batch hide as many tokens (the paper), or every sample draws how many for itself."""
     loss_repeat: int = 2
     """Noise draws for each scored token."""
     prompt_dropout: float = 0.1
@@ -165,7 +232,10 @@ class TransformerRecipe(RunRecipe):
     """Largest standard deviation of noise on what the temporal encoder reads of earlier frames."""
     compile: bool = False
     """Compile the transformer blocks (GPU)."""
+    checkpointing: bool = False
+    """Keep no activations inside blocks but compute them again on the way back: less memory, more time."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
     defaults: Defaults = field(default_factory=Defaults)
     """What a call of the trained checkpoint means by None."""
 
@@ -173,9 +243,29 @@ class TransformerRecipe(RunRecipe):
         if len(self.visible) != len(self.visible_probability):
             counts = f"{len(self.visible)} and {len(self.visible_probability)}"
             raise InputError(f"visible and visible_probability: expected as many entries in both, got {counts}")
+        if self.visible and self.mask_ratio == "sample":
+            raise InputError("mask_ratio = 'sample' draws the paper's ratios: expected no visible")
 
 
-Recipe = AutoencoderRecipe | TransformerRecipe
+@dataclass(frozen=True)
+class TransformerRecipe(TransformerRun):
+    """In a world: stage one on images, stage two on clips from stage one's weights (`init`)."""
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+
+
+@dataclass(frozen=True)
+class DatasetTransformerRecipe(TransformerRun):
+    """On an encoded dataset: what a recipe with a table [dataset] is."""
+
+    autoencoder: str = ""
+    """Checkpoint whose autoencoder encoded the dataset; empty: the one that the dataset names."""
+    text_encoder: str = ""
+    """Empty: the one of `init`, or that the dataset names."""
+    dataset: DatasetRecipe = field(default_factory=DatasetRecipe)
+
+
+Recipe = AutoencoderRecipe | TransformerRecipe | DatasetTransformerRecipe
 KINDS: dict[str, type[Recipe]] = {"autoencoder": AutoencoderRecipe, "transformer": TransformerRecipe}
 
 
@@ -194,12 +284,13 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     kind = values.get("kind")
     if kind not in KINDS:
         raise InputError(f"recipe {path}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    recipe = _build(KINDS[kind], values, f"recipe {path}")
+    found: type[Any] = DatasetTransformerRecipe if "dataset" in values else KINDS[kind]
+    recipe: Recipe = _build(found, values, f"recipe {path}")
     if not overrides:
         return recipe
     import tyro
 
-    return tyro.cli(type(recipe), default=recipe, args=overrides, prog="nova train")
+    return tyro.cli(found, default=recipe, args=overrides, prog="nova train")
 
 
 def recipe_toml(recipe: Recipe) -> str:

@@ -4,45 +4,36 @@ A variant is whatever changes the shapes of a step, such as a clip length: each 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nova_video.data.world import EmojiWorld
 from nova_video.training.pool import Pool, Rows, fill_seed
 from nova_video.training.recipe import DataRecipe
 
 M = TypeVar("M", bound=nn.Module)
 V = TypeVar("V", bound=Hashable)
+B = TypeVar("B")
 
 
-class Task(ABC, Generic[M, V]):
+class Task(ABC, Generic[M, V, B]):
     """A model, the samples it learns from and its loss."""
 
-    loss_names: tuple[str, ...]
+    recipe: Any
+    """With nothing left open: what is saved beside the weights."""
     model: M
+    loss_names: tuple[str, ...]
+    """Every name that `loss` may return."""
+    on_device = False
+    """Samples are drawn by the device alone, so that drawing them can be part of a CUDA graph."""
 
-    def __init__(self, data: DataRecipe, seed: int, device: torch.device) -> None:
-        self.data, self.seed, self.device = data, seed, device
-        self.world = EmojiWorld.load(data.world, device)
-        self.batch = dict(zip(data.frames, data.batch, strict=True))
-        self.pools = {
-            frames: Pool(partial(self._fill, frames), size, data.refresh)
-            for frames, size in zip(data.frames, data.pool, strict=True)
-        }
-
-    def prepare(self, step: int) -> None:
-        """Bring the samples to the state that belongs to `step`."""
-        for pool in self.pools.values():
-            pool.fill_for(step, self.data.refresh_every)
-
-    def _fill(self, frames: int, count: int, fill: int) -> Rows:
-        return self.make_rows(frames, count, fill_seed(self.seed, frames, fill))
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed, self.device = seed, device
 
     def generator(self, seed: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(seed)
@@ -55,17 +46,39 @@ class Task(ABC, Generic[M, V]):
         """bf16 arithmetic on a GPU, plain fp32 on a CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu)
 
-    @abstractmethod
-    def make_rows(self, frames: int, count: int, seed: int) -> Rows:
-        """`count` training samples of clips of that length, fixed by the seed."""
+    def prepare(self, step: int) -> None:
+        """Bring the samples to the state that belongs to `step`."""
+
+    def refresh_every(self) -> int:
+        """Steps after which `prepare` is due again; 0: never."""
+        return 0
+
+    def open_data(self, micro: Iterable[int], count: int, places: dict[str, Any]) -> None:
+        """Before the first draw: this process draws the micro batches `micro` of `count`, from where they were."""
+
+    def places(self) -> dict[str, Any]:
+        """Where in the data the micro batches of this process are (JSON)."""
+        return {}
 
     @abstractmethod
     def variants(self) -> tuple[list[V], list[float]]:
         """All variants and the share of the steps each gets."""
 
     @abstractmethod
-    def loss(self, variant: V) -> dict[str, Tensor]:
-        """A batch's losses, scalars; "loss" is the one to minimise."""
+    def draw(self, variant: V, micro: int) -> B:
+        """The next samples of a micro batch, on the device; random numbers from torch's default generators."""
+
+    @abstractmethod
+    def loss(self, variant: V, batch: B) -> dict[str, Tensor]:
+        """A batch's losses; "loss" is the one to minimise. Scalars, or pairs of a sum and how many it is of."""
+
+    def flops(self, variant: V) -> float:
+        """Useful operations of one micro batch, forward and backward; 0: not known."""
+        return 0.0
+
+    @abstractmethod
+    def samples(self, variant: V) -> int:
+        """Samples of one micro batch."""
 
     @abstractmethod
     def validate(self, model: M) -> dict[str, float]:
@@ -79,6 +92,39 @@ class Task(ABC, Generic[M, V]):
     def sheet(self, model: M, folder: Path) -> Image.Image:
         """A picture of what the model makes; `folder` is its latest export."""
 
+    @abstractmethod
+    def learned_from(self) -> str:
+        """For the model card: what the samples are, as the end of a sentence."""
+
     def score(self, folder: Path, clips: int) -> dict[str, float]:
         """Scores of the model exported to `folder`, where there is a judge."""
         return {}
+
+
+class Pools:
+    """Samples of a world, a pool for each clip length: what the trainings in a world draw from."""
+
+    def __init__(self, data: DataRecipe, seed: int, make: Callable[[int, int, int], Rows]) -> None:
+        """`make` (frames, count, seed) -> that many samples of clips of that length, fixed by the seed."""
+        self.data, self.seed, self.make = data, seed, make
+        self.batch = dict(zip(data.frames, data.batch, strict=True))
+        self.by_length = {
+            frames: Pool(partial(self._fill, frames), size, data.refresh)
+            for frames, size in zip(data.frames, data.pool, strict=True)
+        }
+
+    def _fill(self, frames: int, count: int, fill: int) -> Rows:
+        return self.make(frames, count, fill_seed(self.seed, frames, fill))
+
+    def prepare(self, step: int) -> None:
+        for pool in self.by_length.values():
+            pool.fill_for(step, self.data.refresh_every)
+
+    def draw(self, frames: int) -> Rows:
+        """A batch of clips of that length."""
+        return self.by_length[frames].draw(self.batch[frames])
+
+
+def describe_world(data: DataRecipe) -> str:
+    lengths = ", ".join(map(str, data.frames))
+    return f"clips of {lengths} frames of the world `{data.world}`, drawn as training went"

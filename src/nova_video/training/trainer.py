@@ -1,178 +1,331 @@
 """The trainer: `nova train recipes/NAME.toml`. Set up, loop, step, log, save; one file, top to bottom.
 
-What is trained is a `Task` (`autoencoder.py`, `transformer.py`); this file is what all training shares. On a GPU
-a whole step (drawing the batch, forward, backward, clipping, AdamW, averaging) is one CUDA graph for each variant
-of it, because small models spend their time launching kernels.
+What is trained is a `Task` (`autoencoder.py`, `world_task.py`, `dataset_task.py`); this file is what all training
+shares. A step consists of micro batches, which the processes share out. The random numbers of a micro batch follow from
+the seed, the step and the micro batch's own number, so that neither stopping nor the number of processes changes what
+is learned. Where one GPU draws its own samples, a whole step (drawing, forward, backward, clipping, AdamW, averaging)
+is one CUDA graph for each variant of it, because small models spend their time launching kernels.
 """
 
 import copy
-import json
 import math
 import random
 import signal
 import time
+from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
-from rich.console import Console
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
-from nova_video.devices import choose_device
 from nova_video.errors import InputError
 from nova_video.training.autoencoder import AutoencoderTask
-from nova_video.training.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
-from nova_video.training.recipe import AutoencoderRecipe, OptimizerRecipe, Recipe, recipe_toml
+from nova_video.training.card import write_card
+from nova_video.training.checkpoint import (
+    Average,
+    Progress,
+    gather_state,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    whole,
+)
+from nova_video.training.flops import device_peak
+from nova_video.training.log import Log
+from nova_video.training.pool import fill_seed
+from nova_video.training.processes import Processes
+from nova_video.training.recipe import (
+    AutoencoderRecipe,
+    DatasetTransformerRecipe,
+    OptimizerRecipe,
+    Recipe,
+    recipe_toml,
+)
 from nova_video.training.task import Task
-from nova_video.training.transformer import TransformerTask
+
+BAD_STEPS = 10  # in a row, which end a run
+
+AnyTask = Task[Any, Any, Any]
 
 
 def train(recipe: Recipe) -> Path:
     """Train to the end and return the folder of the exported model. Goes on from the output's newest checkpoint."""
-    device = choose_device(recipe.device)
+    processes = Processes(recipe)
+    log = Log(recipe, processes.is_main)
     output = Path(recipe.output)
-    log = Log(output)
-    newest = newest_checkpoint(output / "checkpoints")
-    (output / "recipe.toml").write_text(recipe_toml(recipe))
-
-    torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN once under graphs and compiled blocks; cause not isolated
-    task: Task[Any, Any] = (
-        AutoencoderTask(recipe, device) if isinstance(recipe, AutoencoderRecipe) else TransformerTask(recipe, device)
-    )
-    model = task.model
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = make_optimizer(model, recipe.optimizer, device)
-    progress = Progress()
+    torch.manual_seed(recipe.seed)
+    task = make_task(recipe, processes.device)
+    recipe = task.recipe
+    looked_at = copy.deepcopy(task.model).eval().requires_grad_(False)  # holds averaged weights now and then
+    module = processes.spread(task)
+    optimizer = make_optimizer(task.model, recipe.optimizer, processes.device)
+    average = Average(task.model, recipe.optimizer.ema)
+    newest = newest_checkpoint(output / "checkpoints")
+    progress = Progress(micro_batches=0)
     if newest is not None:
-        progress = load_checkpoint(newest, model, ema, optimizer)
+        progress = load_checkpoint(newest, task.model, average, optimizer)
         log.say(f"going on from {newest} at step {progress.step}")
+    if processes.is_main:
+        (output / "recipe.toml").write_text(recipe_toml(recipe))
     log.start(progress.step)
-    count = sum(p.numel() for p in model.parameters())
-    log.say(f"{recipe.name}: {count / 1e6:.2f} M parameters on {device_name(device)}; writing to {output}")
+    learned = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    log.say(f"{recipe.name}: {learned / 1e6:.2f} M parameters on {describe_devices(processes)}; writing to {output}")
 
+    own, micro_batches = processes.share(recipe.micro_batches, progress.micro_batches or None)
+    if progress.data and progress.micro_batches != micro_batches:
+        log.say(f"{progress.micro_batches} micro batches a step have become {micro_batches}: the data start anew")
     started = time.monotonic()
     task.prepare(progress.step)
+    task.open_data(own, micro_batches, progress.data if progress.micro_batches == micro_batches else {})
     log.say(f"samples ready after {time.monotonic() - started:.1f} s")
-    stepper = Stepper(task, optimizer, ema, recipe.optimizer, recipe.cuda_graph and device.type == "cuda")
+    graph = recipe.cuda_graph and task.on_device and task.on_gpu and micro_batches == 1
+    stepper = Stepper(task, module, optimizer, average, recipe, processes, own, graph)
     variants, shares = task.variants()
+    flops, samples = cache(task.flops), cache(task.samples)
+    peak = device_peak(torch.cuda.get_device_name(), torch.bfloat16) if task.on_gpu else None
     model_folder = output / "model"
     step, spent = progress.step, progress.seconds
     clock = time.monotonic() - spent
-    logged_step, logged_at = step, spent
+    since = Work(step, spent)
 
     def done() -> float:
         return max(step / recipe.steps, spent / recipe.seconds if recipe.seconds else 0.0)
 
     with StopSignal() as stop:
-        last = done() >= 1
+        last = stopped = done() >= 1
         while not last:
             set_rate(optimizer, learning_rate(recipe.optimizer, step, done()))
-            stepper.step(random.Random(f"{recipe.seed}-{step}").choices(variants, shares)[0])
+            variant = random.Random(f"{recipe.seed}-{step}").choices(variants, shares)[0]
+            stepper.step(step, variant)
             step += 1
-            spent = time.monotonic() - clock
-            last = done() >= 1 or stop.asked
+            since.flops += flops(variant) * micro_batches
+            since.samples += samples(variant) * micro_batches
+            if processes.count == 1 or step % recipe.log.every == 0:  # the time and the wish to stop are agreed on
+                spent, asked = processes.greatest(time.monotonic() - clock, stop.asked)
+                stopped = bool(asked)
+            last = done() >= 1 or stopped
 
             def due(every: int, step: int = step, last: bool = last) -> bool:
                 return bool(every) and (last or step % every == 0)
 
             if due(recipe.log.every):
-                losses = stepper.losses()  # waits for the device
-                spent = time.monotonic() - clock
-                if not all(map(math.isfinite, losses.values())):
-                    raise InputError(
-                        f"step {step}: loss {losses}: expected finite numbers; go on with a lower optimizer.lr"
-                    )
-                rate = (step - logged_step) / max(spent - logged_at, 1e-9)
-                logged_step, logged_at = step, spent
-                log.write(step, spent, losses | {"steps_per_second": rate}, recipe.steps)
-            if due(recipe.log.validate_every):
-                log.write(step, spent, task.validate(ema), recipe.steps)
+                numbers = stepper.numbers()  # waits for the device
+                spent = processes.greatest(time.monotonic() - clock)[0]
+                numbers |= {"lr": learning_rate(recipe.optimizer, step - 1, done())}
+                numbers |= since.rates(step, spent, None if peak is None else peak * processes.count)
+                since = Work(step, spent)
+                log.write(step, spent, numbers)
+            if due(recipe.log.every) or not graph:
+                stepper.check(step, output)
+            looks = Looks(due(recipe.log.validate_every), due(recipe.log.sample_every), due(recipe.log.score_every))
+            if any(looks):
+                model = average.write_to(task.model, looked_at)
+                if processes.is_main:
+                    look(task, model, looks, log, step, spent)
+                processes.wait()
             if due(recipe.log.checkpoint_every):
-                folder = output / "checkpoints"
-                save_checkpoint(folder, Progress(step, spent), model, ema, optimizer, recipe.log.keep)
-            if due(recipe.log.sample_every) or due(recipe.log.score_every):
-                task.export(ema, model_folder)
-            if due(recipe.log.sample_every):
-                log.picture(step, task.sheet(ema, model_folder))
-            if due(recipe.log.score_every):
-                log.write(step, spent, task.score(model_folder, recipe.log.score_clips), recipe.steps)
-            if recipe.data.refresh_every and step % recipe.data.refresh_every == 0:
+                tensors, places = gather_state(task.model, average, optimizer), processes.gather(task.places())
+                if processes.is_main:
+                    save_checkpoint(
+                        output / "checkpoints", Progress(step, spent, micro_batches, places), tensors, recipe.log.keep
+                    )
+                del tensors
+            if (every := task.refresh_every()) and step % every == 0:
                 task.prepare(step)
-    task.export(ema, model_folder)
-    (model_folder / "recipe.toml").write_text(recipe_toml(recipe))
-    log.say(f"{'stopped' if stop.asked else 'finished'} at step {step} after {spent:.0f} s: {model_folder}")
+    average.write_to(task.model, looked_at)
+    if processes.is_main:
+        task.export(looked_at, model_folder)
+        (model_folder / "recipe.toml").write_text(recipe_toml(recipe))
+        write_card(model_folder, task, describe_devices(processes), Progress(step, spent, micro_batches), log.newest)
+    log.say(f"{'stopped' if stopped else 'finished'} at step {step} after {spent:.0f} s: {model_folder}")
+    log.finish()
+    processes.wait()
     return model_folder
 
 
+def make_task(recipe: Recipe, device: torch.device) -> AnyTask:
+    if isinstance(recipe, AutoencoderRecipe):
+        return AutoencoderTask(recipe, device)
+    if isinstance(recipe, DatasetTransformerRecipe):
+        from nova_video.training.dataset_task import DatasetTask
+
+        return DatasetTask(recipe, device)
+    from nova_video.training.world_task import WorldTask
+
+    return WorldTask(recipe, device)
+
+
+class Looks(NamedTuple):
+    """What is due to be looked at."""
+
+    validate: bool
+    sample: bool
+    score: bool
+
+
+def look(task: AnyTask, model: nn.Module, looks: Looks, log: Log, step: int, spent: float) -> None:
+    """At averaged weights: numbers on held-out samples, a sheet, scores."""
+    folder = log.output / "model"
+    if looks.validate:
+        log.write(step, spent, task.validate(model))
+    if looks.sample or looks.score:
+        task.export(model, folder)
+    if looks.sample:
+        log.picture(step, task.sheet(model, folder))
+    if looks.score:
+        log.write(step, spent, task.score(folder, task.recipe.log.score_clips))
+
+
 class Stepper:
-    """One optimisation step: plain, or recorded as a CUDA graph the second time a variant comes up."""
+    """One optimisation step: plain, or recorded as a CUDA graph the second time a variant comes up.
+
+    A step whose gradients are not finite changes nothing and is counted.
+    """
 
     def __init__(
         self,
-        task: Task[Any, Any],
+        task: AnyTask,
+        module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        ema: nn.Module,
-        recipe: OptimizerRecipe,
+        average: Average,
+        recipe: Recipe,
+        processes: Processes,
+        own: list[int],
         graph: bool,
     ) -> None:
-        self.task, self.optimizer, self.recipe, self.graph = task, optimizer, recipe, graph
+        """`module` is what `processes.spread` made of the task; `own` are the micro batches of this process."""
+        self.task, self.module, self.optimizer, self.average = task, module, optimizer, average
+        self.recipe, self.seed = recipe.optimizer, recipe.seed
+        self.processes, self.own, self.graph = processes, own, graph
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
-        self.averaged: list[Tensor] = list(ema.parameters())
-        self.current: list[Tensor] = list(task.model.parameters())
-        device = self.parameters[0].device
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
-        self.sums = torch.zeros(len(task.loss_names), 2, device=device, dtype=torch.float64)  # sum, count
+        device = task.device
+        self.autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=processes.half, cache_enabled=not graph and processes.half
+        )
+        self.names = (*task.loss_names, "grad_norm")
+        self.sums = torch.zeros(len(self.names), 2, device=device, dtype=torch.float64)  # sum, count
+        self.bad = torch.zeros(2, device=device)  # steps that were skipped: since the last look, in a row
         self.graphs: dict[Any, torch.cuda.CUDAGraph | None] = {}
+        self.newest: tuple[int, Any, Any] | None = None  # step, variant, batch
 
-    def step(self, variant: Any) -> None:
+    def step(self, number: int, variant: Any) -> None:
+        """Step `number`, counted from 0."""
         if not self.graph:
-            self._step(variant)
-        elif variant not in self.graphs:  # a plain step on a side stream, which is what warms a recording up
+            self._step(number, variant)
+        else:
+            self._seed(number, self.own[0])
+            self.newest = (number, variant, None)
+            self._replay(number, variant)
+        if self.recipe.ema_every > 1 and (number + 1) % self.recipe.ema_every == 0:
+            self.average.update()
+
+    def _replay(self, number: int, variant: Any) -> None:
+        if variant not in self.graphs:  # a plain step on a side stream, which is what warms a recording up
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self._step(variant)
+                self._step(number, variant)
             torch.cuda.current_stream().wait_stream(side)
             self.graphs[variant] = None
-        else:
-            graph = self.graphs[variant]
-            if graph is None:
-                graph = self.graphs[variant] = self._record(variant)
-            graph.replay()
+            return
+        graph = self.graphs[variant]
+        if graph is None:
+            graph = self.graphs[variant] = torch.cuda.CUDAGraph()
+            pool = next((g.pool() for g in self.graphs.values() if g not in (None, graph)), None)
+            with torch.cuda.graph(graph, pool=pool):
+                self._step(number, variant)
+        graph.replay()
 
-    def _record(self, variant: Any) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        pool = next((g.pool() for g in self.graphs.values() if g is not None), None)
-        with torch.cuda.graph(graph, pool=pool):
-            self._step(variant)
-        return graph
+    def _seed(self, number: int, micro: int) -> None:
+        torch.manual_seed(fill_seed(self.seed, number, micro))
 
-    def _step(self, variant: Any) -> None:
-        with self.autocast:
-            losses = self.task.loss(variant)
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
-        self.optimizer.step()
+    def _step(self, number: int, variant: Any) -> None:
+        for place, micro in enumerate(self.own):
+            if not self.graph:
+                self._seed(number, micro)
+            batch = self.task.draw(variant, micro)
+            if not self.graph:
+                self.newest = (number, variant, batch)
+            with self.processes.accumulating(self.module, place == len(self.own) - 1):
+                with self.autocast:
+                    losses = self.module(variant, batch)
+                (losses["loss"] / len(self.own)).backward()
+            for name, value in losses.items():
+                self._count(name, value.detach())
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip or math.inf)).detach()
+        self._count("grad_norm", norm)
+        finite = norm.isfinite()
+        if self.graph:  # the optimizer's own kernel leaves everything as it is
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(self.averaged, self.current, 1 - self.recipe.ema)
-        for row, name in enumerate(self.task.loss_names):
-            if name in losses:
-                self.sums[row, 0] += losses[name].detach()
-                self.sums[row, 1] += 1
+        self.bad[0] += ~finite
+        self.bad[1].copy_((self.bad[1] + 1) * ~finite)
+        if self.recipe.ema_every == 1:
+            self.average.update()
 
-    def losses(self) -> dict[str, float]:
-        """Means since the last call."""
-        rows = zip(self.task.loss_names, self.sums.tolist(), strict=True)
-        means = {name: total / count for name, (total, count) in rows if count}
+    def _count(self, name: str, value: Tensor) -> None:
+        """Scalars count once, pairs are a sum and a count; what is not finite is left out."""
+        pair = value if value.dim() else torch.stack([value, torch.ones_like(value)])
+        row = self.names.index(name)
+        self.sums[row] += torch.where(pair.isfinite().all(), pair, torch.zeros_like(pair))
+
+    def numbers(self) -> dict[str, float]:
+        """Means since the last call, over all processes, and how many steps were skipped."""
+        self.processes.add_up(self.sums)
+        means = {
+            name: total / count for name, (total, count) in zip(self.names, self.sums.tolist(), strict=True) if count
+        }
         self.sums.zero_()
-        return means
+        skipped = int(self.bad[0])
+        self.bad[0] = 0
+        return means | ({"skipped_steps": float(skipped)} if skipped else {})
+
+    def check(self, step: int, output: Path) -> None:
+        """Stop a run whose steps have long been skipped, with the batch of the newest one saved."""
+        row = int(self.bad[1])
+        if row < BAD_STEPS:
+            return
+        assert self.newest is not None
+        number, variant, batch = self.newest
+        if batch is None:  # drawn by a graph: drawn again
+            self._seed(number, self.own[0])
+            batch = self.task.draw(variant, self.own[0])
+        path = output / f"bad-batch-{step:08d}-{self.processes.index}.safetensors"
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors_of(batch).items()}, path)
+        raise InputError(
+            f"step {step}: the last {row} steps had gradients that are not finite and were skipped; the newest batch"
+            f" is in {path}: expected finite numbers, try a lower optimizer.lr"
+        )
+
+
+def tensors_of(batch: Any) -> dict[str, Tensor]:
+    """A batch's tensors by name."""
+    named = {f.name: getattr(batch, f.name) for f in fields(batch)} if is_dataclass(batch) else dict(batch)
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+
+class Work:
+    """What was done since a step."""
+
+    def __init__(self, step: int, seconds: float) -> None:
+        self.step, self.seconds = step, seconds
+        self.flops = self.samples = 0.0
+
+    def rates(self, step: int, seconds: float, peak: float | None) -> dict[str, float]:
+        """A second; `mfu`, the share of what the devices could do (`flops.py`), where that is known."""
+        time = max(seconds - self.seconds, 1e-9)
+        rates = {"steps_per_second": (step - self.step) / time, "samples_per_second": self.samples / time}
+        return rates | ({"mfu": self.flops / time / peak} if peak and self.flops else {})
 
 
 def make_optimizer(model: nn.Module, recipe: OptimizerRecipe, device: torch.device) -> torch.optim.AdamW:
@@ -199,8 +352,13 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+def describe_devices(processes: Processes) -> str:
+    if processes.device.type == "cuda":
+        name = torch.cuda.get_device_name(processes.device)
+    else:
+        name = f"{torch.get_num_threads()} CPU threads"
+    kind = "FSDP2" if processes.sharded else "DDP"
+    return name if processes.count == 1 else f"{processes.count} x {name} ({kind})"
 
 
 class StopSignal:
@@ -222,43 +380,3 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-class Log:
-    """To the screen, to TensorBoard (`OUTPUT/tensorboard`) and to `OUTPUT/metrics.jsonl`; sheets to `OUTPUT/sheets`."""
-
-    def __init__(self, output: Path) -> None:
-        try:
-            (output / "sheets").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"output folder {output} cannot be written: {error.strerror}") from error
-        self.output = output
-        self.console = Console(highlight=False, soft_wrap=True)
-
-    def start(self, step: int) -> None:
-        """Go on from `step`: what an interrupted run logged past it is dropped."""
-        self.writer = SummaryWriter(str(self.output / "tensorboard"), purge_step=step + 1)
-        path = self.output / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
-
-    def say(self, text: str) -> None:
-        self.console.print(text)
-
-    def write(self, step: int, seconds: float, numbers: dict[str, float], total: int) -> None:
-        if not numbers:
-            return
-        for name, value in numbers.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
-        with (self.output / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "seconds": round(seconds, 1)} | numbers) + "\n")
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        self.say(f"step {step:6d}/{total}  {seconds:6.1f} s  {shown}")
-
-    def picture(self, step: int, picture: Image.Image) -> None:
-        path = self.output / "sheets" / f"step-{step:08d}.png"
-        picture.save(path)
-        self.writer.add_image("samples", np.array(picture), step, dataformats="HWC")
-        self.say(f"step {step:6d}  {path}")

@@ -1,241 +1,307 @@
-"""What is particular to training the transformer: its samples, one batch's loss, and how it is looked at.
+"""What all trainings of the transformer share: the model, one batch's loss, and the checkpoint folder it becomes.
 
-Clips are rendered, encoded by a trained autoencoder and described by a text encoder when the pool is filled; a step
-only picks rows of the pool.
+Where samples come from and how the model is looked at is said by `world_task.py` (clips rendered as training goes) and
+`dataset_task.py` (clips encoded beforehand).
 """
 
 import copy
-import random
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from PIL import Image
 from torch import Tensor, nn
 
 from nova_video.autoencoders import scale_latents
-from nova_video.data.clips import CANVAS, FPS, ClipSpec
-from nova_video.data.words import MOTIONS
 from nova_video.errors import InputError
-from nova_video.evaluation.benchmark import GENERATED, SHEET_CLIPS, describe
-from nova_video.evaluation.emoji import EmojiSettings, asked_specs, evaluate_emoji, generate
-from nova_video.evaluation.judge import Judge
-from nova_video.evaluation.report import contact_sheet
-from nova_video.loading import load_autoencoder, load_transformer, resolve_checkpoint
+from nova_video.loading import load_transformer, resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel, mask_ratios
+from nova_video.model.vit import Block
 from nova_video.pipeline import NovaPipeline
 from nova_video.settings import CheckpointSettings
-from nova_video.text.encoders import encode_batch, load_text_encoder
-from nova_video.training.loss import NoiseTable, draw, frame_losses, loss_parts
-from nova_video.training.pool import Rows
-from nova_video.training.recipe import TransformerRecipe
+from nova_video.training.blocks import TemporalMasks, checkpointed
+from nova_video.training.flops import step_flops
+from nova_video.training.loss import (
+    TIME_BINS,
+    LossDraws,
+    Losses,
+    NoiseTable,
+    draw,
+    draw_per_sample,
+    loss_parts,
+    losses,
+    visible_tokens,
+)
+from nova_video.training.recipe import SMALL, ModelRecipe, TransformerRun
 from nova_video.training.task import Task
 
-ENCODE = 256  # clips that go through the autoencoder together
-
-Variant = tuple[int, int]
-"""Clip length in frames, revealed tokens."""
+MASK_MULTIPLE = 16  # numbers of revealed tokens are padded to it, where every sample has its own
 
 
-def stretch(latents: Tensor, window: int) -> Tensor:
-    """Latent frames (B, C, F, h, w) -> (B, C, window, h, w): each clip's first and then a stretch from anywhere."""
-    batch, _, frames = latents.shape[:3]
-    start = torch.randint(1, frames - window + 2, (batch, 1), device=latents.device)
-    index = torch.cat([torch.zeros_like(start), start + torch.arange(window - 1, device=latents.device)], dim=1)
-    return latents.gather(2, index[:, None, :, None, None].expand(-1, latents.shape[1], -1, *latents.shape[3:]))
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a micro batch is learned from, on the device."""
+
+    latents: Tensor
+    """(B, C, F, h, w) as the transformer sees them, float32."""
+    text: Tensor
+    """(B, T, width): token features, padded to the model's text length."""
+    lengths: Tensor
+    """(B,) how many of them there are."""
+    motion: Tensor
+    """(B,) pixels a frame."""
+    fps: Tensor
+    """(B,)"""
 
 
-class TransformerTask(Task[NOVATransformer3DModel, Variant]):
-    """A variant is a clip length and a number of revealed tokens."""
+@dataclass(frozen=True)
+class Variant:
+    """What changes the shapes of a step."""
 
-    loss_names = ("loss", "loss_t2i", "loss_i2i")
+    size: Any
+    """Which samples: a clip length in a world, a size bucket of a dataset."""
+    visible: int | None
+    """Revealed tokens of each frame; None: as each sample draws."""
 
-    def __init__(self, recipe: TransformerRecipe, device: torch.device) -> None:
-        super().__init__(recipe.data, recipe.seed, device)
-        self.recipe = recipe
-        vae = load_autoencoder(resolve_checkpoint(recipe.autoencoder))
-        if vae is None:
-            raise InputError(f"autoencoder = {recipe.autoencoder!r}: expected a checkpoint folder with vae/")
-        self.vae = vae.to(device).requires_grad_(False)
-        dtype = torch.float16 if self.on_gpu else torch.float32
-        self.tokenizer, self.text_encoder = load_text_encoder(recipe.text_encoder, dtype, device)
-        self.scheduler = (
-            FlowMatchEulerDiscreteScheduler()
-            if recipe.scheduler == "flow"
-            else DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
-        )
-        self.table = NoiseTable.from_scheduler(self.scheduler, device)
-        self.model = self._new_model().to(device)
-        side = self.model.config.image_size[0] // self.vae.spatial_stride
-        self.grid = (side, side)
-        self.tokens = (side // self.model.patch_size) ** 2
-        self.values = self.model.patch_size**2 * self.vae.config.latent_channels
+
+class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
+    """A transformer under training, wherever its samples come from."""
+
+    def __init__(
+        self, recipe: TransformerRun, model: NOVATransformer3DModel, scheduler: Any, device: torch.device, frames: int
+    ) -> None:
+        """`frames` are the latent frames of the longest clips."""
+        super().__init__(recipe.seed, device)
+        self.recipe, self.scheduler = recipe, scheduler
+        self.model = model.to(device)
+        self.defaults = recipe.defaults
+        self.table = NoiseTable.from_scheduler(scheduler, device)
+        self.values = model.patch_size**2 * model.config.image_dim
+        self.masks = TemporalMasks()
+        self.loss_names = ("loss", "loss_t2i", "loss_i2i")
+        self.loss_names += tuple(f"loss_time_{i}" for i in range(TIME_BINS))
+        self.loss_names += tuple(f"loss_frame_{i}" for i in range(frames if frames > 1 else 0))
+        freeze(model, recipe.frozen)
+        if recipe.precision == "fp8":
+            use_fp8(model, device)
         if recipe.compile and self.on_gpu:
-            for block in (*self.model.video_encoder.blocks, *self.model.image_encoder.blocks):
+            for block in (*model.video_encoder.blocks, *model.image_encoder.blocks, *model.image_decoder.blocks):
                 block.compile(dynamic=True)
-
-    def _new_model(self) -> NOVATransformer3DModel:
-        recipe, stride = self.recipe, self.vae.spatial_stride
-        size = CANVAS
-        patch = 15 // stride + 1
-        rows = size // stride // patch
-        model = NOVATransformer3DModel(
-            image_dim=self.vae.config.latent_channels,
-            image_size=(size, size),
-            image_stride=stride,
-            text_token_dim=self.text_encoder.config.hidden_size,
-            text_token_len=recipe.model.text_token_len,
-            image_base_size=(rows, rows),
-            video_base_size=(recipe.model.video_base_frames, rows // 2, rows // 2),
-            video_mixer_rank=recipe.model.video_mixer_rank,
-            rotary_pos_embed=recipe.model.rotary_pos_embed,
-            arch=recipe.model.arch,
-        )
-        if recipe.init:
-            start = load_transformer(resolve_checkpoint(recipe.init))
-            try:
-                model.load_state_dict(start.state_dict())
-            except RuntimeError as error:
-                raise InputError(f"init = {recipe.init!r} does not fit this recipe's model: {error}") from error
-        return model
-
-    # Samples ------------------------------------------------------------------------------------------------------
-
-    def make_rows(self, frames: int, count: int, seed: int) -> Rows:
-        generator, images = self.generator(seed), frames == 1
-        pairs = self.data.pairs if images else 0.0
-        weights = torch.ones(len(MOTIONS))
-        weights[[MOTIONS.index(motion) for motion in self.data.emphasized]] = self.data.emphasis
-        spec = self.world.sample(
-            count, generator, num_frames=frames, images=images, pairs=pairs, weights=None if images else weights
-        )
-        return self._encode(spec, generator, random.Random(seed))
-
-    @torch.no_grad()
-    def _encode(self, spec: ClipSpec, generator: torch.Generator, wording: random.Random | None) -> Rows:
-        text, lengths = self._describe(self.world.captions(spec, wording))
-        latents = []
-        for start in range(0, len(spec), ENCODE):
-            clips = self.world.render(spec.select(slice(start, start + ENCODE)))  # (n, 3, F, H, W)
-            with self.half():
-                posterior = self.vae.encode(clips).latent_dist
-            mean, std = posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
-            z = mean + std * torch.randn(mean.shape, generator=generator, device=self.device)
-            latents.append(scale_latents(self.vae, z).to(text.dtype))
-        motion = self.world.motion_scores(spec)
-        return {"latents": torch.cat(latents), "text": text, "lengths": lengths, "motion": motion}
-
-    def _describe(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Token features padded to the model's text length (N, T, width), and lengths (N,)."""
-        length = self.recipe.model.text_token_len
-        text, lengths = encode_batch(self.tokenizer, self.text_encoder, captions, length)
-        return nn.functional.pad(text, (0, 0, 0, length - text.shape[1])), lengths
 
     # One step -----------------------------------------------------------------------------------------------------
 
-    def variants(self) -> tuple[list[Variant], list[float]]:
+    def counts(self, tokens: int) -> tuple[list[int], list[float]]:
+        """Numbers of revealed tokens of a frame's `tokens`, and the share of the batches each gets."""
         recipe = self.recipe
-        counts, shares = list(recipe.visible), list(recipe.visible_probability)
-        if not counts:  # the paper's mask ratios, as the share each number of revealed tokens gets of many draws
-            ratios = mask_ratios(100_000, torch.Generator().manual_seed(0))
-            shown = ((1 - ratios) * self.tokens).round().long()
-            counts = shown.unique().tolist()
-            shares = [(shown == count).float().mean().item() for count in counts]
-        lengths = list(zip(recipe.data.frames, recipe.data.probability, strict=True))
-        variants: list[Variant] = [(frames, count) for frames, _ in lengths for count in counts]
-        return variants, [weight * share for _, weight in lengths for share in shares]
+        if recipe.visible:
+            return list(recipe.visible), list(recipe.visible_probability)
+        ratios = mask_ratios(100_000, torch.Generator().manual_seed(0))
+        shown = ((1 - ratios) * tokens).round().long()
+        counts = shown.unique(return_counts=True)
+        return counts[0].tolist(), (counts[1] / len(shown)).tolist()
 
-    def loss(self, variant: Variant) -> dict[str, Tensor]:
-        recipe = self.recipe
-        frames, visible = variant
-        rows = self.pools[frames].draw(self.batch[frames])
-        count = len(rows["lengths"])
-        chance = torch.rand(2, count, device=self.device)
-        lengths = rows["lengths"].masked_fill(chance[0] < recipe.prompt_dropout, 0)
-        motion = rows["motion"].masked_fill(chance[1] < recipe.motion_dropout, recipe.defaults.motion_flow)
-        latents = rows["latents"].float()  # (B, C, F, h, w)
-        window = None if recipe.data.window is None or frames <= recipe.data.window else recipe.data.window // 4 + 1
-        if window is not None:
-            latents = stretch(latents, window)
-        noise = recipe.history_noise * torch.rand(count, 1, latents.shape[2], 1, 1, device=self.device)
-        history = latents + noise * torch.randn_like(latents)
-        per_frame = self._frame_losses(
-            self.model, latents, history, (rows["text"].float(), lengths, motion), visible, recipe.loss_repeat
-        )
-        if window is not None:  # the slots before do not know where in the clip they are
-            learned = per_frame[window // 2 :]
-            return {"loss": learned.sum() * window / len(learned)}
-        return {"loss": per_frame.sum()} | {k: v for k, v in loss_parts(per_frame).items() if k != "loss"}
+    def loss(self, variant: Variant, batch: Batch) -> dict[str, Tensor]:
+        return self.named(self.batch_losses(self.model, batch, variant.visible))
 
-    def _frame_losses(
-        self,
-        model: NOVATransformer3DModel,
-        latents: Tensor,
-        history: Tensor,
-        condition: tuple[Tensor, Tensor, Tensor],
-        visible: int,
-        repeats: int,
-    ) -> Tensor:
-        fps = torch.full_like(condition[2], FPS)
-        tokens = model.embed_condition(condition[0], condition[1], condition[2], fps)  # (B, T, D)
-        positions = model.positions(latents.shape[2], self.grid)
-        draws = draw(self.table, latents.shape[0] * latents.shape[2], self.tokens, self.values, visible, repeats)
-        return frame_losses(model, latents, history, tokens, positions, self.table, draws)
+    def batch_losses(self, model: NOVATransformer3DModel, batch: Batch, visible: int | None) -> Losses:
+        """The loss as it is trained: with prompts and scores left out here and there, and noise on the history."""
+        recipe, count, device = self.recipe, len(batch.latents), batch.latents.device
+        chance = torch.rand(2, count, device=device)
+        lengths = batch.lengths.masked_fill(chance[0] < recipe.prompt_dropout, 0)
+        motion = batch.motion.masked_fill(chance[1] < recipe.motion_dropout, self.defaults.motion_flow)
+        noise = recipe.history_noise * torch.rand(count, 1, batch.latents.shape[2], 1, 1, device=device)
+        history = batch.latents + noise * torch.randn_like(batch.latents)
+        told = replace(batch, lengths=lengths, motion=motion)
+        return self.denoising_losses(model, told, history, visible, recipe.loss_repeat)
 
-    # Looking at it ------------------------------------------------------------------------------------------------
+    def denoising_losses(
+        self, model: NOVATransformer3DModel, batch: Batch, history: Tensor, visible: int | None, repeats: int
+    ) -> Losses:
+        """With what the temporal encoder reads of the clips, (B, C, F, h, w)."""
+        tokens = model.embed_condition(batch.text.float(), batch.lengths, batch.motion, batch.fps)  # (B, T, D)
+        num_frames, grid = batch.latents.shape[2], (batch.latents.shape[3], batch.latents.shape[4])
+        draws = self._draws(len(batch.latents), num_frames, grid, visible, repeats)
+        positions = model.positions(num_frames, grid)
+        apply = checkpointed if self.recipe.checkpointing and torch.is_grad_enabled() else Block.__call__
+        return losses(model, batch.latents, history, tokens, positions, self.table, draws, apply, self.masks)
 
-    @torch.no_grad()
-    def validate(self, model: NOVATransformer3DModel) -> dict[str, float]:
-        """Loss on held-out clips with their own caption, with another object's, and (for clips) with another motion's.
+    def _draws(
+        self, count: int, num_frames: int, grid: tuple[int, int], visible: int | None, repeats: int
+    ) -> LossDraws:
+        tokens = self.tokens(grid)
+        if visible is not None:
+            return draw(self.table, count * num_frames, tokens, self.values, visible, repeats)
+        each = [number for number in visible_tokens(count, tokens) for _ in range(num_frames)]
+        return draw_per_sample(self.table, each, tokens, self.values, repeats, MASK_MULTIPLE)
 
-        The distance between them is what the model knows of the prompt, long before samples show it.
-        """
-        frames = self.recipe.data.frames[0]
-        generator = torch.Generator(self.device).manual_seed(self.recipe.seed)
-        count = 512 if self.on_gpu else 32
-        spec = self.world.sample(count, generator, num_frames=frames, split="heldout", images=frames == 1)
-        rows = self._encode(spec, generator, None)
-        shift = torch.randint(1, len(self.world.names), (count,), generator=generator, device=self.device)
-        told = {"": spec, "_wrong_object": replace(spec, object=(spec.object + shift) % len(self.world.names))}
+    def tokens(self, grid: tuple[int, int]) -> int:
+        """Of a frame on the latent grid (h, w)."""
+        return (grid[0] // self.model.patch_size) * (grid[1] // self.model.patch_size)
+
+    def named(self, found: Losses) -> dict[str, Tensor]:
+        """As they are logged: the parts as pairs of a sum and a count."""
+        parts = {"loss": found.total, **loss_parts(found.by_frame.detach())} | {"loss": found.total}
+        for i in range(TIME_BINS):
+            parts[f"loss_time_{i}"] = torch.stack([found.bin_sum[i], found.bin_count[i]])
+        frames = len(found.by_frame)
         if frames > 1:
-            told["_wrong_motion"] = replace(spec, motion=(spec.motion + 1 + shift % (len(MOTIONS) - 1)) % len(MOTIONS))
-        latents = rows["latents"].float()
-        unknown = torch.full_like(rows["motion"], self.recipe.defaults.motion_flow)
-        losses = {}
-        devices = [self.device] if self.on_gpu else []
-        for name, shown in told.items():
-            text, lengths = self._describe(self.world.captions(shown))
-            with torch.random.fork_rng(devices), self.half():
-                torch.manual_seed(self.recipe.seed)
-                condition = (text.float(), lengths, unknown)
-                per_frame = self._frame_losses(model, latents, latents, condition, self.tokens // 8, 1)
-            losses[f"held_out_loss{name}"] = per_frame.sum().item()
-        return losses
+            parts |= {f"loss_frame_{i}": frames * value for i, value in enumerate(found.by_frame.detach())}
+        return parts
 
-    def sheet(self, model: NOVATransformer3DModel, folder: Path) -> Image.Image:
-        """Clips generated from held-out captions, with what the judge sees in them."""
-        settings = EmojiSettings(num_clips=SHEET_CLIPS, num_frames=self.data.frames[0])
-        spec = asked_specs(self.world, settings)[0].select(slice(SHEET_CLIPS))
-        frames = generate(self._open(folder), self.world, spec, settings, 0)
-        return contact_sheet(describe(self.world, frames, spec, Judge(self.world)(frames, spec)))
+    def step_flops(self, batch: int, frames: int, grid: tuple[int, int], visible: int | None) -> float:
+        """Of a micro batch of clips of so many latent frames on that latent grid."""
+        if visible is None:  # that many on average
+            visible = round(
+                (1 - mask_ratios(10_000, torch.Generator().manual_seed(0)).mean().item()) * self.tokens(grid)
+            )
+        return step_flops(self.model, batch, frames, grid, visible, self.recipe.loss_repeat)
 
-    def score(self, folder: Path, clips: int) -> dict[str, float]:
-        """`nova evaluate emoji` on so many clips and half as many pictures of two objects, in percent."""
-        settings = EmojiSettings(clips, clips // 2, self.data.frames[0], batch_size=clips)
-        report = evaluate_emoji(self._open(folder), self.world, settings)
-        return {f"score_{name}": 100 * rate.value for name, rate in report.sources[GENERATED].rates.items()}
+    # What it becomes ----------------------------------------------------------------------------------------------
 
-    def _open(self, folder: Path) -> NovaPipeline:
+    def open(self, folder: Path) -> NovaPipeline:
+        """What was exported, on the device."""
         pipe = NovaPipeline.from_pretrained(folder).to(self.device)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def export(self, model: NOVATransformer3DModel, folder: Path) -> None:
+    def export_parts(self, model: NOVATransformer3DModel, vae: Any, text_encoder: str | None, folder: Path) -> None:
         """Write a whole checkpoint but for the text encoder, which `nova.json` names; weights in fp16."""
         half = NOVATransformer3DModel.from_config(model.config)
         half.load_state_dict(model.state_dict())
         half.half().save_pretrained(folder / "transformer")
-        copy.deepcopy(self.vae).half().save_pretrained(folder / "vae")
+        copy.deepcopy(vae).half().save_pretrained(folder / "vae")
         self.scheduler.save_pretrained(folder / "scheduler")
-        CheckpointSettings(self.recipe.text_encoder, self.recipe.defaults).save(folder)
+        CheckpointSettings(text_encoder, self.defaults).save(folder)
+
+
+# Making the model -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a model is made for: latents and features of these sizes."""
+
+    channels: int
+    """Of the latents."""
+    stride: int
+    """Pixels of a cell of the latent grid."""
+    text_dim: int
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    names: str
+    """What says so, for errors."""
+
+
+def make_model(recipe: TransformerRun, material: Material) -> tuple[NOVATransformer3DModel, ModelRecipe]:
+    """The transformer to train, from `init` or from scratch, and its size with nothing left open."""
+    start = load_transformer(resolve_checkpoint(recipe.init)) if recipe.init else None
+    size = resolve_size(recipe, None if start is None else start.config, material)
+    patch = 15 // material.stride + 1
+    rows, columns = (side // material.stride // patch for side in size["image_size"])
+    model = NOVATransformer3DModel(
+        image_dim=material.channels,
+        image_size=size["image_size"],
+        image_stride=material.stride,
+        text_token_dim=material.text_dim,
+        text_token_len=size["text_token_len"],
+        image_base_size=(rows, columns),
+        video_base_size=(size["video_base_frames"], rows // 2, columns // 2),
+        video_mixer_rank=size["video_mixer_rank"] or None,
+        rotary_pos_embed=size["rotary_pos_embed"],
+        arch=size["arch"],
+    )
+    if start is not None:
+        take_weights(model, start, recipe)
+    return model, ModelRecipe(**size)
+
+
+def resolve_size(recipe: TransformerRun, config: Any | None, material: Material) -> dict[str, Any]:
+    """Fields of `ModelRecipe`: the recipe's values, else the checkpoint's, else SMALL's. Where they disagree, an error
+    names the field."""
+    given = {name: value for name, value in asdict(recipe.model).items() if value is not None}
+    if config is None:
+        return asdict(SMALL) | {"image_size": material.size} | given
+    fixed = {
+        "channels of the latents": (config.image_dim, material.channels),
+        "pixels of a latent": (config.image_stride, material.stride),
+        "channels of the text features": (config.text_token_dim, material.text_dim),
+    }
+    for name, (has, needs) in fixed.items():
+        if has != needs:
+            raise InputError(f"init = {recipe.init!r} is made for {has} {name}, but {material.names}: {needs}")
+    found = {
+        "arch": tuple(config.arch),
+        "video_mixer_rank": config.video_mixer_rank or 0,
+        "rotary_pos_embed": config.rotary_pos_embed,
+        "text_token_len": config.text_token_len,
+        "video_base_frames": config.video_base_size[0],
+    }
+    for name, has in found.items():
+        if not recipe.fresh and given.get(name, has) != has:
+            raise InputError(
+                f"model.{name} is {given[name]!r}, but init = {recipe.init!r} has {has!r}: expected the same, or none,"
+                " or the parts that differ in `fresh`"
+            )
+    return found | {"image_size": material.size} | given
+
+
+def take_weights(model: NOVATransformer3DModel, start: NOVATransformer3DModel, recipe: TransformerRun) -> None:
+    """The checkpoint's weights into the model, all but those that start anew."""
+    weights, taken = model.state_dict(), start.state_dict()
+    match_prefixes("fresh", recipe.fresh, weights)
+    for name, value in weights.items():
+        if name.startswith(recipe.fresh):
+            taken[name] = value
+        elif name not in taken:
+            raise InputError(f"init = {recipe.init!r} has no {name}: expected it, or its beginning in `fresh`")
+        elif taken[name].shape != value.shape:
+            shapes = f"{tuple(taken[name].shape)}, and this recipe's model {tuple(value.shape)}"
+            raise InputError(f"init = {recipe.init!r} has {name} of shape {shapes}: expected its beginning in `fresh`")
+    model.load_state_dict({name: taken[name] for name in weights})
+
+
+def match_prefixes(field: str, prefixes: tuple[str, ...], names: Any) -> None:
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            parts = sorted({".".join(name.split(".")[:2]) for name in names if not name.split(".")[1].isdigit()})
+            raise InputError(
+                f"{field} has {prefix!r}, which no weight begins with: expected such as {', '.join(parts)}"
+            )
+
+
+def freeze(model: nn.Module, prefixes: tuple[str, ...]) -> None:
+    """Parts whose names begin so are not trained."""
+    match_prefixes("frozen", prefixes, [name for name, _ in model.named_parameters()])
+    for name, parameter in model.named_parameters():
+        if prefixes and name.startswith(prefixes):
+            parameter.requires_grad_(False)
+
+
+def use_fp8(model: NOVATransformer3DModel, device: torch.device) -> None:
+    """The encoders' and the denoiser's linear layers multiply in 8 bit floats, by torchao."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise InputError(f"precision = 'fp8' on {device}: expected a GPU that has 8 bit floats (Ada, Hopper or later)")
+    from torchao.float8 import convert_to_float8_training
+
+    def fits(module: nn.Module, name: str) -> bool:
+        return (
+            ".blocks." in name and isinstance(module, nn.Linear) and not (module.in_features | module.out_features) % 16
+        )
+
+    convert_to_float8_training(model, module_filter_fn=fits)
+
+
+def new_scheduler(name: str) -> Any:
+    """The schedule of noise that a model trained from scratch gets."""
+    if name == "flow":
+        return FlowMatchEulerDiscreteScheduler()
+    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
+
+
+def draw_latents(moments: Tensor, vae: Any, generator: torch.Generator | None = None) -> Tensor:
+    """Moments (B, 2C, F, h, w) -> a draw from the posterior, as the transformer sees it (B, C, F, h, w), float32."""
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    std = (0.5 * log_variance.clamp(-30, 20)).exp()
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    return scale_latents(vae, mean + std * noise)

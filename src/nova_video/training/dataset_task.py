@@ -1,0 +1,288 @@
+"""Training the transformer on an encoded dataset: clips that `nova encode` has written, streamed from a folder or URL.
+
+A step takes one size bucket, so that its samples can be stacked; which one follows from the step's number. Looked at
+with sources that are held out: the loss with their own captions and with one another's, and samples.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from nova_video.data.dataset import Bucket, DatasetInfo, Sample, first_sentence, iter_shard, list_shards
+from nova_video.data.encoders import autoencoder_info, load_frozen_autoencoder, text_names
+from nova_video.data.sheets import Entry, draw_sheet
+from nova_video.errors import InputError
+from nova_video.loading import load_scheduler, resolve_checkpoint
+from nova_video.model import NOVATransformer3DModel
+from nova_video.settings import CheckpointSettings, Defaults
+from nova_video.text.encoders import encode_batch, load_text_encoder
+from nova_video.training.recipe import DatasetTransformerRecipe
+from nova_video.training.stream import Loaded, Stream, collate, is_held_out, open_loader
+from nova_video.training.transformer import (
+    Batch,
+    Material,
+    TransformerTask,
+    Variant,
+    draw_latents,
+    make_model,
+    new_scheduler,
+)
+
+HELD_OUT = 64  # clips that validation looks at
+SHEET_SAMPLES = 6
+PROBED = 4096  # rows that are looked through for them, at most
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the samples of a step have in common: their bucket, or the first frames of one."""
+
+    bucket: Bucket
+    picture: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.bucket.name}{' pictures' if self.picture else ''}"
+
+
+class DatasetTask(TransformerTask):
+    """A size is a bucket."""
+
+    recipe: DatasetTransformerRecipe
+
+    def __init__(self, recipe: DatasetTransformerRecipe, device: torch.device) -> None:
+        if not recipe.dataset.path:
+            raise InputError("dataset.path is empty: expected a folder or URL written by `nova encode`")
+        self.info = info = DatasetInfo.load(recipe.dataset.path)
+        self.shards = list_shards(recipe.dataset.path)
+        self.largest = max(self.shards, key=lambda bucket: (bucket.frames, bucket.height * bucket.width))
+        name = recipe.autoencoder or info.autoencoder
+        if (found := autoencoder_info(name).fingerprint) != info.fingerprint:
+            raise InputError(
+                f"autoencoder = {name!r} has weights {found}, and {recipe.dataset.path} was encoded by"
+                f" {info.autoencoder!r} with {info.fingerprint}: expected the same"
+            )
+        self.vae = load_frozen_autoencoder(name, torch.device("cpu"))
+        self.text_name = recipe.text_encoder or info.text_encoder or _text_of(recipe.init)
+        self._text: tuple[Any, Any] | None = None
+        self.probe = list(itertools.islice(self._rows(), PROBED))
+        width = info.text_dim or self._text_parts(device)[1].config.hidden_size
+        names = f"{recipe.dataset.path} and text_encoder = {self.text_name!r}"
+        size = (self.largest.height, self.largest.width)
+        model, resolved = make_model(recipe, Material(info.latent_channels, info.spatial_stride, width, size, names))
+        frames = self.latent_frames(self.largest)
+        if frames > 1 and resolved.video_base_frames == 1:
+            raise InputError(
+                f"{recipe.dataset.path} has clips ({self.largest.name}), and this model makes pictures alone: expected"
+                " model.video_base_frames above 1, with the new parts in `fresh`, or a dataset of pictures"
+            )
+        super().__init__(replace(recipe, model=resolved), model, _scheduler(recipe), device, frames)
+        self.defaults = self._defaults()
+        self.loaders: dict[str, Any] = {}
+        self.batches: dict[tuple[int, Size], Iterator[Loaded]] = {}
+
+    def _defaults(self) -> Defaults:
+        """Those of the recipe if it has any; else of `init`, for clips as they are here."""
+        if self.recipe.defaults != Defaults():
+            return self.recipe.defaults
+        start = (
+            CheckpointSettings.load(resolve_checkpoint(self.recipe.init)).defaults if self.recipe.init else Defaults()
+        )
+        clips = [sample for sample in self.probe if sample.bucket.frames > 1]
+        motion = sorted(sample.motion for sample in clips)
+        flow = round(motion[len(motion) // 2], 2) if motion else start.motion_flow
+        fps = clips[0].fps if clips else start.fps
+        return replace(start, num_frames=self.largest.frames, fps=fps, motion_flow=flow)
+
+    # Samples ------------------------------------------------------------------------------------------------------
+
+    def latent_frames(self, bucket: Bucket) -> int:
+        return (bucket.frames - 1) // self.info.temporal_stride + 1
+
+    def grid(self, bucket: Bucket) -> tuple[int, int]:
+        """Of the latents."""
+        return bucket.height // self.info.spatial_stride, bucket.width // self.info.spatial_stride
+
+    def variants(self) -> tuple[list[Variant], list[float]]:
+        """Buckets by how many rows they have; pictures by their share of the steps."""
+        share = self.recipe.dataset.image_share
+        rows = {Size(bucket, False): sum(shard.rows for shard in found) for bucket, found in self.shards.items()}
+        clips = {size: count for size, count in rows.items() if size.bucket.frames > 1}
+        pictures = {size: count for size, count in rows.items() if size.bucket.frames == 1}
+        if share > 0 and not pictures:
+            pictures = {Size(size.bucket, True): count for size, count in clips.items()}
+        if not clips or not pictures:
+            weights = {size: count / sum(rows.values()) for size, count in rows.items()}
+        else:
+            weights = {size: (1 - share) * count / sum(clips.values()) for size, count in clips.items()}
+            weights |= {size: share * count / sum(pictures.values()) for size, count in pictures.items()}
+        variants, shares = [], []
+        for size, weight in weights.items():
+            numbers, parts = [None], [1.0]
+            if self.recipe.mask_ratio == "batch":
+                numbers, parts = self.counts(self.tokens(self.grid(size.bucket)))  # type: ignore[assignment]
+            variants += [Variant(size, number) for number in numbers]
+            shares += [weight * part for part in parts]
+        return variants, shares
+
+    def _latent_tokens(self, size: Size) -> int:
+        return self.tokens(self.grid(size.bucket)) * (1 if size.picture else self.latent_frames(size.bucket))
+
+    def samples(self, variant: Variant) -> int:
+        """As many as have the tokens of a batch of the largest."""
+        most = max(self._latent_tokens(Size(bucket, False)) for bucket in self.shards)
+        return max(1, round(self.recipe.dataset.batch * most / self._latent_tokens(variant.size)))
+
+    def flops(self, variant: Variant) -> float:
+        size: Size = variant.size
+        frames = 1 if size.picture else self.latent_frames(size.bucket)
+        return self.step_flops(self.samples(variant), frames, self.grid(size.bucket), variant.visible)
+
+    def open_data(self, micro: Iterable[int], count: int, places: dict[str, Any]) -> None:
+        data = self.recipe.dataset
+        sizes = dict.fromkeys(variant.size for variant in self.variants()[0])
+        for number, size in itertools.product(micro, sizes):
+            name = f"{number}:{size.name}"
+            stream = Stream(self.shards[size.bucket], self.seed, number, count, data.shuffle, data.held_out)
+            loader = open_loader(stream, self.samples(Variant(size, None)), data.workers)
+            if name in places:
+                loader.load_state_dict(places[name])
+            self.loaders[name], self.batches[number, size] = loader, iter(loader)
+
+    def places(self) -> dict[str, Any]:
+        return {name: loader.state_dict() for name, loader in self.loaders.items()}
+
+    def draw(self, variant: Variant, micro: int) -> Batch:
+        loaded = next(self.batches[micro, variant.size])
+        if variant.size.picture:
+            loaded = replace(loaded, moments=loaded.moments[:, :, :1], motion=torch.zeros_like(loaded.motion))
+        return self._batch(loaded, torch.rand(len(loaded.captions)) < self.recipe.dataset.short_captions)
+
+    def _batch(self, loaded: Loaded, short: Tensor, generator: torch.Generator | None = None) -> Batch:
+        """On the device; `short` (B,) says which are told their caption's first sentence."""
+        text, lengths = self._features(loaded, short)
+        latents = draw_latents(loaded.moments.to(self.device), self.vae, generator)
+        return Batch(latents, text, lengths, loaded.motion.to(self.device), loaded.fps.to(self.device))
+
+    def _features(self, loaded: Loaded, short: Tensor) -> tuple[Tensor, Tensor]:
+        """Token features (B, T, width) and lengths (B,): the dataset's, or made here where it has none."""
+        length = self.model.text_embed.token_len
+        if loaded.whole is None or loaded.short is None:
+            pairs = zip(loaded.captions, short.tolist(), strict=True)
+            captions = [first_sentence(caption) if brief else caption for caption, brief in pairs]
+            return encode_batch(*self._text_parts(self.device), captions, length)
+        whole, brief = (
+            functional.pad(text, (0, 0, 0, length - text.shape[1])) for text, _ in (loaded.whole, loaded.short)
+        )
+        text = torch.where(short[:, None, None], brief, whole)
+        counts = torch.where(short, loaded.short[1], loaded.whole[1]).clamp(max=length)
+        return text.to(self.device), counts.to(self.device)
+
+    def _text_parts(self, device: torch.device) -> tuple[Any, Any]:
+        """Tokenizer and text encoder, loaded at the first use."""
+        if self._text is None:
+            if self.text_name is None:
+                raise InputError(
+                    f"{self.recipe.dataset.path} has no text features: expected a text_encoder that makes them"
+                )
+            name, tokenizer = text_names(self.text_name)
+            dtype = torch.float16 if device.type == "cuda" else torch.float32
+            self._text = load_text_encoder(name, dtype, device, tokenizer)
+        return self._text
+
+    # Looking at it ------------------------------------------------------------------------------------------------
+
+    def _rows(self) -> Iterator[Sample]:
+        """The dataset's rows, the largest size first."""
+        for bucket in sorted(self.shards, key=lambda bucket: bucket != self.largest):
+            for shard in self.shards[bucket]:
+                yield from iter_shard(shard.url)
+
+    def held_out(self) -> list[Sample]:
+        """Of the rows that are looked through, those of one size whose sources are not trained on."""
+        share = self.recipe.dataset.held_out
+        found = [sample for sample in self.probe if is_held_out(sample.source, share)]
+        return [sample for sample in found if sample.bucket == found[0].bucket][:HELD_OUT]
+
+    @torch.no_grad()
+    def validate(self, model: NOVATransformer3DModel) -> dict[str, float]:
+        """Loss on held-out clips with their own captions and with those of others, the same random numbers in both.
+
+        The distance between them is what the model knows of the prompt.
+        """
+        samples = self.held_out()
+        if len({sample.caption for sample in samples}) < 2:
+            log.warning("nothing to validate on: expected more sources, or a larger dataset.held_out")
+            return {}
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        told_whole = torch.zeros(len(samples), dtype=torch.bool)
+        turned = [samples[i:] + samples[:i] for i in range(len(samples))]
+        whole = self._batch(collate(samples), told_whole, generator)
+        other = [next(s for s in turn if s.caption != turn[0].caption) for turn in turned]
+        wrong = self._batch(collate(other), told_whole, generator)
+        batch = replace(whole, motion=torch.full_like(whole.motion, self.defaults.motion_flow))
+        told = {"": batch, "_wrong_caption": replace(batch, text=wrong.text, lengths=wrong.lengths)}
+        found = {}
+        visible = self.tokens(self.grid(samples[0].bucket)) // 8
+        for name, shown in told.items():
+            with torch.random.fork_rng([self.device] if self.on_gpu else []), self.half():
+                torch.manual_seed(self.seed)
+                losses = self.denoising_losses(model, shown, shown.latents, visible, 1)
+            found[f"held_out_loss{name}"] = losses.total.item()
+        return found
+
+    def sheet(self, model: NOVATransformer3DModel, folder: Path) -> Image.Image:
+        """Clips generated from held-out captions; from others, where none are held out."""
+        samples = self.held_out() or self.probe
+        captions = list(dict.fromkeys(sample.caption for sample in samples))[:SHEET_SAMPLES]
+        pipe, bucket = self.open(folder), self.largest
+        entries = []
+        for caption in captions:
+            generator = torch.Generator().manual_seed(self.seed)
+            made = pipe(caption, height=bucket.height, width=bucket.width, generator=generator, output_type="np")
+            clip = made.images[:1] if bucket.frames == 1 else made.frames[0]
+            entries.append(Entry((clip * 255).round().astype("uint8"), caption, ""))
+        return draw_sheet(self.recipe.name, f"made from captions of {self.recipe.dataset.path}", entries)
+
+    def learned_from(self) -> str:
+        rows = {bucket.name: sum(shard.rows for shard in shards) for bucket, shards in self.shards.items()}
+        sizes = ", ".join(f"{count} of {name}" for name, count in rows.items())
+        return f"{sum(rows.values())} samples of `{self.recipe.dataset.path}` ({sizes}: frames x height x width)"
+
+    def export(self, model: NOVATransformer3DModel, folder: Path) -> None:
+        if self.text_name is None:
+            self.export_parts(model, self.vae, None, folder)
+            return
+        name, tokenizer = text_names(self.text_name)
+        self.export_parts(model, self.vae, None if tokenizer else name, folder)
+        if tokenizer:  # parts of a checkpoint, found there
+            for part, place in (("text_encoder", name), ("tokenizer", tokenizer)):
+                if not (folder / part).exists():
+                    os.symlink(Path(place).resolve(), folder / part)
+
+
+def _text_of(init: str) -> str | None:
+    """The text encoder of the checkpoint that is started from."""
+    if not init:
+        return None
+    folder = resolve_checkpoint(init)
+    return str(folder) if (folder / "text_encoder").is_dir() else CheckpointSettings.load(folder).text_encoder
+
+
+def _scheduler(recipe: DatasetTransformerRecipe) -> Any:
+    if recipe.scheduler != "init":
+        return new_scheduler(recipe.scheduler)
+    if not recipe.init:
+        raise InputError("scheduler is 'init' and there is no init: expected flow, ddpm or a checkpoint to start from")
+    return load_scheduler(resolve_checkpoint(recipe.init))

@@ -1,0 +1,90 @@
+"""What a run tells: to the screen, to `OUTPUT/metrics.jsonl` and to accelerate's trackers; sheets to `OUTPUT/sheets`.
+
+Only the main process writes. Used by `trainer.py`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from PIL import Image
+from rich.console import Console
+
+from nova_video.errors import InputError
+from nova_video.training.recipe import Recipe
+
+PROJECT = "nova-video"
+DETAILS = ("loss_time_", "loss_frame_")  # in the files and trackers alone: too many for a line on the screen
+
+
+class Log:
+    def __init__(self, recipe: Recipe, writes: bool) -> None:
+        """`writes`: this is the process that does."""
+        self.output, self.recipe, self.writes = Path(recipe.output), recipe, writes
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not writes)
+        self.trackers: list[GeneralTracker] = []
+        self.newest: dict[str, float] = {}
+        if unknown := [name for name in recipe.trackers if name not in LOGGER_TYPE_TO_CLASS]:
+            raise InputError(f"trackers has {unknown[0]!r}: expected any of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if not writes:
+            return
+        try:
+            (self.output / "sheets").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output folder {self.output} cannot be written: {error.strerror}") from error
+
+    def start(self, step: int) -> None:
+        """Go on from `step`: what an interrupted run logged past it is dropped."""
+        if not self.writes:
+            return
+        path = self.output / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
+        for name in self.recipe.trackers:
+            tracker = make_tracker(name, self.output, self.recipe.name, step)
+            tracker.start()
+            self.trackers.append(tracker)
+
+    def say(self, text: str) -> None:
+        self.console.print(text)
+
+    def write(self, step: int, seconds: float, numbers: dict[str, float]) -> None:
+        if not numbers or not self.writes:
+            return
+        self.newest |= numbers
+        for tracker in self.trackers:
+            tracker.log(numbers, step=step)
+        with (self.output / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "seconds": round(seconds, 1)} | numbers) + "\n")
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if not name.startswith(DETAILS))
+        self.say(f"step {step:6d}/{self.recipe.steps}  {seconds:6.1f} s  {shown}")
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        path = self.output / "sheets" / f"step-{step:08d}.png"
+        picture.save(path)
+        for tracker in self.trackers:
+            if hasattr(tracker, "log_images"):
+                pixels = np.array(picture)[None]  # (1, H, W, 3)
+                form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": pixels}, step=step, **form)
+        self.say(f"step {step:6d}  {path}")
+
+    def finish(self) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+def make_tracker(name: str, output: Path, run: str, step: int) -> GeneralTracker:
+    """One of accelerate's, for a run that is at `step`."""
+    kind: Any = LOGGER_TYPE_TO_CLASS[name]
+    if name == "tensorboard":
+        return kind("tensorboard", output, purge_step=step + 1)
+    options: dict[str, Any] = {"logging_dir": output} if kind.requires_logging_directory else {}
+    if name in ("wandb", "trackio"):
+        options |= {"name": run, "resume": "allow"}
+    if name == "wandb":  # one run, however often it is resumed
+        options |= {"dir": str(output), "id": "-".join(output.resolve().parts[-2:])}
+    return kind(PROJECT, **options)

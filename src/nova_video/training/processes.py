@@ -1,0 +1,127 @@
+"""Who trains together: the processes of a run, what each of them has of the model, and what they agree on.
+
+accelerate reads what `accelerate launch` or torchrun put into the environment. The model is whole on each process (DDP)
+or sharded over all of them (FSDP2, torch's `fully_shard`: block by block, on any device). Used by `trainer.py`.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from nova_video.devices import choose_device
+from nova_video.errors import InputError
+from nova_video.training.recipe import Recipe
+from nova_video.training.task import Task
+
+PATIENCE = timedelta(hours=2)  # with a process that samples, scores or saves while the others wait
+
+
+class LossModule(nn.Module):
+    """A task's loss as the `forward` of a module, which is what DDP and FSDP2 hook into."""
+
+    def __init__(self, task: Task[Any, Any, Any]) -> None:
+        super().__init__()
+        self.model = task.model
+        self.task = task
+
+    def forward(self, variant: Any, batch: Any) -> dict[str, Tensor]:
+        return self.task.loss(variant, batch)
+
+
+class Processes:
+    """This process among those of the run; a run of one process is the common case."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        device = choose_device(recipe.device)
+        self.count, self.index = int(os.environ.get("WORLD_SIZE", "1")), 0
+        self.device = device
+        self._state: PartialState | None = None
+        if self.count > 1:
+            self._state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+            self.count, self.index = self._state.num_processes, self._state.process_index
+            self.device = self._state.device
+        by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        self.sharded = self.count > 1 and (recipe.strategy == "fsdp" or (recipe.strategy == "auto" and by_launcher))
+        self.half = recipe.precision in ("bf16", "fp8") or (recipe.precision == "auto" and self.device.type == "cuda")
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+    def share(self, micro_batches: int, before: int | None) -> tuple[list[int], int]:
+        """The micro batches of this process, and how many there are in all.
+
+        `micro_batches` is what the recipe says, 0 for as many as `before` (a resumed run) or as there are processes.
+        """
+        kept = before if before is not None and before % self.count == 0 else self.count
+        count = micro_batches or kept
+        if count % self.count:
+            raise InputError(f"micro_batches is {count}: expected a multiple of the {self.count} processes")
+        return list(range(self.index, count, self.count)), count
+
+    def spread(self, task: Task[Any, Any, Any]) -> nn.Module:
+        """The module whose call is the task's loss and whose backward pass brings gradients to all processes."""
+        module = LossModule(task)
+        if self.count == 1:
+            return module
+        if not self.sharded:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            return DistributedDataParallel(
+                module, device_ids=ids, find_unused_parameters=True, gradient_as_bucket_view=True
+            )
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if self.half:
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        blocks = getattr(task.model, "_no_split_modules", None) or []
+        for part in task.model.modules():
+            if type(part).__name__ in blocks:
+                fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        return module
+
+    @contextlib.contextmanager
+    def accumulating(self, module: nn.Module, last: bool) -> Iterator[None]:
+        """Around a micro batch: gradients are exchanged after the `last` one of a step alone."""
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(last)
+        if isinstance(module, DistributedDataParallel) and not last:
+            with module.no_sync():
+                yield
+        else:
+            yield
+
+    def greatest(self, *numbers: float) -> list[float]:
+        """The largest of each number over all processes."""
+        if self.count == 1:
+            return list(numbers)
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.tolist()
+
+    def add_up(self, values: Tensor) -> None:
+        """Sum a tensor over all processes, in place."""
+        if self.count > 1:
+            dist.all_reduce(values)
+
+    def gather(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The entries of all processes together."""
+        if self.count == 1:
+            return values
+        return {name: value for part in gather_object([values]) for name, value in part.items()}
+
+    def wait(self) -> None:
+        """For all processes."""
+        if self._state is not None:
+            self._state.wait_for_everyone()

@@ -1,0 +1,320 @@
+"""The stages of encoding on Ray Data: decoding and motion as tasks on any core, each network as a pool of actors.
+
+    items --tasks--> clips --actors: EncodeLatents--> samples --actors: EncodeText--> samples --> this process
+
+The actors wrap the same callables that `encode.py` calls when there is no Ray, so the dataset is the same. Every item
+sends a mark after its clips, which says how many they were: with it an item is known to be whole, however its clips
+were batched. A Ray that is started here listens on this machine alone, and is gone when the work is done or given up.
+"""
+
+import logging
+import os
+import pickle
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from nova_video.data.dataset import Sample
+from nova_video.data.encoders import EncodeLatents, EncodeText
+from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected
+from nova_video.errors import InputError
+
+if TYPE_CHECKING:
+    from nova_video.data.encode import EncodeSettings
+
+LOCAL = "local"  # the address of a Ray that is started for the work
+WINDOW_ITEMS, WINDOW_BYTES = 100_000, 4 << 30  # items given to Ray together, and of those that bring their bytes
+TASK_ITEMS, TASKS_A_CORE = 16, 8  # items of a task at most; fewer where cores would have nothing to do
+TOGETHER, MOST_TOGETHER = 16 << 20, 256  # pixels, and clips, that come to an actor together
+
+# Each GPU has an actor of either kind; without one, every second core has an actor for the autoencoder. What they take
+# of a core differs from the whole one of a task, since Ray makes one step of two that ask for the same.
+AUTOENCODER_GPU, TEXT_GPU = 0.75, 0.25
+AUTOENCODER_CORE, TEXT_CORE = 0.9, 0.1
+LEAST_CORES = 2
+
+ENVIRONMENT = {  # of a Ray that is started here
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its word for: this machine alone, so listen on the loopback device
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
+LONGEST_FOLDER = 40  # letters: Ray's sockets lie deep in its folder, and their paths may not be long
+
+Batch = dict[str, Any]
+"""Column -> values, as Ray Data hands them on: one column, `record`, of pickles."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An item has been decoded: what came of it besides its clips."""
+
+    item: Item
+    clips: int
+    rejected: list[Rejected]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A clip that has been through the autoencoder, and whose it is."""
+
+    group: str
+    index: int
+    number: int
+    sample: Sample
+
+
+@dataclass
+class Pending:
+    """What has come back of an item so far."""
+
+    mark: Mark | None = None
+    samples: dict[int, Sample] = field(default_factory=dict)
+    """By their numbers in the item."""
+
+
+def encode_items_ray(items: Iterable[Item], settings: "EncodeSettings") -> Iterator[ItemResult]:
+    """A result for each item, in the order in which they are done."""
+    windows = _windows(items)
+    first = next(windows, None)
+    if first is None:  # nothing to do: no Ray is started
+        return
+    with _ray(settings.ray or LOCAL):
+        plan = _plan(settings)
+        yield from _encode_window(first, settings, plan)
+        for window in windows:
+            yield from _encode_window(window, settings, plan)
+
+
+# Stages --------------------------------------------------------------------------------------------------------------
+
+
+class DecodeItems:
+    """A task: items to clips with their motion scores, and each item's mark after its clips."""
+
+    def __init__(self, settings: DecodeSettings) -> None:
+        self.settings = settings
+
+    def __call__(self, batch: Batch) -> Iterator[Batch]:
+        decode, motion = Decode(self.settings), Motion()
+        for item in _unpack(batch):
+            rejected = []
+            clips = 0
+            for found in decode(item):
+                if isinstance(found, Rejected):
+                    rejected.append(found)
+                else:
+                    clips += 1
+                    yield _pack([motion(found)])
+            yield _pack([Mark(replace(item, data=None), clips, rejected)])
+
+
+class LatentActor:
+    """An actor around EncodeLatents: clips to samples without text. Marks pass through."""
+
+    def __init__(self, model: str, device: str, batch: int | None) -> None:
+        self.encode = EncodeLatents(model, device, batch)
+        self.encode.load()
+
+    def __call__(self, batch: Batch) -> Batch:
+        records = _unpack(batch)
+        clips = [record for record in records if isinstance(record, Clip)]
+        encoded = [
+            Encoded(clip.group, clip.index, clip.number, clip.sample(moments))
+            for clip, moments in zip(clips, self.encode(clips), strict=True)
+        ]
+        return _pack([*encoded, *(record for record in records if isinstance(record, Mark))])
+
+
+class TextActor:
+    """An actor around EncodeText: samples get their text. Marks pass through."""
+
+    def __init__(self, name: str, device: str) -> None:
+        self.encode = EncodeText(name, device)
+        self.encode.load()
+
+    def __call__(self, batch: Batch) -> Batch:
+        records = _unpack(batch)
+        encoded = [record for record in records if isinstance(record, Encoded)]
+        features = self.encode([record.sample.caption for record in encoded])
+        with_text = [
+            replace(record, sample=replace(record.sample, text=found.text, text_short=found.short))
+            for record, found in zip(encoded, features, strict=True)
+        ]
+        return _pack([*with_text, *(record for record in records if isinstance(record, Mark))])
+
+
+def _pack(records: Iterable[Any]) -> Batch:
+    return {"record": [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]}
+
+
+def _unpack(batch: Batch) -> list[Any]:
+    return [pickle.loads(record) for record in batch["record"]]
+
+
+# What runs where -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the stages share a Ray."""
+
+    device: str
+    """What actors compute on: cpu, or cuda (each sees its own GPU alone)."""
+    actors: int
+    """Of the autoencoder; and on GPUs of the text encoder, which else has one."""
+    cores: int
+
+    @property
+    def text_actors(self) -> int:
+        return self.actors if self.device == "cuda" else 1
+
+    def share(self, gpu: float, core: float) -> dict[str, float]:
+        """What one actor asks for."""
+        whole = min(1.0, (self.cores - 1) / self.actors)  # a core is left for decoding
+        return {"num_cpus": round(core * whole, 4), "num_gpus": gpu if self.device == "cuda" else 0.0}
+
+
+def _plan(settings: "EncodeSettings") -> Plan:
+    import ray
+
+    found = ray.cluster_resources()
+    cores, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
+    if cores < LEAST_CORES:
+        raise InputError(f"the Ray at {settings.ray} has {cores} cores: expected at least {LEAST_CORES}")
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device is {settings.device!r}: expected auto, cpu or cuda on Ray, which chooses among GPUs")
+    if settings.device == "cuda" and not gpus:
+        raise InputError("device 'cuda' asked for, but Ray finds no GPU: expected cpu")
+    if gpus and settings.device != "cpu":
+        return Plan("cuda", gpus, cores)
+    return Plan("cpu", max(1, cores // 2), cores)
+
+
+def _encode_window(window: list[bytes], settings: "EncodeSettings", plan: Plan) -> Iterator[ItemResult]:
+    """The results of some items: a run of Ray Data."""
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    tasks = max(-(-len(window) // TASK_ITEMS), min(len(window), TASKS_A_CORE * plan.cores))
+    text = settings.text
+    height, width = settings.decode.size
+    together = max(1, min(MOST_TOGETHER, TOGETHER // (max(settings.decode.frames) * height * width)))
+    rows = ray.data.from_items([{"record": record} for record in window], override_num_blocks=tasks)
+    rows = rows.map_batches(DecodeItems(settings.decode).__call__, batch_size=1, num_cpus=1)
+    rows = rows.map_batches(
+        LatentActor,
+        fn_constructor_args=(settings.model, plan.device, settings.batch),
+        batch_size=together,
+        compute=ActorPoolStrategy(size=plan.actors),
+        **plan.share(AUTOENCODER_GPU if text else 1.0, AUTOENCODER_CORE),
+    )
+    if text is not None:
+        rows = rows.map_batches(
+            TextActor,
+            fn_constructor_args=(text, plan.device),
+            batch_size=together,
+            compute=ActorPoolStrategy(size=plan.text_actors),
+            **plan.share(TEXT_GPU, TEXT_CORE),
+        )
+    pending: defaultdict[tuple[str, int], Pending] = defaultdict(Pending)
+    with _errors():
+        for row in rows.iter_rows():
+            record = pickle.loads(row["record"])
+            if isinstance(record, Mark):
+                key = record.item.group, record.item.index
+                pending[key].mark = record
+            else:
+                key = record.group, record.index
+                pending[key].samples[record.number] = record.sample
+            found = pending[key]
+            if found.mark is not None and len(found.samples) == found.mark.clips:
+                yield _result(found.mark, pending.pop(key).samples)
+
+
+def _result(mark: Mark, samples: dict[int, Sample]) -> ItemResult:
+    return ItemResult(
+        group=mark.item.group,
+        index=mark.item.index,
+        last=mark.item.last,
+        final=mark.item.final,
+        samples=[samples[number] for number in sorted(samples)],
+        rejected=mark.rejected,
+    )
+
+
+def _windows(items: Iterable[Item]) -> Iterator[list[bytes]]:
+    """Pickled items, as many as Ray gets together: pools of actors are made anew for every window, so it is long."""
+    window: list[bytes] = []
+    size = 0
+    for item in items:
+        window.append(pickle.dumps(item))
+        size += len(window[-1])
+        if len(window) == WINDOW_ITEMS or size > WINDOW_BYTES:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window
+
+
+# Ray -----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _ray(address: str) -> Iterator[None]:
+    """Connected to a Ray: the one at the address, or one of our own. One that this process uses already is taken."""
+    _set_environment = {} if address != LOCAL else {n: v for n, v in ENVIRONMENT.items() if n not in os.environ}
+    folder = tempfile.mkdtemp(prefix="nova-ray-")
+    os.environ.update(_set_environment)
+    started = False
+    try:
+        try:
+            import ray
+        except ImportError as error:
+            raise InputError("encoding on Ray needs ray: pip install 'nova-video[data]', or --no-ray") from error
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if not ray.is_initialized():
+            started = True
+            if address == LOCAL:
+                own = {"_temp_dir": folder} if len(folder) <= LONGEST_FOLDER else {}
+                ray.init("local", include_dashboard=False, **own, **quiet)
+                if ray.cluster_resources().get("CPU", 0) < LEAST_CORES:
+                    ray.shutdown()
+                    ray.init("local", num_cpus=LEAST_CORES, include_dashboard=False, **own, **quiet)
+            else:
+                try:
+                    ray.init(address, **quiet)
+                except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+                    raise InputError(f"there is no Ray at {address}: {_said(error)}") from None
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+        for name in _set_environment:
+            os.environ.pop(name, None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What went wrong in a task or an actor, in one line."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, InputError):
+            raise InputError(str(cause)) from error
+        raise InputError(f"encoding on Ray failed: {_said(cause or error)}") from error
+
+
+def _said(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -10,6 +10,7 @@ from nova_video.benchmarks.plots import PLOTS, is_current, write_plots
 from nova_video.benchmarks.preset_rows import presets_table, read_preset_rows
 from nova_video.benchmarks.rows import read_rows
 from nova_video.benchmarks.tables import filled, tables
+from nova_video.benchmarks.train_rows import read_train_rows, train_commands, train_table
 from nova_video.media import atomic_path
 
 FOLDER = Path(__file__).resolve().parent
@@ -25,6 +26,8 @@ class Tables:
     """What `nova bench sample` wrote."""
     presets: Path = FOLDER / "results" / "presets.json"
     """What `nova bench presets` wrote."""
+    training: Path = FOLDER / "results" / "train.json"
+    """What `nova bench train` wrote."""
     page: Path = FOLDER / "README.md"
     plots: Path = FOLDER / "plots"
 
@@ -32,7 +35,13 @@ class Tables:
 def main(args: Tables) -> int:
     rows = read_rows(args.rows)
     page = args.page.read_text(encoding="utf-8")
-    made = filled(page, tables(rows) | {"presets": presets_table(read_preset_rows(args.presets))})
+    trained = read_train_rows(args.training)
+    own = {
+        "presets": presets_table(read_preset_rows(args.presets)),
+        "training": train_table(trained),
+        "training-commands": train_commands(trained),
+    }
+    made = filled(page, tables(rows) | own)
     if args.check:
         plots = [args.plots / f"{name}.png" for name in PLOTS]
         stale = [path for path in plots if not is_current(path, rows)] + ([args.page] if made != page else [])

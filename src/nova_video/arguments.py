@@ -22,6 +22,8 @@ OWN = "(default: the model's own)"
 AUTO = "(default: auto)"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Preset = Literal["exact", "balanced", "fast"]
+Precision = Literal["auto", "fp32", "bf16", "fp8"]
+Strategy = Literal["auto", "ddp", "fsdp"]
 Solver = Literal["own", "dpm++"]
 PartName = Literal[
     "continue", "continue-long", "steer", "steer-anywhere", "steer-alone", "inpaint", "inpaint-empty", "inpaint-pair"
@@ -171,10 +173,6 @@ class Encode:
     """Lengths of clips, 4k + 1 each: the longest ones that fit into a scene. Pictures have 1."""
     fps: Annotated[float | None, arg(metavar="N", help_behavior_hint=OWN)] = None
     """Frames per second, at most: of faster videos the nearest frames are taken, slower ones keep theirs."""
-    lora: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """An adapter of the model (LoRA): a safetensors file or its folder, as `nova train --lora.rank` writes it."""
-    lora_scale: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
-    """How much of it: 0 is the model without."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
     """Size in pixels, or the side of a square: of about that area are the sizes for other ratios of width to height."""
     one_size: bool = False
@@ -320,10 +318,6 @@ class BenchSample:
     """As for `nova generate`."""
     frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
     """Pixel frames."""
-    lora: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """An adapter of the model (LoRA): a safetensors file or its folder, as `nova train --lora.rank` writes it."""
-    lora_scale: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
-    """How much of it: 0 is the model without."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
     """Size in pixels; a released size is built for it."""
     sets: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
@@ -383,6 +377,40 @@ class BenchPresets:
     """The rows of this run, in place of what was there."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchTrain:
+    """Time training steps on given latents and text features, each configuration by itself: a row of JSON, printed and
+    in a file. Under torchrun or accelerate launch, all processes together."""
+
+    config: Annotated[tuple[str, ...], arg(metavar="NAME ...")]
+    """t2i-512-0.6b, t2i-1024-0.3b, t2i-1024-0.6b, t2i-1024-1.4b or t2v-480-0.6b (random weights at a released size),
+    or a model as for `nova generate`."""
+    batch: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 16, 8 or 3 of a released size)")] = None
+    """Samples of a step on each process."""
+    precision: Precision = "auto"
+    """bf16 on a GPU and fp32 elsewhere; or fp8, on GPUs that have it."""
+    strategy: Strategy = "auto"
+    """With several processes: whole weights on each, or sharded over them. auto: as the launcher says, else ddp."""
+    checkpointing: bool = False
+    """Compute what is inside blocks again on the way back: less memory, more time."""
+    no_compile: bool = False
+    """Do not compile blocks."""
+    mask_ratio: Literal["batch", "sample"] = "batch"
+    """Whether all samples of a batch reveal as many tokens, or each draws how many."""
+    frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Pixel frames."""
+    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
+    """Size in pixels; a released size is built for it."""
+    warm_up: Annotated[int, arg(metavar="N")] = 10
+    """Steps that do not count."""
+    steps: Annotated[int, arg(metavar="N")] = 30
+    """Steps that count."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """As for `nova generate`."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("benchmarks/results/train.json")
+    """Rows that are there stay, but for those of the same configuration and settings."""
+
+
 @dataclass(frozen=True)
 class DataEmoji:
     """Prepare the emoji world from the art and its names (`make data` fetches both)."""
@@ -410,7 +438,11 @@ Benchmarks = (
     | Annotated[EvaluateBeyond, subcommand("beyond")]
     | Annotated[EvaluateDrift, subcommand("drift")]
 )
-Timings = Annotated[BenchSample, subcommand("sample")] | Annotated[BenchPresets, subcommand("presets")]
+Timings = (
+    Annotated[BenchSample, subcommand("sample")]
+    | Annotated[BenchPresets, subcommand("presets")]
+    | Annotated[BenchTrain, subcommand("train")]
+)
 Worlds = Annotated[DataEmoji, subcommand("emoji")] | Annotated[DataShapes, subcommand("shapes")]
 Command = (
     Annotated[Generate, subcommand("generate")]
@@ -419,7 +451,9 @@ Command = (
     | Annotated[Encode, subcommand("encode")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Any, subcommand("evaluate", description="Measure a model.", constructor_factory=lambda: Benchmarks)]
-    | Annotated[Any, subcommand("bench", description="Time sampling.", constructor_factory=lambda: Timings)]
+    | Annotated[
+        Any, subcommand("bench", description="Time sampling and training.", constructor_factory=lambda: Timings)
+    ]
     | Annotated[
         Any, subcommand("data", description="Prepare what is learned from.", constructor_factory=lambda: Worlds)
     ]

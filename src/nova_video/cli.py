@@ -6,6 +6,7 @@ Ctrl-C is exit code 130. Results go to stdout, all else to stderr.
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from nova_video.arguments import (
     BenchPresets,
     BenchSample,
+    BenchTrain,
     DataEmoji,
     DataShapes,
     Edit,
@@ -27,7 +29,7 @@ from nova_video.arguments import (
     one_line_errors,
     parse,
 )
-from nova_video.cli_bench import run_bench_presets, run_bench_sample
+from nova_video.cli_bench import run_bench_presets, run_bench_sample, run_bench_train
 from nova_video.cli_data import run_encode
 from nova_video.cli_evaluate import run_evaluate_beyond, run_evaluate_drift, run_evaluate_emoji
 from nova_video.cli_generate import run_edit, run_generate
@@ -77,7 +79,9 @@ def run_train(args: Train) -> None:
         recipe = load_recipe(path, list(args.overrides))
     from nova_video.training.trainer import train
 
-    print(train(recipe))
+    folder = train(recipe)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(folder)
 
 
 def run_data_emoji(args: DataEmoji) -> None:
@@ -105,6 +109,7 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
     EvaluateDrift: run_evaluate_drift,
     BenchSample: run_bench_sample,
     BenchPresets: run_bench_presets,
+    BenchTrain: run_bench_train,
     DataEmoji: run_data_emoji,
     DataShapes: run_data_shapes,
 }

@@ -1,10 +1,13 @@
-"""The commands `nova bench ...`: lines for each thing measured on stdout, its row in a JSON file."""
+"""The commands `nova bench ...`: what was measured on stdout, and its rows in a JSON file."""
 
+import json
+import os
 import shlex
-from dataclasses import fields
+import sys
+from dataclasses import asdict, fields
 from typing import Any
 
-from nova_video.arguments import BenchPresets, BenchSample
+from nova_video.arguments import BenchPresets, BenchSample, BenchTrain
 from nova_video.cli_generate import _size as size_of
 from nova_video.errors import InputError
 
@@ -98,7 +101,55 @@ def run_bench_presets(args: BenchPresets) -> None:
         raise InputError(f"{len(failed)} of {len(rows)} failed: {', '.join(failed)} (see above)")
 
 
-def _command_line(what: str, args: BenchSample | BenchPresets, without: tuple[str, ...], *given: str) -> str:
+def run_bench_train(args: BenchTrain) -> None:
+    """Each configuration in turn; one that fails has its error in its row, and the others go on.
+
+    Of several processes all measure, and the first one prints and writes: JSON on stdout, words on stderr.
+    """
+    from nova_video.benchmarks.rows import record_row
+    from nova_video.benchmarks.sample import check_configs
+    from nova_video.benchmarks.train import AskedTraining, measure_training
+    from nova_video.benchmarks.train_rows import read_train_rows, train_line
+    from nova_video.devices import choose_device
+    from nova_video.evaluation.report import check_report_folder
+
+    height, width = size_of(args.size)
+    asked = AskedTraining(
+        batch=args.batch,
+        precision=args.precision,
+        strategy=args.strategy,
+        checkpointing=args.checkpointing,
+        compile=not args.no_compile,
+        mask_ratio=args.mask_ratio,
+        frames=args.frames,
+        size=None if height is None or width is None else (height, width),
+        device=args.device,
+        warm_up=args.warm_up,
+        steps=args.steps,
+    )
+    choose_device(args.device)
+    check_configs(args.config)
+    check_report_folder(args.output.parent)
+    read_train_rows(args.output)  # a file that cannot be added to is found before the work
+    processes, index = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    launcher = f"torchrun --nproc-per-node {processes} --no-python " if processes > 1 else ""
+    failed = []
+    for config in args.config:
+        command = launcher + _command_line("train", args, ("config", "output"), "--config", config)
+        row = measure_training(config, asked, command)
+        if row.error is not None:
+            failed.append(config)
+        if index == 0:
+            record_row(args.output, row)
+            print(json.dumps(asdict(row)), flush=True)
+            print(train_line(row), file=sys.stderr, flush=True)
+    if failed:
+        raise InputError(f"{len(failed)} of {len(args.config)} failed: {', '.join(failed)} (see above)")
+
+
+def _command_line(
+    what: str, args: BenchSample | BenchPresets | BenchTrain, without: tuple[str, ...], *given: str
+) -> str:
     """The command that repeats a row: `given`, and what is not as by default."""
     words: list[Any] = ["nova", "bench", what, *given]
     for field in fields(args):

@@ -44,6 +44,14 @@ SIZES = {
     "t2i-1024-1.4b": Size((1024, 1024), 1536, "mlp_d6w1536"),
     "t2v-480-0.6b": Size((480, 768), 1024, "mlp_d3w1280", num_frames=33),
 }
+BATCHES = {  # samples of a training step on one device
+    "t2i-512-0.6b": 16,
+    "t2i-1024-0.3b": 8,
+    "t2i-1024-0.6b": 8,
+    "t2i-1024-1.4b": 8,
+    "t2v-480-0.6b": 3,
+}
+LOSS_REPEAT = 4  # in training
 
 
 def resized(size: Size, height: int, width: int) -> Size:

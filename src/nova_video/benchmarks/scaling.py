@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from nova_video.benchmarks.configs import SIZES, TEXT_DIM, TEXT_LEN, Size, build
+from nova_video.benchmarks.configs import BATCHES, LOSS_REPEAT, SIZES, TEXT_DIM, TEXT_LEN, Size, build
 from nova_video.benchmarks.rows import short
 from nova_video.benchmarks.tables import markdown
 from nova_video.model.masking import mask_ratios
@@ -21,19 +21,11 @@ DEVICE = "H200"
 GPUS = (8, 64, 512)
 PAIR = 2  # also GPUs, of one machine
 MFU = 0.45  # where no step is recorded
-LOSS_REPEAT = 4
 FLOAT, HALF = 4, 2  # bytes
 STATE = 5 * FLOAT  # bytes of a value: weight, gradient, AdamW's two moments, averaged weight
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends together (torch's bucket_cap_mb)
 SHORT_LEN = 32  # tokens of the caption's first sentence
 PAPER = {name: 384 if size.num_frames > 1 else 1024 for name, size in SIZES.items()}  # samples of a step
-BATCHES = {  # samples of a GPU at a time
-    "t2i-512-0.6b": 16,
-    "t2i-1024-0.3b": 8,
-    "t2i-1024-0.6b": 8,
-    "t2i-1024-1.4b": 8,
-    "t2v-480-0.6b": 3,
-}
 
 
 class Measured(Protocol):

@@ -31,6 +31,15 @@ class OnDevice(Protocol):
     def device(self) -> str: ...
 
 
+class Made(OnDevice, Protocol):
+    @property
+    def versions(self) -> dict[str, str]: ...
+    @property
+    def command(self) -> str: ...
+    @property
+    def error(self) -> str | None: ...
+
+
 D = TypeVar("D", bound=OnDevice)
 
 
@@ -176,12 +185,14 @@ def sweeps(rows: Sequence[Row], what: str) -> dict[str, list[Row]]:
 
 def commands(rows: Sequence[Row]) -> str:
     """How every row was made, with what; and what could not be measured."""
-    lines = []
-    for row in rows:
-        made = ", ".join(f"{name} {version}" for name, version in row.versions.items())
-        failed = "" if row.error is None else f" Failed: {row.error}"
-        lines.append(f"- `{row.command}` ({row.dtype}, {row.device}, {made}){failed}")
-    return "\n".join(lines)
+    return "\n".join(made_by(row, row.dtype) for row in rows)
+
+
+def made_by(row: Made, how: str) -> str:
+    """One line of a list: the command, and with what it was run."""
+    versions = ", ".join(f"{name} {version}" for name, version in row.versions.items())
+    failed = "" if row.error is None else f" Failed: {row.error}"
+    return f"- `{row.command}` ({how}, {row.device}, {versions}){failed}"
 
 
 def preset_of(row: Row) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nova_video.benchmarks.configs import SIZES
 from nova_video.benchmarks.rows import read_records, short
-from nova_video.benchmarks.tables import RELEASED_DEVICE, by_device, markdown
+from nova_video.benchmarks.tables import EMPTY, RELEASED_DEVICE, by_device, made_by, markdown
 
 # Seconds of a step and GB of the released implementation on one H200 (torch 2.11, CUDA 13, bf16), by configuration and
 # batch.
@@ -123,7 +123,7 @@ def train_line(row: TrainRow) -> str:
     return f"{name}: {', '.join(parts)}"
 
 
-def train_table(rows: Sequence[TrainRow]) -> str | None:
+def train_table(rows: Sequence[TrainRow]) -> str:
     """Steps of every configuration, beside the released implementation's."""
     configs = [*SIZES, *dict.fromkeys(row.config for row in rows if row.config not in SIZES)]
     done = [row for row in rows if row.error is None and row.step_seconds is not None]
@@ -135,7 +135,12 @@ def train_table(rows: Sequence[TrainRow]) -> str | None:
     for device, own in by_device(done).items():
         ordered = sorted(own, key=lambda row: (configs.index(row.config), row.batch, row.processes, how(row)))
         tables.append(f"{device}:\n\n{markdown(columns, [train_cells(row) for row in ordered])}")
-    return "\n\n".join(tables) or None
+    return "\n\n".join(tables) or EMPTY
+
+
+def train_commands(rows: Sequence[TrainRow]) -> str:
+    """How every row was made, with what; and what could not be measured."""
+    return "\n".join(made_by(row, row.precision) for row in rows) or EMPTY
 
 
 def train_cells(row: TrainRow) -> list[str]:

@@ -1,0 +1,254 @@
+"""Training steps, timed: what `nova bench train` writes down as one row.
+
+The steps are the trainer's own (`training/trainer.py`), by itself or in every process that torchrun or accelerate has
+started, on random latents and text features that are given: no dataset, no autoencoder and no text encoder takes part.
+A few steps warm up, with all that is compiled for them; the others are timed one by one, each with a number of revealed
+tokens drawn as in training.
+"""
+
+import gc
+import math
+import random
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import nn
+
+from nova_video.benchmarks.configs import BATCHES, LOSS_REPEAT, SEED, SIZES, build, resized
+from nova_video.benchmarks.sample import GIB, checkpoint, device_name, digits, spread, versions
+from nova_video.benchmarks.train_rows import TrainRow
+from nova_video.devices import choose_device
+from nova_video.errors import InputError
+from nova_video.loading import load_scheduler, load_transformer
+from nova_video.model import NOVATransformer3DModel
+from nova_video.settings import CheckpointSettings, check_number
+from nova_video.training.checkpoint import Average
+from nova_video.training.flops import device_peak
+from nova_video.training.processes import Processes
+from nova_video.training.recipe import DatasetTransformerRecipe, OptimizerRecipe
+from nova_video.training.trainer import Stepper, make_optimizer
+from nova_video.training.transformer import Batch, TransformerTask, Variant, new_scheduler
+
+# The paper's, as in recipes/paper-*.toml.
+OPTIMIZER = OptimizerRecipe(
+    lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=0, final=1.0, clip=0.0, ema=0.98, ema_every=100
+)
+
+
+@dataclass(frozen=True)
+class AskedTraining:
+    """How to train a configuration. None: as it is."""
+
+    batch: int | None = None
+    """Samples of a step on each process."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    checkpointing: bool = False
+    compile: bool = True
+    mask_ratio: Literal["batch", "sample"] = "batch"
+    frames: int | None = None
+    """Pixel frames."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels."""
+    device: str = "auto"
+    warm_up: int = 10
+    """Steps that do not count."""
+    steps: int = 30
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch", self.batch), ("warm-up", self.warm_up), ("steps", self.steps)):
+            if value is not None:
+                check_number(name, value, 1, integer=True)
+        if self.frames is not None and (self.frames < 1 or self.frames % 4 != 1):
+            raise InputError(f"frames is {self.frames}: expected 4k + 1 frames, such as 1, 9 or 17")
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """What makes it other work than the configuration's own, by flag."""
+        size = None if self.size is None else f"{self.size[1]}x{self.size[0]}"
+        masks = None if self.mask_ratio == "batch" else self.mask_ratio
+        values = {"frames": self.frames, "size": size, "mask-ratio": masks}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to train, and what for."""
+
+    model: NOVATransformer3DModel
+    scheduler: Any
+    frames: int
+    """Latent frames."""
+    grid: tuple[int, int]
+    """Of the latents: height and width."""
+
+
+class GivenTask(TransformerTask):
+    """A transformer on one batch of random latents and text features, the same at every step."""
+
+    recipe: DatasetTransformerRecipe
+
+    def __init__(self, recipe: DatasetTransformerRecipe, opened: Opened, device: torch.device) -> None:
+        super().__init__(recipe, opened.model, opened.scheduler, device, opened.frames)
+        self.grid, self.frames, self.batch = opened.grid, opened.frames, recipe.dataset.batch
+        config, count, generator = self.model.config, self.batch, self.generator(SEED)
+        self.given = Batch(
+            torch.randn(count, config.image_dim, self.frames, *self.grid, generator=generator, device=device),
+            torch.randn(count, config.text_token_len, config.text_token_dim, generator=generator, device=device).half(),
+            torch.full((count,), config.text_token_len, device=device),
+            torch.full((count,), self.defaults.motion_flow, device=device),
+            torch.full((count,), self.defaults.fps, device=device),
+        )
+
+    def variants(self) -> tuple[list[Variant], list[float]]:
+        if self.recipe.mask_ratio == "sample":
+            return [Variant(self.grid, None)], [1.0]
+        counts, shares = self.counts(self.tokens(self.grid))
+        return [Variant(self.grid, count) for count in counts], shares
+
+    def draw(self, variant: Variant, micro: int) -> Batch:
+        return self.given
+
+    def samples(self, variant: Variant) -> int:
+        return self.batch
+
+    def flops(self, variant: Variant) -> float:
+        return self.step_flops(self.batch, self.frames, self.grid, variant.visible)
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        return {}
+
+    def learned_from(self) -> str:
+        return "random numbers"
+
+    def sheet(self, model: nn.Module, folder: Path) -> Image.Image:
+        raise NotImplementedError("a model of random weights makes nothing to look at")
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        raise NotImplementedError("a model of random weights is not kept")
+
+
+def measure_training(config: str, asked: AskedTraining, command: str) -> TrainRow:
+    """One configuration: a name of `SIZES`, or a checkpoint. What goes wrong is in the row. All processes call this."""
+    device = choose_device(asked.device)
+    batch = asked.batch or BATCHES.get(config, 1)
+    recipe = replace(
+        DatasetTransformerRecipe(),
+        name=config,
+        seed=SEED,
+        device=asked.device,
+        precision=asked.precision,
+        strategy=asked.strategy,
+        checkpointing=asked.checkpointing,
+        compile=asked.compile,
+        mask_ratio=asked.mask_ratio,
+        loss_repeat=LOSS_REPEAT,
+        history_noise=0.0,
+        motion_dropout=0.0,
+        optimizer=OPTIMIZER,
+        dataset=replace(DatasetTransformerRecipe().dataset, batch=batch),
+    )
+    processes = Processes(recipe)
+    row = TrainRow(
+        config=config,
+        batch=batch,
+        precision=asked.precision if asked.precision != "auto" else "bf16" if processes.half else "fp32",
+        strategy="single" if processes.count == 1 else "fsdp" if processes.sharded else "ddp",
+        processes=processes.count,
+        checkpointing=asked.checkpointing,
+        compile=asked.compile and device.type == "cuda",
+        device=device_name(processes.device),
+        versions=versions(),
+        command=command,
+        changed=asked.changed,
+    )
+    try:
+        return _measured(row, asked, recipe, processes)
+    except Exception as error:  # of whatever kind: the next configuration is still to be measured
+        return replace(row, error=" ".join(f"{type(error).__name__}: {error}".split()))
+    finally:
+        gc.collect()
+        torch._dynamo.reset()  # the next configuration compiles its own
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measured(row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRecipe, processes: Processes) -> TrainRow:
+    device = processes.device
+    opened = open_model(row.config, asked, device)
+    task = GivenTask(recipe, opened, device)
+    module = processes.spread(task)
+    optimizer = make_optimizer(task.model, recipe.optimizer, device)
+    average = Average(task.model, recipe.optimizer.ema)
+    stepper = Stepper(task, module, optimizer, average, recipe, processes, [processes.index], graph=False)
+    variants, shares = task.variants()
+    chosen = random.Random(SEED).choices(variants, shares, k=asked.warm_up + asked.steps)
+
+    seconds = []
+    for number, variant in enumerate(chosen):
+        if number == asked.warm_up:
+            stepper.numbers()  # of the steps so far: forgotten
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+        start = now(device)
+        stepper.step(number, variant)
+        seconds.append(processes.greatest(now(device) - start)[0])
+    first, timed = seconds[0], seconds[asked.warm_up :]
+    numbers = stepper.numbers()
+    flops = sum(map(task.flops, chosen[asked.warm_up :])) / len(timed)
+    rate = flops / statistics.mean(timed)
+    peak = device_peak(row.device, torch.bfloat16)
+    cuda = device.type == "cuda"
+    memory = processes.greatest(torch.cuda.max_memory_allocated(device) / GIB if cuda else 0.0)[0]
+    median, loss = statistics.median(timed), numbers.get("loss")
+    return replace(
+        row,
+        frames=opened.frames,
+        tokens=task.tokens(opened.grid),
+        loss_repeat=recipe.loss_repeat,
+        steps=asked.steps,
+        step_seconds=digits(median),
+        step_seconds_range=spread(timed),
+        first_step_seconds=digits(first),
+        samples_per_second=digits(row.batch * row.processes / median),
+        tflop=digits(flops / 1e12),
+        tflop_per_second=digits(rate / 1e12),
+        mfu=None if peak is None else digits(rate / peak),
+        peak_memory_gb=digits(memory) if cuda else None,
+        parameters=sum(weight.numel() for weight in task.model.parameters()),
+        loss=None if loss is None else digits(loss),
+        finite=loss is not None and math.isfinite(loss) and "skipped_steps" not in numbers,
+    )
+
+
+def open_model(config: str, asked: AskedTraining, device: torch.device) -> Opened:
+    """A released size with random weights, at another size in pixels if that is asked for; or a checkpoint's model."""
+    size = SIZES.get(config)
+    if size is not None:
+        size = resized(size, *asked.size) if asked.size else size
+        model, scheduler = build(size, device, torch.float32).transformer, new_scheduler("ddpm")
+        frames, stride, pixels = size.num_frames, 8, size.image_size
+    else:
+        folder = checkpoint(config)
+        model, scheduler = load_transformer(folder), load_scheduler(folder)
+        frames, stride = CheckpointSettings.load(folder).defaults.num_frames, model.config.image_stride
+        pixels = asked.size or tuple(model.config.image_size)
+    frames = frames if asked.frames is None else asked.frames
+    if frames > 1 and not model.has_motion:
+        raise InputError(f"frames is {frames} and {config} makes pictures: expected 1")
+    cell = 2 * model.patch_size * stride
+    if pixels[0] % cell or pixels[1] % cell:
+        raise InputError(f"size is {pixels[1]}x{pixels[0]}: expected width and height in multiples of {cell}")
+    return Opened(model.train(), scheduler, frames // 4 + 1, (pixels[0] // stride, pixels[1] // stride))
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

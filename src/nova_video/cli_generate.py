@@ -84,6 +84,8 @@ def _resume(args: Generate, path: Path) -> None:
         args.device or notes["device"] or "auto",
         args.dtype or notes["dtype"] or "auto",
         args.low_memory,
+        None if "lora" not in record else Path(record["lora"]),
+        record.get("lora_scale", 1.0),
     )
     generation = pipe.resume(path)
     with progress(1) as watch:
@@ -188,7 +190,14 @@ def _flag(name: str) -> str:
 
 
 def _pipeline(args: Making) -> "NovaPipeline":
-    return load_pipeline(args.model or MODEL, args.device or "auto", args.dtype or "auto", args.low_memory)
+    if args.lora_scale is not None and args.lora is None:
+        raise InputError("got --lora-scale alone: expected --lora with it")
+    if args.lora is not None and not args.lora.exists():
+        raise InputError(f"lora {args.lora} not found: expected a safetensors file or its folder")
+    scale = 1.0 if args.lora_scale is None else args.lora_scale
+    return load_pipeline(
+        args.model or MODEL, args.device or "auto", args.dtype or "auto", args.low_memory, args.lora, scale
+    )
 
 
 def _name(path: Path | None) -> str | None:

@@ -4,14 +4,23 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.progress import Progress
 
     from nova_video.pipeline import NovaPipeline
     from nova_video.settings import Defaults
 
 
-def load_pipeline(model: str, device: str, dtype: str, low_memory: bool = False) -> "NovaPipeline":
-    """The model on its device. The device is checked before anything is loaded."""
+def load_pipeline(
+    model: str,
+    device: str,
+    dtype: str,
+    low_memory: bool = False,
+    lora: "Path | None" = None,
+    lora_scale: float = 1.0,
+) -> "NovaPipeline":
+    """The model on its device, with an adapter in its weights. The device is checked before anything is loaded."""
     from nova_video.devices import choose_device, choose_dtype
 
     place = choose_device(device)
@@ -25,6 +34,11 @@ def load_pipeline(model: str, device: str, dtype: str, low_memory: bool = False)
     pipe = NovaPipeline.from_pretrained(
         model, torch_dtype=choose_dtype(dtype, place), low_memory=place if low_memory else False
     )
+    if lora is not None:
+        from nova_video.model.lora import merge
+
+        pipe.load_lora_weights(lora, scale=lora_scale)
+        merge(pipe.transformer)
     if not low_memory:
         pipe.to(place)
     pipe.set_progress_bar_config(disable=True)

@@ -96,7 +96,10 @@ def make_record(
         "device": str(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
     }
-    record = {"prompt": request.prompt, "negative": args.negative, "seed": request.seed, "model": args.model or MODEL}
+    record: dict[str, Any] = {"prompt": request.prompt, "negative": args.negative, "seed": request.seed}
+    record["model"] = args.model or MODEL
+    if args.lora is not None:
+        record |= {"lora": str(args.lora), "lora_scale": 1.0 if args.lora_scale is None else args.lora_scale}
     return {**record, "settings": settings, "nova_video": __version__}
 
 

@@ -16,14 +16,16 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSora
 from nova_video.errors import InputError
 from nova_video.model import NOVATransformer3DModel
+from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_PREFIX, Adapter, check_adapter
 from nova_video.text.encoders import load_text_model, load_tokenizer
 
 PACKAGED_MODELS = Path(__file__).parent / "models"
@@ -131,6 +133,49 @@ def _check_text_keys(folder: Path, stored: Iterable[str], model: PreTrainedModel
     extra = [key for key in stored if key.removeprefix(prefix) not in expected and not key.endswith(unused)]
     if extra:
         raise InputError(f"{folder}: weights do not fit {type(model).__name__}: extra keys {_some(extra)}")
+
+
+def load_adapter(name_or_path: str | Path, model: NOVATransformer3DModel, weight_name: str | None = None) -> Adapter:
+    """A low-rank adapter for the model: a safetensors file, a folder with one, or a hub id; checked key by key."""
+    path = _find_adapter(name_or_path, weight_name or LORA_FILE)
+    try:
+        tensors = load_file(path)
+        with safe_open(str(path), framework="pt") as file:
+            told = (file.metadata() or {}).get(LORA_METADATA)
+        settings = None if told is None else json.loads(told)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: expected a safetensors file with an adapter ({error})") from None
+    foreign = [key for key in tensors if not key.startswith(LORA_PREFIX)]
+    if foreign or not tensors:
+        has = foreign[0] if foreign else "no tensors"
+        raise InputError(f"{path}: has {has}: expected names such as {LORA_PREFIX}<layer>.lora_A.weight")
+    adapter = Adapter(
+        {key.removeprefix(LORA_PREFIX): value for key, value in tensors.items()},
+        None if settings is None else {key.removeprefix(LORA_PREFIX): value for key, value in settings.items()},
+    )
+    check_adapter(model, adapter, str(path))
+    return adapter
+
+
+def _find_adapter(name_or_path: str | Path, weight_name: str) -> Path:
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / weight_name).is_file():
+            raise InputError(f"adapter {name_or_path}: the folder has no {weight_name}: expected one that has")
+        return path / weight_name
+    if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name_or_path):
+        raise InputError(
+            f"adapter {str(name_or_path)!r} not found: expected a file, a folder with {weight_name}, or a hub id"
+        )
+    try:
+        return Path(hf_hub_download(name_or_path, weight_name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"adapter {name_or_path!r}: no such file here, and not to be had from the hub: {reason}"
+        ) from None
 
 
 def load_component(cls: type[ModelMixin], folder: Path, torch_dtype: torch.dtype | None = None) -> Any:

@@ -9,7 +9,7 @@ Legend: B pictures or clips of the call, F latent frames, h w latent grid, H W p
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nova_video.adapters import AdapterMixin
 from nova_video.autoencoders import scale_latents, unscale_latents
 from nova_video.autoencoders.base import VideoAutoencoder
 from nova_video.errors import InputError
@@ -34,6 +35,7 @@ from nova_video.loading import (
 )
 from nova_video.memory import enable_low_memory
 from nova_video.model import NOVATransformer3DModel
+from nova_video.model.lora import adapter_names, adapter_state
 from nova_video.plan import Capabilities, Plan
 from nova_video.request import GenerateRequest, Mask, Number, Picture, Prompt, Video
 from nova_video.sampling.diffusion import request_scheduler
@@ -55,7 +57,7 @@ _PREPARING = threading.Lock()  # two threads that share a pipeline load its name
 log = logging.getLogger(__name__)
 
 
-class NovaPipeline(DiffusionPipeline):
+class NovaPipeline(AdapterMixin, DiffusionPipeline):
     """Text, and optionally leading frames or a picture to edit, to images and video."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -83,7 +85,7 @@ class NovaPipeline(DiffusionPipeline):
         self.settings = settings or CheckpointSettings()
         self._named_text_parts: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
         self._graphs: dict[tuple[torch.device, bool], GraphRunner] = {}  # by device, and whether in 8 bits
-        self._fp8: tuple[tuple[int, ...], NOVATransformer3DModel] | None = None  # and the weights it was made of
+        self._fp8: tuple[Hashable, NOVATransformer3DModel] | None = None  # and the weights it was made of
         self.stopwatch: Stopwatch | None = None
         """Where set, calls are timed by their parts."""
 
@@ -130,6 +132,11 @@ class NovaPipeline(DiffusionPipeline):
         self, save_directory: str | Path, variant: str | None = None, max_shard_size: int | str | None = None
     ) -> None:
         """Write every part as safetensors, and `nova.json`: a folder that `from_pretrained` opens."""
+        if names := adapter_names(self.transformer):
+            raise InputError(
+                f"the transformer has adapters ({', '.join(names)}): expected them unloaded before it is saved, and "
+                "fused before that if they are to be in it"
+            )
         super().save_pretrained(str(save_directory), variant=variant, max_shard_size=max_shard_size)
         self.settings.save(Path(save_directory))
 
@@ -368,7 +375,8 @@ class NovaPipeline(DiffusionPipeline):
         """The transformer with products in 8 bits, made once for the weights that are there."""
         if self.is_offloaded:
             raise InputError("fp8 needs the transformer to stay on the GPU: expected no offloading with it")
-        weights = tuple(weight.data_ptr() for weight in self.transformer.parameters())
+        pointers = tuple(weight.data_ptr() for weight in self.transformer.parameters())
+        weights = (pointers, adapter_state(self.transformer))
         with _PREPARING:
             if self._fp8 is None or self._fp8[0] != weights:
                 self._fp8 = weights, with_fp8_blocks(self.transformer)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional
@@ -166,7 +167,7 @@ def parse_arch(name: str, kind: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-class NOVATransformer3DModel(ModelMixin, ConfigMixin):
+class NOVATransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """The whole network. Each method is one step of sampling or training; none keeps anything between calls."""
 
     _supports_gradient_checkpointing = False

@@ -11,18 +11,20 @@ from torch import nn
 
 from nova_video.errors import InputError
 from nova_video.model import NOVATransformer3DModel
+from nova_video.model.lora import merge
 
 CAPABILITY = (8, 9)  # Ada and Hopper
 
 
 def with_fp8_blocks(model: NOVATransformer3DModel) -> NOVATransformer3DModel:
-    """A copy of the model on its GPU; only the blocks of both encoders differ."""
+    """A copy of the model on its GPU; only the blocks of both encoders differ. Adapters are part of its weights."""
     check_fp8(model.device, model.dtype)
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, PerTensor, quantize_
     except ImportError:
         raise InputError("fp8 needs torchao: expected it to be installed (pip install 'nova-video[lowmem]')") from None
     made = copy.deepcopy(model)
+    merge(made)
     rows = model.dtype == torch.bfloat16  # the library's products scaled by rows are in bfloat16 alone
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow() if rows else PerTensor())
     for encoder in (made.video_encoder, made.image_encoder):

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nova_video.model.lora import adapter_state
 from nova_video.sampling.engine import Inputs
 
 SET_MULTIPLE = 8
@@ -160,7 +161,7 @@ class GraphRunner:
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self._seen: OrderedDict[Hashable, bool] = OrderedDict()  # False: it cannot be recorded
         self._buffers: dict[Hashable, Buffer] = {}
-        self._weights: tuple[int, ...] = ()
+        self._weights: tuple[Hashable, ...] = ()
         self._lock = threading.RLock()  # what belongs together is launched together
 
     def __len__(self) -> int:
@@ -172,8 +173,8 @@ class GraphRunner:
         return sum(entry.recording.size for entry in self._entries.values())
 
     def use(self, model: torch.nn.Module) -> None:
-        """Graphs read weights where they were: those of weights that have moved are let go."""
-        weights = tuple(weight.data_ptr() for weight in (*model.parameters(), *model.buffers()))
+        """Graphs read weights where they were, and keep adapters' scales: those of others are let go."""
+        weights = (*(weight.data_ptr() for weight in (*model.parameters(), *model.buffers())), adapter_state(model))
         with self._lock:
             if self._weights not in ((), weights):
                 self.release()

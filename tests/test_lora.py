@@ -1,0 +1,372 @@
+"""Adapters: trained beside frozen weights, stored, opened by the pipeline, and the same result wherever they are."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nova_video import NovaPipeline, cli, media
+from nova_video.errors import InputError
+from nova_video.model import NOVATransformer3DModel
+from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_TARGETS, adapter_state, fuse, unfuse
+from nova_video.sampling.engine import DirectRunner, Engine, FastEngine, PlainEngine
+from nova_video.sampling.graphs import GraphRunner
+from nova_video.sampling.guidance import Guidance
+from nova_video.training.lora import add_lora, load_lora_state, lora_state_dict, merge, save_lora
+from nova_video.training.recipe import LoraRecipe
+from test_engine import embeds, generate_sets, make_state, open_scheduler, request_scheduler
+from test_graphs import DirectRecorder
+
+DENOISER = ("proj.fc1", "proj.fc2", "norm1.proj", "time_cond_embed.condition_proj.fc1")
+QUICK = {"num_inference_steps": 2, "num_diffusion_steps": 2, "num_frames": 5, "output_type": "latent"}
+
+
+def new_model(checkpoint: Path) -> NOVATransformer3DModel:
+    model: NOVATransformer3DModel = NOVATransformer3DModel.from_pretrained(checkpoint / "transformer")
+    return model.eval()
+
+
+def fill_in(model: NOVATransformer3DModel, seed: int = 0, std: float = 0.3) -> None:
+    """As if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {key: std * torch.randn(x.shape, generator=generator) for key, x in lora_state_dict(model).items()}
+    load_lora_state(model, state)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an adapter of all blocks, the denoiser's too."""
+    model = new_model(tiny_checkpoint)
+    add_lora(model, LoraRecipe(rank=4, alpha=2.0, targets=LORA_TARGETS + DENOISER))
+    fill_in(model)
+    return save_lora(model, tmp_path_factory.mktemp("adapter")).parent
+
+
+@pytest.fixture
+def pipe(tiny_checkpoint: Path) -> NovaPipeline:
+    pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(pipe: NovaPipeline, compile: bool | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a whale", generator=generator, guidance_scale=3.0, compile=compile, **QUICK).frames
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    assert torch.allclose(got, expected, atol=tolerance, rtol=tolerance), (got - expected).abs().max()
+
+
+# Training ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_begins_at_nothing_and_is_all_that_learns(tiny_checkpoint: Path) -> None:
+    model, base = new_model(tiny_checkpoint), new_model(tiny_checkpoint)
+    trained = add_lora(model, LoraRecipe(rank=4))
+    blocks = len(base.video_encoder.blocks) + len(base.image_encoder.blocks)
+    assert len(trained) == 2 * len(LORA_TARGETS) * blocks
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained}
+    assert {
+        shape[0] for key, shape in ((k, v.shape) for k, v in lora_state_dict(model).items()) if "lora_A" in key
+    } == {4}
+    latents, positions = torch.randn(2, 4, 2, 8, 12), model.positions(2, (8, 12))
+    condition = torch.randn(2, 7, model.width)
+    with torch.no_grad():
+        assert torch.equal(*(m.encode_frames(condition, latents, positions) for m in (model, base)))
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    losses = []
+    for _ in range(5):
+        loss = model.encode_frames(condition, latents, positions).sub(1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.unload_lora()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in base.state_dict().items())
+
+
+def test_stored_and_put_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model, other = new_model(tiny_checkpoint), new_model(tiny_checkpoint)
+    for each in (model, other):
+        add_lora(each, LoraRecipe(rank=2, alpha=8.0, targets=("attn.qkv",)))
+    fill_in(model)
+    path = save_lora(model, tmp_path / "new" / "folder")
+    assert path.name == LORA_FILE
+    assert [file.name for file in path.parent.iterdir()] == [LORA_FILE]
+    stored = load_file(path)
+    assert all(key.startswith("transformer.") and ".attn.qkv.lora_" in key for key in stored)
+    with safe_open(path, "pt") as file:
+        settings = json.loads(file.metadata()[LORA_METADATA])
+    assert (settings["transformer.r"], settings["transformer.lora_alpha"]) == (2, 8.0)
+    load_lora_state(other, {key.removeprefix("transformer."): value for key, value in stored.items()})
+    for key, value in lora_state_dict(model).items():
+        assert torch.equal(value, lora_state_dict(other)[key])
+    first = next(iter(lora_state_dict(model)))
+    with pytest.raises(InputError, match=r"lora_A\.weight is \(3, 64\): expected \(2, 64\)|is \(3, "):
+        load_lora_state(other, {**lora_state_dict(model), first: torch.zeros(3, 64)})
+    with pytest.raises(InputError, match="is nothing: expected"):
+        load_lora_state(other, {key: value for key, value in lora_state_dict(model).items() if key != first})
+    whole = model.state_dict()  # as gathered from a model that is spread over processes
+    assert torch.equal(lora_state_dict(model, state=whole)[first], stored["transformer." + first])
+
+
+@pytest.mark.parametrize("target", ["attn.qvk", "patch_embed.proj", "attn", "qkv."])
+def test_targets_are_linear_layers(tiny_checkpoint: Path, target: str) -> None:
+    with pytest.raises(InputError, match=f"lora.targets has '{target}': expected how names of linear layers end"):
+        add_lora(new_model(tiny_checkpoint), LoraRecipe(rank=4, targets=("mlp.fc1", target)))
+
+
+@torch.no_grad()
+def test_fused_weights_come_back_to_the_last_bit(tiny_checkpoint: Path) -> None:
+    model = new_model(tiny_checkpoint).bfloat16()
+    add_lora(model, LoraRecipe(rank=4))
+    fill_in(model)
+    before, state = weights(model), adapter_state(model)
+    kept = fuse(model, 0.7)
+    name = "video_encoder.blocks.0.attn.qkv.base_layer.weight"
+    assert not torch.equal(model.state_dict()[name], before[name])
+    assert adapter_state(model) != state
+    unfuse(model, kept)
+    assert adapter_state(model) == state
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+# The pipeline ------------------------------------------------------------------------------------------------------
+
+
+def test_loaded_fused_and_unloaded(pipe: NovaPipeline, adapter: Path) -> None:
+    base, before = latents(pipe), weights(pipe.transformer)
+    assert pipe.load_lora_weights(adapter, adapter_name="mine") == "mine"
+    assert pipe.get_active_adapters() == ["mine"]
+    adapted = latents(pipe)
+    assert (adapted - base).abs().max() > 0.01
+    pipe.fuse_lora()
+    close(latents(pipe), adapted, 1e-5)
+    pipe.unfuse_lora()
+    assert torch.equal(latents(pipe), adapted)
+    pipe.fuse_lora(lora_scale=0.5)
+    half = latents(pipe)
+    assert (half - adapted).abs().max() > 0.01
+    pipe.unfuse_lora()
+    pipe.set_adapters("mine", 0.5)
+    close(latents(pipe), half, 1e-5)
+    pipe.disable_lora()
+    close(latents(pipe), base, 1e-5)
+    pipe.enable_lora()
+    pipe.unload_lora_weights()
+    after = pipe.transformer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert torch.equal(latents(pipe), base)
+
+
+def test_fused_for_good_is_a_plain_model(pipe: NovaPipeline, adapter: Path, tmp_path: Path) -> None:
+    names = set(pipe.transformer.state_dict())
+    pipe.load_lora_weights(adapter / LORA_FILE, scale=0.25)
+    with pytest.raises(InputError, match=r"has adapters \(default_0\): expected them unloaded before it is saved"):
+        pipe.save_pretrained(tmp_path / "not")
+    beside = latents(pipe)
+    pipe.fuse_lora()
+    with pytest.raises(
+        InputError, match=r"adapters are fused \(default_0\): expected unfuse_lora or unload_lora_weights"
+    ):
+        pipe.load_lora_weights(adapter)
+    pipe.unload_lora_weights()
+    assert set(pipe.transformer.state_dict()) == names
+    pipe.save_pretrained(tmp_path / "whole")
+    close(latents(NovaPipeline.from_pretrained(tmp_path / "whole")), beside, 1e-5)
+    with pytest.raises(InputError, match="no adapter is fused"):
+        pipe.unfuse_lora()
+    with pytest.raises(InputError, match="no adapter is loaded"):
+        pipe.fuse_lora()
+
+
+def test_several_adapters(pipe: NovaPipeline, adapter: Path, tmp_path: Path) -> None:
+    model = new_model(Path(pipe.config._name_or_path))
+    add_lora(model, LoraRecipe(rank=2, targets=("mlp.fc2",)))
+    fill_in(model, 1)
+    pipe.load_lora_weights(adapter, adapter_name="a")
+    only = latents(pipe)
+    pipe.load_lora_weights(save_lora(model, tmp_path), adapter_name="b")
+    assert pipe.get_active_adapters() == ["b"]
+    pipe.set_adapters(["a", "b"], [1.0, 0.5])
+    both = latents(pipe)
+    pipe.fuse_lora()
+    assert pipe.fused_loras == {"a", "b"}
+    close(latents(pipe), both, 1e-5)
+    pipe.unfuse_lora()
+    pipe.set_adapters("a")
+    assert torch.equal(latents(pipe), only)
+    again = pipe.save_lora_weights(tmp_path / "again", "b")
+    stored = load_file(tmp_path / LORA_FILE)
+    assert all(torch.equal(value, stored[key]) for key, value in load_file(again).items())
+    with pytest.raises(InputError, match="adapter_name is 'a', which is loaded"):
+        pipe.load_lora_weights(adapter, adapter_name="a")
+    with pytest.raises(InputError, match="adapter_name is None: expected one of"):
+        pipe.save_lora_weights(tmp_path)
+
+
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+FIRST = "transformer.video_encoder.blocks.0.attn.qkv.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda x: {k.replace("blocks.0", "blocks.40"): v for k, v in x.items()},
+            "expected a linear layer of this model",
+        ),
+        (lambda x: {k.removeprefix("transformer."): v for k, v in x.items()}, r"expected names such as transformer\."),
+        (
+            lambda x: x | {FIRST: torch.zeros(4, 999)},
+            r"qkv.lora_A.weight is \(4, 999\): expected \(4, 64\) beside this",
+        ),
+        (lambda x: {k: v for k, v in x.items() if k != FIRST}, "expected lora_A and lora_B of each layer"),
+        (lambda x: x | {"transformer.head.diff": torch.zeros(1)}, r"expected names that end with \.lora_A"),
+        (lambda x: {}, "has no tensors: expected"),
+    ],
+    ids=["layer", "prefix", "shape", "half", "kind", "empty"],
+)
+def test_an_adapter_of_another_model_is_refused(
+    pipe: NovaPipeline, adapter: Path, tmp_path: Path, change: Change, message: str
+) -> None:
+    before = set(pipe.transformer.state_dict())
+    tensors = change(load_file(adapter / LORA_FILE))
+    save_file(tensors, tmp_path / "wrong.safetensors")
+    with pytest.raises(InputError, match=message) as error:
+        pipe.load_lora_weights(tmp_path / "wrong.safetensors")
+    assert "wrong.safetensors" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert set(pipe.transformer.state_dict()) == before
+
+
+def test_what_is_no_adapter_is_refused(pipe: NovaPipeline, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the folder has no pytorch_lora_weights.safetensors"):
+        pipe.load_lora_weights(tmp_path)
+    with pytest.raises(InputError, match="'none.safetensors' not found"):
+        pipe.load_lora_weights("none.safetensors")
+    (tmp_path / LORA_FILE).write_bytes(b"short")
+    with pytest.raises(InputError, match="expected a safetensors file with an adapter"):
+        pipe.load_lora_weights(tmp_path)
+    tensors = load_file(adapter / LORA_FILE)
+    settings = {"transformer.r": 4, "transformer.unheard": 1, "transformer.target_modules": ["attn.qkv"]}
+    save_file(tensors, tmp_path / LORA_FILE, {LORA_METADATA: json.dumps(settings)})
+    with pytest.raises(InputError, match="no LoRA that peft can make: .*unheard"):
+        pipe.load_lora_weights(tmp_path)
+    shutil.copy(adapter / LORA_FILE, tmp_path / "named.safetensors")
+    pipe.load_lora_weights(tmp_path, weight_name="named.safetensors")
+
+
+# Sampling ----------------------------------------------------------------------------------------------------------
+
+
+def adapted(checkpoint: Path) -> NOVATransformer3DModel:
+    model = new_model(checkpoint)
+    add_lora(model, LoraRecipe(rank=4, targets=LORA_TARGETS + DENOISER))
+    fill_in(model)
+    return model.double()  # so that what differs is more than rounding
+
+
+@torch.no_grad()
+def sample(model: NOVATransformer3DModel, engine: Engine) -> Tensor:
+    state = make_state(model, embeds(), Guidance(4.0), frames=2, sets=3)
+    for _ in generate_sets(model, request_scheduler(open_scheduler("text-to-video"), None), state, engine):
+        pass
+    return state.latents()
+
+
+def test_both_engines_give_what_merged_weights_give(tiny_checkpoint: Path) -> None:
+    model, merged = adapted(tiny_checkpoint), adapted(tiny_checkpoint)
+    merge(merged)
+    assert set(merged.state_dict()) == set(new_model(tiny_checkpoint).state_dict())
+    expected = sample(merged, PlainEngine(merged))
+    close(sample(model, PlainEngine(model)), expected)
+    close(sample(model, FastEngine(model, DirectRunner(set_multiple=8))), expected)
+    base = new_model(tiny_checkpoint).double()
+    assert (sample(base, PlainEngine(base)) - expected).abs().max() > 0.01
+
+
+def test_graphs_notice_adapters(tiny_checkpoint: Path) -> None:
+    """Recorded work keeps scales: it is let go when they, or what is used, change; not when nothing does."""
+    model, recorder = adapted(tiny_checkpoint), DirectRecorder()
+    runner = GraphRunner(recorder, compiled=False)
+
+    def quick() -> Tensor:
+        runner.use(model)
+        held = len(runner)
+        out = sample(model, FastEngine(model, runner))
+        assert len(runner) >= held
+        return out
+
+    quick(), quick()
+    held = len(runner)
+    assert held > 0
+    runner.use(model)
+    assert len(runner) == held
+    for change in (
+        lambda: model.set_adapters(["default"], [0.5]),
+        model.disable_adapters,
+        model.enable_adapters,
+        model.fuse_lora,
+        model.unload_lora,
+    ):
+        quick(), quick()
+        assert len(runner) > 0
+        change()
+        runner.use(model)
+        assert len(runner) == 0
+        close(quick(), sample(model, PlainEngine(model)))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_adapters(tiny_checkpoint: Path) -> None:
+    model = adapted(tiny_checkpoint)
+    engine = FastEngine(model, DirectRunner(compiled=True))
+    for scale in (1.0, 0.5):
+        model.set_adapters(["default"], [scale])
+        close(sample(model, engine), sample(model, PlainEngine(model)))
+
+
+# The command line --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_takes_an_adapter(
+    tiny_checkpoint: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *flags: object) -> int:
+        quick = f"--model {tiny_checkpoint} --seed 3 --sets 2 --diffusion-steps 1 --num-frames 1".split()
+        return cli.main(["generate", "a whale", "-o", name, *quick, *map(str, flags)])
+
+    assert run("base.png") == 0
+    assert run("half.png", "--lora", adapter / LORA_FILE, "--lora-scale", 0.5) == 0
+    assert run("full.png", "--lora", adapter) == 0
+    base, half, full = (media.read_frames(f"{name}.png")[0].astype(int) for name in ("base", "half", "full"))
+    assert abs(half - base).max() > 0
+    assert abs(full - half).max() > 0
+    assert "lora" not in media.read_metadata("base.png")
+    assert media.read_metadata("half.png")["lora"] == str(adapter / LORA_FILE)
+    assert media.read_metadata("half.png")["lora_scale"] == 0.5
+    capsys.readouterr()
+    assert run("x.png", "--lora-scale", 1) == 2
+    assert capsys.readouterr().err.startswith("nova: got --lora-scale alone: expected --lora")
+    assert run("x.png", "--lora", "nowhere.safetensors") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("nova: lora nowhere.safetensors not found")

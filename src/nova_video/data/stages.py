@@ -50,6 +50,7 @@ MULTIPLE = 32  # pixels: the spatial stride (8) x the patch (2) x 2, which the t
 WIDEST = 2.0  # sides of a bucket: at most so many times as long as each other
 ENLARGED = 1.25  # a source is enlarged by at most this much; a smaller one is rejected
 SLOWEST = 0.5  # of the rate asked for: a source with fewer frames a second is rejected
+COMPLETE = 0.9  # of the frames that a file tells of: with fewer, it is said to break off
 CUT_SIDE = 256  # pixels: cuts are looked for in frames of at most this width
 DURATION = 0.1  # seconds a frame of an animated picture is shown if it does not say
 TRIES, WAIT = 3, 1.0  # of reading from elsewhere: how often, and seconds before the second time
@@ -326,24 +327,31 @@ class Decode:
             raise _UnfitError("tells no frame rate")
         aspect = float(stream.sample_aspect_ratio or 1)  # of one pixel, width to height
         detector = _content_detector(self.settings.threshold) if self.settings.cuts else None
-        damaged = 0
+        damaged = decodable = 0
 
         def decoded() -> Iterator[tuple[int, Timed[av.VideoFrame]]]:
-            """Frames with the numbers of their scenes. A damaged one is left out, and a scene ends there."""
-            nonlocal damaged
-            scene = 0
+            """Frames with the numbers of their scenes. A damaged one is left out with those after it, which are made
+            from it, up to a frame that stands by itself; there a new scene begins."""
+            nonlocal damaged, decodable
+            scene, whole = 0, True
             for number, frame in enumerate(container.decode(stream)):
-                if frame.is_corrupt:
+                decodable = number + 1
+                if frame.is_corrupt or not (whole or frame.key_frame):
                     damaged += 1
-                    scene += 1
+                    whole = False
                     continue
                 if detector is not None and _is_cut(detector, number, frame, rate):
                     scene += 1
-                yield scene, (number / rate if frame.time is None else frame.time, frame)
+                yield scene + damaged, (number / rate if frame.time is None else frame.time, frame)
+                whole = True
 
         yield from self._cut(item.source, decoded(), rate, lambda frame: _video_pixels(frame, aspect))
         if damaged:
-            raise _UnfitError(f"{damaged} damaged frames, left out")
+            raise _UnfitError(f"has {damaged} damaged frames, which are left out")
+        if decodable < COMPLETE * stream.frames:
+            raise _UnfitError(
+                f"breaks off: has {decodable} of the {stream.frames} frames that it tells, which are kept"
+            )
 
     def _animation_clips(self, item: Item, picture: Image.Image) -> Iterator[Clip]:
         """An animated gif, webp or png: one scene."""
@@ -421,7 +429,7 @@ def nearest_frames(frames: Iterable[Timed[T]], fps: float, shown: float) -> Iter
                 count += 1
         before = at, frame
     if before is not None:
-        while start + count / fps < before[0] + shown - 1e-4:  # a hair: times are rounded
+        while start + count / fps <= before[0] + shown / 2:  # where a next frame would be nearer
             yield start + count / fps, before[1]
             count += 1
 

@@ -17,6 +17,7 @@ from nova_video.arguments import (
     BenchSample,
     BenchTrain,
     DataEmoji,
+    DataInspect,
     DataShapes,
     Edit,
     Encode,
@@ -30,7 +31,7 @@ from nova_video.arguments import (
     parse,
 )
 from nova_video.cli_bench import run_bench_presets, run_bench_sample, run_bench_train
-from nova_video.cli_data import run_encode
+from nova_video.cli_data import run_data_inspect, run_encode
 from nova_video.cli_evaluate import run_evaluate_beyond, run_evaluate_drift, run_evaluate_emoji
 from nova_video.cli_generate import run_edit, run_generate
 from nova_video.errors import InputError
@@ -112,6 +113,7 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
     BenchTrain: run_bench_train,
     DataEmoji: run_data_emoji,
     DataShapes: run_data_shapes,
+    DataInspect: run_data_inspect,
 }
 
 

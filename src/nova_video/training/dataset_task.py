@@ -89,6 +89,7 @@ class DatasetTask(TransformerTask):
             )
         super().__init__(replace(recipe, model=resolved), model, _scheduler(recipe), device, frames)
         self.defaults = self._defaults()
+        self.recipe = replace(self.recipe, autoencoder=name, text_encoder=self.text_name or "", defaults=self.defaults)
         self.loaders: dict[str, Any] = {}
         self.batches: dict[tuple[int, Size], Iterator[Loaded]] = {}
 
@@ -243,8 +244,8 @@ class DatasetTask(TransformerTask):
         return found
 
     def sheet(self, model: NOVATransformer3DModel, folder: Path) -> Image.Image:
-        """Clips generated from held-out captions; from others, where none are held out."""
-        samples = self.held_out() or self.probe
+        """Clips generated from held-out captions, and from others where those are few."""
+        samples = [*self.held_out(), *self.probe]
         captions = list(dict.fromkeys(sample.caption for sample in samples))[:SHEET_SAMPLES]
         pipe, bucket = self.open(folder), self.largest
         entries = []

@@ -7,6 +7,7 @@ shards in an order of its own and mixes neighbouring rows; both follow from the 
 
 import hashlib
 import random
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -124,4 +125,6 @@ def pad(texts: list[Any]) -> tuple[Tensor, Tensor]:
 
 def open_loader(stream: Stream, batch: int, workers: int) -> StatefulDataLoader:
     """Yields `Loaded` batches. Worker processes share the shards, so that there are at most as many as shards."""
-    return StatefulDataLoader(stream, batch, num_workers=min(workers, len(stream.urls)), collate_fn=collate)
+    with warnings.catch_warnings():  # torchdata calls something of torch that is going away
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+        return StatefulDataLoader(stream, batch, num_workers=min(workers, len(stream.urls)), collate_fn=collate)

@@ -1,0 +1,298 @@
+"""Training on an encoded dataset: from a checkpoint, on clips and pictures, stopped and gone on with."""
+
+import json
+import math
+import os
+import resource
+import signal
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
+from nova_video.data.encoders import autoencoder_info
+from nova_video.errors import InputError
+from nova_video.loading import load_transformer
+from nova_video.pipeline import NovaPipeline
+from nova_video.training.checkpoint import newest_checkpoint
+from nova_video.training.dataset_task import DatasetTask
+from nova_video.training.pool import fill_seed
+from nova_video.training.processes import Processes
+from nova_video.training.recipe import (
+    DatasetRecipe,
+    DatasetTransformerRecipe,
+    LogRecipe,
+    ModelRecipe,
+    OptimizerRecipe,
+    load_recipe,
+)
+from nova_video.training.trainer import BAD_STEPS, train
+from nova_video.training.transformer import Variant
+
+CPU = torch.device("cpu")
+CLIPS, SMALL, PICTURES = Bucket(9, 64, 96), Bucket(5, 64, 64), Bucket(1, 64, 96)
+WORDS = ("whale", "apple")
+
+
+def write_dataset(folder: Path, checkpoint: Path, counts: dict[Bucket, int], text: bool = True) -> Path:
+    vae = autoencoder_info(str(checkpoint))
+    info = DatasetInfo(str(checkpoint), vae.fingerprint, vae.latent_channels, vae.spatial_stride, vae.temporal_stride)
+    info = replace(info, text_encoder=str(checkpoint), text_dim=32 if text else None)
+    info.save(folder)
+    torch.manual_seed(0)
+    for bucket, count in counts.items():
+        rows = []
+        for number in range(count):
+            features = torch.randn(5, 32).half() if text else None
+            moments = torch.randn(info.moments_shape(bucket)).bfloat16()
+            caption = f"a {WORDS[number % 2]} moving left. It is number {number}."
+            motion = 0.0 if bucket.frames == 1 else 2.5
+            place = (f"{bucket.name}-{number}", f"clips/{bucket.name}-{number}.mp4", 0.0, bucket.frames / 8)
+            rows.append(Sample(*place, caption, 8.0, motion, bucket, moments, features, features[:3] if text else None))
+        for shard in range(2):
+            write_shard(folder / "data" / bucket.name / f"{shard}.parquet", rows[shard::2], vae.fingerprint)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    return write_dataset(folder, tiny_checkpoint, {CLIPS: 12, SMALL: 8, PICTURES: 10})
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, dataset: Path, tiny_checkpoint: Path) -> DatasetTransformerRecipe:
+    return DatasetTransformerRecipe(
+        steps=6,
+        device="cpu",
+        output=str(tmp_path / "run"),
+        init=str(tiny_checkpoint),
+        scheduler="init",
+        dataset=DatasetRecipe(str(dataset), batch=2, image_share=0.3, held_out=0.2, workers=0),
+        optimizer=OptimizerRecipe(warmup=2, ema=0.9),
+        log=LogRecipe(every=1, validate_every=0, checkpoint_every=2),
+    )
+
+
+def logged(recipe: DatasetTransformerRecipe, name: str) -> list[float]:
+    lines = (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()
+    return [line[name] for line in map(json.loads, lines) if name in line]
+
+
+# What is drawn --------------------------------------------------------------------------------------------------------
+
+
+def test_buckets_get_batches_of_as_many_tokens(recipe: DatasetTransformerRecipe) -> None:
+    task = DatasetTask(recipe, CPU)
+    variants, shares = task.variants()
+    sizes = {variant.size.bucket: task.samples(variant) for variant in variants}
+    assert sizes == {CLIPS: 2, SMALL: 4, PICTURES: 6}  # 3 x 24, 2 x 16 and 24 tokens a sample
+    assert sum(shares) == pytest.approx(1)
+    pictures = [share for variant, share in zip(variants, shares, strict=True) if variant.size.bucket == PICTURES]
+    assert sum(pictures) == pytest.approx(0.3)
+    task.open_data([0], 1, {})
+    batch = task.draw(next(v for v in variants if v.size.bucket == SMALL), 0)
+    assert batch.latents.shape == (4, 4, 2, 8, 8)
+    assert batch.text.shape == (4, 8, 32)
+    assert set(batch.lengths.tolist()) <= {3, 5}
+    assert batch.motion.tolist() == [2.5] * 4
+
+
+def test_first_frames_stand_in_for_pictures(
+    recipe: DatasetTransformerRecipe, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = write_dataset(tmp_path / "clips", tiny_checkpoint, {CLIPS: 8})
+    task = DatasetTask(replace(recipe, dataset=replace(recipe.dataset, path=str(folder), image_share=0.5)), CPU)
+    variants, shares = task.variants()
+    task.open_data([0], 1, {})
+    picture = next(v for v in variants if v.size.picture)
+    batch = task.draw(picture, 0)
+    assert batch.latents.shape == (6, 4, 1, 8, 12)
+    assert batch.motion.tolist() == [0.0] * 6
+    assert sum(s for v, s in zip(variants, shares, strict=True) if v.size.picture) == pytest.approx(0.5)
+
+
+def test_text_is_encoded_here_where_it_is_not_stored(
+    recipe: DatasetTransformerRecipe, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = write_dataset(tmp_path / "bare", tiny_checkpoint, {CLIPS: 8}, text=False)
+    task = DatasetTask(replace(recipe, dataset=replace(recipe.dataset, path=str(folder), short_captions=1.0)), CPU)
+    task.open_data([0], 1, {})
+    batch = task.draw(task.variants()[0][0], 0)
+    assert batch.lengths.tolist() == [7, 7]  # [CLS] a whale moving left . [SEP]
+
+
+def test_every_sample_may_draw_its_own_mask_ratio(recipe: DatasetTransformerRecipe) -> None:
+    recipe = replace(recipe, mask_ratio="sample", steps=2)
+    assert {variant.visible for variant in DatasetTask(recipe, CPU).variants()[0]} == {None}
+    train(recipe)
+    assert all(map(math.isfinite, logged(recipe, "loss")))
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_makes_a_checkpoint_that_opens(recipe: DatasetTransformerRecipe, tiny_checkpoint: Path) -> None:
+    log = LogRecipe(every=2, validate_every=6, sample_every=6, checkpoint_every=0)
+    folder = train(replace(recipe, name="mine", log=log))
+    pipe = NovaPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.defaults.num_frames, pipe.defaults.fps, pipe.defaults.motion_flow) == (9, 8.0, 2.5)
+    clip = pipe("a whale", num_inference_steps=2, num_diffusion_steps=2, output_type="np").frames
+    assert clip.shape == (1, 9, 64, 96, 3)
+    before, after = (load_transformer(place).state_dict() for place in (tiny_checkpoint, folder))
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["text_embed.proj.weight"].half(), after["text_embed.proj.weight"].half())
+    assert logged(recipe, "held_out_loss")
+    assert logged(recipe, "held_out_loss_wrong_caption") != logged(recipe, "held_out_loss")
+    line = json.loads((Path(recipe.output) / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"grad_norm", "lr", "samples_per_second", "loss_time_0", "loss_time_9"} <= line.keys()
+    card = (folder / "README.md").read_text()
+    assert "# mine" in card
+    assert "pipeline_tag: text-to-video" in card
+    assert "| steps | 6 |" in card
+    assert (folder / "samples.png").is_file()
+    kept = load_recipe(folder / "recipe.toml")
+    assert kept.model == ModelRecipe(("vit_d2w64", "vit_d4w64", "mlp_d2w64"), 4, False, 8, 4, (64, 96))
+
+
+def test_loss_by_time_and_by_frame_add_up_to_the_loss(recipe: DatasetTransformerRecipe) -> None:
+    train(replace(recipe, dataset=replace(recipe.dataset, image_share=0.0)))
+    for line in map(json.loads, (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()):
+        frames = [value for name, value in line.items() if name.startswith("loss_frame_")]
+        assert sum(frames) / len(frames) == pytest.approx(line["loss"], rel=1e-4)
+
+
+def test_resuming_equals_never_stopping(recipe: DatasetTransformerRecipe, tmp_path: Path) -> None:
+    train(recipe)
+    stopped = replace(recipe, output=str(tmp_path / "stopped"))
+    train(stopped)
+    checkpoints = tmp_path / "stopped" / "checkpoints"
+    newest_checkpoint(checkpoints).unlink()  # as if it had been killed after step 4
+    train(stopped)
+    whole, again = (load_file(newest_checkpoint(Path(r.output) / "checkpoints")) for r in (recipe, stopped))
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert logged(recipe, "loss") == logged(stopped, "loss")
+
+
+def test_one_process_makes_micro_batches_in_turn(recipe: DatasetTransformerRecipe, tmp_path: Path) -> None:
+    """A step of two micro batches is the mean of both: its first loss is that of a batch of either."""
+    two = replace(recipe, micro_batches=2, output=str(tmp_path / "two"), steps=1)
+    train(two)
+    losses = []
+    for micro in range(2):
+        task = DatasetTask(replace(recipe, model=ModelRecipe()), CPU)
+        task.open_data([0, 1], 2, {})
+        variants, shares = task.variants()
+        variant = Random(f"{recipe.seed}-0").choices(variants, shares)[0]
+        torch.manual_seed(fill_seed(recipe.seed, 0, micro))
+        losses.append(task.loss(variant, task.draw(variant, micro))["loss"].item())
+    assert logged(two, "loss")[0] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert losses[0] != losses[1]
+
+
+def test_frozen_parts_stay_and_fresh_ones_start_anew(recipe: DatasetTransformerRecipe, tiny_checkpoint: Path) -> None:
+    frozen = replace(recipe, frozen=("text_embed", "video_encoder"), fresh=("image_decoder",), steps=4)
+    frozen = replace(frozen, model=ModelRecipe(arch=("vit_d2w64", "vit_d4w64", "mlp_d1w96")))
+    frozen = replace(frozen, optimizer=OptimizerRecipe(lr=1e-2, warmup=0, ema=0.0))
+    after = load_transformer(train(frozen)).state_dict()
+    before = load_transformer(tiny_checkpoint).state_dict()
+    same = {name for name in before if name in after and torch.equal(before[name].half(), after[name].half())}
+    assert {name for name in before if name.startswith(("text_embed", "video_encoder"))} <= same
+    assert not any(name.startswith("image_encoder.blocks.0.attn") for name in same)
+    assert after["image_decoder.blocks.0.proj.fc1.weight"].shape[0] == 96
+
+
+# What goes wrong ------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_changes_nothing(
+    recipe: DatasetTransformerRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is counted; the run goes on."""
+    plain = DatasetTask.loss
+    calls = []
+
+    def loss(self: DatasetTask, variant: Variant, batch: Any) -> dict[str, torch.Tensor]:
+        calls.append(variant)
+        found = plain(self, variant, batch)
+        return found | {"loss": found["loss"] * (math.nan if len(calls) == 3 else 1.0)}
+
+    monkeypatch.setattr(DatasetTask, "loss", loss)
+    train(recipe)
+    assert logged(recipe, "skipped_steps") == [1.0]
+    lines = [json.loads(line) for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" not in line] == [3]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    state = load_file(newest_checkpoint(Path(recipe.output) / "checkpoints"))
+    assert state["optimizer.text_embed.proj.weight.step"] == 5
+
+
+def test_ten_such_steps_in_a_row_end_the_run_with_the_batch(
+    recipe: DatasetTransformerRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = DatasetTask.loss
+    monkeypatch.setattr(DatasetTask, "loss", lambda *a: {name: value * math.nan for name, value in plain(*a).items()})
+    with pytest.raises(InputError, match=rf"step {BAD_STEPS}: the last {BAD_STEPS} steps had gradients that are not"):
+        train(replace(recipe, steps=50))
+    saved = list(Path(recipe.output).glob("bad-batch-*.safetensors"))
+    assert len(saved) == 1
+    assert {"latents", "text", "lengths", "motion", "fps"} == load_file(saved[0]).keys()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(recipe: DatasetTransformerRecipe) -> None:
+    """A limit on the size of files stands in for the end of the disk: the second checkpoint is cut short."""
+    train(replace(recipe, steps=2))
+    good = newest_checkpoint(Path(recipe.output) / "checkpoints")
+    before = good.read_bytes()
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+        with pytest.raises(InputError, match=rf"could not be written: .*can go on from .*{good.name}"):
+            train(replace(recipe, steps=4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in good.parent.iterdir()] == [good.name]
+    assert good.read_bytes() == before
+    train(replace(recipe, steps=4))
+
+
+def test_wrong_recipes_name_the_field(recipe: DatasetTransformerRecipe, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    def refused(message: str, **changes: Any) -> None:
+        with pytest.raises(InputError, match=message):
+            train(replace(recipe, **changes))
+
+    refused("dataset.path is empty", dataset=DatasetRecipe())
+    refused("has no dataset.json", dataset=DatasetRecipe(str(tmp_path)))
+    refused("autoencoder = 'emoji' has weights .* expected the same", autoencoder="emoji")
+    refused("model.video_mixer_rank is 8, but init = .* has 4", model=ModelRecipe(video_mixer_rank=8))
+    refused("init = 'emoji' is made for 16 channels of the latents, but", init="emoji")
+    refused("frozen has 'nothing', which no weight begins with", frozen=("nothing",))
+    refused("fresh has 'nothing'", fresh=("nothing",))
+    refused("scheduler is 'init' and there is no init", init="")
+    refused("trackers has 'stone'", trackers=("stone",))
+    refused("precision = 'fp8' on cpu", precision="fp8")
+    pictures = write_dataset(tmp_path / "other", tiny_checkpoint, {CLIPS: 4})
+    alone = {"init": "", "scheduler": "flow", "model": ModelRecipe(video_base_frames=1)}
+    refused("this model makes pictures alone", dataset=replace(recipe.dataset, path=str(pictures)), **alone)
+    (pictures / "data" / CLIPS.name / "0.parquet").write_bytes(b"PAR1")
+    refused("0.parquet: unreadable shard", dataset=replace(recipe.dataset, path=str(pictures)))
+
+
+def test_micro_batches_are_shared_evenly(recipe: DatasetTransformerRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes(recipe)
+    processes.count, processes.index = 4, 1
+    assert processes.share(8, None) == ([1, 5], 8)
+    assert processes.share(0, None) == ([1], 4)
+    assert processes.share(0, 12) == ([1, 5, 9], 12)  # a resumed run keeps its own
+    assert processes.share(0, 6) == ([1], 4)  # unless they cannot be shared out
+    with pytest.raises(InputError, match="micro_batches is 6: expected a multiple of the 4 processes"):
+        processes.share(6, None)
+    assert os.environ.get("WORLD_SIZE") is None

@@ -1,12 +1,19 @@
-"""The paper's recipes: they load, have the settings that are known, and make the released models."""
+"""The paper's recipes: they load, have the settings that are known, make the released models, and train."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import CONFORMANCE
 from nova_video.benchmarks.configs import SIZES, build
+from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
+from nova_video.data.encoders import autoencoder_info
+from nova_video.loading import load_transformer
 from nova_video.training.recipe import DatasetTransformerRecipe, load_recipe, recipe_toml
+from nova_video.training.trainer import train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PAPER = {  # recipe -> the released size it makes, samples a step
@@ -92,3 +99,104 @@ def test_half_size_before() -> None:
     given.insert(1, "")
     recipe = paper("paper-1024-0.6b", *given)
     assert (recipe.init, recipe.model.image_size, recipe.dataset.batch * recipe.micro_batches) == ("", (512, 512), 1024)
+
+
+# A step of each, with a tiny network --------------------------------------------------------------------------------
+
+
+def write_dataset(folder: Path, checkpoint: Path, text_encoder: Path, bucket: Bucket) -> Path:
+    """Eight clips of random moments and features, as the autoencoder of a reference checkpoint would have them."""
+    found = autoencoder_info(str(checkpoint))
+    info = DatasetInfo(
+        str(checkpoint),
+        found.fingerprint,
+        found.latent_channels,
+        found.spatial_stride,
+        found.temporal_stride,
+        text_encoder=str(text_encoder),
+        text_dim=32,
+    )
+    info.save(folder)
+    random = torch.Generator().manual_seed(0)
+    samples = [
+        Sample(
+            id=f"clip-{number}",
+            source=f"{number}.mp4",
+            start=0.0,
+            end=1.0,
+            caption="A whale. It is moving left.",
+            fps=12.0,
+            motion=float(number),
+            bucket=bucket,
+            moments=torch.randn(info.moments_shape(bucket), generator=random).bfloat16(),
+            text=torch.randn(7, 32, generator=random).half(),
+            text_short=torch.randn(3, 32, generator=random).half(),
+        )
+        for number in range(8)
+    ]
+    write_shard(folder / "data" / bucket.name / "0.parquet", samples, found.fingerprint)
+    return folder
+
+
+def run(name: str, folder: Path, checkpoint: Path, text_encoder: Path, *more: str) -> Path:
+    """Two steps of the recipe on such a dataset; the folder of the model."""
+    video = "video" in name
+    data = write_dataset(folder / "data", checkpoint, text_encoder, Bucket(9 if video else 1, 64, 96))
+    given = {
+        "model.arch": f"vit_d2w64 vit_d4w64 mlp_d2w{96 if video else 64}",
+        "model.image-size": "64 96",
+        "model.text-token-len": "8",
+        "dataset.path": data,
+        "dataset.batch": 2,
+        "dataset.workers": 0,
+        "dataset.held-out": 0.0,
+        "micro-batches": 2,
+        "autoencoder": checkpoint,
+        "text-encoder": text_encoder,
+        "steps": 2,
+        "device": "cpu",
+        "output": folder / "run",
+        "log.every": 1,
+        "log.validate-every": 0,
+        "log.sample-every": 0,
+        "log.checkpoint-every": 0,
+    }
+    words = [word for option, value in given.items() for word in (f"--{option}", *str(value).split())]
+    return train(paper(name, *words, *more))
+
+
+def logged(folder: Path) -> list[float]:
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [values["loss"] for values in map(json.loads, lines) if "loss" in values]
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if "video" not in name])
+def test_models_of_pictures_train(name: str, tmp_path: Path, tiny_text_encoder: Path) -> None:
+    model = load_transformer(run(name, tmp_path, CONFORMANCE / "text-to-image", tiny_text_encoder, "--init", ""))
+    assert len(logged(tmp_path)) == 2
+    assert all(math.isfinite(loss) for loss in logged(tmp_path))
+    assert model.config.video_base_size == [1, 2, 3]
+    assert model.motion_embed is None
+
+
+def test_clips_are_learned_from_the_weights_of_pictures(tmp_path: Path, tiny_text_encoder: Path) -> None:
+    """With averages that are the newest weights, and large steps: what is frozen stays, and all else moves."""
+    newest = ["--optimizer.ema", "0", "--optimizer.ema-every", "1", "--optimizer.lr", "0.01"]
+    images, videos = CONFORMANCE / "text-to-image", CONFORMANCE / "text-to-video"
+    first = run("paper-512", tmp_path / "first", images, tiny_text_encoder, *newest)
+    then = run("paper-512", tmp_path / "then", images, tiny_text_encoder, *newest, "--init", str(first))
+    before, after = load_transformer(first).state_dict(), load_transformer(then).state_dict()
+    frozen = tuple(f"{part}." for part in paper("paper-512").frozen)
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == name.startswith(frozen), name
+
+    clips = run("paper-video-480", tmp_path / "clips", videos, tiny_text_encoder, "--init", str(then))
+    assert all(math.isfinite(loss) for loss in logged(tmp_path / "clips"))
+    last = load_transformer(clips).state_dict()  # the averages: not yet moved
+    fresh = tuple(f"{part}." for part in paper("paper-video-480").fresh)
+    for name, value in last.items():
+        if not name.startswith(fresh):
+            assert torch.equal(value, after[name]), name
+    assert last["image_decoder.head.weight"].shape == (16, 96)
+    assert "motion_embed.flow_proj.0.weight" in last
+    assert "video_encoder.mixer.lora.weight" in last

@@ -433,6 +433,28 @@ class DataShapes:
     """Folder to write."""
 
 
+@dataclass(frozen=True)
+class DataInspect:
+    """Check every shard of an encoded dataset, and draw random samples, decoded, beside what they were made from."""
+
+    dataset: Annotated[Positional[str], arg(metavar="DATASET")]
+    """A folder that `nova encode` wrote, or a URL of one that fsspec opens."""
+    sources: Annotated[str | None, arg(metavar="PLACE", help_behavior_hint="(default: where they were)")] = None
+    """Where it was encoded from."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("inspect.png")
+    """Picture to write."""
+    clips: Annotated[int, arg(metavar="N")] = 8
+    """Clips to draw."""
+    pictures: Annotated[int, arg(metavar="N")] = 8
+    """Pictures to draw."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Which ones."""
+    model: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: what encoded it)")] = None
+    """Whose autoencoder decodes: another place of the one that encoded it."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """As for `nova generate`."""
+
+
 Benchmarks = (
     Annotated[EvaluateEmoji, subcommand("emoji")]
     | Annotated[EvaluateBeyond, subcommand("beyond")]
@@ -443,7 +465,11 @@ Timings = (
     | Annotated[BenchPresets, subcommand("presets")]
     | Annotated[BenchTrain, subcommand("train")]
 )
-Worlds = Annotated[DataEmoji, subcommand("emoji")] | Annotated[DataShapes, subcommand("shapes")]
+Worlds = (
+    Annotated[DataEmoji, subcommand("emoji")]
+    | Annotated[DataShapes, subcommand("shapes")]
+    | Annotated[DataInspect, subcommand("inspect")]
+)
 Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Edit, subcommand("edit")]
@@ -455,7 +481,8 @@ Command = (
         Any, subcommand("bench", description="Time sampling and training.", constructor_factory=lambda: Timings)
     ]
     | Annotated[
-        Any, subcommand("data", description="Prepare what is learned from.", constructor_factory=lambda: Worlds)
+        Any,
+        subcommand("data", description="Prepare what is learned from.", constructor_factory=lambda: Worlds),
     ]
 )
 

@@ -5,7 +5,7 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-from nova_video.arguments import Encode
+from nova_video.arguments import DataInspect, Encode
 from nova_video.cli_generate import _size as size_of
 from nova_video.console import checkpoint_defaults, progress_bar
 from nova_video.errors import InputError
@@ -43,6 +43,47 @@ def run_encode(args: Encode) -> None:
     pictures = sum(summary.clips.values()) - clips
     rejected = f", {summary.rejected} rejected (rejected.jsonl)" if summary.rejected else ""
     print(f"{args.output}: {clips} clips and {pictures} pictures from {summary.items} sources{rejected}")
+
+
+def run_data_inspect(args: DataInspect) -> None:
+    """Problems first, a line each; then the picture, of the shards that have none."""
+    from nova_video.data.inspect import check_dataset, compare_samples, comparison_sheet
+    from nova_video.devices import choose_device
+    from nova_video.media import atomic_path, check_writable
+
+    choose_device(args.device)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(args.output.parent)
+    with progress_bar() as bar:
+        task = bar.add_task("checking", total=None)
+        checked = check_dataset(args.dataset, lambda done, total: bar.update(task, completed=done, total=total))
+    for place, problems in checked.problems.items():
+        for problem in problems:
+            print(f"{place}: {problem}")
+    shards = sum(map(len, checked.shards.values()))
+    print(f"{args.dataset}: {checked.rows} samples in {shards} shards without problems")
+    if shards:
+        compared = compare_samples(
+            args.dataset,
+            checked.shards,
+            clips=args.clips,
+            pictures=args.pictures,
+            sources=args.sources,
+            model=args.model,
+            seed=args.seed,
+            device=args.device,
+        )
+        with atomic_path(args.output) as path:
+            comparison_sheet(args.dataset, compared).save(path, format="png")
+        ratios = [one.psnr for one in compared if one.psnr is not None]
+        if ratios:
+            print(f"decoded against source: {sum(ratios) / len(ratios):.1f} dB in the mean, at least {min(ratios):.1f}")
+        else:
+            print("the sources are not there: name their place with --sources")
+        print(args.output)
+    if checked.problems:
+        count = sum(map(len, checked.problems.values()))
+        raise InputError(f"{args.dataset}: {count} problem{'s' if count > 1 else ''} (see above)")
 
 
 def _settings(args: Encode) -> "EncodeSettings":

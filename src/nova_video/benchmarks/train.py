@@ -31,7 +31,7 @@ from nova_video.training.checkpoint import Average
 from nova_video.training.flops import device_peak
 from nova_video.training.processes import Processes
 from nova_video.training.recipe import DatasetTransformerRecipe, OptimizerRecipe
-from nova_video.training.trainer import Stepper, make_optimizer
+from nova_video.training.trainer import Stepper, choose_kernels, make_optimizer
 from nova_video.training.transformer import Batch, TransformerTask, Variant, new_scheduler
 
 # The paper's, as in recipes/paper-*.toml.
@@ -180,6 +180,7 @@ def measure_training(config: str, asked: AskedTraining, command: str) -> TrainRo
 
 def _measured(row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRecipe, processes: Processes) -> TrainRow:
     device = processes.device
+    choose_kernels()
     opened = open_model(row.config, asked, device)
     task = GivenTask(recipe, opened, device)
     module = processes.spread(task)

@@ -57,9 +57,7 @@ def train(recipe: Recipe) -> Path:
     processes = Processes(recipe)
     log = Log(recipe, processes.is_main)
     output = Path(recipe.output)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN once under graphs and compiled blocks; cause not isolated
+    choose_kernels()
     torch.manual_seed(recipe.seed)
     task = make_task(recipe, processes.device)
     recipe = task.recipe
@@ -148,6 +146,13 @@ def train(recipe: Recipe) -> Path:
     log.finish()
     processes.wait()
     return model_folder
+
+
+def choose_kernels() -> None:
+    """How torch multiplies on a GPU, in all training."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN once under graphs and compiled blocks; cause not isolated
 
 
 def make_task(recipe: Recipe, device: torch.device) -> AnyTask:

@@ -451,7 +451,7 @@ def test_defaults_of_evaluate_are_the_library_s() -> None:
 
 
 WRONG: dict[str, tuple[list[str], str]] = {
-    "no command": ([], "expected one of {generate, edit, info, train, evaluate, bench, data}"),
+    "no command": ([], "expected one of {generate, edit, info, encode, train, evaluate, bench, data}"),
     "unknown command": (["paint", "a whale"], "got: nova paint 'a whale'"),
     "unknown option": (["generate", "a whale", "--sede", "3"], "unknown option --sede"),
     "not a number": (["generate", "a whale", "--num-frames", "five"], "--num-frames"),

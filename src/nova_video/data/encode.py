@@ -270,8 +270,9 @@ def check_output(output: Path, info: DatasetInfo, source: Source) -> None:
 def prepare_output(output: Path, info: DatasetInfo, source: Source) -> None:
     info.save(output)  # first of all: what is there of a run that was stopped is known by it
     (output / PROGRESS).mkdir(exist_ok=True)
-    for left in [*output.glob(f"{PROGRESS}/.*.part"), *output.glob("data/*/.*.part")]:  # of a run that was killed
-        left.unlink(missing_ok=True)
+    for place in (".*.part", f"{PROGRESS}/.*.part", "data/*/.*.part"):  # of a run that was killed while it wrote
+        for left in output.glob(place):
+            left.unlink(missing_ok=True)
     write_file(output / PROGRESS / "source.json", json.dumps(_content(source)).encode())
 
 

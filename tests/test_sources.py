@@ -1,0 +1,385 @@
+"""Sources of encoding: the same items from every kind of place, what is said of single ones, errors for the whole."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from nova_video.data.sources import Source, SourceSettings, expand_braces, open_source
+from nova_video.data.stages import Item, read_bytes, read_caption
+from nova_video.errors import InputError
+
+NAMES = ["a.mp4", "b.png", "sub/c.webm"]
+CAPTIONS = {"a.mp4": "an a", "b.png": "a b", "sub/c.webm": "a c. And more."}
+
+
+def content(name: str) -> bytes:
+    return f"bytes of {name}".encode()
+
+
+def opened(place: Path | str, **settings: Any) -> Source:
+    return open_source(SourceSettings(str(place), **settings))
+
+
+def fill(folder: Path, files: dict[str, bytes | str]) -> Path:
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return folder
+
+
+def media() -> dict[str, bytes | str]:
+    return {name: content(name) for name in NAMES}
+
+
+def stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def problems(source: Source) -> dict[str, str]:
+    return {item.source: item.problem for item in source.items() if item.problem is not None}
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def rows(names: list[str] = NAMES) -> list[dict[str, Any]]:
+    return [{"video": {"bytes": content(name), "path": name}, "caption": CAPTIONS[name]} for name in names]
+
+
+def make_txt(folder: Path) -> str:
+    fill(folder, media() | {f"{stem(name)}.txt": f" {CAPTIONS[name]}\n" for name in NAMES})
+    return str(folder)
+
+
+def make_json(folder: Path) -> str:
+    texts = {f"{stem(name)}.json": json.dumps({"caption": CAPTIONS[name], "other": 1}) for name in NAMES}
+    fill(folder, media() | texts | {".hidden.mp4": "", "notes.md": ""})
+    return str(folder)
+
+
+def make_csv(folder: Path) -> str:
+    lines = [f'{name},7,"{CAPTIONS[name]}"' for name in reversed(NAMES)]
+    fill(folder, media() | {"metadata.csv": "\ufefffile_name,other,caption\n" + "\n".join(lines)})
+    return str(folder)
+
+
+def make_jsonl(folder: Path) -> str:
+    lines = [json.dumps({"file_name": name, "caption": [CAPTIONS[name], "another"]}) for name in NAMES]
+    fill(folder, media() | {"metadata.jsonl": "\n\n".join(lines)})
+    return str(folder)
+
+
+def make_tar(folder: Path) -> str:
+    for number, name in enumerate(NAMES):
+        text = (
+            {f"{stem(name)}.txt": CAPTIONS[name].encode()}
+            if number
+            else {f"{stem(name)}.json": json.dumps({"caption": CAPTIONS[name]}).encode()}
+        )
+        write_tar(folder / f"part-{number:02d}.tar", text | {name: content(name), f"{stem(name)}.cls": b"7"})
+    return f"{folder}/part-{{00..02}}.tar"
+
+
+def make_parquet(folder: Path) -> str:
+    write_parquet(folder / "data" / "0.parquet", rows(NAMES[:1]))
+    write_parquet(folder / "data" / "1.parquet", rows(NAMES[1:]))
+    return str(folder)
+
+
+def make_saved(folder: Path) -> str:
+    import datasets
+
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(rows())}).save_to_disk(folder)
+    return str(folder)
+
+
+KINDS = [make_txt, make_json, make_csv, make_jsonl, make_tar, make_parquet, make_saved]
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_every_kind_gives_the_same(make: Callable[[Path], str], tmp_path: Path) -> None:
+    """Bytes with their captions, in one order; each is found again by its name; groups go through all of a part."""
+    source = opened(make(tmp_path / "source"), group=2, split="test")
+    items = list(source.items())
+    assert sorted((read_bytes(item), read_caption(item)) for item in items) == [
+        (content(name), CAPTIONS[name]) for name in NAMES
+    ]
+    again = opened(make(tmp_path / "source"), group=2, split="test")
+    assert list(again.items()) == items
+    assert again.content == source.content
+    for item in items:
+        found = source.find(item.source)
+        assert (read_bytes(found), read_caption(found)) == (read_bytes(item), read_caption(item))
+    check_groups(items, 2)
+    with pytest.raises(InputError, match="has no other"):
+        source.find("other")
+
+
+def check_groups(items: list[Item], size: int) -> None:
+    """Numbered from 0, full but for a part's final one."""
+    for group in {item.group for item in items}:
+        members = [item for item in items if item.group == group]
+        assert [item.index for item in members] == list(range(len(members)))
+        assert [item.last for item in members] == [False] * (len(members) - 1) + [True]
+        assert len(members) == size or members[-1].final
+    for part in {item.group.split("-")[0] for item in items}:
+        assert [item.final for item in items if item.group.split("-")[0] == part][-1]
+
+
+@pytest.mark.parametrize("count", [1, 4, 7, 8])
+def test_groups_and_going_on(count: int, tmp_path: Path) -> None:
+    """What is finished is left out, wherever it is; a source that is finished is not read."""
+    for part in range(2):
+        members = {f"{number:03d}.{kind}": b"x" for number in range(count) for kind in ("mp4", "txt")}
+        write_tar(tmp_path / f"{part}.tar", members)
+    source = opened(tmp_path, group=4)
+    items = list(source.items())
+    assert len(items) == 2 * count
+    check_groups(items, 4)
+    finals = {item.group: item.final for item in items if item.last}
+    for finished in ({name} for name in finals):
+        left = list(source.items({name: finals[name] for name in finished}))
+        assert left == [item for item in items if item.group not in finished]
+    source.urls = []  # type: ignore[attr-defined]
+    assert list(source.items(finals)) == []
+
+
+def test_elsewhere(tmp_path: Path) -> None:
+    """The same through fsspec: here its file system in memory."""
+    memory = fsspec.filesystem("memory")
+    for make in (make_txt, make_csv, make_tar, make_parquet):
+        here = make(tmp_path / make.__name__)
+        memory.put(str(tmp_path / make.__name__), f"/{make.__name__}", recursive=True)
+        items = list(opened(here, group=2).items())
+        there = list(opened(here.replace(str(tmp_path), "memory:/"), group=2).items())
+        assert [(item.source, read_bytes(item), read_caption(item)) for item in there] == [
+            (item.source, read_bytes(item), read_caption(item)) for item in items
+        ]
+        assert [(item.group, item.index, item.last) for item in there] == [
+            (item.group, item.index, item.last) for item in items
+        ]
+        if make is not make_parquet:
+            assert all("memory://" in item.url for item in there)
+
+
+def test_patterns(tmp_path: Path) -> None:
+    assert expand_braces("a-{008..010}-{x,y}.tar") == [
+        f"a-{number}-{letter}.tar" for number in ("008", "009", "010") for letter in "xy"
+    ]
+    make_tar(tmp_path)
+    assert [item.source for item in opened(f"{tmp_path}/*1.tar").items()] == ["part-01.tar/b.png"]
+    assert len(list(opened(f"{tmp_path}/part-{{00..09}}.tar").items())) == 3  # those that are there
+
+
+def test_named_columns(tmp_path: Path) -> None:
+    """--caption-column is a column, and a key that goes before the text file of the same name."""
+    fill(tmp_path / "a", {"x.mp4": "", "x.txt": "text", "x.json": json.dumps({"long": "a long one", "caption": "b"})})
+    (item,) = opened(tmp_path / "a").items()
+    assert read_caption(item) == "text"
+    (item,) = opened(tmp_path / "a", caption_column="long").items()
+    assert read_caption(item) == "a long one"
+    fill(tmp_path / "b", {"x.mp4": "", "metadata.csv": "file_name,long\nx.mp4,a long one\n"})
+    (item,) = opened(tmp_path / "b", caption_column="long").items()
+    assert item.caption == "a long one"
+    write_parquet(tmp_path / "c.parquet", [{"one": b"1", "two": b"2", "long": "a long one"}])
+    (item,) = opened(tmp_path / "c.parquet", caption_column="long", media_column="two").items()
+    assert (item.data, item.caption) == (b"2", "a long one")
+
+
+def test_media_columns(tmp_path: Path) -> None:
+    """Pictures as datasets' own Image column holds them, and paths beside the file."""
+    import datasets
+
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.png")
+    table = datasets.Dataset.from_dict({"image": [str(tmp_path / "a.png")], "caption": ["a"]})
+    table = table.cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "saved")
+    (item,) = opened(tmp_path / "saved").items()
+    assert read_bytes(item) == (tmp_path / "a.png").read_bytes()
+    write_parquet(tmp_path / "paths" / "a.parquet", [{"file_name": "media/x.png", "caption": "a"}])
+    fill(tmp_path / "paths", {"media/x.png": "x"})
+    (item,) = opened(tmp_path / "paths" / "a.parquet").items()
+    assert read_bytes(item) == b"x"
+
+
+def test_problems_of_a_folder(tmp_path: Path) -> None:
+    files = {"a.mp4": "", "a.txt": "a", "b.mp4": "", "c.txt": "c", "d.xyz": ""}
+    assert problems(opened(fill(tmp_path, files))) == {
+        "b.mp4": "no caption: there is no .txt or .json of its name beside it",
+        "c.txt": "a caption without media: nothing of its name is beside it",
+    }
+
+
+def test_problems_of_a_table(tmp_path: Path) -> None:
+    table = "file_name,caption\na.mp4,an a\nb.mp4,a b\n,nothing\nc.xyz,a c\nsub/../d.mp4,\n"
+    source = opened(fill(tmp_path, {"a.mp4": "", "d.mp4": "", "c.xyz": "", "metadata.csv": table}))
+    assert problems(source) == {
+        "b.mp4": "is in metadata.csv, but there is no such file",
+        "metadata.csv:3": "its row has no file_name",
+        "c.xyz": "is in metadata.csv, but .xyz is no known format",
+        "d.mp4": "no caption: it is not in metadata.csv",
+        "sub/../d.mp4": "is in metadata.csv, but there is no such file",
+    }
+
+
+def test_problems_of_tars(tmp_path: Path) -> None:
+    """A tar that breaks off gives what it has."""
+    members = {f"{number}.{kind}": b"x" * 600 for number in range(4) for kind in ("mp4", "txt")}
+    write_tar(tmp_path / "a.tar", members)
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data[: 2 * 3 * 512 * 2 + 700])
+    write_tar(
+        tmp_path / "b.tar", {"0.mp4": b"", "1.txt": b"1", "2.mp4": b"", "2.json": b"{}", "3.jpg": b"", "3.txt": b"a"}
+    )
+    (tmp_path / "c.tar").write_bytes(b"no tar at all" * 100)
+    found = problems(opened(tmp_path))
+    assert found.pop("a.tar").startswith("the tar cannot be read on: ")
+    assert found.pop("c.tar").startswith("the tar cannot be read on: ")
+    assert found == {
+        "b.tar/0.mp4": "no caption: the tar has no .txt or .json of its name",
+        "b.tar/1": "a caption without media: the tar has no picture or video of its name",
+        "b.tar/2.mp4": "no caption: 2.json has no keys: expected the key caption",
+    }
+    good = [item.source for item in opened(tmp_path).items() if item.problem is None]
+    assert good[:2] == ["a.tar/0.mp4", "a.tar/1.mp4"]
+    assert good[-1] == "b.tar/3.jpg"
+
+
+def test_problems_of_rows(tmp_path: Path) -> None:
+    table = [
+        {"video": {"bytes": b"x", "path": None}, "caption": "a"},
+        {"video": {"bytes": b"x", "path": None}, "caption": " "},
+        {"video": {"bytes": None, "path": None}, "caption": "a"},
+        {"video": None, "caption": "a"},
+    ]
+    write_parquet(tmp_path / "a.parquet", table)
+    assert list(problems(opened(tmp_path / "a.parquet")).values()) == [
+        "no caption: the column caption is empty",
+        "no media: the column video is empty",
+        "no media: the column video is empty",
+    ]
+
+
+# Wrong input ---------------------------------------------------------------------------------------------------------
+
+WRONG: list[tuple[dict[str, bytes | str], dict[str, Any], str]] = [
+    ({}, {}, "is empty: expected a folder of media with captions"),
+    ({"notes.md": ""}, {}, "holds no media (notes.md): expected a folder"),
+    (
+        {"a.mp4": "", "b.png": ""},
+        {},
+        "has 2 media files and no captions: expected a .txt or .json beside each (a.txt for",
+    ),
+    (
+        {"a.txt": "a"},
+        {},
+        "has 1 captions and no media: expected a picture or video beside each, such as a.mp4 for a.txt",
+    ),
+    ({"a.mp4": "", "a.json": '{"title": "x", "n": 1}'}, {}, "a.json: has no key 'caption', it has n, title: name the"),
+    (
+        {"a.mp4": "", "metadata.csv": "file_name,text\na.mp4,x\n"},
+        {},
+        "metadata.csv: has no column 'caption', it has file_",
+    ),
+    (
+        {"a.mp4": "", "metadata.csv": "path,caption\na.mp4,x\n"},
+        {},
+        "metadata.csv: has no column 'file_name', it has caption",
+    ),
+    ({"a.mp4": "", "metadata.csv": "file_name,caption\n"}, {}, "metadata.csv: has no rows"),
+    ({"a.mp4": "", "metadata.csv": "file_name,caption\na.mp4,\n"}, {}, "metadata.csv: the column caption is empty"),
+    (
+        {"metadata.csv": "file_name,caption\na.mp4,a\n"},
+        {},
+        "metadata.csv has 1 captions, and there are no media: expected",
+    ),
+    ({"a.mp4": "", "metadata.jsonl": "{"}, {}, "metadata.jsonl: line 1 is not JSON"),
+    ({"a.mp4": "", "metadata.jsonl": "[1]"}, {}, "metadata.jsonl: line 1 is [1]: expected an object"),
+    ({"a.mp4": "", "metadata.csv": "", "metadata.jsonl": ""}, {}, "has metadata.csv and metadata.jsonl: expected one"),
+    ({"a.mp4": "", "b.tar": ""}, {}, "holds media and .tar files: name one kind"),
+    ({"a.tar": bytes(10240)}, {}, "is empty: its 1 tar files have no members"),
+    ({"a.tar": b""}, {}, "a.tar: the tar cannot be read on: empty file"),
+    ({"a.tar": b"no tar"}, {}, "a.tar: the tar cannot be read on"),
+    ({"a.parquet": b"no parquet"}, {}, "a.parquet: cannot be opened as a Hugging Face dataset"),
+    ({"dataset.json": "{}", "data/x": ""}, {}, "is a dataset that `nova encode` wrote"),
+    ({"a.mp4": "", "a.txt": ""}, {"group": 0}, "group is 0: expected a whole number of at least 1"),
+]
+
+
+@pytest.mark.parametrize(("files", "settings", "expected"), WRONG, ids=[wrong[2][:40] for wrong in WRONG])
+def test_wrong_folders(files: dict[str, bytes | str], settings: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        opened(fill(tmp_path, files), **settings)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_places(tmp_path: Path) -> None:
+    fill(tmp_path, {"a.mp4": ""})
+    for place, expected in [
+        (tmp_path / "none", "none: there is nothing there: expected a folder of media"),
+        (tmp_path / "*.tar", "*.tar: there is nothing there"),
+        (tmp_path / "{0..2}.tar", "there is nothing there"),
+        (tmp_path / "a.mp4", "got the file"),
+        ("nosuch://x/y", "nosuch://x/y: cannot be opened: Protocol not known: nosuch"),
+    ]:
+        with pytest.raises(InputError) as error:
+            opened(place)
+        assert expected in str(error.value)
+
+
+def test_wrong_tars(tmp_path: Path) -> None:
+    for members, expected in [
+        ({"a.txt": b"a"}, "a.tar: has captions and no media"),
+        ({"a.mp4": b""}, "a.tar/a.mp4: no caption: the tar has no .txt or .json of its name"),
+        (
+            {"a.mp4": b"", "a.json": b'{"text": 1}'},
+            "a.json has text: expected the key caption: expected a caption with",
+        ),
+    ]:
+        write_tar(tmp_path / "a.tar", members)
+        with pytest.raises(InputError) as error:
+            opened(tmp_path / "a.tar")
+        assert expected in str(error.value)
+
+
+def test_wrong_tables(tmp_path: Path) -> None:
+    place = tmp_path / "a.parquet"
+    both = {"one": b"1", "two": b"2", "caption": "a"}
+    for row, settings, expected in [
+        ({"video": b"1", "text": "a"}, {}, "has no column 'caption', it has text, video: name the one of the captions"),
+        (both, {}, "has several columns of media (one, two): name one with --media-column"),
+        ({"caption": "a"}, {}, "has no column of media (caption): name one with --media-column"),
+        (both, {"media_column": "three"}, "has no column 'three', it has caption, one, two: name the one of the media"),
+        ({"video": b"", "caption": "a"}, {}, "no media: the column video is empty in its first 1 rows"),
+    ]:
+        write_parquet(place, [row])
+        with pytest.raises(InputError) as error:
+            opened(place, **settings)
+        assert expected in str(error.value)
+    make_saved(tmp_path / "saved")
+    with pytest.raises(InputError, match="has no split 'train', it has test: name one with --split"):
+        opened(tmp_path / "saved")

@@ -27,6 +27,7 @@ from nova_video.training.recipe import (
     DatasetRecipe,
     DatasetTransformerRecipe,
     LogRecipe,
+    LoraRecipe,
     ModelRecipe,
     OptimizerRecipe,
     load_recipe,
@@ -207,6 +208,27 @@ def test_frozen_parts_stay_and_fresh_ones_start_anew(recipe: DatasetTransformerR
     assert {name for name in before if name.startswith(("text_embed", "video_encoder"))} <= same
     assert not any(name.startswith("image_encoder.blocks.0.attn") for name in same)
     assert after["image_decoder.blocks.0.proj.fc1.weight"].shape[0] == 96
+
+
+def test_adapters_are_trained_saved_and_loaded(recipe: DatasetTransformerRecipe, tiny_checkpoint: Path) -> None:
+    recipe = replace(recipe, lora=LoraRecipe(rank=2, alpha=4.0), optimizer=OptimizerRecipe(lr=1e-2, warmup=0, ema=0.0))
+    folder = train(replace(recipe, log=replace(recipe.log, sample_every=6)))
+    assert {path.name for path in folder.iterdir()} >= {"pytorch_lora_weights.safetensors", "README.md", "recipe.toml"}
+    assert not (folder / "transformer").exists()
+    kept = load_file(newest_checkpoint(Path(recipe.output) / "checkpoints"))
+    assert {name for name in kept if "lora" not in name} == set()
+
+    def picture(lora: Path | None) -> torch.Tensor:
+        pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
+        pipe.set_progress_bar_config(disable=True)
+        if lora is not None:
+            pipe.load_lora_weights(lora)
+        how = {"num_inference_steps": 2, "num_diffusion_steps": 2, "num_frames": 1, "output_type": "latent"}
+        return torch.as_tensor(pipe("a whale", generator=torch.Generator().manual_seed(0), **how).images)
+
+    assert not torch.allclose(picture(folder), picture(None), atol=1e-3)
+    with pytest.raises(InputError, match="lora.rank is 2 and there is no init"):
+        train(replace(recipe, init="", scheduler="flow"))
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------

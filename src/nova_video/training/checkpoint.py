@@ -74,12 +74,13 @@ def put(value: Tensor, into: Tensor) -> None:
 
 
 def gather_state(model: nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything by name, on the CPU. All processes take part."""
+    """All that a step changes, by name, on the CPU: weights that are not trained are those the run started from. All
+    processes take part."""
 
     def kept(value: Tensor) -> Tensor:
         return whole(value.detach()).cpu().contiguous().clone()
 
-    tensors = {f"model.{name}": kept(value) for name, value in model.state_dict().items()}
+    tensors = {f"model.{name}": kept(value) for name, value in average.weights.items()}
     tensors |= {f"ema.{name}": kept(value) for name, value in average.averages.items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -120,7 +121,7 @@ def load_checkpoint(path: Path, model: nn.Module, average: Average, optimizer: t
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"checkpoint {path} cannot be read: {error}") from error
 
-    targets = {f"model.{name}": value for name, value in model.state_dict(keep_vars=True).items()}
+    targets: dict[str, Tensor] = {f"model.{name}": value for name, value in average.weights.items()}
     targets |= {f"ema.{name}": value for name, value in average.averages.items()}
     found = {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
     for name in sorted(targets.keys() ^ found.keys()):

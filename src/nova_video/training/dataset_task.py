@@ -248,10 +248,18 @@ class DatasetTask(TransformerTask):
         samples = [*self.held_out(), *self.probe]
         captions = list(dict.fromkeys(sample.caption for sample in samples))[:SHEET_SAMPLES]
         pipe, bucket = self.open(folder), self.largest
+        size = {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
         entries = []
         for caption in captions:
             generator = torch.Generator().manual_seed(self.seed)
-            made = pipe(caption, height=bucket.height, width=bucket.width, generator=generator, output_type="np")
+            made = pipe(
+                caption,
+                fps=self.defaults.fps,
+                motion_flow=self.defaults.motion_flow,
+                generator=generator,
+                output_type="np",
+                **size,
+            )
             clip = made.images[:1] if bucket.frames == 1 else made.frames[0]
             entries.append(Entry((clip * 255).round().astype("uint8"), caption, ""))
         return draw_sheet(self.recipe.name, f"made from captions of {self.recipe.dataset.path}", entries)
@@ -262,7 +270,7 @@ class DatasetTask(TransformerTask):
         return f"{sum(rows.values())} samples of `{self.recipe.dataset.path}` ({sizes}: frames x height x width)"
 
     def export(self, model: NOVATransformer3DModel, folder: Path) -> None:
-        if self.text_name is None:
+        if self.text_name is None or self.recipe.lora.rank:
             self.export_parts(model, self.vae, None, folder)
             return
         name, tokenizer = text_names(self.text_name)

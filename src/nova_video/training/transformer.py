@@ -22,6 +22,7 @@ from nova_video.pipeline import NovaPipeline
 from nova_video.settings import CheckpointSettings
 from nova_video.training.blocks import TemporalMasks, checkpointed
 from nova_video.training.flops import step_flops
+from nova_video.training.lora import add_lora, save_lora
 from nova_video.training.loss import (
     TIME_BINS,
     LossDraws,
@@ -83,6 +84,8 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         self.loss_names += tuple(f"loss_time_{i}" for i in range(TIME_BINS))
         self.loss_names += tuple(f"loss_frame_{i}" for i in range(frames if frames > 1 else 0))
         freeze(model, recipe.frozen)
+        if recipe.lora.rank:
+            add_lora(model, recipe.lora)
         if recipe.precision == "fp8":
             use_fp8(model, device)
         if recipe.compile and self.on_gpu:
@@ -161,12 +164,19 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
 
     def open(self, folder: Path) -> NovaPipeline:
         """What was exported, on the device."""
-        pipe = NovaPipeline.from_pretrained(folder).to(self.device)
+        adapters = self.recipe.lora.rank > 0
+        pipe = NovaPipeline.from_pretrained(self.recipe.init if adapters else folder).to(self.device)
+        if adapters:
+            pipe.load_lora_weights(folder)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def export_parts(self, model: NOVATransformer3DModel, vae: Any, text_encoder: str | None, folder: Path) -> None:
-        """Write a whole checkpoint but for the text encoder, which `nova.json` names; weights in fp16."""
+        """Write a whole checkpoint but for the text encoder, which `nova.json` names, weights in fp16; or the adapters
+        alone."""
+        if self.recipe.lora.rank:
+            save_lora(model, folder)
+            return
         half = NOVATransformer3DModel.from_config(model.config)
         half.load_state_dict(model.state_dict())
         half.half().save_pretrained(folder / "transformer")
@@ -195,6 +205,8 @@ class Material:
 
 def make_model(recipe: TransformerRun, material: Material) -> tuple[NOVATransformer3DModel, ModelRecipe]:
     """The transformer to train, from `init` or from scratch, and its size with nothing left open."""
+    if recipe.lora.rank and not recipe.init:
+        raise InputError(f"lora.rank is {recipe.lora.rank} and there is no init: expected a checkpoint to adapt")
     start = load_transformer(resolve_checkpoint(recipe.init)) if recipe.init else None
     size = resolve_size(recipe, None if start is None else start.config, material)
     patch = 15 // material.stride + 1

@@ -1,0 +1,98 @@
+"""Two processes (gloo) train as one does: DDP and FSDP2, and a run goes on with another number of them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_dataset_training import CLIPS, PICTURES, write_dataset
+
+from nova_video.training.checkpoint import newest_checkpoint
+from nova_video.training.recipe import (
+    DatasetRecipe,
+    DatasetTransformerRecipe,
+    LogRecipe,
+    OptimizerRecipe,
+    recipe_toml,
+)
+from nova_video.training.trainer import train
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> DatasetTransformerRecipe:
+    dataset = write_dataset(tmp_path_factory.mktemp("dataset"), tiny_checkpoint, {CLIPS: 12, PICTURES: 12})
+    return DatasetTransformerRecipe(
+        steps=STEPS,
+        micro_batches=2,
+        device="cpu",
+        output=str(tmp_path_factory.mktemp("runs") / "one"),
+        init=str(tiny_checkpoint),
+        scheduler="init",
+        dataset=DatasetRecipe(str(dataset), batch=2, image_share=0.3, held_out=0.1, workers=0),
+        optimizer=OptimizerRecipe(lr=1e-3, warmup=2, ema=0.9),
+        log=LogRecipe(every=1, validate_every=0, checkpoint_every=2, keep=9),
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(recipe: DatasetTransformerRecipe) -> DatasetTransformerRecipe:
+    train(recipe)
+    return recipe
+
+
+def launch(recipe: DatasetTransformerRecipe, launcher: list[str]) -> None:
+    path = Path(recipe.output + ".toml")
+    path.write_text(recipe_toml(recipe))
+    command = [sys.executable, "-m", *launcher, "-m", "nova_video", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def logged(recipe: DatasetTransformerRecipe, name: str) -> list[float]:
+    return [json.loads(line)[name] for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(recipe: DatasetTransformerRecipe) -> dict[str, torch.Tensor]:
+    newest = newest_checkpoint(Path(recipe.output) / "checkpoints")
+    assert newest is not None
+    assert newest.stem == f"step-{STEPS:08d}"
+    return load_file(newest)
+
+
+def check_same(one: DatasetTransformerRecipe, other: DatasetTransformerRecipe) -> None:
+    for name in ("loss", "grad_norm", "loss_time_3"):
+        assert logged(other, name) == pytest.approx(logged(one, name), rel=1e-4)
+    assert min(logged(one, "loss")) < max(logged(one, "loss"))
+    here, there = state(one), state(other)
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        assert torch.allclose(value.float(), there[name].float(), rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does(alone: DatasetTransformerRecipe, strategy: str) -> None:
+    two = replace(alone, strategy=strategy, output=f"{alone.output}-{strategy}")
+    launch(two, TORCHRUN)
+    check_same(alone, two)
+    assert {p.name for p in (Path(two.output) / "model").iterdir()} >= {"transformer", "vae", "scheduler", "nova.json"}
+
+
+def test_a_run_goes_on_with_another_number_of_processes(alone: DatasetTransformerRecipe) -> None:
+    """Sharded over two and stopped after step 2, then by one alone."""
+    begun = replace(alone, strategy="fsdp", output=f"{alone.output}-begun")
+    launch(begun, TORCHRUN)
+    for path in sorted((Path(begun.output) / "checkpoints").iterdir())[1:]:
+        path.unlink()
+    train(begun)
+    check_same(alone, begun)

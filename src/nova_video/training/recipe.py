@@ -262,6 +262,7 @@ class DatasetTransformerRecipe(TransformerRun):
     """Checkpoint whose autoencoder encoded the dataset; empty: the one that the dataset names."""
     text_encoder: str = ""
     """Empty: the one of `init`, or that the dataset names."""
+    scheduler: Literal["flow", "ddpm", "init"] = "init"
     dataset: DatasetRecipe = field(default_factory=DatasetRecipe)
 
 

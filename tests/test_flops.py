@@ -12,7 +12,9 @@ from nova_video.benchmarks.configs import SIZES, build
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.operations import attention, block, linear
 from nova_video.training.flops import device_peak, step_flops, step_parts
+from nova_video.training.lora import add_lora
 from nova_video.training.loss import NoiseTable, draw, frame_losses
+from nova_video.training.recipe import LoraRecipe
 
 BATCH, GRID, TOKENS, LATENT, REPEATS, TEXT = 2, (8, 12), 24, 6, 3, 8  # LATENT: temporal tokens of a frame
 
@@ -30,10 +32,10 @@ def tiny(video: bool, **changed: Any) -> NOVATransformer3DModel:
     return NOVATransformer3DModel(**settings | changed)
 
 
-def counted(model: NOVATransformer3DModel, frames: int, visible: int) -> float:
+def counted(model: NOVATransformer3DModel, frames: int, visible: int, repeats: int = REPEATS) -> float:
     """What torch counts of a step, forward and backward, attention as plain products."""
     table = NoiseTable.from_scheduler(FlowMatchEulerDiscreteScheduler(), "cpu")
-    draws = draw(table, BATCH * frames, TOKENS, 16, visible, REPEATS)
+    draws = draw(table, BATCH * frames, TOKENS, 16, visible, repeats)
     latents = torch.randn(BATCH, 4, frames, *GRID)
     text, lengths, motion = torch.randn(BATCH, TEXT, 48), torch.tensor([3, TEXT]), torch.ones(BATCH)
     counter = FlopCounterMode(display=False)
@@ -44,7 +46,7 @@ def counted(model: NOVATransformer3DModel, frames: int, visible: int) -> float:
     return float(counter.get_total_flops())
 
 
-def wasted(model: NOVATransformer3DModel, frames: int, visible: int) -> float:
+def wasted(model: NOVATransformer3DModel, frames: int, visible: int, repeats: int = REPEATS) -> float:
     """What the plain step does beyond what is useful, each item written out."""
     width, rows = 64, BATCH * frames
     condition = TEXT + (0 if model.motion_embed is None else 2)
@@ -54,7 +56,7 @@ def wasted(model: NOVATransformer3DModel, frames: int, visible: int) -> float:
     unread = linear(BATCH * condition, width, 9 * width)  # of the last temporal block: the condition's rows
     unread += attention(BATCH * condition * (condition + LATENT), width)
     unseen = linear(rows * (TOKENS - visible), 16, width)  # embedded, then replaced by the mask token
-    spare = max(0, 1000 - REPEATS * rows * (TOKENS - visible))  # timesteps that nobody drew
+    spare = max(0, 1000 - repeats * rows * (TOKENS - visible))  # timesteps that nobody drew
     return 3 * (masked + unread + linear(spare, 96, 96)) + 2 * (unseen + linear(spare, 256, 96))
 
 
@@ -77,6 +79,16 @@ def test_frozen_weights_have_no_gradient() -> None:
     frozen = step_flops(model, BATCH, 3, GRID, 5, REPEATS)
     assert frozen + wasted(model, 3, 5) == counted(model, 3, 5)
     assert 0.7 * trained < frozen < trained
+
+
+def test_adapters_learn_alone() -> None:
+    """Within what the first adapted block and its waste come to: their inputs have no gradient."""
+    model = tiny(video=True)
+    trained = step_flops(model, BATCH, 4, GRID, 5, 20)
+    add_lora(model, LoraRecipe(rank=4))
+    useful = step_flops(model, BATCH, 4, GRID, 5, 20)
+    assert useful + wasted(model, 4, 5, 20) == pytest.approx(counted(model, 4, 5, 20), rel=0.02)
+    assert 0.6 * trained < useful < 0.75 * trained
 
 
 def test_a_step_is_three_forward_passes() -> None:

@@ -73,7 +73,7 @@ def step_parts(
     tokens = (grid[0] // patch) * (grid[1] // patch)  # L
     temporal, scored = tokens // 4, tokens - visible  # Lc, S
     condition = model.text_embed.token_len  # T
-    text = products(model.text_embed.proj, batch * condition)
+    text = products(model.text_embed.proj, batch * condition, model.text_embed.weight.requires_grad)
     if model.motion_embed is not None:
         condition += 2
         text += embedding(model.motion_embed.flow_proj, batch) + embedding(model.motion_embed.fps_proj, batch)
@@ -83,7 +83,7 @@ def step_parts(
     encoder: Any = model.video_encoder
     count, first = condition + frames * temporal, condition + temporal  # all tokens; the first block of the mask
     pairs = first * first + sum(temporal * (first + f * temporal) for f in range(1, frames))
-    video = products(encoder.patch_embed, (rows - batch) * temporal, reads_data=True)
+    video = products(encoder.patch_embed, (rows - batch) * temporal, learned_before=False)
     video += blocks(encoder.blocks[:-1], batch, count, pairs)
     video += last_block(encoder.blocks[-1], batch, count, frames * temporal, pairs - condition * first)
     if encoder.mixer is not None:
@@ -91,7 +91,7 @@ def step_parts(
 
     encoder = model.image_encoder
     half, seen, every = len(encoder.blocks) // 2, temporal + visible, temporal + tokens
-    image = products(encoder.patch_embed, rows * visible, reads_data=True)
+    image = products(encoder.patch_embed, rows * visible, learned_before=False)
     image += blocks(encoder.blocks[:half], rows, seen, seen * seen)
     image += blocks(encoder.blocks[half:-1], rows, every, every * every)
     image += last_block(encoder.blocks[-1], rows, every, scored, scored * every)
@@ -99,28 +99,33 @@ def step_parts(
     head, noisy = model.image_decoder, repeats * rows * scored
     denoiser = products(head.time_cond_embed.condition_proj, rows * scored)
     denoiser += embedding(head.time_cond_embed.timestep_proj, min(TIMESTEPS, noisy))
-    denoiser += products(head.patch_embed, noisy, reads_data=True)
+    denoiser += products(head.patch_embed, noisy, learned_before=False)
     denoiser += sum(products(part, noisy) for part in (head.blocks, head.norm, head.head))
     return {"text": text, "temporal": video, "spatial": image, "denoiser": denoiser}
 
 
-def products(module: nn.Module, count: int, reads_data: bool = False) -> float:
+def products(module: nn.Module, count: int, learned_before: bool = True) -> float:
     """Of every product with a weight in `module`, each on `count` tokens.
 
-    The same number forward, for the gradient of what comes in, unless that is data, and for the weight's, if it learns.
+    The same number forward, for the gradient of what comes in, if what it comes from learns (data do not), and for the
+    weight's, if that learns.
     """
     flops = 0.0
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
-            times = 1 + (not reads_data) + part.weight.requires_grad
+            times = 1 + learned_before + part.weight.requires_grad
             flops += times * linear(count, part.weight[0].numel(), len(part.weight))
     return flops
 
 
 def embedding(layers: nn.Module, count: int) -> float:
     """Of layers in a row, the first of which reads data: a sinusoid."""
-    first, *others = (part for part in layers.modules() if isinstance(part, nn.Linear))
-    return products(first, count, reads_data=True) + sum(products(part, count) for part in others)
+    flops, learned = 0.0, False
+    for part in layers.modules():
+        if isinstance(part, nn.Linear):
+            flops += products(part, count, learned)
+            learned |= part.weight.requires_grad
+    return flops
 
 
 def blocks(layers: Iterable[nn.Module], rows: int, count: int, pairs: int) -> float:

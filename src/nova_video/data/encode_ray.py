@@ -10,7 +10,9 @@ were batched. A Ray that is started here listens on this machine alone, and is g
 import logging
 import os
 import pickle
+import re
 import shutil
+import socket
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -42,6 +44,7 @@ ENVIRONMENT = {  # of a Ray that is started here
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its word for: this machine alone, so listen on the loopback device
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
+PATIENCE = 10.0  # seconds until a cluster answers
 LONGEST_FOLDER = 40  # letters: Ray's sockets lie deep in its folder, and their paths may not be long
 
 Batch = dict[str, Any]
@@ -285,6 +288,7 @@ def _ray(address: str) -> Iterator[None]:
                     ray.shutdown()
                     ray.init("local", num_cpus=LEAST_CORES, include_dashboard=False, **own, **quiet)
             else:
+                _knock(address)
                 try:
                     ray.init(address, **quiet)
                 except (ConnectionError, ValueError, RuntimeError, OSError) as error:
@@ -299,6 +303,19 @@ def _ray(address: str) -> Iterator[None]:
         for name in _set_environment:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _knock(address: str) -> None:
+    """Raises where nobody answers, which Ray takes minutes to say."""
+    match = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if match is None:
+        if address == "auto":
+            return
+        raise InputError(f"the address of Ray is {address!r}: expected HOST:PORT")
+    try:
+        socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"there is no Ray at {address}: {_said(error)}") from None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from nova_video.model import NOVATransformer3DModel, Positions
 from nova_video.model.attention import attend, block_causal_mask, flex_block_causal_mask
 from nova_video.training import blocks
-from nova_video.training.blocks import TemporalMasks, checkpointed, chooses_flex, why_not_flex
+from nova_video.training.blocks import TemporalMasks, checkpointed, chooses_flex, compile_blocks, why_not_flex
 from nova_video.training.loss import (
     LossDraws,
     NoiseTable,
@@ -79,6 +79,26 @@ def test_checkpointed_blocks_have_exactly_the_gradients(model: NOVATransformer3D
     plain, again = gradients
     assert plain.keys() == again.keys()
     assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_stay_compiled_in_every_variant(table: NoiseTable) -> None:
+    """Pictures and clips of several sizes, padded or not, learned and looked at: more than torch's own limit of 8."""
+    model = NOVATransformer3DModel.from_pretrained(CONFORMANCE / "rotary-flow" / "transformer")
+    masks = TemporalMasks()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        compile_blocks(model, backend="eager")
+        for size, frames, visible, grad in [
+            (2, 1, [5, 5], True), (3, 1, [7, 7, 7], False), (2, 3, [4, 4], True), (3, 3, [2, 2, 2], False),
+            (2, 2, [3, 6], True), (3, 2, [1, 9, 4], False),
+        ]:  # fmt: skip
+            each = [count for count in visible for _ in range(frames)]
+            draws = draw_per_sample(table, each, TOKENS, VALUES, 2)
+            latents, condition, positions = batch(model, size, frames)
+            with torch.set_grad_enabled(grad):
+                losses(model, latents, latents, condition, positions, table, draws, checkpointed, masks)
+    torch._dynamo.reset()
 
 
 # The temporal mask -------------------------------------------------------------------------------------------------

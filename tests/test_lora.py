@@ -1,5 +1,6 @@
 """Adapters: trained beside frozen weights, stored, opened by the pipeline, and the same result wherever they are."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import nova_video.pipeline
 from nova_video import NovaPipeline, cli, media
 from nova_video.errors import InputError
 from nova_video.model import NOVATransformer3DModel
@@ -20,6 +22,7 @@ from nova_video.sampling.graphs import GraphRunner
 from nova_video.sampling.guidance import Guidance
 from nova_video.training.lora import add_lora, load_lora_state, lora_state_dict, merge, save_lora
 from nova_video.training.recipe import LoraRecipe
+from test_cli import interrupt_at
 from test_engine import embeds, generate_sets, make_state, open_scheduler, request_scheduler
 from test_graphs import DirectRecorder
 
@@ -331,6 +334,39 @@ def test_graphs_notice_adapters(tiny_checkpoint: Path) -> None:
         close(quick(), sample(model, PlainEngine(model)))
 
 
+def test_8_bit_weights_are_made_again_with_the_adapter(
+    pipe: NovaPipeline, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of merged weights, whenever those are others; here in all their bits, as there is no GPU."""
+
+    def merged_copy(model: NOVATransformer3DModel) -> NOVATransformer3DModel:
+        made = copy.deepcopy(model)
+        merge(made)
+        return made
+
+    monkeypatch.setattr(nova_video.pipeline, "with_fp8_blocks", merged_copy)
+    seen = [pipe._fp8_model()]
+    for change in (
+        lambda: pipe.load_lora_weights(adapter, adapter_name="mine"),
+        lambda: pipe.set_adapters("mine", 0.5),
+        lambda: pipe.fuse_lora(),
+        lambda: pipe.unfuse_lora(),
+        lambda: pipe.fuse_lora(),
+        lambda: pipe.unload_lora_weights(),
+    ):
+        change()
+        seen.append(pipe._fp8_model())
+        assert pipe._fp8_model() is seen[-1]
+        expected = copy.deepcopy(pipe.transformer)
+        merge(expected)
+        found = seen[-1].state_dict()
+        assert all(torch.allclose(found[key], value, atol=1e-6) for key, value in expected.state_dict().items())
+    weights = [model.video_encoder.blocks[0].mlp.fc1.weight for model in seen]
+    assert not torch.allclose(weights[0], weights[1], atol=1e-3)
+    assert not torch.allclose(weights[1], weights[2], atol=1e-3)
+    assert not torch.allclose(weights[0], weights[-1], atol=1e-3)
+
+
 @pytest.mark.slow
 def test_compiled_blocks_take_adapters(tiny_checkpoint: Path) -> None:
     model = adapted(tiny_checkpoint)
@@ -353,7 +389,7 @@ def test_the_command_takes_an_adapter(
     monkeypatch.chdir(tmp_path)
 
     def run(name: str, *flags: object) -> int:
-        quick = f"--model {tiny_checkpoint} --seed 3 --sets 2 --diffusion-steps 1 --num-frames 1".split()
+        quick = f"--model {tiny_checkpoint} --seed 3 --sets 2 --diffusion-steps 1 --num-frames 5".split()
         return cli.main(["generate", "a whale", "-o", name, *quick, *map(str, flags)])
 
     assert run("base.png") == 0
@@ -365,6 +401,12 @@ def test_the_command_takes_an_adapter(
     assert "lora" not in media.read_metadata("base.png")
     assert media.read_metadata("half.png")["lora"] == str(adapter / LORA_FILE)
     assert media.read_metadata("half.png")["lora_scale"] == 0.5
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        assert run("again.png", "--lora", adapter, "--state", "kept.safetensors") == 130
+    assert cli.main(["generate", "--resume", "kept.safetensors"]) == 0
+    assert media.read_metadata("again.png")["lora"] == str(adapter)
+    assert (media.read_frames("again.png")[0] == full).all()
     capsys.readouterr()
     assert run("x.png", "--lora-scale", 1) == 2
     assert capsys.readouterr().err.startswith("nova: got --lora-scale alone: expected --lora")

@@ -184,7 +184,9 @@ def unfuse(model: NOVATransformer3DModel, before: Mapping[str, Unfused]) -> None
 
 def merge(model: NOVATransformer3DModel) -> None:
     """Active adapters become part of the weights for good, and no adapter is left: the model is a plain one again."""
-    if adapter_names(model):
+    layers = [layer for _, layer in adapted_layers(model)]
+    if any(set(layer.active_adapters) - set(layer.merged_adapters) for layer in layers):
         with torch.no_grad():
             model.fuse_lora()
+    if layers:
         model.unload_lora()

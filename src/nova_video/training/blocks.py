@@ -21,6 +21,8 @@ from nova_video.model.attention import (
     flex_block_causal_mask,
 )
 
+MAX_VARIANTS = 64  # of the compiled blocks
+
 log = logging.getLogger(__name__)
 
 
@@ -31,6 +33,17 @@ def checkpointed(block: nn.Module, *args: Any) -> Tensor:
     """
     out: Tensor = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
     return out
+
+
+def compile_blocks(model: NOVATransformer3DModel, backend: str = "inductor") -> None:
+    """Compile the blocks of both encoders and of the denoiser, for any number of tokens.
+
+    Masked or not, with gradients or without, padded, adapted: these are more variants than torch compiles by default
+    (eight, and the rest it would leave uncompiled), so its limit is raised for the process.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
+    for block in (*model.video_encoder.blocks, *model.image_encoder.blocks, *model.image_decoder.blocks):
+        block.compile(dynamic=True, backend=backend)
 
 
 class TemporalMasks:

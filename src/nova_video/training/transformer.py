@@ -20,7 +20,7 @@ from nova_video.model import NOVATransformer3DModel, mask_ratios
 from nova_video.model.vit import Block
 from nova_video.pipeline import NovaPipeline
 from nova_video.settings import CheckpointSettings
-from nova_video.training.blocks import TemporalMasks, checkpointed
+from nova_video.training.blocks import TemporalMasks, checkpointed, compile_blocks
 from nova_video.training.flops import step_flops
 from nova_video.training.lora import add_lora, save_lora
 from nova_video.training.loss import (
@@ -89,8 +89,7 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         if recipe.precision == "fp8":
             use_fp8(model, device)
         if recipe.compile and self.on_gpu:
-            for block in (*model.video_encoder.blocks, *model.image_encoder.blocks, *model.image_decoder.blocks):
-                block.compile(dynamic=True)
+            compile_blocks(model)
 
     # One step -----------------------------------------------------------------------------------------------------
 

@@ -85,12 +85,15 @@ def test_samples_are_picked_at_random_and_again_the_same(place: Path) -> None:
     assert len(card.pick(shards, 99, 99)) == 14
 
 
-@pytest.mark.parametrize("values", [[0.0], [3.0, 3.0], [0.1, 0.2, 0.3], list(range(1000)), [-1.0, 1.0], [1e-3, 5e4]])
+@pytest.mark.parametrize(
+    "values", [[0.0], [3.0, 3.0], [0.1, 0.2, 0.3], list(range(1000)), [-1.0, 1.0], [1e-3, 5e4], [1.125, 1.125 + 3e-16]]
+)
 def test_every_value_is_in_one_bar(values: list[float]) -> None:
     bars = list(card.bin_values(values))
     assert 1 <= len(bars) <= card.BARS
     assert sum(count for *_, count in bars) == len(values)
     assert bars[0][0] <= min(values)
+    assert all(low < high for low, high, _ in bars)
     assert all(one[1] == pytest.approx(other[0]) for one, other in itertools.pairwise(bars))
 
 

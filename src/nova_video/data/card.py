@@ -240,7 +240,7 @@ def _histogram(values: Sequence[float]) -> str:
 
 def bin_values(values: Sequence[float]) -> Iterator[tuple[float, float, int]]:
     """(from, to, how many): at most BARS parts of a round width; the last has no end where values are far out."""
-    ordered = sorted(values)
+    ordered = sorted(float(f"{value:.6g}") for value in values)  # what differs by rounding is equal
     low, top, far = ordered[0], ordered[-1], ordered[int(0.98 * (len(ordered) - 1))]
     spread = (far - low) or abs(top - low) or max(abs(top), 1.0)
     power = 10 ** math.floor(math.log10(spread / BARS))

@@ -9,6 +9,7 @@ Legend: B batch, F latent frames, L tokens of a frame, Lc temporal tokens of it,
 scored, T condition tokens, D width, R `loss_repeat`.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -114,7 +115,8 @@ def products(module: nn.Module, count: int, learned_before: bool = True) -> floa
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
             times = 1 + learned_before + part.weight.requires_grad
-            flops += times * linear(count, part.weight[0].numel(), len(part.weight))
+            outputs, *inputs = part.weight.shape  # of the whole weight, wherever it is sharded
+            flops += times * linear(count, math.prod(inputs), outputs)
     return flops
 
 

@@ -86,11 +86,12 @@ def why_not_flex(device: torch.device, head_dim: int) -> str | None:
     if head_dim < FLEX_HEAD_DIM:
         return f"heads of {head_dim} channels: flex attention needs {FLEX_HEAD_DIM}"
     try:
-        mask = flex_block_causal_mask(64, 64, 3, device)
-        shape = (1, 1, 256, head_dim)
-        query, key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
-        attend(query, key, value, mask).sum().backward()
-        torch.cuda.synchronize(device)
+        with torch.enable_grad():  # wherever the first mask is asked for
+            mask = flex_block_causal_mask(64, 64, 3, device)
+            ones = torch.ones(3, 1, 1, 256, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+            query, key, value = ones
+            attend(query, key, value, mask).sum().backward()
+            torch.cuda.synchronize(device)
     except Exception as error:  # no compiler, a GPU it does not know: the same numbers come without it
         return f"{flex_attention.__name__} fails here: {str(error).splitlines()[0]}"
     return None

@@ -93,5 +93,5 @@ def why_not_flex(device: torch.device, head_dim: int) -> str | None:
             attend(query, key, value, mask).sum().backward()
             torch.cuda.synchronize(device)
     except Exception as error:  # no compiler, a GPU it does not know: the same numbers come without it
-        return f"{flex_attention.__name__} fails here: {str(error).splitlines()[0]}"
+        return f"{flex_attention.__name__} fails here: {(str(error) or repr(error)).splitlines()[0]}"
     return None

@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -151,6 +154,38 @@ def test_defaults_are_the_checkpoints(source: Path, tmp_path: Path, encode: Enco
     assert all(sample.text is None for found in shards.values() for sample in read_shard(found[0].url))
     encode(source, tmp_path / "b", "--size", 64, "--one-size")
     assert list(list_shards(tmp_path / "b")) == [Bucket(1, 64, 64)]
+
+
+@pytest.mark.usefixtures("no_card")
+def test_the_same_from_every_place(source: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """Files beside captions, tar members, rows of bytes, here and through fsspec: the same clips, to the last bit."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    good = sorted(path for path in source.iterdir() if path.suffix in (".mp4", ".png") and path.name not in REJECTED)
+    rows = []
+    with tarfile.open(tmp_path / "clips.tar", "w") as tar:
+        for path in good:
+            rows.append({"video": path.read_bytes(), "caption": path.with_suffix(".txt").read_text()})
+            tar.add(path.with_suffix(".txt"), f"./{path.stem}.txt")
+            tar.add(path, f"./{path.name}")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "clips.parquet")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(source), "/everywhere/clips", recursive=True)
+    memory.put(str(tmp_path / "clips.tar"), "/everywhere/clips.tar")
+    places = [
+        *(str(source), "memory://everywhere/clips", f"file://{source}"),
+        *(f"{tmp_path}/clips.tar", "memory://everywhere/clips.tar", f"{tmp_path}/clips.parquet"),
+    ]
+    found = []
+    for number, place in enumerate(places):
+        chosen = settings(source, tmp_path / str(number), tiny_checkpoint)
+        encode_dataset(replace(chosen, source=SourceSettings(place), text=None))
+        shards = list_shards(tmp_path / str(number))
+        samples = [sample for bucket in shards for shard in shards[bucket] for sample in read_shard(shard.url)]
+        found.append([(s.caption, s.start, s.motion, s.moments.view(torch.int16).tolist()) for s in samples])
+    assert len(found[0]) == 6
+    assert all(other == found[0] for other in found[1:])
 
 
 class KilledError(BaseException):

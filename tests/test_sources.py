@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nova_video.data import stages as stages_module
 from nova_video.data.sources import Source, SourceSettings, expand_braces, open_source
 from nova_video.data.stages import Item, read_bytes, read_caption
 from nova_video.errors import InputError
@@ -223,6 +224,60 @@ def test_media_columns(tmp_path: Path) -> None:
     fill(tmp_path / "paths", {"media/x.png": "x"})
     (item,) = opened(tmp_path / "paths" / "a.parquet").items()
     assert read_bytes(item) == b"x"
+
+
+def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hf://OWNER/NAME is streamed, and its Video column gives bytes."""
+    import datasets
+
+    real = datasets.load_dataset
+    asked: list[object] = []
+
+    def load(name: str, **settings: Any) -> Any:
+        asked.append((name, settings))
+        table = real("parquet", data_files=str(tmp_path / "data" / "*.parquet"), split="train", streaming=True)
+        return table.cast_column("video", datasets.Video())
+
+    make_parquet(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for place in ("hf://owner/name", "hf://datasets/owner/name"):
+        items = list(opened(place, split="validation").items())
+        assert [item.data for item in items] == [content(name) for name in NAMES]
+        assert asked.pop() == ("owner/name", {"split": "validation", "streaming": True})
+
+    def fail(name: str, **settings: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(
+        InputError, match="^hf://owner/name: cannot be opened as a Hugging Face dataset: Couldn't reach"
+    ):
+        opened("hf://owner/name")
+
+
+def test_reading_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is elsewhere may fail for a moment; what is not there is not asked for again."""
+    asked = 0
+
+    class Flaky:
+        def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+            nonlocal asked
+            asked += 1
+            if path == "gone":
+                raise FileNotFoundError(path)
+            if asked < 3 or path == "down":
+                raise OSError("connection reset")
+            return b"0123456789"[start:end]
+
+    monkeypatch.setattr(stages_module, "open_place", lambda url: (Flaky(), url))
+    monkeypatch.setattr(stages_module, "WAIT", 0.0)
+    assert read_bytes(Item("a", url="up", offset=2, size=3)) == b"234"
+    assert asked == 3
+    for url, error, times in [("gone", FileNotFoundError, 1), ("down", OSError, 3)]:
+        asked = 0
+        with pytest.raises(error):
+            read_bytes(Item("a", url=url))
+        assert asked == times
 
 
 def test_problems_of_a_folder(tmp_path: Path) -> None:

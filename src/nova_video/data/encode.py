@@ -30,7 +30,7 @@ from nova_video.text.encoders import find_text_encoder
 
 SHARD_BYTES = 256 << 20  # a group's samples of a bucket are split into shards of about so many
 TOGETHER = 16 << 20  # pixels that wait for the encoders here: several forward passes, so that few are part full
-AHEAD = 16  # clips that are decoded ahead of the encoders here
+AHEAD = 8  # clips that are decoded ahead of the encoders here
 PROGRESS = "progress"
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from nova_video.data import stages as stages_module
-from nova_video.data.sources import Source, SourceSettings, expand_braces, open_source
+from nova_video.data.sources import Source, SourceSettings, TableSource, expand_braces, open_source
 from nova_video.data.stages import Item, read_bytes, read_caption
 from nova_video.errors import InputError
 
@@ -266,14 +266,14 @@ def test_reading_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
             if path == "gone":
                 raise FileNotFoundError(path)
             if asked < 3 or path == "down":
-                raise OSError("connection reset")
+                raise ConnectionResetError("connection reset")
             return b"0123456789"[start:end]
 
     monkeypatch.setattr(stages_module, "open_place", lambda url: (Flaky(), url))
     monkeypatch.setattr(stages_module, "WAIT", 0.0)
     assert read_bytes(Item("a", url="up", offset=2, size=3)) == b"234"
     assert asked == 3
-    for url, error, times in [("gone", FileNotFoundError, 1), ("down", OSError, 3)]:
+    for url, error, times in [("gone", FileNotFoundError, 1), ("down", ConnectionResetError, 3)]:
         asked = 0
         with pytest.raises(error):
             read_bytes(Item("a", url=url))
@@ -338,6 +338,24 @@ def test_problems_of_rows(tmp_path: Path) -> None:
     ]
 
 
+def test_a_table_that_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows before, and a line about the rest."""
+    make_parquet(tmp_path)
+    source = opened(tmp_path)
+    whole = list(source.items())
+    give = TableSource._item
+
+    def fail(self: TableSource, name: str, row: Any) -> Item:
+        if name == "00001:00001":
+            raise ConnectionError("gone")
+        return give(self, name, row)
+
+    monkeypatch.setattr(TableSource, "_item", fail)
+    items = list(source.items())
+    assert [item.source for item in items[:2]] == [item.source for item in whole[:2]]
+    assert (len(items), items[2].problem, items[2].last) == (3, "cannot be read on after row 1: gone", True)
+
+
 # Wrong input ---------------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[dict[str, bytes | str], dict[str, Any], str]] = [
@@ -399,6 +417,7 @@ def test_wrong_places(tmp_path: Path) -> None:
         (tmp_path / "*.tar", "*.tar: there is nothing there"),
         (tmp_path / "{0..2}.tar", "there is nothing there"),
         (tmp_path / "a.mp4", "got the file"),
+        ("memory://nothing/here", "memory://nothing/here: there is nothing there"),
         ("nosuch://x/y", "nosuch://x/y: cannot be opened: Protocol not known: nosuch"),
     ]:
         with pytest.raises(InputError) as error:

@@ -128,8 +128,10 @@ def open_source(settings: SourceSettings) -> Source:
         else:
             patterns = expand_braces(root)
             urls = [_url(system, path) for pattern in patterns for path in _matches(system, pattern)]
-    except PermissionError as error:
-        raise InputError(f"{place}: cannot be read ({error.strerror or error})") from None
+    except InputError:
+        raise
+    except Exception as error:  # file systems elsewhere have errors of their own
+        raise InputError(f"{place}: cannot be read: {_said(error)}") from None
     if not urls:
         raise InputError(f"{place}: there is nothing there: expected {WHAT_THERE_IS}")
     return _open_files(settings, urls)
@@ -194,6 +196,13 @@ def _url(system: Any, path: str) -> str:
 
 def _suffix(name: str) -> str:
     return PurePosixPath(name).suffix.lower()
+
+
+def _said(error: Exception) -> str:
+    """In one line."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _some(names: Collection[str]) -> str:
@@ -390,9 +399,8 @@ class TarSource(Source):
         try:
             for key, members in groupby(self._members(part), key=lambda member: _sample_key(member[0])):
                 yield self._item(part, f"{name}/{key}", list(members))
-        except (OSError, tarfile.TarError) as error:
-            reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-            yield Item(name, problem=f"the tar cannot be read on: {reason}")
+        except Exception as error:  # of the tar or of where it is
+            yield Item(name, problem=f"the tar cannot be read on: {_said(error)}")
 
     def _members(self, part: int) -> Iterator[tuple[str, tarfile.TarInfo, bytes | None]]:
         """Name, header and, of captions, content."""
@@ -490,8 +498,12 @@ class TableSource(Source):
             rows = rows.skip(start) if start else rows
         else:
             rows = self.table.select(range(min(len(self.table), part * ROWS + start), self._end(part)))
-        for number, row in enumerate(rows, start=start):
-            yield self._item(f"{part:05d}:{number:05d}", row)
+        number = start
+        try:
+            for number, row in enumerate(rows, start=start):
+                yield self._item(f"{part:05d}:{number:05d}", row)
+        except Exception as error:  # of the file or of where it is
+            yield Item(f"{part:05d}", problem=f"cannot be read on after row {number}: {_said(error)}")
 
     def find(self, source: str) -> Item:
         part, _, number = source.partition(":")
@@ -575,5 +587,4 @@ def _loaded(place: str, load: Any) -> Any:
     try:
         return load(datasets)
     except Exception as error:  # of many kinds: no such name, no network, no such split, a damaged file
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{place}: cannot be opened as a Hugging Face dataset: {said}") from None
+        raise InputError(f"{place}: cannot be opened as a Hugging Face dataset: {_said(error)}") from None

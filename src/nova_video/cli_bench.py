@@ -132,10 +132,11 @@ def run_bench_train(args: BenchTrain) -> None:
     check_report_folder(args.output.parent)
     read_train_rows(args.output)  # a file that cannot be added to is found before the work
     processes, index = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    launcher = f"torchrun --nproc-per-node {processes} --no-python " if processes > 1 else ""
     failed = []
     for config in args.config:
-        command = launcher + _command_line("train", args, ("config", "output"), "--config", config)
+        command = _command_line("train", args, ("config", "output"), "--config", config)
+        if processes > 1:
+            command = f"torchrun --nproc-per-node {processes} -m nova_video {command.removeprefix('nova ')}"
         row = measure_training(config, asked, command)
         if row.error is not None:
             failed.append(config)

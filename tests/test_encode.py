@@ -1,7 +1,9 @@
 """`nova encode` in one process: what it writes, and that a run which was stopped anywhere ends as one that was not."""
 
+import importlib.util
 import json
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +18,7 @@ from PIL import Image
 from nova_video import cli, media
 from nova_video.data import dataset as dataset_module
 from nova_video.data import encode as encode_module
+from nova_video.data import stages as stages_module
 from nova_video.data.dataset import Bucket, DatasetInfo, list_shards, read_shard
 from nova_video.data.encode import EncodeSettings, decode_settings, encode_dataset, source_settings
 from nova_video.data.encoders import EncodeText
@@ -302,6 +305,20 @@ def test_wrong_input(source: Path, tmp_path: Path, encode: Encode, monkeypatch: 
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert expected in err
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("package", ["cv2", "scenedetect", "pyarrow", "fsspec"])
+def test_absent_packages(
+    package: str, source: Path, tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named before the work, with what brings them."""
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    find = importlib.util.find_spec
+    monkeypatch.setattr(stages_module, "find_spec", lambda name: None if name == package else find(name))
+    code, out, err = encode(source, tmp_path / "new", "--cuts")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "pip install 'nova-video[data]'" in err
+    assert not (tmp_path / "new").exists()
 
 
 def test_nothing_could_be_encoded(tmp_path: Path, encode: Encode) -> None:

@@ -93,6 +93,8 @@ class Record:
 
 def encode_dataset(settings: EncodeSettings, tell: Callable[[Done], None] = lambda done: None) -> Summary:
     """Encode what is not there yet, then write rejected.jsonl and the card; `tell` is called after every item."""
+    import pyarrow  # noqa: F401 - an absent package is found before the work
+
     began = time.monotonic()
     info = describe_dataset(settings)
     source = open_source(settings.source)

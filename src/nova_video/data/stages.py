@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
@@ -527,6 +528,10 @@ def _said(error: Exception) -> str:
 class Motion:
     """The motion score: the mean optical flow between neighbouring frames, in pixels a frame at the bucket's size and
     the clip's rate. The emoji world's measure, `motion.flow_magnitude`; 0 for a picture."""
+
+    def __init__(self) -> None:
+        if find_spec("cv2") is None:  # found before the work
+            raise InputError("optical flow needs OpenCV: pip install 'nova-video[data]'")
 
     def __call__(self, clip: Clip) -> Clip:
         return replace(clip, motion=flow_magnitude(clip.frames) if len(clip.frames) > 1 else 0.0)

@@ -45,7 +45,8 @@ def test_from_a_folder_of_videos_to_a_clip(videos: Path) -> None:
     shards = list_shards(dataset)
     assert sum(shard.rows for found in shards.values() for shard in found) >= 8
     assert len(shards) == 2  # the street is wider than the others
-    subprocess.run([*NOVA, "data", "inspect", str(dataset), "--sources", str(videos)], check=True, timeout=300)
+    inspect = [*NOVA, "data", "inspect", str(dataset), "--sources", str(videos)]
+    subprocess.run(inspect, check=True, timeout=300, cwd=folder)
 
     def command(output: str) -> list[str]:
         settings = ["--dataset.path", str(dataset), "--dataset.batch", "1", "--dataset.workers", "1", "--steps", "9"]

@@ -61,8 +61,8 @@ def _header(title: str, subtitle: str) -> Image.Image:
     for line in _fit(title, TITLE, PAGE - 2 * MARGIN, 1):
         brush.text((MARGIN, MARGIN - 6), line, INK, _font(TITLE))
     brush.text((MARGIN, MARGIN + TITLE + 6), subtitle, FAINT, _font(TEXT))
-    line = MARGIN + TITLE + 38
-    brush.line((MARGIN, line, PAGE - MARGIN, line), RULE)
+    rule = MARGIN + TITLE + 38
+    brush.line((MARGIN, rule, PAGE - MARGIN, rule), RULE)
     return page
 
 

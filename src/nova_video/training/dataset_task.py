@@ -248,7 +248,6 @@ class DatasetTask(TransformerTask):
         samples = [*self.held_out(), *self.probe]
         captions = list(dict.fromkeys(sample.caption for sample in samples))[:SHEET_SAMPLES]
         pipe, bucket = self.open(folder), self.largest
-        size = {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
         entries = []
         for caption in captions:
             generator = torch.Generator().manual_seed(self.seed)
@@ -258,7 +257,9 @@ class DatasetTask(TransformerTask):
                 motion_flow=self.defaults.motion_flow,
                 generator=generator,
                 output_type="np",
-                **size,
+                num_frames=bucket.frames,
+                height=bucket.height,
+                width=bucket.width,
             )
             clip = made.images[:1] if bucket.frames == 1 else made.frames[0]
             entries.append(Entry((clip * 255).round().astype("uint8"), caption, ""))

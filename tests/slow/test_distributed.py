@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_dataset_training import CLIPS, PICTURES, write_dataset
 
 from nova_video.training.checkpoint import newest_checkpoint
 from nova_video.training.recipe import (
@@ -20,6 +19,7 @@ from nova_video.training.recipe import (
     recipe_toml,
 )
 from nova_video.training.trainer import train
+from test_dataset_training import CLIPS, PICTURES, write_dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

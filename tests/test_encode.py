@@ -102,7 +102,7 @@ def content(output: Path) -> dict[str, bytes]:
 def test_what_is_written(source: Path, tmp_path: Path, encode: Encode, tiny_checkpoint: Path) -> None:
     """Every row is what the parts give for the frames that decoding gives; what is wrong is told and stops nothing."""
     output = tmp_path / "dataset"
-    code, out, err = encode(source, output, "--frames", 5, 9, "--fps", 8)
+    code, out, err = encode(source, output, "--frames", 5, 9, "--fps", 8, "--size", "96x64")
     assert (code, err) == (0, "")
     assert out == f"{output}: 3 clips and 3 pictures from 9 sources, 4 rejected (rejected.jsonl)\n"
     lines = [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
@@ -146,16 +146,17 @@ def test_what_is_written(source: Path, tmp_path: Path, encode: Encode, tiny_chec
 
 @pytest.mark.usefixtures("no_card")
 def test_defaults_are_the_checkpoints(source: Path, tmp_path: Path, encode: Encode) -> None:
-    """A checkpoint for pictures of 96x64 at 12 frames a second, unless something else is said."""
+    """A checkpoint for pictures of 96x64, no other size, at 12 frames a second, unless something else is said."""
     encode(source, tmp_path / "a", "--text-encoder", "none")
     info = DatasetInfo.load(tmp_path / "a")
-    assert (info.settings["size"], info.settings["fps"], info.settings["frames"]) == ("96x64", 12, [1])
+    assert (info.settings["size"], info.settings["one_size"]) == ("96x64", True)
+    assert (info.settings["fps"], info.settings["frames"]) == (12, [1])
     assert (info.text_encoder, info.text_dim) == (None, None)
     shards = list_shards(tmp_path / "a")
-    assert {bucket.frames for bucket in shards} == {1}
-    assert sum(shard.rows for found in shards.values() for shard in found) == 5  # one of each video
+    assert {bucket.name: sum(shard.rows for shard in found) for bucket, found in shards.items()} == {"1x64x96": 4}
     assert all(sample.text is None for found in shards.values() for sample in read_shard(found[0].url))
     encode(source, tmp_path / "b", "--size", 64, "--one-size")
+    assert DatasetInfo.load(tmp_path / "b").settings["size"] == "64x64"
     assert list(list_shards(tmp_path / "b")) == [Bucket(1, 64, 64)]
 
 

@@ -176,7 +176,7 @@ class Encode:
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
     """Size in pixels, or the side of a square: of about that area are the sizes for other ratios of width to height."""
     one_size: bool = False
-    """Bring everything to that size."""
+    """Bring everything to that size; so it is without --size for a model whose positions allow no other."""
     cuts: bool = False
     """End clips where PySceneDetect finds a cut."""
     cut_threshold: Annotated[float, arg(metavar="N")] = 27.0

@@ -32,7 +32,7 @@ def run_encode(args: Encode) -> None:
 
         def tell(done: "Done") -> None:
             nonlocal told
-            said = f"{done.clips} clips" + (f", {done.rejected} rejected" if done.rejected else "")
+            said = f"{_count(done.clips, 'clip')}" + (f", {done.rejected} rejected" if done.rejected else "")
             bar.update(task, completed=done.items, total=done.total, description=said)
             if bar.disable and time.monotonic() - told > TOLD_EVERY:
                 told = time.monotonic()
@@ -42,7 +42,8 @@ def run_encode(args: Encode) -> None:
     clips = sum(rows for bucket, rows in summary.clips.items() if bucket.frames > 1)
     pictures = sum(summary.clips.values()) - clips
     rejected = f", {summary.rejected} rejected (rejected.jsonl)" if summary.rejected else ""
-    print(f"{args.output}: {clips} clips and {pictures} pictures from {summary.items} sources{rejected}")
+    counts = [_count(count, what) for count, what in ((clips, "clip"), (pictures, "picture")) if count]
+    print(f"{args.output}: {' and '.join(counts)} from {_count(summary.items, 'source')}{rejected}")
 
 
 def run_data_inspect(args: DataInspect) -> None:
@@ -86,6 +87,10 @@ def run_data_inspect(args: DataInspect) -> None:
         raise InputError(f"{args.dataset}: {count} problem{'s' if count > 1 else ''} (see above)")
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
+
+
 def _settings(args: Encode) -> "EncodeSettings":
     """The checkpoint's own settings where nothing was typed."""
     from nova_video.data.encode import EncodeSettings, model_size, model_text
@@ -101,8 +106,11 @@ def _settings(args: Encode) -> "EncodeSettings":
     if side is not None and re.fullmatch(r"\d+", side):
         side = f"{side}x{side}"
     height, width = size_of(side)
-    size = model_size(args.model) if height is None or width is None else (height, width)
-    if size is None:
+    if height is not None and width is not None:
+        size, alone = (height, width), False
+    elif (own := model_size(args.model)) is not None:
+        size, alone = own
+    else:
         raise InputError(f"{args.model} has no transformer/ that tells its size: expected --size, such as 768x480")
     text = args.text_encoder
     return EncodeSettings(
@@ -111,7 +119,7 @@ def _settings(args: Encode) -> "EncodeSettings":
             frames=args.frames or (defaults.num_frames,),
             fps=defaults.fps if args.fps is None else args.fps,
             size=size,
-            one_size=args.one_size,
+            one_size=args.one_size or alone,
             cuts=args.cuts,
             threshold=args.cut_threshold,
         ),

@@ -209,13 +209,15 @@ def source_settings(noted: dict[str, Any]) -> SourceSettings:
     )
 
 
-def model_size(model: str) -> tuple[int, int] | None:
-    """(H, W) in pixels that a checkpoint's transformer is made for; None where it has none."""
-    config = resolve_checkpoint(model) / "transformer" / "config.json"
-    if not config.is_file():
+def model_size(model: str) -> tuple[tuple[int, int], bool] | None:
+    """(H, W) in pixels that a checkpoint's transformer is made for, and whether its positions allow no other; None: it has
+    no transformer."""
+    path = resolve_checkpoint(model) / "transformer" / "config.json"
+    if not path.is_file():
         return None
-    height, width = read_json(config)["image_size"]
-    return int(height), int(width)
+    config = read_json(path)
+    height, width = config["image_size"]
+    return (int(height), int(width)), not config["rotary_pos_embed"]
 
 
 def model_text(model: str) -> str | None:

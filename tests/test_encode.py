@@ -285,6 +285,7 @@ def test_run_again(source: Path, tmp_path: Path, encode: Encode, tiny_checkpoint
 
 def test_wrong_input(source: Path, tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line and nothing written."""
+    shutil.copytree(source, tmp_path / "clips")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     (tmp_path / "file").touch()
@@ -298,6 +299,7 @@ def test_wrong_input(source: Path, tmp_path: Path, encode: Encode, monkeypatch: 
         (source, "new", ["--model", "nothing"], "model 'nothing' not found"),
         (source, "new", ["--device", "tpu"], "device is 'tpu', expected auto, cpu"),
         (source, "full", [], "full exists and is no encoded dataset: expected a new or empty folder"),
+        (tmp_path / "clips", "clips/new", [], "clips/new is in the source"),
         (source, "file", [], "file is a file: expected a folder to write"),
         (tmp_path / "none", "new", [], "none: there is nothing there: expected a folder of media"),
         (tmp_path / "bad", "new", [], "bad: is empty: expected a folder of media"),

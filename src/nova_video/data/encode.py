@@ -210,8 +210,8 @@ def source_settings(noted: dict[str, Any]) -> SourceSettings:
 
 
 def model_size(model: str) -> tuple[tuple[int, int], bool] | None:
-    """(H, W) in pixels that a checkpoint's transformer is made for, and whether its positions allow no other; None: it has
-    no transformer."""
+    """(H, W) in pixels that a checkpoint's transformer is made for, and whether its positions allow no other. None: it
+    has no transformer."""
     path = resolve_checkpoint(model) / "transformer" / "config.json"
     if not path.is_file():
         return None
@@ -247,6 +247,9 @@ def check_output(output: Path, info: DatasetInfo, source: Source) -> None:
     """Raises for a folder that is no place for this dataset, or holds one of other settings."""
     if output.is_file():
         raise InputError(f"{output} is a file: expected a folder to write")
+    place = Path(info.settings["source"])
+    if place.is_dir() and output.resolve().is_relative_to(place.resolve()):
+        raise InputError(f"{output} is in the source {place}: expected a folder outside of it")
     check_writable(next(path for path in (output, *output.absolute().parents) if path.is_dir()))
     if not output.exists():
         return

@@ -120,7 +120,7 @@ def train(recipe: Recipe) -> Path:
                 numbers |= since.rates(step, spent, None if peak is None else peak * processes.count)
                 since = Work(step, spent)
                 log.write(step, spent, numbers)
-            if due(recipe.log.every) or not graph:
+            if due(recipe.log.every) or not task.on_gpu:  # elsewhere it would wait for the device
                 stepper.check(step, output)
             looks = Looks(due(recipe.log.validate_every), due(recipe.log.sample_every), due(recipe.log.score_every))
             if any(looks):
@@ -264,14 +264,14 @@ class Stepper:
                 (losses["loss"] / len(self.own)).backward()
             for name, value in losses.items():
                 self._count(name, value.detach())
-        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip or math.inf)).detach()
+        total = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.recipe.clip:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip, total)
+        norm = whole(total).detach()
         self._count("grad_norm", norm)
         finite = norm.isfinite()
-        if self.graph:  # the optimizer's own kernel leaves everything as it is
-            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif finite:
-            self.optimizer.step()
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # its kernel then changes nothing
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.bad[0] += ~finite
         self.bad[1].copy_((self.bad[1] + 1) * ~finite)
@@ -340,7 +340,7 @@ def make_optimizer(model: nn.Module, recipe: OptimizerRecipe, device: torch.devi
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     cuda = device.type == "cuda"
     rate = torch.tensor(recipe.lr, device=device) if cuda else recipe.lr  # a tensor, so that graphs read it anew
-    return torch.optim.AdamW(groups, lr=rate, betas=recipe.betas, fused=cuda, capturable=cuda)
+    return torch.optim.AdamW(groups, lr=rate, betas=recipe.betas, fused=True, capturable=cuda)
 
 
 def learning_rate(recipe: OptimizerRecipe, step: int, done: float) -> float:

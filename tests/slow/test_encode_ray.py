@@ -143,8 +143,10 @@ def ray_folders() -> set[Path]:
 
 
 def test_ray_gives_the_same_dataset_and_leaves_nothing(
-    settings: EncodeSettings, expected: Path, tmp_path: Path
+    settings: EncodeSettings, expected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     before = open_doors(), ray_folders()
     doors: set[str] = set()
     helpers = 0
@@ -161,6 +163,7 @@ def test_ray_gives_the_same_dataset_and_leaves_nothing(
     assert helpers >= 4  # raylet, tasks, actors: it was Ray that did it
     assert doors == set()
     assert ray_folders() == before[1]
+    assert list((tmp_path / "home").iterdir()) == []
     assert not set(encode_ray.ENVIRONMENT) & set(os.environ)
     import ray
 
@@ -193,27 +196,34 @@ def test_nothing_to_do_starts_no_ray(settings: EncodeSettings, expected: Path, m
     assert encode_dataset(replace(settings, ray="local")).encoded == 0
 
 
+def outside() -> dict[str, str]:
+    """The environment of a process that has nothing to do with this one's Ray."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return kept | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+
+
 @pytest.fixture
 def cluster() -> Iterator[str]:
     """The address of a Ray that is not ours, on this machine."""
     folder = tempfile.mkdtemp(prefix="ray-")
     address = "127.0.0.1:26379"
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
     command = ["start", "--head", "--block", "--port", "26379", "--num-cpus", "2", "--include-dashboard", "false"]
     head = subprocess.Popen(
         [BIN / "ray", *command, "--temp-dir", folder, "--object-store-memory", str(200 << 20)],
-        env=environment,
+        env=outside(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
         for _ in range(120):
             done = subprocess.run(
-                [BIN / "ray", "status", "--address", address], env=environment, capture_output=True, timeout=60
+                [BIN / "ray", "status", "--address", address], env=outside(), capture_output=True, timeout=60
             )
             if done.returncode == 0:
                 break
             time.sleep(0.5)
+        else:
+            pytest.fail(f"no Ray was started at {address}: {done.stderr.decode()[-500:]}")
         yield address
     finally:
         started = psutil.Process(head.pid).children(recursive=True)
@@ -232,9 +242,9 @@ def test_a_cluster_by_its_address(settings: EncodeSettings, expected: Path, tmp_
         " encode_dataset(pickle.load(sys.stdin.buffer))"
     )
     sent = pickle.dumps(replace(settings, output=tmp_path / "films", ray=cluster))
-    subprocess.run([sys.executable, "-c", code], input=sent, check=True, timeout=600)
+    subprocess.run([sys.executable, "-c", code], input=sent, env=outside(), check=True, timeout=600)
     assert_same(tmp_path / "films", expected)
-    done = subprocess.run([BIN / "ray", "status", "--address", cluster], capture_output=True, timeout=60)
+    done = subprocess.run([BIN / "ray", "status", "--address", cluster], env=outside(), capture_output=True, timeout=60)
     assert done.returncode == 0  # it goes on without us
 
 

@@ -7,10 +7,12 @@ sends a mark after its clips, which says how many they were: with it an item is 
 were batched. A Ray that is started here listens on this machine alone, and is gone when the work is done or given up.
 """
 
+import functools
 import logging
 import os
 import pickle
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -44,6 +46,7 @@ ENVIRONMENT = {  # of a Ray that is started here
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its word for: this machine alone, so listen on the loopback device
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 PATIENCE = 10.0  # seconds until a cluster answers
 LONGEST_FOLDER = 40  # letters: Ray's sockets lie deep in its folder, and their paths may not be long
 
@@ -269,40 +272,68 @@ def _windows(items: Iterable[Item]) -> Iterator[list[bytes]]:
 @contextmanager
 def _ray(address: str) -> Iterator[None]:
     """Connected to a Ray: the one at the address, or one of our own. One that this process uses already is taken."""
-    _set_environment = {} if address != LOCAL else {n: v for n, v in ENVIRONMENT.items() if n not in os.environ}
+    environment = {name: value for name, value in ENVIRONMENT.items() if address == LOCAL and name not in os.environ}
+    os.environ.update(environment)
+    if address == LOCAL and not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        os.environ["RAY_AUTH_TOKEN"] = _token()
     folder = tempfile.mkdtemp(prefix="nova-ray-")
-    os.environ.update(_set_environment)
     started = False
     try:
         try:
             import ray
+            import ray.data
         except ImportError as error:
             raise InputError("encoding on Ray needs ray: pip install 'nova-video[data]', or --no-ray") from error
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         if not ray.is_initialized():
             started = True
             if address == LOCAL:
-                own = {"_temp_dir": folder} if len(folder) <= LONGEST_FOLDER else {}
-                ray.init("local", include_dashboard=False, **own, **quiet)
-                if ray.cluster_resources().get("CPU", 0) < LEAST_CORES:
-                    ray.shutdown()
-                    ray.init("local", num_cpus=LEAST_CORES, include_dashboard=False, **own, **quiet)
+                _start_ray(folder)
             else:
-                _knock(address)
-                try:
-                    ray.init(address, **quiet)
-                except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-                    raise InputError(f"there is no Ray at {address}: {_said(error)}") from None
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+                _join_ray(address)
+        ray.data.DataContext.get_current().enable_progress_bars = False  # encoding has its own
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         yield
     finally:
         if started:
             ray.shutdown()
-        for name in _set_environment:
+        for name in environment:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@functools.cache
+def _token() -> str:
+    """What a Ray of our own asks of all who talk to it, else Ray writes one to the user's home. One for all of this
+    process's life, since Ray reads it once."""
+    return secrets.token_hex(32)
+
+
+def _start_ray(folder: str) -> None:
+    """A Ray of our own, with its files in the folder."""
+    import ray
+
+    options: dict[str, Any] = {"include_dashboard": False, **QUIET}
+    if len(folder) <= LONGEST_FOLDER:
+        options["_temp_dir"] = folder
+    try:
+        ray.init("local", **options)
+        if ray.cluster_resources().get("CPU", 0) < LEAST_CORES:
+            ray.shutdown()
+            ray.init("local", num_cpus=LEAST_CORES, **options)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise InputError(
+            f"no Ray could be started here: {_said(error)}: expected --no-ray, or --ray ADDRESS"
+        ) from error
+
+
+def _join_ray(address: str) -> None:
+    import ray
+
+    _knock(address)
+    try:
+        ray.init(address, **QUIET)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise InputError(f"there is no Ray at {address}: {_said(error)}") from error
 
 
 def _knock(address: str) -> None:

@@ -323,6 +323,14 @@ def test_a_file_that_breaks_off_gives_what_it_has(tmp_path: Path) -> None:
     assert last.reason.startswith("breaks off: has ")
 
 
+def test_titles_in_any_encoding(tmp_path: Path) -> None:
+    media.write_media(gray([0] * 5), tmp_path / "a.mp4", 8, {"title": "cafe"})
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert b"cafe" in data
+    (tmp_path / "a.mp4").write_bytes(data.replace(b"cafe", "café".encode("latin-1")))
+    assert len(clips(Item("a.mp4", "a", str(tmp_path / "a.mp4")))) == 1
+
+
 def test_no_clip_shows_damage(tmp_path: Path) -> None:
     """Bytes overwritten in the middle: what was decoded from them is in no clip, and the file is said to be damaged."""
     noise = np.random.default_rng(0).integers(0, 255, (40, *SIZE, 3), np.uint8)

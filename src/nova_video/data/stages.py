@@ -477,11 +477,13 @@ def _open_picture(item: Item, stack: ExitStack) -> Image.Image | None:
 def _open_video(item: Item, stack: ExitStack) -> "av.container.InputContainer":
     """Local files are read as they are decoded, others as a whole if they are part of a tar, else by pieces."""
     if item.data is not None or item.size is not None:
-        return stack.enter_context(av.open(io.BytesIO(read_bytes(item)), "r"))
-    if "://" not in item.url:
-        return stack.enter_context(av.open(item.url, "r"))
-    system, path = open_place(item.url)
-    return stack.enter_context(av.open(stack.enter_context(system.open(path, "rb")), "r"))
+        file: Any = io.BytesIO(read_bytes(item))
+    elif "://" not in item.url:
+        file = item.url
+    else:
+        system, path = open_place(item.url)
+        file = stack.enter_context(system.open(path, "rb"))
+    return stack.enter_context(av.open(file, "r", metadata_errors="replace"))  # titles in any encoding
 
 
 def _video_pixels(frame: av.VideoFrame, aspect: float) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.data.world import EmojiWorld, Split, to_uint8
 from nova_video.training.pool import Rows
 from nova_video.training.recipe import AutoencoderRecipe
-from nova_video.training.task import Pools, Task, describe_world
+from nova_video.training.task import LossParts, Pools, Task, describe_world
 
 
 class AutoencoderTask(Task[AutoencoderKLCausalTiny, int, Rows]):
@@ -53,7 +53,7 @@ class AutoencoderTask(Task[AutoencoderKLCausalTiny, int, Rows]):
     def draw(self, variant: int, micro: int) -> Rows:
         return self.pools.draw(variant)
 
-    def loss(self, variant: int, batch: Rows) -> dict[str, Tensor]:
+    def loss(self, variant: int, batch: Rows) -> LossParts:
         recipe, rows = self.recipe, batch
         clip = rows["clip"].float() / 127.5 - 1  # (B, 3, F, H, W)
         posterior = self.model.encode(clip).latent_dist

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nova_video.devices import choose_device
 from nova_video.errors import InputError
 from nova_video.training.recipe import Recipe
-from nova_video.training.task import Task
+from nova_video.training.task import LossParts, Task
 
 PATIENCE = timedelta(hours=2)  # with a process that samples, scores or saves while the others wait
 
@@ -35,7 +35,7 @@ class LossModule(nn.Module):
         self.model = task.model
         self.task = task
 
-    def forward(self, variant: Any, batch: Any) -> dict[str, Tensor]:
+    def forward(self, variant: Any, batch: Any) -> LossParts:
         return self.task.loss(variant, batch)
 
 

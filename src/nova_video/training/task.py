@@ -11,10 +11,13 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from nova_video.training.pool import Pool, Rows, fill_seed
 from nova_video.training.recipe import DataRecipe
+
+LossParts = dict[str, Any]
+"""By name: tensors, each a scalar or a pair of a sum and how many it is of."""
 
 M = TypeVar("M", bound=nn.Module)
 V = TypeVar("V", bound=Hashable)
@@ -69,8 +72,8 @@ class Task(ABC, Generic[M, V, B]):
         """The next samples of a micro batch, on the device; random numbers from torch's default generators."""
 
     @abstractmethod
-    def loss(self, variant: V, batch: B) -> dict[str, Tensor]:
-        """A batch's losses; "loss" is the one to minimise. Scalars, or pairs of a sum and how many it is of."""
+    def loss(self, variant: V, batch: B) -> LossParts:
+        """A batch's losses; "loss" is the one to minimise, a scalar."""
 
     def flops(self, variant: V) -> float:
         """Useful operations of one micro batch, forward and backward; 0: not known."""

@@ -45,7 +45,7 @@ from nova_video.training.recipe import (
     Recipe,
     recipe_toml,
 )
-from nova_video.training.task import Task
+from nova_video.training.task import LossParts, Task
 
 BAD_STEPS = 10  # in a row, which end a run
 
@@ -216,6 +216,7 @@ class Stepper:
         )
         self.names = (*task.loss_names, "grad_norm")
         self.sums = torch.zeros(len(self.names), 2, device=device, dtype=torch.float64)  # sum, count
+        self.rows: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}  # names -> their rows of the sums, and a one
         self.bad = torch.zeros(2, device=device)  # steps that were skipped: since the last look, in a row
         self.graphs: dict[Any, torch.cuda.CUDAGraph | None] = {}
         self.newest: tuple[int, Any, Any] | None = None  # step, variant, batch
@@ -262,13 +263,12 @@ class Stepper:
                 with self.autocast:
                     losses = self.module(variant, batch)
                 (losses["loss"] / len(self.own)).backward()
-            for name, value in losses.items():
-                self._count(name, value.detach())
+            self._count(losses)
         total = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.recipe.clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip, total)
         norm = whole(total).detach()
-        self._count("grad_norm", norm)
+        self._count({"grad_norm": norm})
         finite = norm.isfinite()
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # its kernel then changes nothing
         self.optimizer.step()
@@ -278,11 +278,17 @@ class Stepper:
         if self.recipe.ema_every == 1:
             self.average.update()
 
-    def _count(self, name: str, value: Tensor) -> None:
+    def _count(self, losses: LossParts) -> None:
         """Scalars count once, pairs are a sum and a count; what is not finite is left out."""
-        pair = value if value.dim() else torch.stack([value, torch.ones_like(value)])
-        row = self.names.index(name)
-        self.sums[row] += torch.where(pair.isfinite().all(), pair, torch.zeros_like(pair))
+        names = tuple(losses)
+        if names not in self.rows:
+            rows = torch.tensor([self.names.index(name) for name in names], device=self.sums.device)
+            self.rows[names] = (rows, torch.ones((), device=self.sums.device))
+        rows, once = self.rows[names]
+        pairs = [value if isinstance(value, tuple) else (value.detach().float(), once) for value in losses.values()]
+        sums, counts = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        values = torch.stack([sums, counts], dim=1).double()  # (names, 2)
+        self.sums.index_add_(0, rows, torch.where(values.isfinite().all(1, keepdim=True), values, 0.0))
 
     def numbers(self) -> dict[str, float]:
         """Means since the last call, over all processes, and how many steps were skipped."""

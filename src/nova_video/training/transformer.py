@@ -35,7 +35,7 @@ from nova_video.training.loss import (
     visible_tokens,
 )
 from nova_video.training.recipe import SMALL, ModelRecipe, TransformerRun
-from nova_video.training.task import Task
+from nova_video.training.task import LossParts, Task
 
 MASK_MULTIPLE = 16  # numbers of revealed tokens are padded to it, where every sample has its own
 
@@ -103,7 +103,7 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         counts = shown.unique(return_counts=True)
         return counts[0].tolist(), (counts[1] / len(shown)).tolist()
 
-    def loss(self, variant: Variant, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, variant: Variant, batch: Batch) -> LossParts:
         return self.named(self.batch_losses(self.model, batch, variant.visible))
 
     def batch_losses(self, model: NOVATransformer3DModel, batch: Batch, visible: int | None) -> Losses:
@@ -141,14 +141,14 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         """Of a frame on the latent grid (h, w)."""
         return (grid[0] // self.model.patch_size) * (grid[1] // self.model.patch_size)
 
-    def named(self, found: Losses) -> dict[str, Tensor]:
-        """As they are logged: the parts as pairs of a sum and a count."""
-        parts = {"loss": found.total, **loss_parts(found.by_frame.detach())} | {"loss": found.total}
-        for i in range(TIME_BINS):
-            parts[f"loss_time_{i}"] = torch.stack([found.bin_sum[i], found.bin_count[i]])
-        frames = len(found.by_frame)
+    def named(self, found: Losses) -> LossParts:
+        """As they are logged: by noise level as pairs of a sum and a count."""
+        by_frame, frames = found.by_frame.detach(), len(found.by_frame)
+        parts: LossParts = {**loss_parts(by_frame), "loss": found.total}
+        counts = found.bin_count.float()
+        parts |= {f"loss_time_{i}": (found.bin_sum[i], counts[i]) for i in range(TIME_BINS)}
         if frames > 1:
-            parts |= {f"loss_frame_{i}": frames * value for i, value in enumerate(found.by_frame.detach())}
+            parts |= {f"loss_frame_{i}": value for i, value in enumerate(frames * by_frame)}
         return parts
 
     def step_flops(self, batch: int, frames: int, grid: tuple[int, int], visible: int | None) -> float:

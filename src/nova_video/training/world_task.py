@@ -24,7 +24,7 @@ from nova_video.model import NOVATransformer3DModel
 from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.training.pool import Rows
 from nova_video.training.recipe import TransformerRecipe
-from nova_video.training.task import Pools, describe_world
+from nova_video.training.task import LossParts, Pools, describe_world
 from nova_video.training.transformer import (
     Batch,
     Material,
@@ -109,7 +109,7 @@ class WorldTask(TransformerTask):
     def _batch(self, rows: Rows, latents: Tensor, motion: Tensor) -> Batch:
         return Batch(latents, rows["text"], rows["lengths"], motion, torch.full_like(rows["motion"], FPS))
 
-    def loss(self, variant: Variant, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, variant: Variant, batch: Batch) -> LossParts:
         found = self.batch_losses(self.model, batch, variant.visible)
         if (window := self._shown(variant.size)) == (variant.size - 1) // 4 + 1:
             return self.named(found)

@@ -57,7 +57,8 @@ class Encode:
     output: Path
     """JSON file to write."""
     source: str | None = None
-    """As for `nova encode`; None: eight clips of four seconds, 640x360 at 25 frames a second, made for the occasion."""
+    """As for `nova encode`; None: eight clips of four seconds or more, 640x360 or larger, at 25 frames a second, made
+    for the occasion."""
     model: str = "emoji"
     """A checkpoint; or `released`: the autoencoder and text encoder of the released video model, with random weights
     (speed does not depend on their values); or `toy`, the same but small."""
@@ -92,9 +93,10 @@ def main(args: Encode) -> None:
     device = choose_device(args.device)
     busy = digits(os.getloadavg()[0])  # of other work: 0 on a machine that has none
     with tempfile.TemporaryDirectory() as folder:
-        source = args.source or make_source(Path(folder) / "clips")
-        model = random_checkpoint(Path(folder) / "model", args.model) if args.model in PHI else args.model
         width, height = map(int, args.size.split("x"))
+        made = max(640, width), max(360, height), max(4.0, (max(args.frames) + 1) / args.fps)
+        source = args.source or make_source(Path(folder) / "clips", *made)
+        model = random_checkpoint(Path(folder) / "model", args.model) if args.model in PHI else args.model
         settings = DecodeSettings(args.frames, args.fps, (height, width))
         items = list(open_source(SourceSettings(source)).items())
         limits = measure_limits(device)
@@ -107,7 +109,7 @@ def main(args: Encode) -> None:
     result = {
         "benchmark": "encode",
         "model": args.model,
-        "source": args.source or "made: 8 clips of 4 s, 640x360, 25 frames a second, h264",
+        "source": args.source or f"made: 8 clips of {made[2]:g} s, {made[0]}x{made[1]}, 25 frames a second, h264",
         "bucket": Counter(clip.bucket for clip in decoded).most_common(1)[0][0].name,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -126,19 +128,19 @@ def main(args: Encode) -> None:
 # What is encoded, and by what ----------------------------------------------------------------------------------------
 
 
-def make_source(folder: Path) -> str:
+def make_source(folder: Path, width: int, height: int, seconds: float) -> str:
     """Clips whose every part moves, over noise that a codec has to work for."""
     folder.mkdir()
     random = np.random.default_rng(0)
-    y, x = np.mgrid[:360, :640]
+    y, x = np.mgrid[:height, :width]
     for number in range(8):
-        grain = random.normal(0, 12, (420, 700, 3))
+        grain = random.normal(0, 12, (height + 60, width + 60, 3))
         with av.open(str(folder / f"clip{number}.mp4"), "w") as container:
             stream = container.add_stream("libx264", rate=25)
-            stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
-            for t in range(100):
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for t in range(round(25 * seconds)):
                 waves = [np.sin((x + (number + 1) * t) / 37 + y / (11 + 5 * channel)) for channel in range(3)]
-                moved = grain[t % 60 : t % 60 + 360, t % 60 : t % 60 + 640]
+                moved = grain[t % 60 : t % 60 + height, t % 60 : t % 60 + width]
                 pixels = np.clip(127 + 90 * np.stack(waves, -1) + moved, 0, 255).astype(np.uint8)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             container.mux(stream.encode(None))

@@ -322,7 +322,7 @@ class Decode:
         if not container.streams.video:
             raise _UnfitError("has no video stream")
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        stream.thread_type = "NONE"  # with several threads, a damaged frame is not told every time
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         if not rate:
             raise _UnfitError("tells no frame rate")

@@ -309,18 +309,28 @@ def test_rejected_captions(name: str, content: bytes | None, expected: str, tmp_
     assert reason(Item("a.mp4", url="a.mp4", caption_url=str(tmp_path / name))).startswith(expected)
 
 
-def test_a_file_that_breaks_off_gives_what_it_has(tmp_path: Path) -> None:
-    """Clips before the break are kept, and what is lost is said."""
+@pytest.mark.parametrize(
+    ("beyond", "expected"),
+    [
+        (0, "breaks off: has 25 of the 40 frames that it tells, which are kept"),
+        (100, "broken: Invalid data found when"),
+    ],
+)
+def test_a_file_that_breaks_off_gives_what_it_has(beyond: int, expected: str, tmp_path: Path) -> None:
+    """Between two frames, or within one: clips before the break are kept, and what is lost is said."""
     noise = np.random.default_rng(0).integers(0, 255, (40, *SIZE, 3), np.uint8)
-    item = write(tmp_path / "a.mp4", noise)
-    whole = clips(item)
-    data = (tmp_path / "a.mp4").read_bytes()
-    (tmp_path / "half.mp4").write_bytes(data[: len(data) // 2])  # its index stands at the beginning
+    whole = clips(write(tmp_path / "a.mp4", noise))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        places = [packet.pos for packet in container.demux(video=0) if packet.pos is not None]
+    data = (tmp_path / "a.mp4").read_bytes()  # its index stands at the beginning
+    (tmp_path / "half.mp4").write_bytes(data[: places[25] + beyond])
     *kept, last = Decode(settings())(Item("half.mp4", "a", str(tmp_path / "half.mp4")))
-    assert 0 < len(kept) < len(whole)
-    assert all(np.array_equal(one.frames, other.frames) for one, other in zip(kept, whole, strict=False))  # type: ignore[union-attr]
+    assert len(kept) == (5 if not beyond else 4)  # with an error, the frames under way in the decoder are lost
+    for one, other in zip(kept, whole, strict=False):
+        assert isinstance(one, Clip)
+        assert np.array_equal(one.frames, other.frames)
     assert isinstance(last, Rejected)
-    assert last.reason.startswith("breaks off: has ")
+    assert last.reason.startswith(expected)
 
 
 def test_titles_in_any_encoding(tmp_path: Path) -> None:

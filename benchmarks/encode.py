@@ -160,7 +160,8 @@ def random_checkpoint(folder: Path, size: str) -> str:
     vae.save_pretrained(folder / "vae")
     torch.set_default_dtype(torch.float16)
     try:
-        text = PhiModel(PhiConfig(vocab_size=51200, partial_rotary_factor=0.4, **PHI[size]))  # type: ignore[arg-type]
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # where it is filled sooner
+            text = PhiModel(PhiConfig(vocab_size=51200, partial_rotary_factor=0.4, **PHI[size]))  # type: ignore[arg-type]
     finally:
         torch.set_default_dtype(torch.float32)
     text.save_pretrained(folder / "text_encoder")

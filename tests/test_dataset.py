@@ -178,6 +178,19 @@ def test_first_sentences(caption: str, first: str) -> None:
     assert dataset.first_sentence(caption) == first
 
 
+@pytest.mark.slow
+def test_a_process_that_reads_ends_well(tmp_path: Path) -> None:
+    """With Arrow's threads, every third such process was aborted when it ended."""
+    for name in "abcde":
+        dataset.write_shard(dataset.shard_url(tmp_path, BUCKET, name), make_samples())
+    code = (
+        "import sys; from nova_video.data.dataset import *; shards = list_shards(sys.argv[1]).values();"
+        " [list(iter_shard(s.url)) + [read_columns(s.url, ['motion'])] for found in shards for s in found]"
+    )
+    for _ in range(10):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
 def test_reading_rows_imports_nothing_heavy() -> None:
     heavy = "ray", "datasets", "pyarrow", "fsspec", "cv2", "av"
     code = f"import sys, nova_video.data.dataset; print([name for name in {heavy} if name in sys.modules])"

@@ -271,7 +271,7 @@ def iter_shard(place: str | Path) -> Iterator[Sample]:
     """The samples of a shard, a row group in memory at a time."""
     with _open_shard(place) as shard:
         for group in range(shard.num_row_groups):
-            for row in shard.read_row_group(group, columns=schema().names).to_pylist():
+            for row in _read_group(shard, group).to_pylist():
                 yield to_sample(row)
 
 
@@ -288,7 +288,7 @@ def read_rows(place: str | Path, rows: Sequence[int]) -> list[Sample]:
             end = start + shard.metadata.row_group(group).num_rows
             here = sorted({row for row in rows if start <= row < end})
             if here:
-                table = shard.read_row_group(group, columns=schema().names).take([row - start for row in here])
+                table = _read_group(shard, group).take([row - start for row in here])
                 found |= zip(here, map(to_sample, table.to_pylist()), strict=True)
             start = end
     return [found[row] for row in rows]
@@ -297,7 +297,7 @@ def read_rows(place: str | Path, rows: Sequence[int]) -> list[Sample]:
 def read_columns(place: str | Path, names: Sequence[str]) -> dict[str, list[Any]]:
     """Columns of a shard, and nothing else of it."""
     with _open_shard(place) as shard:
-        columns: dict[str, list[Any]] = shard.read(columns=list(names)).to_pydict()
+        columns: dict[str, list[Any]] = shard.read(columns=list(names), use_threads=False).to_pydict()
     return columns
 
 
@@ -352,6 +352,12 @@ def _open_shard(place: str | Path) -> Iterator["pq.ParquetFile"]:
         raise
     except (pa.ArrowException, OSError, ValueError, RuntimeError, TypeError) as error:
         raise InputError(f"{place}: unreadable shard ({_first_line(error)})") from None
+
+
+def _read_group(shard: "pq.ParquetFile", group: int) -> "pa.Table":
+    """A row group. Arrow's own threads are not used: one may still hold the file, a Python object, when the interpreter
+    ends, and then the process is aborted."""
+    return shard.read_row_group(group, columns=schema().names, use_threads=False)
 
 
 def _check_schema(place: str | Path, found: "pa.Schema") -> None:

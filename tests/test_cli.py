@@ -159,6 +159,16 @@ def test_info(run: Run) -> None:
     assert run("info", "whale.mp4") == (0, "prompt    a whale\nseed      3\nguidance  4.0\n", "")
 
 
+def test_a_reader_that_has_enough_is_no_fault() -> None:
+    media.write_media(np.zeros((2, 8, 8, 3), np.uint8), "whale.mp4", 8, {"prompt": "a whale"})
+    command = subprocess.Popen(
+        [sys.executable, "-m", "nova_video", "info", "whale.mp4"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert command.stdout is not None
+    command.stdout.close()
+    assert (command.wait(60), command.stderr.read()) == (0, b"")
+
+
 # Beyond one sentence and one clip
 
 

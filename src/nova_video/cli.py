@@ -124,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
         COMMANDS[type(command)](command)
+        sys.stdout.flush()
     except KeyboardInterrupt as stop:
         return _complain(str(stop) or "interrupted", INTERRUPTED)
     except InputError as error:
@@ -132,6 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in EXTRAS:
             raise
         return _complain(f"this needs the package {error.name}: pip install 'nova-video[{EXTRAS[error.name]}]'")
+    except BrokenPipeError:  # who read the output has enough, as in nova info FILE | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes the rest when it ends
+        return 0
     except OSError as error:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except RuntimeError as error:

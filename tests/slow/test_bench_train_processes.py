@@ -18,7 +18,7 @@ BIN = Path(sys.executable).parent
 def test_two_processes_make_one_row(strategy: str, tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     work = ["--config", str(CONFORMANCE / "text-to-video"), "--frames", "9", "--batch", "2", "--strategy", strategy]
-    launch = [str(BIN / "torchrun"), "--nproc-per-node", "2", "-m", "nova_video", "bench", "train"]
+    launch = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "nova_video", "bench", "train"]
     command = [*launch, *work, "--warm-up", "1", "--steps", "2", "--device", "cpu", "--output", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

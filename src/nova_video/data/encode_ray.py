@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from nova_video.data.dataset import Sample
-from nova_video.data.encoders import EncodeLatents, EncodeText
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected
 from nova_video.errors import InputError
 
@@ -45,6 +44,7 @@ ENVIRONMENT = {  # of a Ray that is started here
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its word for: this machine alone, so listen on the loopback device
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_worker_niceness": "0",  # else its workers give way to everything else on the machine
 }
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 PATIENCE = 10.0  # seconds until a cluster answers
@@ -122,6 +122,8 @@ class LatentActor:
     """An actor around EncodeLatents: clips to samples without text. Marks pass through."""
 
     def __init__(self, model: str, device: str, batch: int | None) -> None:
+        from nova_video.data.encoders import EncodeLatents  # heavy, and tasks that decode do without
+
         self.encode = EncodeLatents(model, device, batch)
         self.encode.load()
 
@@ -139,6 +141,8 @@ class TextActor:
     """An actor around EncodeText: samples get their text. Marks pass through."""
 
     def __init__(self, name: str, device: str) -> None:
+        from nova_video.data.encoders import EncodeText
+
         self.encode = EncodeText(name, device)
         self.encode.load()
 

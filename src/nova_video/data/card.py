@@ -103,14 +103,14 @@ def gather(place: str | Path) -> Facts:
     with ThreadPoolExecutor(READERS) as pool:
         for bucket, shards in facts.shards.items():
             facts.seconds[bucket] = 0.0
-            for rows in pool.map(lambda shard: read_columns(shard.url, COLUMNS), shards):
-                facts.sources.update(row["source"] for row in rows)
-                facts.words.extend(len(row["caption"].split()) for row in rows)
-                facts.tokens.extend(row["text_tokens"] for row in rows if row["text_tokens"] is not None)
+            for columns in pool.map(lambda shard: read_columns(shard.url, COLUMNS), shards):
+                facts.sources.update(columns["source"])
+                facts.words.extend(len(caption.split()) for caption in columns["caption"])
+                facts.tokens.extend(count for count in columns["text_tokens"] if count is not None)
                 if bucket.frames > 1:
-                    lengths = [row["end"] - row["start"] for row in rows]
+                    lengths = [end - start for start, end in zip(columns["start"], columns["end"], strict=True)]
                     facts.lengths.extend(lengths)
-                    facts.motions.extend(row["motion"] for row in rows)
+                    facts.motions.extend(columns["motion"])
                     facts.seconds[bucket] += sum(lengths)
     return facts
 

@@ -294,11 +294,11 @@ def read_rows(place: str | Path, rows: Sequence[int]) -> list[Sample]:
     return [found[row] for row in rows]
 
 
-def read_columns(place: str | Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Those columns of a shard, a dict a row: what is known of its clips, without their moments."""
+def read_columns(place: str | Path, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns of a shard, and nothing else of it."""
     with _open_shard(place) as shard:
-        rows: list[dict[str, Any]] = shard.read(columns=list(names), use_threads=False).to_pylist()
-    return rows
+        columns: dict[str, list[Any]] = shard.read(columns=list(names), use_threads=False).to_pydict()
+    return columns
 
 
 def read_footer(place: str | Path) -> tuple[int, str | None]:

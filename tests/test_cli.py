@@ -159,7 +159,7 @@ def test_info(run: Run) -> None:
     assert run("info", "whale.mp4") == (0, "prompt    a whale\nseed      3\nguidance  4.0\n", "")
 
 
-def test_a_reader_that_has_enough_is_no_fault() -> None:
+def test_a_reader_that_has_enough_is_no_fault(run: Run) -> None:
     media.write_media(np.zeros((2, 8, 8, 3), np.uint8), "whale.mp4", 8, {"prompt": "a whale"})
     command = subprocess.Popen(
         [sys.executable, "-m", "nova_video", "info", "whale.mp4"], stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -32,6 +32,7 @@ from nova_video.training.recipe import (
     OptimizerRecipe,
     load_recipe,
 )
+from nova_video.training.stream import collate, is_held_out
 from nova_video.training.trainer import BAD_STEPS, train
 from nova_video.training.transformer import Variant
 
@@ -133,6 +134,27 @@ def test_every_sample_may_draw_its_own_mask_ratio(recipe: DatasetTransformerReci
     assert {variant.visible for variant in DatasetTask(recipe, CPU).variants()[0]} == {None}
     train(recipe)
     assert all(map(math.isfinite, logged(recipe, "loss")))
+
+
+def test_pictures_get_the_share_they_have_of_the_rows(recipe: DatasetTransformerRecipe) -> None:
+    task = DatasetTask(replace(recipe, dataset=replace(recipe.dataset, image_share=None)), CPU)
+    variants, shares = task.variants()
+    pictures = [share for variant, share in zip(variants, shares, strict=True) if variant.size.bucket == PICTURES]
+    assert sum(pictures) == pytest.approx(10 / 30)
+
+
+def test_held_out_clips_are_read_from_where_they_are(recipe: DatasetTransformerRecipe) -> None:
+    task = DatasetTask(recipe, CPU)
+    found = [sample.source for sample in task.held_out]
+    names = {f"clips/{CLIPS.name}-{number}.mp4" for number in range(12)}
+    assert set(found) == {name for name in names if is_held_out(name, 0.2)}
+    assert 0 < len(found) < 12
+    task.open_data([0], 1, {})
+    clips = next(variant for variant in task.variants()[0] if variant.size.bucket == CLIPS)
+    shown = torch.cat([task.draw(clips, 0).latents for _ in range(12)])
+    held = task._batch(collate(task.held_out), torch.zeros(len(found), dtype=torch.bool))
+    near = [(shown - latents).abs().mean((1, 2, 3, 4)).min() for latents in held.latents]
+    assert min(near) > 0.1  # none of them is trained on
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from nova_video.data.dataset import Bucket, DatasetInfo, Sample, first_sentence, iter_shard, list_shards
+from nova_video.data.dataset import (
+    Bucket,
+    DatasetInfo,
+    Sample,
+    first_sentence,
+    list_shards,
+    read_columns,
+    read_rows,
+)
 from nova_video.data.encoders import autoencoder_info, load_frozen_autoencoder, text_names
 from nova_video.data.sheets import Entry, draw_sheet
 from nova_video.errors import InputError
@@ -39,7 +48,7 @@ from nova_video.training.transformer import (
 
 HELD_OUT = 64  # clips that validation looks at
 SHEET_SAMPLES = 6
-PROBED = 4096  # rows that are looked through for them, at most
+PROBED = 4096  # rows whose captions, motion and so on are looked through, at most
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +63,21 @@ class Size:
     @property
     def name(self) -> str:
         return f"{self.bucket.name}{' pictures' if self.picture else ''}"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is known of a row without its latents."""
+
+    bucket: Bucket
+    url: str
+    """Of its shard."""
+    number: int
+    """In its shard."""
+    source: str
+    caption: str
+    fps: float
+    motion: float
 
 
 class DatasetTask(TransformerTask):
@@ -76,7 +100,7 @@ class DatasetTask(TransformerTask):
         self.vae = load_frozen_autoencoder(name, torch.device("cpu"))
         self.text_name = recipe.text_encoder or info.text_encoder or _text_of(recipe.init)
         self._text: tuple[Any, Any] | None = None
-        self.probe = list(itertools.islice(self._rows(), PROBED))
+        self.probe = list(itertools.islice(self._facts(), PROBED))
         width = info.text_dim or self._text_parts(device)[1].config.hidden_size
         names = f"{recipe.dataset.path} and text_encoder = {self.text_name!r}"
         size = (self.largest.height, self.largest.width)
@@ -100,8 +124,8 @@ class DatasetTask(TransformerTask):
         start = (
             CheckpointSettings.load(resolve_checkpoint(self.recipe.init)).defaults if self.recipe.init else Defaults()
         )
-        clips = [sample for sample in self.probe if sample.bucket.frames > 1]
-        motion = sorted(sample.motion for sample in clips)
+        clips = [row for row in self.probe if row.bucket.frames > 1]
+        motion = sorted(row.motion for row in clips)
         flow = round(motion[len(motion) // 2], 2) if motion else start.motion_flow
         fps = clips[0].fps if clips else start.fps
         return replace(start, num_frames=self.largest.frames, fps=fps, motion_flow=flow)
@@ -116,14 +140,14 @@ class DatasetTask(TransformerTask):
         return bucket.height // self.info.spatial_stride, bucket.width // self.info.spatial_stride
 
     def variants(self) -> tuple[list[Variant], list[float]]:
-        """Buckets by how many rows they have; pictures by their share of the steps."""
+        """Buckets by how many rows they have; pictures by their share of the steps, if they are given one."""
         share = self.recipe.dataset.image_share
         rows = {Size(bucket, False): sum(shard.rows for shard in found) for bucket, found in self.shards.items()}
         clips = {size: count for size, count in rows.items() if size.bucket.frames > 1}
         pictures = {size: count for size, count in rows.items() if size.bucket.frames == 1}
-        if share > 0 and not pictures:
+        if share and not pictures:
             pictures = {Size(size.bucket, True): count for size, count in clips.items()}
-        if not clips or not pictures:
+        if share is None or not clips or not pictures:
             weights = {size: count / sum(rows.values()) for size, count in rows.items()}
         else:
             weights = {size: (1 - share) * count / sum(clips.values()) for size, count in clips.items()}
@@ -204,17 +228,22 @@ class DatasetTask(TransformerTask):
 
     # Looking at it ------------------------------------------------------------------------------------------------
 
-    def _rows(self) -> Iterator[Sample]:
-        """The dataset's rows, the largest size first."""
+    def _facts(self) -> Iterator[Fact]:
+        """Of the dataset's rows, the largest size first."""
         for bucket in sorted(self.shards, key=lambda bucket: bucket != self.largest):
             for shard in self.shards[bucket]:
-                yield from iter_shard(shard.url)
+                columns = read_columns(shard.url, ("source", "caption", "fps", "motion"))
+                for number, values in enumerate(zip(*columns.values(), strict=True)):
+                    yield Fact(bucket, shard.url, number, *values)
 
+    @cached_property
     def held_out(self) -> list[Sample]:
-        """Of the rows that are looked through, those of one size whose sources are not trained on."""
+        """Of the rows that were looked through, those of one size whose sources are not trained on."""
         share = self.recipe.dataset.held_out
-        found = [sample for sample in self.probe if is_held_out(sample.source, share)]
-        return [sample for sample in found if sample.bucket == found[0].bucket][:HELD_OUT]
+        found = [row for row in self.probe if is_held_out(row.source, share)]
+        found = [row for row in found if row.bucket == found[0].bucket][:HELD_OUT]
+        by_shard = itertools.groupby(found, lambda row: row.url)
+        return [sample for url, rows in by_shard for sample in read_rows(url, [row.number for row in rows])]
 
     @torch.no_grad()
     def validate(self, model: NOVATransformer3DModel) -> dict[str, float]:
@@ -222,7 +251,7 @@ class DatasetTask(TransformerTask):
 
         The distance between them is what the model knows of the prompt.
         """
-        samples = self.held_out()
+        samples = self.held_out
         if len({sample.caption for sample in samples}) < 2:
             log.warning("nothing to validate on: expected more sources, or a larger dataset.held_out")
             return {}
@@ -245,8 +274,8 @@ class DatasetTask(TransformerTask):
 
     def sheet(self, model: NOVATransformer3DModel, folder: Path) -> Image.Image:
         """Clips generated from held-out captions, and from others where those are few."""
-        samples = [*self.held_out(), *self.probe]
-        captions = list(dict.fromkeys(sample.caption for sample in samples))[:SHEET_SAMPLES]
+        told = [*(sample.caption for sample in self.held_out), *(row.caption for row in self.probe)]
+        captions = list(dict.fromkeys(told))[:SHEET_SAMPLES]
         pipe, bucket = self.open(folder), self.largest
         entries = []
         for caption in captions:

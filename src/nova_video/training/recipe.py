@@ -65,8 +65,9 @@ class DatasetRecipe:
     """Folder or URL written by `nova encode`."""
     batch: int = 16
     """Samples of a micro batch from the largest size bucket; smaller sizes get as many more as have as many tokens."""
-    image_share: float = 0.0
-    """Share of the steps on pictures; where the dataset has none, on the clips' first frames."""
+    image_share: float | None = None
+    """Share of the steps on pictures; where the dataset has none, on the clips' first frames. None: the share that
+    pictures have of the rows."""
     short_captions: float = 0.5
     """Share of the samples that are told the caption's first sentence only."""
     held_out: float = 0.02
@@ -81,7 +82,8 @@ class DatasetRecipe:
             check_number(f"dataset.{name}", getattr(self, name), 1, integer=True)
         check_number("dataset.workers", self.workers, 0, integer=True)
         for name in ("image_share", "short_captions", "held_out"):
-            check_number(f"dataset.{name}", getattr(self, name), 0, high=1)
+            if (share := getattr(self, name)) is not None:
+                check_number(f"dataset.{name}", share, 0, high=1)
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def train(recipe: Recipe) -> Path:
         return max(step / recipe.steps, spent / recipe.seconds if recipe.seconds else 0.0)
 
     with StopSignal() as stop:
-        last = stopped = done() >= 1
+        last, stopped = done() >= 1, False
         while not last:
             set_rate(optimizer, learning_rate(recipe.optimizer, step, done()))
             variant = random.Random(f"{recipe.seed}-{step}").choices(variants, shares)[0]

@@ -185,6 +185,10 @@ class DatasetTask(TransformerTask):
                 loader.load_state_dict(places[name])
             self.loaders[name], self.batches[number, size] = loader, iter(loader)
 
+    def close_data(self) -> None:
+        self.batches.clear()
+        self.loaders.clear()
+
     def places(self) -> dict[str, Any]:
         return {name: loader.state_dict() for name, loader in self.loaders.items()}
 

@@ -59,6 +59,9 @@ class Task(ABC, Generic[M, V, B]):
     def open_data(self, micro: Iterable[int], count: int, places: dict[str, Any]) -> None:
         """Before the first draw: this process draws the micro batches `micro` of `count`, from where they were."""
 
+    def close_data(self) -> None:
+        """After the last draw: let go of readers and their processes."""
+
     def places(self) -> dict[str, Any]:
         """Where in the data the micro batches of this process are (JSON)."""
         return {}

@@ -137,6 +137,7 @@ def train(recipe: Recipe) -> Path:
                 del tensors
             if (every := task.refresh_every()) and step % every == 0:
                 task.prepare(step)
+    task.close_data()
     average.write_to(task.model, looked_at)
     if processes.is_main:
         task.export(looked_at, model_folder)

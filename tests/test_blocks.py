@@ -19,7 +19,6 @@ from nova_video.training.loss import (
     NoiseTable,
     draw,
     draw_per_sample,
-    frame_losses,
     losses,
     visible_tokens,
 )
@@ -69,7 +68,7 @@ def test_checkpointed_blocks_have_exactly_the_gradients(model: NOVATransformer3D
     for apply in (torch.nn.Module.__call__, counted):
         latents, condition, positions = batch(model)
         model.zero_grad()
-        per_frame = frame_losses(model, latents, latents, condition, positions, table, draws, apply)
+        per_frame = losses(model, latents, latents, condition, positions, table, draws, apply).by_frame
         per_frame.sum().backward()
         totals.append(per_frame.detach())
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
@@ -265,7 +264,6 @@ def test_losses_by_frame_and_by_time_add_up(model: NOVATransformer3DModel, sched
     draws = draw(table, 6, TOKENS, VALUES, 4, 3)
     with torch.no_grad():
         found = losses(model, latents, latents, condition, positions, table, draws)
-        assert torch.equal(found.by_frame, frame_losses(model, latents, latents, condition, positions, table, draws))
     assert found.by_frame.shape == (3,)
     assert found.total.item() == pytest.approx(found.by_frame.sum().item())
     assert found.bin_count.tolist() == torch.bincount(draws.index.flatten() // 100, minlength=10).tolist()

@@ -13,7 +13,7 @@ from nova_video.model import NOVATransformer3DModel
 from nova_video.model.operations import attention, block, linear
 from nova_video.training.flops import device_peak, step_flops, step_parts
 from nova_video.training.lora import add_lora
-from nova_video.training.loss import NoiseTable, draw, frame_losses
+from nova_video.training.loss import NoiseTable, draw, losses
 from nova_video.training.recipe import LoraRecipe
 
 BATCH, GRID, TOKENS, LATENT, REPEATS, TEXT = 2, (8, 12), 24, 6, 3, 8  # LATENT: temporal tokens of a frame
@@ -41,8 +41,8 @@ def counted(model: NOVATransformer3DModel, frames: int, visible: int, repeats: i
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
         condition = model.embed_condition(text, lengths, motion, motion)
-        losses = frame_losses(model, latents, latents, condition, model.positions(frames, GRID), table, draws)
-        losses.sum().backward()
+        positions = model.positions(frames, GRID)
+        losses(model, latents, latents, condition, positions, table, draws).total.backward()
     return float(counter.get_total_flops())
 
 

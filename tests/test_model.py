@@ -12,7 +12,7 @@ from torch import Tensor
 from nova_video.model import NOVATransformer3DModel, mask_ratios, patchify, set_sizes, unpatchify
 from nova_video.model.embeddings import space_table
 from nova_video.model.patches import gather_tokens, scatter_tokens
-from nova_video.training.loss import LossDraws, NoiseTable, frame_losses, loss_parts
+from nova_video.training.loss import LossDraws, NoiseTable, loss_parts, losses
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 FOLDERS = ["text-to-image", "text-to-video", "rotary-flow"]
@@ -96,7 +96,7 @@ def test_loss_and_gradients(folder: str) -> None:
     motion = None if case["motion_flow"] is None else torch.tensor(case["motion_flow"])
     condition = model.embed_condition(*prompts(tensors, "prompt_embeds"), motion=motion, fps=torch.full((2,), 12.0))
     positions = model.positions(latents.shape[2], latents.shape[3:])
-    parts = loss_parts(frame_losses(model, latents, latents, condition, positions, table, draws))
+    parts = loss_parts(losses(model, latents, latents, condition, positions, table, draws).by_frame)
     assert set(parts) == {name for name in tensors if name.startswith("loss")}
     for name, value in parts.items():
         close(value.detach(), tensors[name])

@@ -183,24 +183,6 @@ def losses(
     return Losses(by_frame.sum(), by_frame, bin_sum, inside.sum((1, 2)))
 
 
-def frame_losses(
-    model: NOVATransformer3DModel,
-    latents: Tensor,
-    history: Tensor,
-    condition: Tensor,
-    positions: Positions,
-    table: NoiseTable,
-    draws: LossDraws,
-    apply: ApplyBlock = Block.__call__,
-    masks: TemporalMasks | None = None,
-) -> Tensor:
-    """l_f of each frame (F,): its share of the mean squared error over all scored tokens, so that they sum to the loss.
-
-    Takes what `losses` does.
-    """
-    return losses(model, latents, history, condition, positions, table, draws, apply, masks).by_frame
-
-
 def loss_parts(per_frame: Tensor) -> dict[str, Tensor]:
     """The numbers the paper's training logs: `loss` for images, `loss_t2i` and `loss_i2i` for videos."""
     frames = len(per_frame)

@@ -129,6 +129,16 @@ def test_text_is_encoded_here_where_it_is_not_stored(
     assert batch.lengths.tolist() == [7, 7]  # [CLS] a whale moving left . [SEP]
 
 
+def test_another_text_encoder_is_told(
+    recipe: DatasetTransformerRecipe, tiny_text_encoder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Features of the same width fit, and mean something else."""
+    DatasetTask(recipe, CPU)
+    assert "text encoder" not in caplog.text
+    DatasetTask(replace(recipe, text_encoder=str(tiny_text_encoder)), CPU)
+    assert f"and that of text_encoder is {tiny_text_encoder}: expected the same encoder" in caplog.text
+
+
 def test_every_sample_may_draw_its_own_mask_ratio(recipe: DatasetTransformerRecipe) -> None:
     recipe = replace(recipe, mask_ratio="sample", steps=2)
     assert {variant.visible for variant in DatasetTask(recipe, CPU).variants()[0]} == {None}

@@ -1,9 +1,10 @@
-"""Where to compute and in what precision, from the words a user types."""
+"""Where to compute and in what precision, from the words a user types; and how much of it torch compiles."""
 
 import torch
 
 from nova_video.errors import InputError
 
+VARIANTS = 64  # of one compiled function
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -29,3 +30,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     return DTYPES[name]
+
+
+def compile_every_variant() -> None:
+    """Raise torch's limit for the process: it compiles eight variants of a function by default, and leaves the rest
+    uncompiled. Models, dtypes, sizes, masks, adapters and ways of guidance are more."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)

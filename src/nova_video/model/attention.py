@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from nova_video.devices import compile_every_variant
+
 Mask = Tensor | BlockMask
 """Which column a row may attend to: (N, N) bool, or (B, 1, 1, N) bool of columns that are there at all."""
 
 FLEX_HEAD_DIM = 16
 """Channels of a head that flex attention needs at least; it takes any number from there."""
-MAX_SHAPES = 64
-"""Sizes that flex attention is compiled for: more than eight, torch's own limit, as buckets and lengths multiply."""
 
 
 def block_numbers(condition_tokens: int, frame_tokens: int, num_frames: int, device: torch.device) -> Tensor:
@@ -58,5 +58,5 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Tens
 @cache
 def _compiled_flex() -> Callable[..., Tensor]:
     """Uncompiled, flex attention would hold every score. Each size is compiled for itself: its fastest kernels."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_SHAPES)
+    compile_every_variant()
     return torch.compile(flex_attention, dynamic=False)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nova_video.devices import compile_every_variant
 from nova_video.model import NOVATransformer3DModel, Positions
 from nova_video.model.denoiser import Denoiser
 from nova_video.model.embeddings import Rotary
@@ -30,7 +31,6 @@ from nova_video.sampling.fused import run_fused, supports
 from nova_video.sampling.guidance import Guidance, combine
 
 ROWS_AT_ONCE = 1 << 16  # tokens times steps whose modulations are computed together: bounds their memory
-MAX_VARIANTS = 64  # of one compiled function
 
 log = logging.getLogger(__name__)
 
@@ -346,10 +346,6 @@ class Modulations:
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function, compiled once for all blocks and any number of tokens.
-
-    Models, dtypes and ways of guidance are more variants than torch compiles by default (eight, and the rest it would
-    leave uncompiled): its limit is raised for the process.
-    """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
+    """A function, compiled once for all blocks and any number of tokens."""
+    compile_every_variant()
     return torch.compile(function, dynamic=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from nova_video.devices import compile_every_variant
 from nova_video.model import NOVATransformer3DModel, Positions
 from nova_video.model.attention import (
     FLEX_HEAD_DIM,
@@ -20,8 +21,6 @@ from nova_video.model.attention import (
     block_causal_mask,
     flex_block_causal_mask,
 )
-
-MAX_VARIANTS = 64  # of the compiled blocks
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +35,8 @@ def checkpointed(block: nn.Module, *args: Any) -> Tensor:
 
 
 def compile_blocks(model: NOVATransformer3DModel, backend: str = "inductor") -> None:
-    """Compile the blocks of both encoders and of the denoiser, for any number of tokens.
-
-    Masked or not, with gradients or without, padded, adapted: these are more variants than torch compiles by default
-    (eight, and the rest it would leave uncompiled), so its limit is raised for the process.
-    """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
+    """Compile the blocks of both encoders and of the denoiser, for any number of tokens."""
+    compile_every_variant()
     for block in (*model.video_encoder.blocks, *model.image_encoder.blocks, *model.image_decoder.blocks):
         block.compile(dynamic=True, backend=backend)
 

@@ -99,6 +99,12 @@ class DatasetTask(TransformerTask):
             )
         self.vae = load_frozen_autoencoder(name, torch.device("cpu"))
         self.text_name = recipe.text_encoder or info.text_encoder or _text_of(recipe.init)
+        for name_of, other in (("text_encoder", recipe.text_encoder), ("init", _text_of(recipe.init))):
+            if info.text_encoder and other and text_names(other)[0] != text_names(info.text_encoder)[0]:
+                log.warning(
+                    "%s holds features of the text encoder %s, and that of %s is %s: expected the same encoder",
+                    *(recipe.dataset.path, info.text_encoder, name_of, other),
+                )
         self._text: tuple[Any, Any] | None = None
         self.probe = list(itertools.islice(self._facts(), PROBED))
         width = info.text_dim or self._text_parts(device)[1].config.hidden_size

@@ -24,7 +24,8 @@ def unpatchify(tokens: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of non-overlapping patches: a convolution (kernel = stride = patch), as checkpoints have it."""
+    """Linear map of non-overlapping patches: stored as the convolution that checkpoints have (kernel = stride = patch),
+    computed as a matrix product, since a GPU rounds the inputs of float32 convolutions (TF32)."""
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
@@ -33,7 +34,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, L, D)."""
-        return self.proj(latents).flatten(2).transpose(1, 2)
+        return self.embed_tokens(patchify(latents, self.patch))
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """(..., P) values in patchify order -> (..., D): the same map for chosen tokens, without their grid."""

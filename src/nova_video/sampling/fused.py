@@ -25,6 +25,7 @@ MAX_ROWS = 512  # beyond, the products are large enough for the library's own
 ROWS_AT_ONCE = 1 << 16  # rows times steps whose modulations are computed together: bounds their memory
 SHARED_MEMORY = 112 * 1024  # bytes of a program's pieces in flight: two programs fit on a multiprocessor of 227 KB
 
+LATE_WIDTH = 1024  # products no wider are over sooner than one that was launched early has read its weights
 HELD_MEMORY = 128 * 1024  # bytes of a program that holds its weights: beside it, one of the kernel behind still fits
 
 BlockWeights = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]
@@ -231,11 +232,11 @@ def blocks_of(denoiser: Denoiser) -> list[DenoiserBlock]:
 
 
 def choose_layout(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Layout:
-    """The cuts that read least, a kernel for each piece, each launched early where the GPU can."""
+    """The cuts that read least, a kernel for each piece; each launched early where the GPU can and that has paid."""
     programs, dependent = 1, False
     if device.type == "cuda":
         programs = torch.cuda.get_device_properties(device).multi_processor_count
-        dependent = torch.cuda.get_device_capability(device) >= (9, 0)
+        dependent = torch.cuda.get_device_capability(device) >= (9, 0) and width > LATE_WIDTH
     fc1, fc2 = (rank_tiles(rows, width, dtype.itemsize, programs, split)[0] for split in (False, True))
     if dependent:
         fc1, fc2 = (hold_weights(tile, width, dtype.itemsize) for tile in (fc1, fc2))

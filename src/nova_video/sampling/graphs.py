@@ -152,7 +152,7 @@ class GraphRunner:
         self,
         recorder: Recorder,
         compiled: bool = True,
-        fused: bool = False,
+        fused: bool = True,
         max_graphs: int = MAX_GRAPHS,
         max_bytes: int = MAX_BYTES,
     ) -> None:

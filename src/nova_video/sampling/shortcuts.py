@@ -58,8 +58,8 @@ class Shortcuts:
 EXACT = Shortcuts()
 PRESETS: dict[PresetName, Shortcuts] = {
     "exact": EXACT,
-    "balanced": Shortcuts(steps=0.5, solver="dpm++", last_steps=0.5, guided_sets=0.75),
-    "fast": Shortcuts(sets=0.5, steps=0.4, solver="dpm++", last_steps=0.5, guided_sets=0.75, guidance_every=2),
+    "balanced": Shortcuts(sets=0.6875, steps=0.4, solver="dpm++", guidance_every=3),
+    "fast": Shortcuts(sets=0.4375, steps=0.32, solver="dpm++", guidance_every=3),
 }
 
 

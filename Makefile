@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv and needs nothing but Python (data also npm).
 #   make demo        a video from a sentence, by the model in the box, in demo.mp4
-#   make test        every quick test
+#   make test        every quick test, two files at a time
 #   make test-slow   training runs, several processes, real art, the docs' commands
 #   make check       style and types
 #   make data        the real art, and the emoji world made from it, in data/
@@ -17,7 +17,7 @@ demo: .venv/.demo
 	$(BIN)/nova generate "$(DEMO_PROMPT)" --output demo.mp4 --seed 0
 
 test: .venv/.dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
 
 test-slow: .venv/.dev
 	-command -v npm > /dev/null && $(MAKE) data # tests of the real art are skipped without it

@@ -4,7 +4,10 @@ import dataclasses
 import json
 import os
 import subprocess
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,17 +15,33 @@ import torch
 from conftest import CONFORMANCE
 from nova_video import cli
 from nova_video.arguments import BenchTrain, parse
-from nova_video.benchmarks.configs import BATCHES, SIZES
+from nova_video.benchmarks.configs import BATCHES, SIZES, fill_zeros
 from nova_video.benchmarks.rows import record_row
 from nova_video.benchmarks.tables import EMPTY
-from nova_video.benchmarks.train import OPTIMIZER, AskedTraining, GivenTask, measure_training, open_model
+from nova_video.benchmarks.train import (
+    OPTIMIZER,
+    AskedTraining,
+    GivenTask,
+    Opened,
+    choose_variants,
+    measure_training,
+    open_model,
+    warm_up_variants,
+)
 from nova_video.benchmarks.train_rows import TrainRow, read_train_rows, train_line, train_table, usual_rows
 from nova_video.errors import InputError
+from nova_video.model import NOVATransformer3DModel
+from nova_video.model.vit import Block, heads_for_width
+from nova_video.training.checkpoint import Average
 from nova_video.training.flops import step_flops
+from nova_video.training.processes import Processes
 from nova_video.training.recipe import DatasetTransformerRecipe, load_recipe
+from nova_video.training.trainer import Stepper, choose_kernels, make_optimizer
+from nova_video.training.transformer import Batch, Variant, new_scheduler
 
 PICTURES, CLIPS = str(CONFORMANCE / "text-to-image"), str(CONFORMANCE / "text-to-video")
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 QUICK = ["--warm-up", "1", "--steps", "3"]
 
 
@@ -37,7 +56,7 @@ def row(config: str = "t2i-512-0.6b", batch: int = 16, seconds: float | None = 0
 def test_command_prints_and_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model that trains, and one that does not make clips: a row of each, and an exit code that tells."""
     path = tmp_path / "train.json"
-    options = ["--batch", "2", "--frames", "5", *QUICK, "--output", str(path)]
+    options = ["--batch", "2", "--frames", "5", "--device", "cpu", *QUICK, "--output", str(path)]
     assert cli.main(["bench", "train", "--config", CLIPS, PICTURES, *options]) == 2
     printed = capsys.readouterr()
     assert "1 of 2 failed" in printed.err
@@ -49,6 +68,7 @@ def test_command_prints_and_records(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert failed.step_seconds is None
     assert (done.batch, done.frames, done.tokens, done.loss_repeat, done.steps) == (2, 2, 24, 4, 3)
     assert (done.precision, done.strategy, done.processes, done.compile) == ("fp32", "single", 1, False)
+    assert done.cuda_graph is False
     assert done.device.startswith("cpu")
     assert done.step_seconds_range[0] <= done.step_seconds <= done.step_seconds_range[1]
     assert done.samples_per_second == pytest.approx(2 / done.step_seconds, rel=1e-3)
@@ -62,7 +82,7 @@ def test_command_prints_and_records(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_operations_are_those_of_the_steps() -> None:
     """In the mean over the numbers of revealed tokens that were drawn, which lie between the fewest and the most."""
-    found = measure_training(PICTURES, AskedTraining(batch=3, warm_up=1, steps=2), "")
+    found = measure_training(PICTURES, AskedTraining(batch=3, warm_up=1, steps=2, device="cpu"), "")
     model = open_model(PICTURES, AskedTraining(), torch.device("cpu")).model
     counts = [step_flops(model, 3, 1, (8, 8), visible, 4) / 1e12 for visible in (0, 5)]
     assert min(counts) * 0.999 <= found.tflop <= max(counts) * 1.001
@@ -83,6 +103,33 @@ def test_a_batch_is_given_once_and_weights_move() -> None:
     losses = task.loss(variants[0], first)
     losses["loss"].backward()
     assert all(p.grad is not None for p in task.model.image_decoder.parameters())
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, 25, 30])
+def test_what_is_timed_has_the_mean_of_training(count: int) -> None:
+    """Few numbers of revealed tokens, each as often as the others, and called twice before."""
+    task = GivenTask(DatasetTransformerRecipe(), open_model(PICTURES, AskedTraining(), CPU), CPU)
+    numbers, shares = task.counts(1024)
+    variants = [Variant((64, 64), number) for number in numbers]
+    timed = choose_variants(variants, shares, count)
+    assert len(timed) == count
+    often = Counter(timed)
+    assert len(often) == min(10, count)
+    assert max(often.values()) - min(often.values()) <= 1
+    mean = sum(number * share for number, share in zip(numbers, shares, strict=True))
+    if count >= 10:
+        assert sum(variant.visible or 0 for variant in timed) / count == pytest.approx(mean, rel=0.03)
+    for least in (1, 25):
+        warm = warm_up_variants(timed, least)
+        assert len(warm) >= least
+        assert set(warm) == set(timed)
+        assert min(Counter(warm).values()) >= 2
+        assert len(set(warm[: len(often)])) == len(often)
+
+
+def test_other_kernels_are_other_work() -> None:
+    assert AskedTraining().changed == {}
+    assert AskedTraining(attention="flash", graph=False).changed == {"attention": "flash", "no-graph": True}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +215,12 @@ def test_rows_in_words_and_tables() -> None:
     assert train_table([row(error="no")]) == EMPTY
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# On a GPU -------------------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_on_a_gpu(checkpointing: bool) -> None:
     asked = AskedTraining(batch=1, checkpointing=checkpointing, warm_up=2, steps=3, size=(256, 256))
@@ -176,5 +228,115 @@ def test_on_a_gpu(checkpointing: bool) -> None:
     assert found.error is None
     assert found.finite
     assert found.precision == "bf16"
+    assert found.cuda_graph
     assert found.peak_memory_gb is not None
     assert 365e6 * 20 / 2**30 < found.peak_memory_gb < 40
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    """Puts back how torch multiplies."""
+    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_float32_matmul_precision()
+    yield
+    choose_kernels(before[0])
+    torch.set_float32_matmul_precision(before[1])
+
+
+def kernel_names(work: Any) -> str:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    return " ".join(event.key for event in profile.key_averages())
+
+
+@gpu
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("width", [1024, 1536])  # heads of 64 and of 96 channels
+def test_gpu_gradients_of_both_attentions_are_as_near(width: int) -> None:
+    """To those of float32, in a compiled block, at lengths that suit no kernel."""
+    torch.manual_seed(0)
+    block = Block(width, heads_for_width(width)).cuda()
+    compiled = Block(width, heads_for_width(width)).cuda()
+    compiled.load_state_dict(block.state_dict())
+    compiled.compile(dynamic=True)
+    for length in (277, 320, 333, 1283):
+        x, towards = torch.randn(2, 4, length, width, device="cuda")
+
+        def gradients(module: Block, half: bool, x: torch.Tensor = x, towards: torch.Tensor = towards) -> torch.Tensor:
+            module.zero_grad()
+            given = x.clone().requires_grad_()
+            with torch.autocast("cuda", torch.bfloat16, enabled=half):
+                out = module(given, None)
+            out.backward(towards.to(out.dtype))
+            return torch.cat([given.grad.flatten(), *(p.grad.flatten() for p in module.parameters())])
+
+        errors = {}
+        for cudnn in (False, True):
+            choose_kernels(cudnn)
+            found = gradients(compiled, True)
+            torch.set_float32_matmul_precision("highest")
+            expected = gradients(block, False)
+            errors[cudnn] = (found - expected).norm() / expected.norm()
+            names = kernel_names(lambda: gradients(compiled, True))
+            if torch.cuda.get_device_capability() == (9, 0):
+                assert ("cudnn" in names) == cudnn, names
+        assert errors[True].isfinite()
+        assert errors[True] <= 1.5 * errors[False]
+
+
+class DrawnTask(GivenTask):
+    """Another batch every time, as of a dataset."""
+
+    def draw(self, variant: Variant, micro: int) -> Batch:
+        return dataclasses.replace(self.given, latents=torch.randn_like(self.given.latents))
+
+
+@gpu
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("width", [1024, 1536])
+@pytest.mark.parametrize("attention", ["flash", "cudnn"])
+def test_gpu_graphs_equal_plain_steps(attention: Any, width: int, frames: int) -> None:
+    """On batches that are drawn outside of them: the same losses, within rounding, and none that is not finite."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    default = DatasetTransformerRecipe()
+    recipe = dataclasses.replace(
+        default,
+        attention=attention,
+        compile=True,
+        optimizer=OPTIMIZER,
+        dataset=dataclasses.replace(default.dataset, batch=2),
+    )
+    device = torch.device("cuda")
+
+    def steps(graph: bool) -> list[dict[str, float]]:
+        torch.manual_seed(0)
+        model = NOVATransformer3DModel(
+            image_size=(256, 256),
+            text_token_dim=64,
+            text_token_len=21,
+            image_base_size=(16, 16),
+            video_base_size=(frames, 8, 8),
+            arch=(f"vit_d2w{width}", f"vit_d4w{width}", f"mlp_d2w{width}"),
+        )
+        fill_zeros(model)
+        asked = dataclasses.replace(recipe, cuda_graph=graph)
+        processes = Processes(asked)
+        choose_kernels(asked.cudnn_attention)
+        task = DrawnTask(asked, Opened(model, new_scheduler("ddpm"), frames, (32, 32)), device)
+        optimizer = make_optimizer(task.model, asked.optimizer, device)
+        average = Average(task.model, asked.optimizer.ema)
+        stepper = Stepper(task, processes.spread(task), optimizer, average, asked, processes, [0])
+        found = []
+        for number in range(9):
+            stepper.step(number, Variant(task.grid, (13, 64, 77)[number % 3]))
+            found.append(stepper.numbers())
+        assert (stepper.graphs is not None) == graph
+        assert stepper.graphs is None or len(stepper.graphs) == 3
+        return found
+
+    plain, captured = steps(False), steps(True)
+    for one, other in zip(plain, captured, strict=True):
+        assert "skipped_steps" not in other
+        assert other["loss"] == pytest.approx(one["loss"], rel=2e-3)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=5e-2)

@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -19,21 +20,24 @@ from nova_video.data.encoders import autoencoder_info
 from nova_video.errors import InputError
 from nova_video.loading import load_transformer
 from nova_video.pipeline import NovaPipeline
-from nova_video.training.checkpoint import newest_checkpoint
+from nova_video.training.checkpoint import Average, newest_checkpoint
 from nova_video.training.dataset_task import DatasetTask
+from nova_video.training.graphs import StepGraphs
 from nova_video.training.pool import fill_seed
 from nova_video.training.processes import Processes
 from nova_video.training.recipe import (
+    AutoencoderRecipe,
     DatasetRecipe,
     DatasetTransformerRecipe,
     LogRecipe,
     LoraRecipe,
     ModelRecipe,
     OptimizerRecipe,
+    TransformerRecipe,
     load_recipe,
 )
 from nova_video.training.stream import collate, is_held_out
-from nova_video.training.trainer import BAD_STEPS, train
+from nova_video.training.trainer import BAD_STEPS, Stepper, make_optimizer, set_rate, train
 from nova_video.training.transformer import Variant
 
 CPU = torch.device("cpu")
@@ -261,6 +265,87 @@ def test_adapters_are_trained_saved_and_loaded(recipe: DatasetTransformerRecipe,
     assert not torch.allclose(picture(folder), picture(None), atol=1e-3)
     with pytest.raises(InputError, match="lora.rank is 2 and there is no init"):
         train(replace(recipe, init="", scheduler="flow"))
+
+
+# Recorded steps -------------------------------------------------------------------------------------------------------
+
+
+class DirectRecorder:
+    """Records by keeping what was to be done, with the batch that it reads, as a graph does."""
+
+    def __init__(self, room: int = 100, fails: bool = False) -> None:
+        self.room, self.fails, self.called, self.recorded = room, fails, 0, 0
+
+    def call(self, work: Callable[[], None]) -> None:
+        self.called += 1
+        work()
+
+    def has_room(self) -> bool:
+        return self.recorded < self.room
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        self.recorded += 1
+        return work
+
+
+def take_steps(recipe: DatasetTransformerRecipe, recorder: DirectRecorder | None) -> tuple[list[Any], list[Any], Any]:
+    """Of twelve steps of three variants: what was logged, the weights and averages after them, and the newest batch."""
+    torch.manual_seed(0)
+    task, processes = DatasetTask(recipe, CPU), Processes(recipe)
+    task.open_data([0], 1, {})
+    optimizer, average = make_optimizer(task.model, recipe.optimizer, CPU), Average(task.model, 0.9)
+    stepper = Stepper(task, processes.spread(task), optimizer, average, recipe, processes, [0])
+    assert stepper.graphs is None
+    if recorder is not None:
+        stepper.graphs = StepGraphs(recorder)
+    variants = task.variants()[0]
+    chosen = [next(v for v in variants if v.size.bucket == bucket) for bucket in (CLIPS, SMALL)] + [variants[1]]
+    numbers = []
+    for number in range(12):
+        set_rate(optimizer, 1e-3 * (1 + number))
+        stepper.step(number, chosen[number % 3])
+        numbers.append(stepper.numbers())
+    return numbers, [*task.model.parameters(), *average.averages.values()], stepper.newest
+
+
+@pytest.mark.parametrize(
+    ("recorder", "called"),
+    [(DirectRecorder(), 3), (DirectRecorder(room=1), 3 + 2 * 3), (DirectRecorder(fails=True), 12)],
+    ids=["all", "no-room", "fails"],
+)
+def test_recorded_steps_are_the_plain_ones(
+    recipe: DatasetTransformerRecipe, recorder: DirectRecorder, called: int
+) -> None:
+    """Every batch reaches a recorded step, with its random numbers: the same losses and weights, to the last bit."""
+    plain, recorded = take_steps(recipe, None), take_steps(recipe, recorder)
+    assert plain[0] == recorded[0]
+    assert len({line["loss"] for line in plain[0]}) == 12
+    assert all(torch.equal(*pair) for pair in zip(plain[1], recorded[1], strict=True))
+    assert torch.equal(plain[2].latents, recorded[2].latents)
+    assert recorder.called == called
+
+
+def test_few_numbers_of_revealed_tokens(recipe: DatasetTransformerRecipe) -> None:
+    task = DatasetTask(replace(recipe, mask_levels=8), CPU)
+    numbers, shares = task.counts(1024)
+    assert numbers == [0, 128, 256]
+    mean = sum(number * share for number, share in zip(numbers, shares, strict=True))
+    exact = DatasetTask(recipe, CPU).counts(1024)
+    assert mean == pytest.approx(sum(n * s for n, s in zip(*exact, strict=True)), rel=0.1)
+    with pytest.raises(InputError, match="mask_levels is of the paper's ratios by batch"):
+        replace(recipe, mask_levels=8, mask_ratio="sample")
+
+
+def test_kernels_of_attention(recipe: DatasetTransformerRecipe) -> None:
+    """cuDNN's where nothing is masked, and torch's own in a world, unless a recipe says otherwise."""
+    assert recipe.cudnn_attention
+    assert not replace(recipe, mask_ratio="sample").cudnn_attention
+    assert not replace(recipe, attention="flash").cudnn_attention
+    assert not TransformerRecipe().cudnn_attention
+    assert TransformerRecipe(attention="cudnn").cudnn_attention
+    assert not AutoencoderRecipe().cudnn_attention
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------

@@ -389,7 +389,7 @@ def test_the_command_takes_an_adapter(
     monkeypatch.chdir(tmp_path)
 
     def run(name: str, *flags: object) -> int:
-        quick = f"--model {tiny_checkpoint} --seed 3 --sets 2 --diffusion-steps 1 --num-frames 5".split()
+        quick = f"--model {tiny_checkpoint} --seed 3 --sets 2 --diffusion-steps 1 --num-frames 5 --device cpu".split()
         return cli.main(["generate", "a whale", "-o", name, *quick, *map(str, flags)])
 
     assert run("base.png") == 0
@@ -404,7 +404,7 @@ def test_the_command_takes_an_adapter(
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
         assert run("again.png", "--lora", adapter, "--state", "kept.safetensors") == 130
-    assert cli.main(["generate", "--resume", "kept.safetensors"]) == 0
+    assert cli.main(["generate", "--resume", "kept.safetensors", "--device", "cpu"]) == 0
     assert media.read_metadata("again.png")["lora"] == str(adapter)
     assert (media.read_frames("again.png")[0] == full).all()
     capsys.readouterr()

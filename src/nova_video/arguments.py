@@ -119,8 +119,8 @@ class Generate(Making):
     """A TOML file of these flags and of scenes; flags given here win."""
     history_noise: Annotated[float | None, arg(metavar="STD", help_behavior_hint="")] = None
     """Against drift in long clips: noise on the frames that later ones are made from."""
-    reanchor_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
-    """Against drift: every so many frames, show the model only the first frames and the newest one."""
+    reanchor_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Against drift: every so many frames, show the model only the first frames and the newest one; 0: never."""
     hold_statistics: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None
     """Against drift, 0 to 1: how far new frames' statistics are drawn to those of the first."""
     live: bool = False
@@ -275,7 +275,7 @@ class EvaluateBeyond(Evaluating):
     """As for `nova generate`."""
     history_noise: Annotated[float, arg(metavar="STD")] = 0.0
     """As for `nova generate`."""
-    reanchor_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    reanchor_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
     """As for `nova generate`."""
     hold_statistics: Annotated[float, arg(metavar="SHARE")] = 0.0
     """As for `nova generate`."""
@@ -395,6 +395,10 @@ class BenchTrain:
     """Compute what is inside blocks again on the way back: less memory, more time."""
     no_compile: bool = False
     """Do not compile blocks."""
+    no_graph: bool = False
+    """Do not record steps as CUDA graphs, as training on one GPU does."""
+    attention: Literal["auto", "flash", "cudnn"] = "auto"
+    """Its kernels on a GPU: torch's own, or cuDNN's as well. auto: as training on an encoded dataset has it."""
     mask_ratio: Literal["batch", "sample"] = "batch"
     """Whether all samples of a batch reveal as many tokens, or each draws how many."""
     frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
@@ -402,7 +406,7 @@ class BenchTrain:
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
     """Size in pixels; a released size is built for it."""
     warm_up: Annotated[int, arg(metavar="N")] = 10
-    """Steps that do not count."""
+    """Steps that do not count, at least; two of each number of revealed tokens that is timed in any case."""
     steps: Annotated[int, arg(metavar="N")] = 30
     """Steps that count."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"

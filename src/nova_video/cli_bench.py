@@ -120,6 +120,8 @@ def run_bench_train(args: BenchTrain) -> None:
         strategy=args.strategy,
         checkpointing=args.checkpointing,
         compile=not args.no_compile,
+        graph=not args.no_graph,
+        attention=args.attention,
         mask_ratio=args.mask_ratio,
         frames=args.frames,
         size=None if height is None or width is None else (height, width),

@@ -2,15 +2,20 @@
 
 The steps are the trainer's own (`training/trainer.py`), by itself or in every process that torchrun or accelerate has
 started, on random latents and text features that are given: no dataset, no autoencoder and no text encoder takes part.
-A few steps warm up, with all that is compiled for them; the others are timed one by one, each with a number of revealed
-tokens drawn as in training.
+Steps are timed one by one, each with a number of revealed tokens. Training draws these from a distribution: it is cut
+into a few parts of equal share, whose middles take turns, so that their mean is nearly that of training. Each of them
+comes up twice before: it is compiled for and called, then recorded as a CUDA graph where the trainer would do so. What
+that takes is no part of a step's time: a run pays it once for each number of revealed tokens.
 """
 
 import gc
+import itertools
 import math
 import random
 import statistics
 import time
+from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +39,8 @@ from nova_video.training.recipe import DatasetTransformerRecipe, OptimizerRecipe
 from nova_video.training.trainer import Stepper, choose_kernels, make_optimizer
 from nova_video.training.transformer import Batch, TransformerTask, Variant, new_scheduler
 
+PARTS = 10  # of the distribution of the numbers of revealed tokens
+
 # The paper's, as in recipes/paper-*.toml.
 OPTIMIZER = OptimizerRecipe(
     lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=0, final=1.0, clip=0.0, ema=0.98, ema_every=100
@@ -50,6 +57,10 @@ class AskedTraining:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     checkpointing: bool = False
     compile: bool = True
+    graph: bool = True
+    """CUDA graphs, where the trainer would take them."""
+    attention: Literal["auto", "flash", "cudnn"] = "auto"
+    """As in a recipe of training on an encoded dataset."""
     mask_ratio: Literal["batch", "sample"] = "batch"
     frames: int | None = None
     """Pixel frames."""
@@ -57,7 +68,7 @@ class AskedTraining:
     """Height and width in pixels."""
     device: str = "auto"
     warm_up: int = 10
-    """Steps that do not count."""
+    """Steps that do not count, at least: two of each number of revealed tokens in any case."""
     steps: int = 30
 
     def __post_init__(self) -> None:
@@ -72,7 +83,9 @@ class AskedTraining:
         """What makes it other work than the configuration's own, by flag."""
         size = None if self.size is None else f"{self.size[1]}x{self.size[0]}"
         masks = None if self.mask_ratio == "batch" else self.mask_ratio
-        values = {"frames": self.frames, "size": size, "mask-ratio": masks}
+        attention = None if self.attention == "auto" else self.attention
+        values = {"frames": self.frames, "size": size, "mask-ratio": masks, "attention": attention}
+        values |= {"no-graph": None if self.graph else True}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -146,6 +159,8 @@ def measure_training(config: str, asked: AskedTraining, command: str) -> TrainRo
         strategy=asked.strategy,
         checkpointing=asked.checkpointing,
         compile=asked.compile,
+        cuda_graph=asked.graph,
+        attention=asked.attention,
         mask_ratio=asked.mask_ratio,
         loss_repeat=LOSS_REPEAT,
         history_noise=0.0,
@@ -180,33 +195,33 @@ def measure_training(config: str, asked: AskedTraining, command: str) -> TrainRo
 
 def _measured(row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRecipe, processes: Processes) -> TrainRow:
     device = processes.device
-    choose_kernels()
+    choose_kernels(recipe.cudnn_attention)
     opened = open_model(row.config, asked, device)
     task = GivenTask(recipe, opened, device)
     module = processes.spread(task)
     optimizer = make_optimizer(task.model, recipe.optimizer, device)
     average = Average(task.model, recipe.optimizer.ema)
-    stepper = Stepper(task, module, optimizer, average, recipe, processes, [processes.index], graph=False)
-    variants, shares = task.variants()
-    chosen = random.Random(SEED).choices(variants, shares, k=asked.warm_up + asked.steps)
+    stepper = Stepper(task, module, optimizer, average, recipe, processes, [processes.index])
+    timed = choose_variants(*task.variants(), asked.steps)
+    warm_up = warm_up_variants(timed, asked.warm_up)
 
     seconds = []
-    for number, variant in enumerate(chosen):
-        if number == asked.warm_up:
+    for number, variant in enumerate(warm_up + timed):
+        if number == 1 and device.type == "cuda":  # not later: a graph's memory counts when it is recorded
+            torch.cuda.reset_peak_memory_stats(device)
+        if number == len(warm_up):
             stepper.numbers()  # of the steps so far: forgotten
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
         start = now(device)
         stepper.step(number, variant)
         seconds.append(processes.greatest(now(device) - start)[0])
-    first, timed = seconds[0], seconds[asked.warm_up :]
+    first, counted = seconds[0], seconds[len(warm_up) :]
     numbers = stepper.numbers()
-    flops = sum(map(task.flops, chosen[asked.warm_up :])) / len(timed)
-    rate = flops / statistics.mean(timed)
+    flops = sum(map(task.flops, timed)) / len(timed)
+    rate = flops / statistics.mean(counted)
     peak = device_peak(row.device, torch.bfloat16)
     cuda = device.type == "cuda"
     memory = processes.greatest(torch.cuda.max_memory_allocated(device) / GIB if cuda else 0.0)[0]
-    median, loss = statistics.median(timed), numbers.get("loss")
+    median, loss = statistics.median(counted), numbers.get("loss")
     return replace(
         row,
         frames=opened.frames,
@@ -214,7 +229,8 @@ def _measured(row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRec
         loss_repeat=recipe.loss_repeat,
         steps=asked.steps,
         step_seconds=digits(median),
-        step_seconds_range=spread(timed),
+        step_seconds_range=spread(counted),
+        cuda_graph=stepper.graphs is not None and len(stepper.graphs) == len(set(timed)),
         first_step_seconds=digits(first),
         samples_per_second=digits(row.batch * row.processes / median),
         tflop=digits(flops / 1e12),
@@ -225,6 +241,22 @@ def _measured(row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRec
         loss=None if loss is None else digits(loss),
         finite=loss is not None and math.isfinite(loss) and "skipped_steps" not in numbers,
     )
+
+
+def choose_variants(variants: Sequence[Variant], shares: Sequence[float], count: int) -> list[Variant]:
+    """`count` variants in mixed order: the middles of at most `PARTS` parts of equal share, as often as each other."""
+    bounds = list(itertools.accumulate(shares))
+    parts = min(PARTS, count)
+    middles = [variants[bisect(bounds, (part + 0.5) / parts * bounds[-1])] for part in range(parts)]
+    chosen = [middles[number * parts // count] for number in range(count)]
+    random.Random(SEED).shuffle(chosen)
+    return chosen
+
+
+def warm_up_variants(timed: Sequence[Variant], least: int) -> list[Variant]:
+    """Each of the variants that are to be timed, all in turn: twice, and on until there are `least`."""
+    distinct = list(dict.fromkeys(timed))
+    return distinct * max(2, math.ceil(least / len(distinct)))
 
 
 def open_model(config: str, asked: AskedTraining, device: torch.device) -> Opened:

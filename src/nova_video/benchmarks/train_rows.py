@@ -52,6 +52,8 @@ class TrainRow:
     """Median."""
     step_seconds_range: tuple[float, float] | None = None
     """Least and most: they differ in how many tokens are revealed, too."""
+    cuda_graph: bool | None = None
+    """Whether all steps that were timed were CUDA graphs, recorded before."""
     first_step_seconds: float | None = None
     """The first step of the process, with all that is compiled for it."""
     samples_per_second: float | None = None

@@ -18,7 +18,6 @@ class AutoencoderTask(Task[AutoencoderKLCausalTiny, int, Rows]):
     """A variant is a clip length."""
 
     loss_names = ("loss", "l1", "mse", "kl")
-    on_device = True
 
     def __init__(self, recipe: AutoencoderRecipe, device: torch.device) -> None:
         super().__init__(recipe.seed, device)

@@ -207,8 +207,8 @@ class DatasetTask(TransformerTask):
     def _batch(self, loaded: Loaded, short: Tensor, generator: torch.Generator | None = None) -> Batch:
         """On the device; `short` (B,) says which are told their caption's first sentence."""
         text, lengths = self._features(loaded, short)
-        latents = draw_latents(loaded.moments.to(self.device), self.vae, generator)
-        return Batch(latents, text, lengths, loaded.motion.to(self.device), loaded.fps.to(self.device))
+        moments, motion, fps = (send(x, self.device) for x in (loaded.moments, loaded.motion, loaded.fps))
+        return Batch(draw_latents(moments, self.vae, generator), text, lengths, motion, fps)
 
     def _features(self, loaded: Loaded, short: Tensor) -> tuple[Tensor, Tensor]:
         """Token features (B, T, width) and lengths (B,): the dataset's, or made here where it has none."""
@@ -222,7 +222,7 @@ class DatasetTask(TransformerTask):
         )
         text = torch.where(short[:, None, None], brief, whole)
         counts = torch.where(short, loaded.short[1], loaded.whole[1]).clamp(max=length)
-        return text.to(self.device), counts.to(self.device)
+        return send(text, self.device), send(counts, self.device)
 
     def _text_parts(self, device: torch.device) -> tuple[Any, Any]:
         """Tokenizer and text encoder, loaded at the first use."""
@@ -319,6 +319,11 @@ class DatasetTask(TransformerTask):
             for part, place in (("text_encoder", name), ("tokenizer", tokenizer)):
                 if not (folder / part).exists():
                     os.symlink(Path(place).resolve(), folder / part)
+
+
+def send(value: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting there for what it still has to do, as copies of memory that is not pinned do."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def _text_of(init: str) -> str | None:

@@ -109,7 +109,8 @@ def draw_per_sample(
     order = torch.rand(frames, tokens, generator=generator, device=device).argsort(dim=-1)
     revealed = scored = None
     if most > least:
-        known = torch.arange(tokens, device=device) < torch.tensor(visible, device=device).unsqueeze(-1)  # (B * F, L)
+        counts = torch.tensor(visible, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        known = torch.arange(tokens, device=device) < counts.unsqueeze(-1)  # (B * F, L)
         revealed, scored = known[:, :most], ~known[:, least:]
     return LossDraws(
         order[:, :most],

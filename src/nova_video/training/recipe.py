@@ -137,7 +137,8 @@ class RunRecipe:
     device: str = "auto"
     output: str = "runs/run"
     cuda_graph: bool = True
-    """Record the whole step as CUDA graphs (one GPU, one micro batch a step, and samples made on the device)."""
+    """Record the whole step as CUDA graphs, one for each variant that comes up twice: faster, in more memory (one GPU,
+    one micro batch a step, and not with mask_ratio = "sample")."""
     micro_batches: int = 0
     """Micro batches of a step, all processes together: what a step learns depends on this, not on how many processes
     share them. 0: one for each process."""
@@ -151,6 +152,11 @@ class RunRecipe:
     """Any that accelerate knows: tensorboard, wandb, trackio, ..."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
+
+    @property
+    def cudnn_attention(self) -> bool:
+        """Whether attention on a GPU may take cuDNN's kernels."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,9 @@ class TransformerRun(RunRecipe):
     visible_probability: tuple[float, ...] = ()
     mask_ratio: Literal["batch", "sample"] = "batch"
     """Whether all frames of a batch hide as many tokens (the paper), or every sample draws how many for itself."""
+    mask_levels: int = 0
+    """With mask_ratio "batch": ratios are rounded to multiples of 1 / this, which leaves fewer variants to compile and
+    record. 0: any ratio (the paper)."""
     loss_repeat: int = 2
     """Noise draws for each scored token."""
     prompt_dropout: float = 0.1
@@ -236,6 +245,10 @@ class TransformerRun(RunRecipe):
     """Compile the transformer blocks (GPU)."""
     checkpointing: bool = False
     """Keep no activations inside blocks but compute them again on the way back: less memory, more time."""
+    attention: Literal["auto", "flash", "cudnn"] = "auto"
+    """Kernels of attention on a GPU: torch's own (flash), or cuDNN's wherever torch prefers them, about twice as fast
+    on Hopper. Some releases of those have given NaN, which is counted as skipped steps. auto: cudnn on encoded datasets
+    with mask_ratio "batch", where attention needs no mask; else flash."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     defaults: Defaults = field(default_factory=Defaults)
@@ -247,6 +260,13 @@ class TransformerRun(RunRecipe):
             raise InputError(f"visible and visible_probability: expected as many entries in both, got {counts}")
         if self.visible and self.mask_ratio == "sample":
             raise InputError("mask_ratio = 'sample' draws the paper's ratios: expected no visible")
+        check_number("mask_levels", self.mask_levels, 0, integer=True)
+        if self.mask_levels and (self.visible or self.mask_ratio == "sample"):
+            raise InputError("mask_levels is of the paper's ratios by batch: expected no visible, mask_ratio = 'batch'")
+
+    @property
+    def cudnn_attention(self) -> bool:
+        return self.attention == "cudnn"
 
 
 @dataclass(frozen=True)
@@ -266,6 +286,10 @@ class DatasetTransformerRecipe(TransformerRun):
     """Empty: the one of `init`, or that the dataset names."""
     scheduler: Literal["flow", "ddpm", "init"] = "init"
     dataset: DatasetRecipe = field(default_factory=DatasetRecipe)
+
+    @property
+    def cudnn_attention(self) -> bool:
+        return self.attention == "cudnn" or (self.attention == "auto" and self.mask_ratio == "batch")
 
 
 Recipe = AutoencoderRecipe | TransformerRecipe | DatasetTransformerRecipe

@@ -32,8 +32,9 @@ class Task(ABC, Generic[M, V, B]):
     model: M
     loss_names: tuple[str, ...]
     """Every name that `loss` may return."""
-    on_device = False
-    """Samples are drawn by the device alone, so that drawing them can be part of a CUDA graph."""
+    capturable = True
+    """All steps of a variant launch the same kernels, so that a CUDA graph can be all of them: the loss draws no random
+    numbers on the CPU."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed, self.device = seed, device

@@ -3,8 +3,8 @@
 What is trained is a `Task` (`autoencoder.py`, `world_task.py`, `dataset_task.py`); this file is what all training
 shares. A step consists of micro batches, which the processes share out. The random numbers of a micro batch follow from
 the seed, the step and the micro batch's own number, so that neither stopping nor the number of processes changes what
-is learned. Where one GPU draws its own samples, a whole step (drawing, forward, backward, clipping, AdamW, averaging)
-is one CUDA graph for each variant of it, because small models spend their time launching kernels.
+is learned. On one GPU a whole step (forward, backward, clipping, AdamW, averaging) is one CUDA graph for each variant
+of it (`graphs.py`), because launching its kernels takes longer than running them where they are small.
 """
 
 import copy
@@ -12,7 +12,7 @@ import math
 import random
 import signal
 import time
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,7 @@ from nova_video.training.checkpoint import (
     whole,
 )
 from nova_video.training.flops import device_peak
+from nova_video.training.graphs import CudaRecorder, StepGraphs, tensors_of
 from nova_video.training.log import Log
 from nova_video.training.pool import fill_seed
 from nova_video.training.processes import Processes
@@ -57,7 +58,7 @@ def train(recipe: Recipe) -> Path:
     processes = Processes(recipe)
     log = Log(recipe, processes.is_main)
     output = Path(recipe.output)
-    choose_kernels()
+    choose_kernels(recipe.cudnn_attention)
     torch.manual_seed(recipe.seed)
     task = make_task(recipe, processes.device)
     recipe = task.recipe
@@ -83,8 +84,7 @@ def train(recipe: Recipe) -> Path:
     task.prepare(progress.step)
     task.open_data(own, micro_batches, progress.data if progress.micro_batches == micro_batches else {})
     log.say(f"samples ready after {time.monotonic() - started:.1f} s")
-    graph = recipe.cuda_graph and task.on_device and task.on_gpu and micro_batches == 1
-    stepper = Stepper(task, module, optimizer, average, recipe, processes, own, graph)
+    stepper = Stepper(task, module, optimizer, average, recipe, processes, own)
     variants, shares = task.variants()
     flops, samples = cache(task.flops), cache(task.samples)
     peak = device_peak(torch.cuda.get_device_name(), torch.bfloat16) if task.on_gpu else None
@@ -149,11 +149,18 @@ def train(recipe: Recipe) -> Path:
     return model_folder
 
 
-def choose_kernels() -> None:
-    """How torch multiplies on a GPU, in all training."""
+def choose_kernels(cudnn_attention: bool) -> None:
+    """How torch multiplies on a GPU, in all training; and whether attention may take cuDNN's kernels.
+
+    Compiled code keeps the kernels of attention that were allowed when it was made: it is let go of, and what torch
+    keeps on disk is told apart.
+    """
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN once under graphs and compiled blocks; cause not isolated
+    if torch.backends.cuda.cudnn_sdp_enabled() != cudnn_attention:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+        torch.compiler.reset()
+    torch.compiler.config.cache_key_tag = f"cudnn_attention={cudnn_attention}"
 
 
 def make_task(recipe: Recipe, device: torch.device) -> AnyTask:
@@ -190,7 +197,7 @@ def look(task: AnyTask, model: nn.Module, looks: Looks, log: Log, step: int, spe
 
 
 class Stepper:
-    """One optimisation step: plain, or recorded as a CUDA graph the second time a variant comes up.
+    """One optimisation step: plain, or as a CUDA graph from the second time on that a variant comes up.
 
     A step whose gradients are not finite changes nothing and is counted.
     """
@@ -204,62 +211,49 @@ class Stepper:
         recipe: Recipe,
         processes: Processes,
         own: list[int],
-        graph: bool,
     ) -> None:
-        """`module` is what `processes.spread` made of the task; `own` are the micro batches of this process."""
+        """`module` is what `processes.spread` made of the task; `own` are the micro batches of this process.
+
+        Steps become graphs (`graphs`, else None) on one GPU, where the recipe and the task allow it and a step has one
+        micro batch.
+        """
         self.task, self.module, self.optimizer, self.average = task, module, optimizer, average
         self.recipe, self.seed = recipe.optimizer, recipe.seed
-        self.processes, self.own, self.graph = processes, own, graph
+        self.processes, self.own = processes, own
+        single = task.on_gpu and processes.count == 1 and len(own) == 1
+        capture = single and recipe.cuda_graph and task.capturable
+        self.graphs = StepGraphs(CudaRecorder(task.device)) if capture else None
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
         device = task.device
         self.autocast = torch.autocast(
-            device.type, torch.bfloat16, enabled=processes.half, cache_enabled=not graph and processes.half
+            device.type, torch.bfloat16, enabled=processes.half, cache_enabled=not capture and processes.half
         )
         self.names = (*task.loss_names, "grad_norm")
         self.sums = torch.zeros(len(self.names), 2, device=device, dtype=torch.float64)  # sum, count
         self.rows: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}  # names -> their rows of the sums, and a one
         self.bad = torch.zeros(2, device=device)  # steps that were skipped: since the last look, in a row
-        self.graphs: dict[Any, torch.cuda.CUDAGraph | None] = {}
-        self.newest: tuple[int, Any, Any] | None = None  # step, variant, batch
+        self.newest: Any = None  # batch
 
     def step(self, number: int, variant: Any) -> None:
         """Step `number`, counted from 0."""
-        if not self.graph:
-            self._step(number, variant)
+        batches = (self._draw(number, variant, micro) for micro in self.own)
+        if self.graphs is None:
+            self._step(variant, batches)
         else:
-            self._seed(number, self.own[0])
-            self.newest = (number, variant, None)
-            self._replay(number, variant)
+            self.graphs(variant, next(batches), lambda batch: self._step(variant, [batch]))
         if self.recipe.ema_every > 1 and (number + 1) % self.recipe.ema_every == 0:
             self.average.update()
 
-    def _replay(self, number: int, variant: Any) -> None:
-        if variant not in self.graphs:  # a plain step on a side stream, which is what warms a recording up
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._step(number, variant)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graphs[variant] = None
-            return
-        graph = self.graphs[variant]
-        if graph is None:
-            graph = self.graphs[variant] = torch.cuda.CUDAGraph()
-            pool = next((g.pool() for g in self.graphs.values() if g not in (None, graph)), None)
-            with torch.cuda.graph(graph, pool=pool):
-                self._step(number, variant)
-        graph.replay()
-
-    def _seed(self, number: int, micro: int) -> None:
+    def _draw(self, number: int, variant: Any, micro: int) -> Any:
+        """The batch of a micro batch; what its loss draws follows from the same seed."""
         torch.manual_seed(fill_seed(self.seed, number, micro))
+        self.newest = self.task.draw(variant, micro)
+        return self.newest
 
-    def _step(self, number: int, variant: Any) -> None:
-        for place, micro in enumerate(self.own):
-            if not self.graph:
-                self._seed(number, micro)
-            batch = self.task.draw(variant, micro)
-            if not self.graph:
-                self.newest = (number, variant, batch)
+    def _step(self, variant: Any, batches: Iterable[Any]) -> None:
+        """A batch for each micro batch of this process: each is taken when the one before has been learned from."""
+        self.optimizer.zero_grad(set_to_none=True)  # what a recording that failed has left
+        for place, batch in enumerate(batches):
             with self.processes.accumulating(self.module, place == len(self.own) - 1):
                 with self.autocast:
                     losses = self.module(variant, batch)
@@ -307,23 +301,12 @@ class Stepper:
         row = int(self.bad[1])
         if row < BAD_STEPS:
             return
-        assert self.newest is not None
-        number, variant, batch = self.newest
-        if batch is None:  # drawn by a graph: drawn again
-            self._seed(number, self.own[0])
-            batch = self.task.draw(variant, self.own[0])
         path = output / f"bad-batch-{step:08d}-{self.processes.index}.safetensors"
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors_of(batch).items()}, path)
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors_of(self.newest).items()}, path)
         raise InputError(
             f"step {step}: the last {row} steps had gradients that are not finite and were skipped; the newest batch"
             f" is in {path}: expected finite numbers, try a lower optimizer.lr"
         )
-
-
-def tensors_of(batch: Any) -> dict[str, Tensor]:
-    """A batch's tensors by name."""
-    named = {f.name: getattr(batch, f.name) for f in fields(batch)} if is_dataclass(batch) else dict(batch)
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 class Work:

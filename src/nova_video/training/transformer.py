@@ -80,6 +80,7 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         self.table = NoiseTable.from_scheduler(scheduler, device)
         self.values = model.patch_size**2 * model.config.image_dim
         self.masks = TemporalMasks()
+        self.capturable = recipe.mask_ratio == "batch"
         self.loss_names = ("loss", "loss_t2i", "loss_i2i")
         self.loss_names += tuple(f"loss_time_{i}" for i in range(TIME_BINS))
         self.loss_names += tuple(f"loss_frame_{i}" for i in range(frames if frames > 1 else 0))
@@ -99,6 +100,8 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         if recipe.visible:
             return list(recipe.visible), list(recipe.visible_probability)
         ratios = mask_ratios(100_000, torch.Generator().manual_seed(0))
+        if recipe.mask_levels:
+            ratios = (ratios * recipe.mask_levels).round() / recipe.mask_levels
         shown = ((1 - ratios) * tokens).round().long()
         counts = shown.unique(return_counts=True)
         return counts[0].tolist(), (counts[1] / len(shown)).tolist()

@@ -50,7 +50,6 @@ class WorldTask(TransformerTask):
     """A size is a clip length in frames."""
 
     recipe: TransformerRecipe
-    on_device = True
 
     def __init__(self, recipe: TransformerRecipe, device: torch.device) -> None:
         vae = load_autoencoder(resolve_checkpoint(recipe.autoencoder))

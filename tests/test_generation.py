@@ -598,7 +598,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mask_image": square(), "video": torch.randn(1, 4, 2, 8, 12)}, "mask_image with latents"),
     ({"context_frames": 5, "num_frames": 33}, "context_frames is 5 with 1 first frames kept"),
     ({"history_noise": -1.0}, "history_noise is -1"),
-    ({"reanchor_frames": 0}, "reanchor_frames is 0"),
+    ({"reanchor_frames": -1}, "reanchor_frames is -1"),
     ({"hold_statistics": 2.0}, "hold_statistics is 2"),
 ]
 

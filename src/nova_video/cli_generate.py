@@ -52,7 +52,6 @@ def run_generate(args: Generate) -> None:
                 "continue": _name(args.video),
                 "given_frames": None if args.video is None else generation.plan.given_frames,
                 "history_noise": args.history_noise,
-                "reanchor_frames": args.reanchor_frames,
                 "hold_statistics": args.hold_statistics,
             }
             record = make_record(args, request, generation, given)

@@ -93,6 +93,7 @@ def make_record(
         "motion": _told(plan.motion_flow, float),
         "context_frames": None if read is None else stride * (read - 1) + 1,
         "sink_frames": None if read is None else stride * (kept - 1) + 1,
+        "reanchor_frames": stride * (plan.context.reanchor or 0),
         "device": str(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
     }

@@ -260,11 +260,11 @@ def _context(request: "GenerateRequest", defaults: Defaults, model: Capabilities
         raise InputError(
             f"context_frames is {frames} with {sink} first frames kept (sink_frames): expected at least {least}"
         )
-    reanchor = request.reanchor_frames
+    reanchor = defaults.reanchor_frames if request.reanchor_frames is None else request.reanchor_frames
     return Context(
         frames=None if frames is None else model.latent_count(frames),
         sink=sinks,
-        reanchor=None if reanchor is None else max(1, round(reanchor / model.temporal_stride)),
+        reanchor=max(1, round(reanchor / model.temporal_stride)) if reanchor else None,
         history_noise=request.history_noise,
         hold_statistics=request.hold_statistics,
     )

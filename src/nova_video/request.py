@@ -82,7 +82,8 @@ class GenerateRequest:
     history_noise: float = 0.0
     """Against drift: standard deviation of noise on the latent frames that later ones are made from."""
     reanchor_frames: int | None = None
-    """Against drift: every so many frames the context is cut back to the first frames and the newest one."""
+    """Against drift: every so many frames the context is cut back to the first frames and the newest one; 0: never.
+    None: the checkpoint's own, without one never."""
     hold_statistics: float = 0.0
     """Against drift, 0 to 1: how far the channel statistics of new latent frames are drawn to those of the first."""
     compile: bool | None = None
@@ -135,7 +136,7 @@ class GenerateRequest:
                     check_setting(field.name, moment)
             elif value is not None and value != math.inf:
                 check_setting(field.name, value)
-        for name in ("height", "width", "num_images_per_prompt", "reanchor_frames"):
+        for name in ("height", "width", "num_images_per_prompt"):
             if (value := getattr(self, name)) is not None:
                 check_number(name, value, 1, integer=True)
         for name in ("guidance_trunc", "image_guidance_scale", "history_noise"):

@@ -49,6 +49,9 @@ class Defaults:
     """Longest clip that the model is shown, in pixel frames; None: however long it is."""
     sink_frames: int = 1
     """First pixel frames that a bounded context keeps."""
+    reanchor_frames: int = 0
+    """Against drift: every so many pixel frames the context is cut back to the first frames and the newest one; 0:
+    never."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -61,7 +64,7 @@ def check_setting(name: str, value: object) -> None:
     if name in ("num_frames", "num_inference_steps", "num_diffusion_steps", "context_frames", "sink_frames"):
         check_number(name, value, 1, integer=True)
     else:
-        check_number(name, value, 0, above=name == "fps")
+        check_number(name, value, 0, integer=name == "reanchor_frames", above=name == "fps")
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,10 @@ class LongSettings:
     """What a long clip is made from: the arguments of a pipeline's call by the same names, explained there."""
 
     context_frames: int | None = None
-    """None in this and the next: the model's own."""
+    """None in this and the next two: the model's own."""
     sink_frames: int | None = None
-    history_noise: float = 0.0
     reanchor_frames: int | None = None
+    history_noise: float = 0.0
     hold_statistics: float = 0.0
 
 

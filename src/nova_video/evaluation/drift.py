@@ -84,7 +84,7 @@ class DriftSettings(SamplingSettings):
 
     def variants(self) -> dict[str, LongSettings]:
         """What is compared, by name."""
-        plain = LongSettings(context_frames=self.context_frames, sink_frames=self.sink_frames)
+        plain = LongSettings(context_frames=self.context_frames, sink_frames=self.sink_frames, reanchor_frames=0)
         return {
             PLAIN: plain,
             ALL_FRAMES: replace(plain, context_frames=self.num_frames),

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 from drawing import beyond  # noqa: E402
 
+from nova_video.arguments import parse  # noqa: E402
 from nova_video.evaluation.rates import Rate  # noqa: E402
 from nova_video.generation import FrameReady, LatentPreview  # noqa: E402
 from nova_video.pipeline import NovaPipeline  # noqa: E402
@@ -89,6 +90,50 @@ def test_scores_of_the_page() -> None:
         assert row in lines
     assert scores["device"] in " ".join(lines)
     assert scores["command"] in lines
+
+
+def test_figures_in_the_text() -> None:
+    parts = recorded("beyond.json")["parts"]
+    text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    anywhere = parts["steer-anywhere"]["scores"]["generated"]["motion"]
+    assert f"{anywhere['percent']:.1f}% are obeyed" in text
+    new = [parts["continue"]["scores"][source]["motion_new"]["percent"] for source in ("generated", "real renders")]
+    assert f"of the new frames alone, the judge says {new[0]:.1f}% for the model and {new[1]:.1f}% for real" in text
+    seen = {True: [0, 0], False: [0, 0]}
+    for motion, rates in parts["continue-long"]["by_motion"].items():
+        for place, key in enumerate(("right", "of")):
+            seen["spinning" in motion][place] += rates["object"][key]
+    spinning, others = (round(100 * right / of) for right, of in (seen[True], seen[False]))
+    assert f"of spinning objects {spinning}% are recognised in the last two seconds, of all others {others}%" in text
+    assert parts["continue-long"]["judged_frames"]["object"] == [48, 64]  # two seconds
+
+
+def test_speed_of_the_page() -> None:
+    """Of the stream without end, and of the first picture of a clip of the released size."""
+    text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    flat = json.loads((ROOT / "benchmarks" / "measured" / "stream.json").read_text(encoding="utf-8"))
+    early, late = (1000 * flat["seconds_a_frame"][end] for end in ("early", "late"))
+    memory = {round(flat["memory_mb"][end]) for end in ("early", "late")}
+    assert f"measured over {flat['frames']:,} frames on one {flat['device']}, {early:.1f} ms a frame" in text
+    assert f"and {late:.1f} ms at the end, with {memory.pop()} MB in use at both" in text
+    assert not memory
+    rows = json.loads((ROOT / "benchmarks" / "results" / "sample.json").read_text(encoding="utf-8"))
+    (row,) = (
+        r
+        for r in rows
+        if (r["config"], r["preset"], r["batch"], r["changed"]) == ("t2v-480-0.6b", "exact", 1, {}) and r["compile"]
+    )
+    assert (
+        f"shows its first latent frame after {row['first_preview_seconds']:.1f} seconds on one {row['device']}" in text
+    )
+    assert f"where the whole takes {row['total_seconds']:.1f}" in text
+
+
+@pytest.mark.parametrize("name", ["scores.json", "beyond.json", "drift.json"])
+def test_recorded_commands_are_understood(name: str) -> None:
+    words = recorded(name)["command"].split()
+    assert words[0] == "nova"
+    parse(words[1:])
 
 
 def test_given_pixels_came_back() -> None:

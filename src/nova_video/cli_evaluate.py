@@ -147,10 +147,10 @@ def _progress() -> "Iterator[Progress]":
 
 
 def _command_line(name: str, args: Evaluating) -> str:
-    """The command that repeats this evaluation."""
+    """The command that repeats this evaluation; where it writes is another matter."""
     words = ["nova", "evaluate", name]
     for field in fields(args):
-        if (value := getattr(args, field.name)) != field.default:
-            values = value if isinstance(value, tuple) else (value,)
+        if field.name != "output" and (value := getattr(args, field.name)) != field.default:
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
             words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)

@@ -287,7 +287,7 @@ def test_the_command(
     assert main(["evaluate", "beyond", *typed]) == 0
     assert capsys.readouterr().out.endswith("scores\n")
     content = json.loads(Path("scores/scores.json").read_text())
-    assert content["command"] == ("nova evaluate beyond --data world --output scores --parts inpaint --num-clips 3")
+    assert content["command"] == ("nova evaluate beyond --data world --parts inpaint --num-clips 3")
     assert content["settings"]["parts"] == ["inpaint"]
 
 

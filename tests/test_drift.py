@@ -175,7 +175,7 @@ def test_remedies_are_compared(world: EmojiWorld, tmp_path: Path, monkeypatch: p
     assert steps[0] == (REAL, 2, 3)
     assert steps[-1] == (TOGETHER, 3, 3)
     options = [(call["context_frames"], call["history_noise"], call["reanchor_frames"]) for call in model.calls[::2]]
-    assert options == [(17, 0, None), (FRAMES, 0, None), (17, 0.1, None), (17, 0, 32), (17, 0, None), (17, 0.1, 32)]
+    assert options == [(17, 0, 0), (FRAMES, 0, 0), (17, 0.1, 0), (17, 0, 32), (17, 0, 0), (17, 0.1, 32)]
     sharpness = {name: source.curves["sharpness"] for name, source in report.sources.items()}
     assert sharpness[PLAIN].end < 0.7 * sharpness[PLAIN].start
     assert sharpness["statistics held"] == sharpness[TOGETHER] == sharpness[REAL]

@@ -1,6 +1,7 @@
 """Shared by all tests: one thread for quick tests, and tiny checkpoints with random weights, made once per run."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -19,6 +20,7 @@ WORDS = "a the whale apple moving left right up down on blue red green white bac
 
 CORES = torch.get_num_threads()
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is tested: a shell's background jobs ignore it
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine threads wait for each other
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nova_video.sampling.beside import beside
 from nova_video.sampling.context import Context
 from nova_video.sampling.diffusion import request_scheduler
 from nova_video.sampling.engine import DirectRunner, FastEngine, Inputs, PlainEngine
@@ -32,7 +33,7 @@ class DirectRecorder:
     """Replays by calling the function again, on the memory that it was recorded with, as a graph does."""
 
     def __init__(self, size: int = 1) -> None:
-        self.size, self.recorded, self.waits = size, 0, 0
+        self.size, self.recorded, self.waits, self.renewed = size, 0, 0, 0
         self.fails = False
 
     def record(self, function: Callable[..., Tensor], arguments: Inputs) -> Recording:
@@ -54,6 +55,9 @@ class DirectRecorder:
 
     def wait(self) -> None:
         self.waits += 1
+
+    def renew(self) -> None:
+        self.renewed += 1
 
 
 def double(*, x: Tensor, y: Tensor | None) -> Tensor:
@@ -129,6 +133,26 @@ def test_bounded_in_number_and_memory(limits: dict[str, int], kept: int) -> None
     assert runner.recorder.recorded == recorded  # the newest are there
     runner(("double",), double, {"x": torch.ones(1), "y": None})
     assert runner.recorder.recorded == recorded + 1  # the oldest are not
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_graphs": 1}, {"max_bytes": 5}])
+def test_a_recorder_is_told_when_nothing_is_left(limits: dict[str, int]) -> None:
+    runner = GraphRunner(DirectRecorder(size=10), **limits)
+
+    def call(length: int) -> None:
+        for _ in range(2):
+            x = torch.ones(length)
+            assert torch.equal(runner(("double",), double, {"x": x, "y": None}), 2 * x)
+
+    call(1), call(2)
+    assert runner.recorder.renewed == (1 if limits else 0)  # the first was dropped before the second was recorded
+    call(3)
+    before = runner.recorder.renewed
+    runner.release()
+    assert runner.recorder.renewed == before + 1
+    assert (len(runner), runner.size, len(runner._buffers)) == (0, 0, 0)
+    call(1)
+    assert len(runner) == 1
 
 
 def test_graphs_of_weights_that_moved_are_let_go() -> None:
@@ -259,6 +283,88 @@ def test_gpu_memory_is_flat_over_calls_of_mixed_shapes() -> None:
     torch.cuda.empty_cache()
     assert len(runner) == 0
     assert torch.cuda.memory_reserved() <= before
+
+
+def record(runner: GraphRunner, length: int) -> None:
+    """One more graph, with 4 bytes of working memory a number."""
+    for _ in range(2):
+        x = torch.ones(length, device="cuda")
+        assert torch.equal(runner(("double",), double, {"x": x, "y": None}), 2 * x)
+
+
+@gpu
+def test_gpu_records_again_after_all_is_gone() -> None:
+    """Behind a release, and behind graphs of which each drives out the one before."""
+    runner = GraphRunner(CudaRecorder(torch.device("cuda")))
+    for _ in range(3):
+        record(runner, 1000), record(runner, 2000)
+        assert len(runner) == 2
+        runner.release()
+    for limits in ({"max_graphs": 1}, {"max_bytes": 1}):
+        runner = GraphRunner(CudaRecorder(torch.device("cuda")), **limits)
+        for length in (1000, 2000, 3000, 1000):
+            record(runner, length)
+            assert len(runner) == 1
+    torch.rand(3, device="cuda")
+
+
+@gpu
+def test_gpu_size_is_what_graphs_took_themselves() -> None:
+    other: list[Tensor] = []
+    stream = torch.cuda.Stream()
+
+    def taking(*, x: Tensor) -> Tensor:
+        with torch.cuda.stream(stream):
+            other.append(torch.empty(1 << 28, dtype=torch.uint8, device="cuda"))  # as another thread would
+        return x.repeat(2) + 1
+
+    runner = GraphRunner(CudaRecorder(torch.device("cuda")))
+    x = torch.ones(1 << 22, device="cuda")
+    for _ in range(2):
+        assert torch.equal(runner(("taking",), taking, {"x": x}), torch.full((1 << 23,), 2.0, device="cuda"))
+    assert len(runner) == 1
+    assert 1 << 25 <= runner.size < 1 << 27
+
+
+@gpu
+def test_gpu_after_what_cannot_be_captured() -> None:
+    """It is called, random numbers are still drawn, and others are recorded."""
+    runner = GraphRunner(CudaRecorder(torch.device("cuda")))
+
+    def asking(*, x: Tensor) -> Tensor:
+        return x * x.sum().item()
+
+    torch.manual_seed(0)
+    first, second = (torch.rand(4, device="cuda") for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(4, device="cuda"), first)
+    record(runner, 1000)
+    for _ in range(3):
+        assert torch.equal(
+            runner(("asking",), asking, {"x": torch.ones(2, device="cuda")}), torch.full((2,), 2.0).cuda()
+        )
+    assert torch.equal(torch.rand(4, device="cuda"), second)
+    record(runner, 1000), record(runner, 2000)
+    assert len(runner) == 2
+    runner.release()
+    record(runner, 1000)
+    assert len(runner) == 1
+
+
+@gpu
+def test_gpu_noise_is_drawn_beside() -> None:
+    """What a block's work makes is there behind it, whatever the streams had to do."""
+    cuda = torch.device("cuda")
+    big = torch.randn(4096, 4096, device=cuda)
+    for count in range(20):
+        ids = torch.full((1000,), count, device=cuda)
+        for _ in range(3):
+            big = big @ big / 64
+        with beside(cuda, lambda: (ids * 2, ids + 1)) as made:  # noqa: B023
+            big = big @ big / 64
+        double, next_one = made
+        assert int(double.sum()) == 2000 * count
+        assert int(next_one.sum()) == 1000 * (count + 1)
 
 
 @gpu

@@ -10,7 +10,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -23,7 +23,7 @@ from nova_video.sampling.engine import Inputs
 
 SET_MULTIPLE = 8
 MAX_GRAPHS = 512
-MAX_BYTES = 2 << 30  # of device memory, as what is free of it tells before and after capturing
+MAX_BYTES = 2 << 30  # of device memory, by what recordings said that they took of it
 MAX_SEEN = 4096  # keys remembered as having come once
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Recording:
     output: Tensor
     """Written by every replay, and perhaps overwritten by the next one of another recording."""
     size: int
-    """Bytes of memory that it holds."""
+    """Bytes of memory that were taken for it: what it found there from others is not counted again."""
 
 
 class Recorder(Protocol):
@@ -69,18 +69,32 @@ class Recorder(Protocol):
         """Until nothing recorded runs any more."""
         ...
 
+    def renew(self) -> None:
+        """No recording is left: the next one starts from nothing."""
+        ...
+
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory."""
+    """CUDA graphs that share one pool of memory.
+
+    A recording's size is what the pool grew by. Not counted: what the driver keeps of a graph, and whatever else this
+    process or another one takes meanwhile. A pool gives memory back when the last of its graphs is gone; until then,
+    what a dropped graph leaves serves the next ones.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._last: torch.cuda.Event | None = None
+        self.renew()
+
+    def renew(self) -> None:
+        """A pool of its own for what comes next: torch lets no one record into a pool whose graphs are all gone, nor
+        into one in which a recording failed."""
+        self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, function: Callable[..., Tensor], arguments: Inputs) -> Recording:
-        free = torch.cuda.mem_get_info(self.device)[0]
+        held = self._held()
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
@@ -92,9 +106,15 @@ class CudaRecorder:
                     graph.capture_end()
         except RuntimeError:
             torch.cuda.synchronize(self.device)
+            abandon_recording(self.device, self._pool)
+            self.renew()
             raise
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        return Recording(graph.replay, output, max(0, free - torch.cuda.mem_get_info(self.device)[0]))
+        return Recording(graph.replay, output, self._held() - held)
+
+    def _held(self) -> int:
+        """Bytes of the pool."""
+        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool))
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -106,6 +126,17 @@ class CudaRecorder:
 
     def wait(self) -> None:
         torch.cuda.synchronize(self.device)
+
+
+def abandon_recording(device: torch.device, pool: tuple[int, int]) -> None:
+    """What torch does at a recording's end, and leaves undone where it failed: memory is taken from the pool no longer,
+    and the device's default generator, which would refuse every draw, goes on from a copy of where it is."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with suppress(RuntimeError):  # where the recording did end
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 # Running --------------------------------------------------------------------------------------------------------------
@@ -169,7 +200,7 @@ class GraphRunner:
 
     @property
     def size(self) -> int:
-        """Bytes of device memory that the graphs hold."""
+        """Bytes of device memory that were taken for the graphs."""
         return sum(entry.recording.size for entry in self._entries.values())
 
     def use(self, model: torch.nn.Module) -> None:
@@ -183,10 +214,8 @@ class GraphRunner:
     def release(self) -> None:
         """Let go of all graphs and their memory."""
         with self._lock:
-            self.recorder.wait()
-            self._entries.clear()
+            self._drop(len(self))
             self._seen.clear()
-            self._buffers.clear()
 
     def __call__(self, key: tuple[object, ...], function: Callable[..., Tensor], inputs: Inputs) -> Tensor:
         full = (key, *((name, None if x is None else (x.shape, x.dtype)) for name, x in inputs.items()))
@@ -230,11 +259,21 @@ class GraphRunner:
         return self._buffers[key]
 
     def _make_room(self) -> None:
-        """Before one more: drop the graphs that were longest not used, and buffers that only they had."""
-        if not self._entries or (len(self._entries) < self.max_graphs and self.size <= self.max_bytes):
-            return
+        """Before one more: drop the graphs that were longest not used."""
+        count, size = len(self), self.size
+        for entry in self._entries.values():
+            if count < self.max_graphs and size <= self.max_bytes:
+                break
+            count, size = count - 1, size - entry.recording.size
+        if count < len(self):
+            self._drop(len(self) - count)
+
+    def _drop(self, count: int) -> None:
+        """The oldest graphs, and buffers that only they had."""
         self.recorder.wait()
-        while self._entries and (len(self._entries) >= self.max_graphs or self.size > self.max_bytes):
+        for _ in range(count):
             self._entries.popitem(last=False)
         used = {id(buffer) for entry in self._entries.values() for buffer in entry.inputs.values()}
         self._buffers = {key: buffer for key, buffer in self._buffers.items() if id(buffer) in used}
+        if not self._entries:
+            self.recorder.renew()

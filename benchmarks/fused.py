@@ -1,10 +1,11 @@
 """The fused denoiser loop: whether it is right, and how long it takes: `python benchmarks/fused.py --help`.
 
 For each shape (blocks, width, rows = passes x tokens) a random denoiser runs a DDPM loop: eagerly, eagerly in a CUDA
-graph, as a compiled step in a CUDA graph, and fused in every way that `sampling/fused.py` knows, with its own cuts and
-with the best that a small search finds. Every result is compared with the float32 loop; the fused one may be no farther
-from it than 1.5 times the plain one in low precision. Each way of a shape runs in a process of its own: one that fails
-leaves the others alone. Without a GPU: `TRITON_INTERPRET=1 python benchmarks/fused.py --shapes 2x48x6 --steps 2`.
+graph, as a compiled step in a CUDA graph, and fused: with the cuts of `sampling/fused.py`, its kernels launched early
+and not, and with the best cuts that a small search finds. Every result is compared with the float32 loop; the fused one
+may be no farther from it than 1.5 times the plain one in low precision. Each way of a shape runs in a process of its
+own: one that fails leaves the others alone. Without a GPU:
+`TRITON_INTERPRET=1 python benchmarks/fused.py --shapes 2x48x6 --steps 2`.
 """
 
 import json
@@ -27,7 +28,14 @@ from torch import Tensor
 
 from nova_video.model.denoiser import Denoiser
 from nova_video.sampling.diffusion import Schedule, linear_step, request_scheduler
-from nova_video.sampling.fused import Layout, Tile, choose_layout, denoise_fused, hold_weights, rank_tiles
+from nova_video.sampling.fused import (
+    Layout,
+    Tile,
+    choose_layout,
+    denoise_fused,
+    launched_early,
+    rank_tiles,
+)
 from nova_video.sampling.guidance import combine
 
 PASSES, SCALE, CHANNELS, PATCH, CONDITION = 2, 5.0, 4, 2, 1024
@@ -38,10 +46,9 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 class Fused:
     """Check and time the fused denoiser loop."""
 
-    shapes: tuple[str, ...] = ("3x1280x44", "6x1024x128", "6x1024x256")
+    shapes: tuple[str, ...] = ("3x1280x48", "6x1024x32", "6x1024x128", "6x1024x256")
     """Blocks x width x rows, each."""
-    ways: tuple[str, ...] = ("plain", "pieces", "resident")
-    """plain: without fused kernels. pieces: a kernel for each piece. resident: one for all."""
+    ways: tuple[str, ...] = ("plain", "fused")
     dtype: str = "fp16"
     steps: int = 25
     seeds: int = 5
@@ -52,8 +59,6 @@ class Fused:
     """Seconds for a way of a shape."""
     output: Path | None = None
     """JSON file to write."""
-    layout: str = ""
-    """JSON of a layout that the resident kernel tries, too."""
     child: bool = False
     """Run one shape and way, and print a line of JSON for each result."""
 
@@ -216,19 +221,17 @@ def run_plain(shape: str, args: Fused, device: torch.device) -> Iterator[dict[st
         yield attempt("compiled in a graph", lambda: {"seconds": seconds(lambda: loop.plain(step), device)})
 
 
-def run_pieces(shape: str, args: Fused, device: torch.device) -> Iterator[dict[str, Any]]:
-    """A kernel for each piece: launched plainly, overlapped, with held weights; then the best of a small search."""
+def run_fused(shape: str, args: Fused, device: torch.device) -> Iterator[dict[str, Any]]:
+    """As it lays itself out, launched early and not; then the best of a small search."""
     loop = Loop.random(shape, args, 0, device)
-    own = own_layout(loop, device)
-    pipelined = replace(own, fc1=released(own.fc1), fc2=released(own.fc2))
-    layouts = {
-        "pieces, one after the other": replace(pipelined, dependent=False),
-        "pieces, overlapped": pipelined,
-        "pieces, overlapped, weights held": own,
-    }
+    layouts = {"fused, one after the other": plain_layout(loop, device)}
+    early = launched_early(layouts["fused, one after the other"], *sizes(loop))
+    if early.early and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        layouts["fused, launched early"] = early
     rows = []
     for name, layout in layouts.items():
-        rows.append(measure(name, loop, shape, args, device, layout))
+        own = " (its own)" if layout == own_layout(loop, device) else ""
+        rows.append(measure(name + own, loop, shape, args, device, layout))
         yield rows[-1]
     right = [row for row in rows if row.get("right")]
     if device.type != "cuda" or not right or not args.candidates:
@@ -237,34 +240,37 @@ def run_pieces(shape: str, args: Fused, device: torch.device) -> Iterator[dict[s
     best, least = layout_of(fastest["layout"]), fastest["seconds"]
     for part in ("fc1", "fc2", "warps"):
         for layout in list(variants(best, part, loop, args)):
-            row = attempt(f"pieces, tried: {layout}", lambda: {"seconds": seconds(lambda: loop.fused(layout), device)})  # noqa: B023
+            row = attempt(f"fused, tried: {layout}", lambda: {"seconds": seconds(lambda: loop.fused(layout), device)})  # noqa: B023
             if "error" in row:
                 yield row
             elif row["seconds"] < least:
                 best, least = layout, row["seconds"]
-    yield measure("pieces, best found", loop, shape, args, device, best)
+    yield measure("fused, best found", loop, shape, args, device, best)
 
 
-def run_resident(shape: str, args: Fused, device: torch.device) -> Iterator[dict[str, Any]]:
-    """One kernel for the whole loop, with its own cuts and with those of `--layout`."""
-    loop = Loop.random(shape, args, 0, device)
-    own = replace(own_layout(loop, device), resident=True)
-    yield measure("resident", loop, shape, args, device, own)
-    if args.layout:
-        found = replace(layout_of(json.loads(args.layout)), resident=True, warps=8)
-        if found != own:
-            yield measure("resident, cuts of the best pieces", loop, shape, args, device, found)
-        own = found
-    if device.type == "cuda":
-        yield measure("resident, 16 warps", loop, shape, args, device, replace(own, warps=16))
+WAYS = {"plain": run_plain, "fused": run_fused}
 
 
-WAYS = {"plain": run_plain, "pieces": run_pieces, "resident": run_resident}
+def sizes(loop: Loop) -> tuple[int, int]:
+    """The denoiser's width, and the bytes of a weight."""
+    weight = loop.denoiser.head.weight
+    return weight.shape[1], weight.dtype.itemsize
 
 
 def own_layout(loop: Loop, device: torch.device) -> Layout:
-    weight = loop.denoiser.head.weight
-    return choose_layout(PASSES * loop.start.shape[1], weight.shape[1], weight.dtype, device)
+    return choose_layout(PASSES * loop.start.shape[1], sizes(loop)[0], loop.denoiser.head.weight.dtype, device)
+
+
+def plain_layout(loop: Loop, device: torch.device) -> Layout:
+    """The cuts that read least, one kernel after the other."""
+    fc1, fc2 = (candidates(loop, part, device)[0] for part in ("fc1", "fc2"))
+    return Layout(fc1, fc2)
+
+
+def candidates(loop: Loop, part: str, device: torch.device) -> list[Tile]:
+    """Cuts of a product, those first that read least."""
+    programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return rank_tiles(PASSES * loop.start.shape[1], *sizes(loop), programs, part == "fc2")
 
 
 def layout_of(values: dict[str, Any]) -> Layout:
@@ -272,23 +278,18 @@ def layout_of(values: dict[str, Any]) -> Layout:
     return Layout(**values | {"fc1": Tile(**values["fc1"]), "fc2": Tile(**values["fc2"])})
 
 
-def released(tile: Tile) -> Tile:
-    """The same cut, its weights not held."""
-    return replace(tile, held=False, depth=min(tile.depth, 128), stages=4) if tile.held else tile
-
-
 def variants(best: Layout, part: str, loop: Loop, args: Fused) -> Iterator[Layout]:
     """The layout with another cut of one product, or other warps."""
     if part == "warps":
         yield from (replace(best, warps=warps) for warps in (4, 16))
         return
-    weight = loop.denoiser.head.weight
-    width, itemsize = weight.shape[1], weight.dtype.itemsize
-    ranked = rank_tiles(PASSES * loop.start.shape[1], width, itemsize, best.programs, part == "fc2")
-    for tile in ranked[: args.candidates]:
-        held = hold_weights(tile, width, itemsize)
-        for cut in {tile, replace(tile, warps=8), held, replace(held, warps=12 - held.warps)}:
-            yield replace(best, fc1=cut) if part == "fc1" else replace(best, fc2=cut)
+    for tile in candidates(loop, part, loop.start.device)[: args.candidates]:
+        layout = replace(best, early=False, **{part: tile})
+        if best.early:
+            layout = launched_early(layout, *sizes(loop))
+        if layout.early == best.early:
+            cut = getattr(layout, part)
+            yield from (replace(layout, **{part: replace(cut, warps=warps)}) for warps in (4, 8))
 
 
 def measure(name: str, loop: Loop, shape: str, args: Fused, device: torch.device, layout: Layout) -> dict[str, Any]:
@@ -310,12 +311,11 @@ def attempt(name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]
         return {"way": name, "error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
 
 
-def spawn(shape: str, way: str, args: Fused, layout: str) -> list[dict[str, Any]]:
+def spawn(shape: str, way: str, args: Fused) -> list[dict[str, Any]]:
     """Run a way of a shape in a process of its own -> its rows; what it cannot say itself is a row with an error."""
     command = [sys.executable, __file__, "--child", "--shapes", shape, "--ways", way]
     for name in ("dtype", "steps", "seeds", "candidates"):
         command += [f"--{name}", str(getattr(args, name))]
-    command += ["--layout", layout] if layout else []
     output, error = "", ""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=args.timeout)
@@ -335,13 +335,10 @@ def main(args: Fused) -> None:
         return
     rows: list[dict[str, Any]] = []
     for shape in args.shapes:
-        layout = ""
         for way in args.ways:
-            for row in spawn(shape, way, args, layout):
+            for row in spawn(shape, way, args):
                 rows.append({"shape": shape, "dtype": args.dtype, "steps": args.steps, **row})
                 print(line(rows[-1]), flush=True)
-                if way == "pieces" and row.get("right"):
-                    layout = json.dumps(row["layout"])  # the last one is the best found
     if args.output is not None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
         command = shlex.join(["python", "benchmarks/fused.py", *sys.argv[1:]])

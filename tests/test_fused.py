@@ -24,7 +24,7 @@ from nova_video.sampling.fused import (
     Tile,
     bytes_read,
     denoise_fused,
-    hold_weights,
+    launched_early,
     rank_tiles,
     run_fused,
     supports,
@@ -158,48 +158,41 @@ def test_low_precision_is_as_near_to_float32_as_the_plain_loop(dtype: torch.dtyp
 
 
 @needs_triton
-@pytest.mark.parametrize("layout", [None, Layout(Tile(32, 16, 16, held=True), Tile(16, 16, 16, held=True))])
-def test_cuts_change_nothing(layout: Layout | None) -> None:
+def test_cuts_change_nothing() -> None:
     loop = Loop(2, batch=1, size=9)
-    assert far(loop.fused(layout), loop.plain()) < ROUNDING
+    for layout in (None, Layout(Tile(32, 16, 16), Tile(16, 16, 16))):
+        assert far(loop.fused(layout), loop.plain()) < ROUNDING
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    ("width", "tile"), [(WIDTH, LAYOUT.fc2), (32, Tile(32, 32, 16, held=True))], ids=["tiles", "held weights"]
-)
-def test_one_kernel_for_the_whole_loop(width: int, tile: Tile) -> None:
-    if INTERPRETED and not interpreter_loops():
-        pytest.skip("this Triton's interpreter has no loops over tensors with this numpy")
-    loop = Loop(3, width=width)
-    programs = 1 if INTERPRETED else 16  # the interpreter ends a program before the next: only one can wait for all
-    layout = Layout(replace(tile, splits=1), tile, resident=True, programs=programs)
-    assert far(loop.fused(layout), loop.plain()) < ROUNDING
+@pytest.mark.parametrize("layout", [LAYOUT, Layout(Tile(32, 16, 16), Tile(16, 16, 16))])
+def test_kernels_launched_early(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs one after the other: only that they read and multiply the same can be seen there."""
+    if INTERPRETED:
+        from nova_video.sampling import fused_kernels
+
+        for name in ("gdc_wait", "gdc_launch_dependents"):
+            monkeypatch.setattr(fused_kernels, name, lambda: None)
+    elif torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a GPU that launches kernels early")
+    loop = Loop(2, batch=1, size=9, dtype=torch.float16)
+    early = replace(layout, early=True)
+    assert far(loop.fused(early), loop.fused(layout)) < 2e-3
 
 
 @needs_triton
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
-@pytest.mark.parametrize("layout", [None, replace(LAYOUT, resident=True, programs=16)], ids=["chosen", "resident"])
-def test_replays_in_a_graph(layout: Layout | None) -> None:
-    loop = Loop(2, dtype=torch.float16)
-    once = loop.fused(layout)
+@pytest.mark.parametrize("width", [WIDTH, fused.EARLY_WIDTH], ids=["small", "as wide as early ones"])
+def test_replays_in_a_graph(width: int) -> None:
+    loop = Loop(2, dtype=torch.float16, width=width)
+    once = loop.fused(None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        replayed = loop.fused(layout)
+        replayed = loop.fused(None)
     for _ in range(10):
         replayed.zero_()
         graph.replay()
         assert torch.equal(replayed, once)
-
-
-def interpreter_loops() -> bool:
-    import numpy
-    import triton
-
-    def version(name: str) -> list[int]:
-        return [int(part) for part in name.split(".")[:2]]
-
-    return version(triton.__version__) >= [3, 7] or version(numpy.__version__) < [2, 4]
 
 
 def test_supports_says_where() -> None:
@@ -219,8 +212,9 @@ def test_cuts_are_even_and_fit(width: int) -> None:
         for tile in ranked:
             assert width % tile.columns == 0
             assert width % (tile.depth * tile.splits) == 0
-            held = hold_weights(tile, width, itemsize)
-            assert width % (held.depth * held.splits) == 0
             assert tile.stages * (tile.rows + tile.columns) * tile.depth * itemsize <= 2 * fused.SHARED_MEMORY
+            early = launched_early(Layout(tile, tile), width, itemsize)
+            assert width % (early.fc1.depth * early.fc1.splits) == 0
+            assert not early.early or (itemsize == 2 and early.fc1.stages == 1)
         first, second = (bytes_read(tile, rows, width, itemsize, 132) for tile in ranked[:2])
         assert first <= second

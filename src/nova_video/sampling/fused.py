@@ -2,9 +2,8 @@
 
 At batch 1 the loop's matrix products are so small that launches, not arithmetic, take the time. Here everything between
 two products is one kernel, and so is each product with what follows it: 3 * depth kernels a step (`fused_kernels.py`),
-meant to be captured in a CUDA graph; or one kernel for the whole loop. What does not depend on the noisy values,
-`Denoiser.modulations` of all steps, is computed before. Triton comes with CUDA builds of torch; nothing here needs it
-until a loop is run.
+meant to be captured in a CUDA graph. What does not depend on the noisy values, `Denoiser.modulations` of all steps, is
+computed before. Triton comes with CUDA builds of torch; nothing here needs it until a loop is run.
 
 Legend: K steps, N passes, B batch, S tokens of a set, P values of a token, R = N * B * S rows.
 """
@@ -25,8 +24,8 @@ MAX_ROWS = 512  # beyond, the products are large enough for the library's own
 ROWS_AT_ONCE = 1 << 16  # rows times steps whose modulations are computed together: bounds their memory
 SHARED_MEMORY = 112 * 1024  # bytes of a program's pieces in flight: two programs fit on a multiprocessor of 227 KB
 
-LATE_WIDTH = 1024  # products no wider are over sooner than one that was launched early has read its weights
-HELD_MEMORY = 128 * 1024  # bytes of a program that holds its weights: beside it, one of the kernel behind still fits
+EARLY_WIDTH = 1280  # of products that last long enough for the next kernel to read its weights meanwhile
+EARLY_MEMORY = 128 * 1024  # bytes of a program launched early: one of the kernel before still fits beside it
 
 BlockWeights = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]
 """fc1's weight and bias, fc2's weight, and what comes behind: its bias, norm2's weight and bias."""
@@ -45,9 +44,6 @@ class Tile:
     stages: int = 3
     """One more than pieces of `depth` in flight."""
     warps: int = 4
-    held: bool = False
-    """A program reads all its weights while it waits for its input; they stay on its multiprocessor. Resident kernels
-    do so where there are no more tiles than programs."""
 
     def programs(self, rows: int, width: int) -> int:
         return -(-rows // self.rows) * (width // self.columns) * self.splits
@@ -59,14 +55,11 @@ class Layout:
 
     fc1: Tile
     fc2: Tile
-    resident: bool = False
-    """One kernel for the whole loop, its programs waiting for each other; else a kernel for each piece."""
-    dependent: bool = False
-    """Each kernel is launched while the one before still runs, and waits for it (compute capability 9.0)."""
-    programs: int = 1
-    """Of the resident kernel: no more than fit on the GPU at once."""
+    early: bool = False
+    """Each kernel is launched while the one before still runs, and reads its weights while it waits for its input
+    (compute capability 9.0)."""
     warps: int = 8
-    """Of a token's program between two steps, and of the resident kernel's."""
+    """Of a token's program between two steps."""
 
 
 def supports(denoiser: Denoiser, rows: int, passes: int) -> bool:
@@ -162,42 +155,30 @@ def denoise_fused(
     token_sizes = (*row_sizes, count, power_of_two(count), passes)
 
     programs1, programs2 = (tile.programs(rows, width) for tile in (fc1, fc2))
-    if layout.resident:
-        counter = torch.zeros(1, dtype=torch.int32, device=x.device)
-        together = {"launch_cooperative_grid": True} if x.is_cuda else {}
-        kernels.whole_loop[(layout.programs,)](
-            counter, tokens, len(steps), state, g, update, bound, blocks, ends, modulations,
-            *token_sizes, len(blocks), clipped,
-            fc1.rows, fc1.columns, fc1.depth, fc1.stages, fc1.held and programs1 <= layout.programs,
-            fc2.rows, fc2.columns, fc2.depth, fc2.stages, fc2.held and programs2 <= layout.programs, fc2.splits,
-            num_stages=1, **resources(layout.warps), **together,
-        )  # fmt: skip
-        return values
-
-    early = {"launch_pdl": True} if layout.dependent else {}
     between = (blocks[-1][3], ends, modulations[-2], modulations[-1], modulations[0])
     kernels.turn_kernel[(tokens,)](
         tokens, 0, 0, state, update, bound, *between, *token_sizes, fc2.splits, False, clipped, False,
         **resources(layout.warps),
     )  # fmt: skip
+    early = {"launch_pdl": True} if layout.early else {}
     for step in range(len(steps)):
         for index, (weight1, bias1, weight2, _) in enumerate(blocks):
             if index > 0:
                 kernels.enter_kernel[(rows,)](
                     rows, step, state, blocks[index - 1][3], modulations[index - 1], modulations[index],
-                    *row_sizes, fc2.splits, layout.dependent, **resources(4), **early,
+                    *row_sizes, fc2.splits, layout.early, **resources(4), **early,
                 )  # fmt: skip
             kernels.linear_kernel[(programs1,)](
                 y, weight1, bias1, g, rows, width, fc1.rows, fc1.columns, fc1.depth, 1, fc1.stages,
-                True, fc1.held, layout.dependent, **resources(fc1.warps), **early,
+                True, layout.early, **resources(fc1.warps), **early,
             )  # fmt: skip
             kernels.linear_kernel[(programs2,)](
                 g, weight2, bias1, h, rows, width, fc2.rows, fc2.columns, fc2.depth, fc2.splits, fc2.stages,
-                False, fc2.held, layout.dependent, **resources(fc2.warps), **early,
+                False, layout.early, **resources(fc2.warps), **early,
             )  # fmt: skip
         kernels.turn_kernel[(tokens,)](
             tokens, step, min(step + 1, len(steps) - 1), state, update, bound, *between,
-            *token_sizes, fc2.splits, True, clipped, layout.dependent, **resources(layout.warps), **early,
+            *token_sizes, fc2.splits, True, clipped, layout.early, **resources(layout.warps), **early,
         )  # fmt: skip
     return values
 
@@ -232,15 +213,14 @@ def blocks_of(denoiser: Denoiser) -> list[DenoiserBlock]:
 
 
 def choose_layout(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Layout:
-    """The cuts that read least, a kernel for each piece; each launched early where the GPU can and that has paid."""
-    programs, dependent = 1, False
+    """The cuts that read least; launched early where the GPU can and that has paid."""
+    programs, early = 1, False
     if device.type == "cuda":
         programs = torch.cuda.get_device_properties(device).multi_processor_count
-        dependent = torch.cuda.get_device_capability(device) >= (9, 0) and width > LATE_WIDTH
+        early = torch.cuda.get_device_capability(device) >= (9, 0) and width >= EARLY_WIDTH
     fc1, fc2 = (rank_tiles(rows, width, dtype.itemsize, programs, split)[0] for split in (False, True))
-    if dependent:
-        fc1, fc2 = (hold_weights(tile, width, dtype.itemsize) for tile in (fc1, fc2))
-    return Layout(fc1, fc2, dependent=dependent, programs=programs)
+    layout = Layout(fc1, fc2)
+    return launched_early(layout, width, dtype.itemsize) if early else layout
 
 
 def rank_tiles(rows: int, width: int, itemsize: int, programs: int, split: bool) -> list[Tile]:
@@ -263,13 +243,21 @@ def tiles(rows: int, width: int, itemsize: int, depth: int, split: bool) -> Iter
             yield Tile(height, columns, depth, parts, stages, warps=8 if height * columns > 4096 else 4)
 
 
-def hold_weights(tile: Tile, width: int, itemsize: int) -> Tile:
-    """The cut with its weights held, if they fit beside what it reads and have two bytes."""
+def launched_early(layout: Layout, width: int, itemsize: int) -> Layout:
+    """The layout with its kernels launched early, if what they read fits beside the kernel before; else as it is."""
+    tiles = (layout.fc1, layout.fc2)
+    most = max((tile.rows + tile.columns) * (width // tile.splits) * itemsize for tile in tiles)
+    if itemsize > 2 or most > EARLY_MEMORY:
+        return layout
+    fc1, fc2 = (hold_weights(tile, width) for tile in tiles)
+    return replace(layout, fc1=fc1, fc2=fc2, early=True)
+
+
+def hold_weights(tile: Tile, width: int) -> Tile:
+    """The cut as a program reads it all at once."""
     length = width // tile.splits
-    if itemsize > 2 or (tile.rows + tile.columns) * length * itemsize > HELD_MEMORY:
-        return tile
     depth = min(length & -length, 256 if tile.rows >= 64 else 128)
-    return replace(tile, depth=depth, stages=1, warps=8 if tile.rows >= 64 else 4, held=True)
+    return replace(tile, depth=depth, stages=1, warps=8 if tile.rows >= 64 else 4)
 
 
 def bytes_read(tile: Tile, rows: int, width: int, itemsize: int, programs: int) -> int:

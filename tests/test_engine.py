@@ -101,11 +101,13 @@ def test_a_slower_way_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_sets_are_padded_with_a_token_of_their_own() -> None:
     ids = torch.tensor([[7, 3, 5], [2, 9, 4]])
-    padded = pad_set(ids, 8)
+    padded = pad_set(ids, 8, -1)
     assert padded.shape == (2, 8)
     assert torch.equal(padded[:, :3], ids)
     assert (padded[:, 3:] == ids[:, :1]).all()
-    assert pad_set(padded, 8) is padded
+    assert pad_set(padded, 8, -1) is padded
+    values = torch.randn(0, 2, 3, 4)  # none
+    assert pad_set(values, 8, -2).shape == (0, 2, 8, 4)
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])

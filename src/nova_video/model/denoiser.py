@@ -44,8 +44,8 @@ class TimeCondEmbed(nn.Module):
 class AdaLayerNorm(nn.Module):
     """Layer norm without weights, scaled and shifted by the embedding; `chunks` 3 gives the branch's gate too.
 
-    What comes of the embedding, the modulation, does not depend on what is normalised: sampling computes it for all
-    steps of a set at once.
+    What comes of the embedding, the modulation proj(SiLU(u)), does not depend on what is normalised: sampling computes
+    it for all steps of a set at once.
     """
 
     def __init__(self, width: int, chunks: int) -> None:
@@ -53,10 +53,6 @@ class AdaLayerNorm(nn.Module):
         self.chunks = chunks
         self.proj = nn.Linear(width, chunks * width)
         self.width = width
-
-    def modulation(self, u: Tensor) -> Tensor:
-        """u (..., width) -> scale, shift and, with 3 chunks, gate: (..., chunks * width)."""
-        return self.proj(functional.silu(u))
 
     def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (B, S, width) and its modulation -> normalised x, and the gate or None."""
@@ -102,8 +98,9 @@ class Denoiser(nn.Module):
 
     def modulations(self, u: Tensor) -> list[Tensor]:
         """Embeddings u (..., width) -> the modulation of every block (..., 3 width), and the head's (..., 2 width)."""
+        active = functional.silu(u)
         norms: list[Any] = [*(block.norm1 for block in self.blocks), self.norm]
-        return [norm.modulation(u) for norm in norms]
+        return [norm.proj(active) for norm in norms]
 
     def predict(self, noisy: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         """noisy (B, S, P) under the modulations of a step, (B, S, 3 or 2 width) each -> prediction (B, S, P)."""

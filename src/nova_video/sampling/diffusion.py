@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -142,8 +142,7 @@ def linear_step(x: Tensor, output: Tensor, row: Tensor, clip: float | None, nois
     return stepped if noise is None else stepped + deviation * noise
 
 
-@dataclass(frozen=True, eq=False)
-class SetNoise:
+class SetNoise(NamedTuple):
     """The random numbers of one set, float32."""
 
     start: Tensor

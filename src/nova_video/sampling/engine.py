@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nova_video.devices import compile_every_variant
 from nova_video.model import NOVATransformer3DModel, Positions
@@ -139,7 +138,7 @@ class FastEngine:
             "condition": condition,
             "embedded": embedded,
             "visible": visible,
-            "ids": pad_set(ids, self.runner.set_multiple),
+            "ids": pad_set(ids, self.runner.set_multiple, -1),
             "space": positions.image_space,
             "cos": None if rotary is None else rotary.cos,
             "sin": None if rotary is None else rotary.sin,
@@ -167,11 +166,9 @@ class FastEngine:
         plain = guidance.renorm >= 1 and schedule.rows is not None
         size = ids.shape[1]
         if plain:  # norms would count what is padded
-            ids = pad_set(ids, self.runner.set_multiple)
-            if more := ids.shape[1] - size:
-                features = functional.pad(features, (0, 0, 0, more))
-                start, fresh = (functional.pad(x, (0, 0, 0, more)) for x in (noise.start, noise.fresh))
-                noise = replace(noise, start=start, fresh=fresh)
+            multiple = self.runner.set_multiple
+            features, start, fresh = (pad_set(x, multiple, -2) for x in (features, noise.start, noise.fresh))
+            noise = SetNoise(start, fresh, noise.outside)
         inputs = {
             "features": features,
             "start": noise.start,
@@ -217,10 +214,10 @@ def say_once(message: str) -> None:
     log.warning(message)
 
 
-def pad_set(ids: Tensor, multiple: int) -> Tensor:
-    """ids (B, S) with the first token again and again, up to a multiple."""
-    more = -ids.shape[1] % multiple
-    return torch.cat([ids, ids[:, :1].expand(-1, more)], dim=1) if more else ids
+def pad_set(tokens: Tensor, multiple: int, dim: int) -> Tensor:
+    """What `dim` holds of a set's tokens, with the first one's again and again up to a multiple."""
+    more = -tokens.shape[dim] % multiple
+    return torch.cat([tokens, *[tokens.narrow(dim, 0, 1)] * more], dim=dim) if more else tokens
 
 
 # Functions of tensors -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ then for each set the spatial encoder once, the denoiser's steps on the set's to
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from nova_video.model import NOVATransformer3DModel, patchify, random_order, unpatchify
 from nova_video.model.patches import gather_tokens, scatter_tokens
+from nova_video.sampling.beside import beside
 from nova_video.sampling.context import REFERENCE_FRAMES, Statistics, hold_statistics
 from nova_video.sampling.diffusion import Schedule, SetNoise
 from nova_video.sampling.engine import Engine, PlainEngine
@@ -183,10 +185,13 @@ def reveal_set(
         guidance = replace(guidance, scale=1.0, image_scale=0.0)
     visible = frame.revealed(frame.sets)  # (B, V)
     ids = frame.revealed(frame.sets + 1)[:, visible.shape[1] :]  # (B, S)
-    with span(stopwatch, "spatial"):
+    with (
+        beside(state.random.device, partial(SetNoise.draw, schedule, guidance, state.noise, ids)) as drawn,
+        span(stopwatch, "spatial"),
+    ):
         features = set_features(engine, state, frame, visible, ids, guidance.passes)  # (N * B, S, D)
     with span(stopwatch, "denoiser"):
-        noise = SetNoise.draw(schedule, guidance, state.noise, ids)
+        noise = SetNoise(*drawn)
         values = engine.denoise(features, ids, schedule, guidance, noise, state.random.generators)
     reveal(model, frame, ids, values.to(features.dtype))
     frame.sets += 1

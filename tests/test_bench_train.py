@@ -1,11 +1,15 @@
 """Timing training: rows, the command, tables; and that what is timed is the trainer's own step."""
 
 import dataclasses
+import itertools
 import json
+import logging
+import math
 import os
 import subprocess
+import unittest.mock
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,8 @@ from nova_video.benchmarks.train import (
 from nova_video.benchmarks.train_rows import TrainRow, read_train_rows, train_line, train_table, usual_rows
 from nova_video.errors import InputError
 from nova_video.model import NOVATransformer3DModel
-from nova_video.model.vit import Block, heads_for_width
+from nova_video.model.vit import Attention
+from nova_video.training.blocks import TemporalMasks
 from nova_video.training.checkpoint import Average
 from nova_video.training.flops import step_flops
 from nova_video.training.processes import Processes
@@ -78,6 +83,17 @@ def test_command_prints_and_records(tmp_path: Path, capsys: pytest.CaptureFixtur
     again = parse(done.command.split()[1:])
     assert isinstance(again, BenchTrain)
     assert (again.config, again.batch, again.frames, again.steps) == ((CLIPS,), 2, 5, 3)
+
+
+def test_steps_that_are_not_finite_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = GivenTask.loss
+    monkeypatch.setattr(GivenTask, "loss", lambda *a: plain(*a) | {"loss": plain(*a)["loss"] * math.nan})
+    found = measure_training(PICTURES, AskedTraining(batch=1, warm_up=1, steps=3, device="cpu"), "")
+    assert (found.error, found.finite, found.skipped_steps, found.loss) == (None, False, 3, None)
+    assert "NOT FINITE" in train_line(found)
+    assert "3 of 3 steps skipped" in train_line(found)
+    assert "NOT FINITE" in train_table([found])
+    assert not usual_rows([row(finite=False)])
 
 
 def test_operations_are_those_of_the_steps() -> None:
@@ -129,7 +145,8 @@ def test_what_is_timed_has_the_mean_of_training(count: int) -> None:
 
 def test_other_kernels_are_other_work() -> None:
     assert AskedTraining().changed == {}
-    assert AskedTraining(attention="flash", graph=False).changed == {"attention": "flash", "no-graph": True}
+    changed = AskedTraining(attention="flash", graph=False, mask_levels=8).changed
+    assert changed == {"attention": "flash", "no-graph": True, "mask-levels": 8}
 
 
 @pytest.mark.parametrize(
@@ -220,17 +237,24 @@ def test_rows_in_words_and_tables() -> None:
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.fixture(autouse=True)
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What is logged, such as why steps are not recorded."""
+    caplog.set_level(logging.INFO, logger="nova_video")
+    return caplog
+
+
 @gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_on_a_gpu(checkpointing: bool) -> None:
-    asked = AskedTraining(batch=1, checkpointing=checkpointing, warm_up=2, steps=3, size=(256, 256))
-    found = measure_training("t2i-1024-0.3b", asked, "")
-    assert found.error is None
-    assert found.finite
+def test_on_a_gpu(checkpointing: bool, said: pytest.LogCaptureFixture) -> None:
+    asked = AskedTraining(batch=2, checkpointing=checkpointing, compile=False, warm_up=2, steps=3)
+    found = measure_training(PICTURES, asked, "")
+    assert found.error is None, found.error
+    assert found.finite, train_line(found)
     assert found.precision == "bf16"
-    assert found.cuda_graph
+    assert found.cuda_graph, said.text
     assert found.peak_memory_gb is not None
-    assert 365e6 * 20 / 2**30 < found.peak_memory_gb < 40
+    assert 0 < found.peak_memory_gb < 2
 
 
 @pytest.fixture
@@ -242,46 +266,109 @@ def kernels() -> Iterator[None]:
     torch.set_float32_matmul_precision(before[1])
 
 
-def kernel_names(work: Any) -> str:
+def kernel_names(work: Callable[[], Any]) -> str:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         torch.cuda.synchronize()
     return " ".join(event.key for event in profile.key_averages())
 
 
+LENGTHS = [(361, 361), (384, 384), (393, 393), (1280, 1280), (1800, 1800), (1280, 870)]
+"""Keys and queries: of clips at 768x480 and of pictures of 512 px, with some numbers of revealed tokens."""
+
+
+def results(module: Attention, keys: int, queries: int, half: bool = True, batch: int = 4) -> dict[str, torch.Tensor]:
+    """What comes out and all gradients, of inputs that are the same every time."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (batch, keys, module.proj.in_features)
+    x = torch.randn(shape, generator=generator, device="cuda").requires_grad_()
+    rows = None
+    if queries < keys:
+        rows = torch.rand(shape[:2], generator=generator, device="cuda").argsort(1)[:, :queries]
+    module.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16, enabled=half):
+        out = module(x, None, None, None, rows)
+    out.backward(torch.randn(out.shape, generator=generator, device="cuda").to(out.dtype))
+    assert x.grad is not None
+    return {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in module.named_parameters()}}
+
+
+def fill_memory_with_nan() -> None:
+    """What is allocated next lies in NaN, and what follows it in memory is NaN."""
+    torch.cuda.empty_cache()
+    for count, size in ((1, 2**29), (256, 2**17)):  # 1 GiB for large tensors, 64 MiB for small ones
+        held = [torch.full((size,), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+        del held
+
+
+def not_finite(module: Attention, keys: int, queries: int, batch: int = 4) -> list[str]:
+    """Which of the results are not, in such memory: of three tries."""
+    found = set()
+    for _ in range(3):
+        fill_memory_with_nan()
+        made = results(module, keys, queries, batch=batch)
+        found |= {name for name, value in made.items() if not value.isfinite().all()}
+    return sorted(found)
+
+
+def report_nan_of_cudnn() -> None:
+    """Prints where cuDNN's attention gives NaN, if it may be taken at all lengths: a check of the reason for
+    `suits_cudnn`. On a GPU, in this folder: python -c "import test_bench_train as t; t.report_nan_of_cudnn()"."""
+
+    def anything(*_: Any) -> bool:
+        return True
+
+    with unittest.mock.patch("nova_video.model.attention.suits_cudnn", anything):
+        choose_kernels(True)
+        for head_dim, compiled, batch in itertools.product((64, 96), (False, True), (4, 27)):
+            torch.compiler.reset()
+            module = Attention(2 * head_dim, 2).cuda()
+            if compiled:
+                module.compile(dynamic=True)
+            for keys, queries in [*LENGTHS, (1281, 1280), (1281, 896), (1280, 1280 - 8)]:
+                cudnn = "cudnn" in kernel_names(lambda: results(module, keys, queries, batch=batch))  # noqa: B023
+                found = ", ".join(not_finite(module, keys, queries, batch)) or "-"
+                how = f"heads of {head_dim}, batch {batch}, {'compiled' if compiled else 'eager'}"
+                print(f"{how}, {queries} queries, {keys} keys: cuDNN {cudnn}, not finite: {found}", flush=True)
+
+
 @gpu
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("width", [1024, 1536])  # heads of 64 and of 96 channels
-def test_gpu_gradients_of_both_attentions_are_as_near(width: int) -> None:
-    """To those of float32, in a compiled block, at lengths that suit no kernel."""
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_gpu_attention_does_not_read_what_lies_behind_it(head_dim: int, compiled: bool) -> None:
+    choose_kernels(True)
+    module = Attention(2 * head_dim, 2).cuda()
+    if compiled:
+        module.compile(dynamic=True)
+    found = {lengths: not_finite(module, *lengths) for lengths in LENGTHS}
+    assert not any(found.values()), found
+
+
+@gpu
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_gpu_gradients_of_both_attentions_are_as_near(head_dim: int) -> None:
+    """To those of float32; cuDNN's kernels are taken where they suit."""
     torch.manual_seed(0)
-    block = Block(width, heads_for_width(width)).cuda()
-    compiled = Block(width, heads_for_width(width)).cuda()
-    compiled.load_state_dict(block.state_dict())
-    compiled.compile(dynamic=True)
-    for length in (277, 320, 333, 1283):
-        x, towards = torch.randn(2, 4, length, width, device="cuda")
+    module = Attention(2 * head_dim, 2).cuda()
+    errors: dict[bool, list[float]] = {False: [], True: []}
+    for cudnn, (keys, queries) in itertools.product((False, True), LENGTHS):
+        choose_kernels(cudnn)
+        found = results(module, keys, queries)
+        names = kernel_names(lambda: results(module, keys, queries))  # noqa: B023
+        torch.set_float32_matmul_precision("highest")
+        expected = results(module, keys, queries, half=False)
+        errors[cudnn].append(max(distance(found[name], expected[name]) for name in expected))
+        if torch.cuda.get_device_capability() == (9, 0):
+            assert ("cudnn" in names) == (cudnn and keys % 128 == queries % 128 == 0), (keys, queries, names)
+    for flash, cudnn_error in zip(errors[False], errors[True], strict=True):
+        assert cudnn_error <= 1.5 * flash, errors
 
-        def gradients(module: Block, half: bool, x: torch.Tensor = x, towards: torch.Tensor = towards) -> torch.Tensor:
-            module.zero_grad()
-            given = x.clone().requires_grad_()
-            with torch.autocast("cuda", torch.bfloat16, enabled=half):
-                out = module(given, None)
-            out.backward(towards.to(out.dtype))
-            return torch.cat([given.grad.flatten(), *(p.grad.flatten() for p in module.parameters())])
 
-        errors = {}
-        for cudnn in (False, True):
-            choose_kernels(cudnn)
-            found = gradients(compiled, True)
-            torch.set_float32_matmul_precision("highest")
-            expected = gradients(block, False)
-            errors[cudnn] = (found - expected).norm() / expected.norm()
-            names = kernel_names(lambda: gradients(compiled, True))
-            if torch.cuda.get_device_capability() == (9, 0):
-                assert ("cudnn" in names) == cudnn, names
-        assert errors[True].isfinite()
-        assert errors[True] <= 1.5 * errors[False]
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative."""
+    return ((found.float() - expected).norm() / expected.norm()).item()
 
 
 class DrawnTask(GivenTask):
@@ -294,49 +381,43 @@ class DrawnTask(GivenTask):
 @gpu
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("frames", [1, 3])
-@pytest.mark.parametrize("width", [1024, 1536])
-@pytest.mark.parametrize("attention", ["flash", "cudnn"])
-def test_gpu_graphs_equal_plain_steps(attention: Any, width: int, frames: int) -> None:
+@pytest.mark.parametrize("attention", ["flash", "auto"])
+def test_gpu_graphs_equal_plain_steps(attention: Any, frames: int, said: pytest.LogCaptureFixture) -> None:
     """On batches that are drawn outside of them: the same losses, within rounding, and none that is not finite."""
-    torch.backends.cuda.enable_cudnn_sdp(True)
     default = DatasetTransformerRecipe()
-    recipe = dataclasses.replace(
-        default,
-        attention=attention,
-        compile=True,
-        optimizer=OPTIMIZER,
-        dataset=dataclasses.replace(default.dataset, batch=2),
-    )
+    batch = dataclasses.replace(default.dataset, batch=2)
+    recipe = dataclasses.replace(default, attention=attention, optimizer=OPTIMIZER, dataset=batch)
     device = torch.device("cuda")
 
     def steps(graph: bool) -> list[dict[str, float]]:
         torch.manual_seed(0)
         model = NOVATransformer3DModel(
-            image_size=(256, 256),
+            image_size=(256, 512),
             text_token_dim=64,
-            text_token_len=21,
-            image_base_size=(16, 16),
-            video_base_size=(frames, 8, 8),
-            arch=(f"vit_d2w{width}", f"vit_d4w{width}", f"mlp_d2w{width}"),
+            text_token_len=126 if frames > 1 else 128,
+            image_base_size=(16, 32),
+            video_base_size=(frames, 8, 16),
+            arch=("vit_d1w768", "vit_d3w768", "mlp_d1w768"),  # heads of 64 channels
         )
         fill_zeros(model)
         asked = dataclasses.replace(recipe, cuda_graph=graph)
         processes = Processes(asked)
         choose_kernels(asked.cudnn_attention)
-        task = DrawnTask(asked, Opened(model, new_scheduler("ddpm"), frames, (32, 32)), device)
+        task = DrawnTask(asked, Opened(model, new_scheduler("ddpm"), frames, (32, 64)), device)
+        task.masks = TemporalMasks(flex=False)  # flex attention would be compiled
         optimizer = make_optimizer(task.model, asked.optimizer, device)
         average = Average(task.model, asked.optimizer.ema)
         stepper = Stepper(task, processes.spread(task), optimizer, average, asked, processes, [0])
         found = []
         for number in range(9):
-            stepper.step(number, Variant(task.grid, (13, 64, 77)[number % 3]))
+            stepper.step(number, Variant(task.grid, (13, 128, 77)[number % 3]))
             found.append(stepper.numbers())
         assert (stepper.graphs is not None) == graph
-        assert stepper.graphs is None or len(stepper.graphs) == 3
+        assert stepper.graphs is None or len(stepper.graphs) == 3, said.text
         return found
 
     plain, captured = steps(False), steps(True)
     for one, other in zip(plain, captured, strict=True):
-        assert "skipped_steps" not in other
+        assert "skipped_steps" not in other, (plain, captured)
         assert other["loss"] == pytest.approx(one["loss"], rel=2e-3)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=5e-2)

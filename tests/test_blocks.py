@@ -8,10 +8,17 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from nova_video.model import NOVATransformer3DModel, Positions
-from nova_video.model.attention import attend, block_causal_mask, flex_block_causal_mask
+from nova_video.model.attention import (
+    attend,
+    attend_without_cudnn,
+    block_causal_mask,
+    flex_block_causal_mask,
+    suits_cudnn,
+)
 from nova_video.training import blocks
 from nova_video.training.blocks import TemporalMasks, checkpointed, chooses_flex, compile_blocks, why_not_flex
 from nova_video.training.loss import (
@@ -98,6 +105,36 @@ def test_compiled_blocks_stay_compiled_in_every_variant(table: NoiseTable) -> No
             with torch.set_grad_enabled(grad):
                 losses(model, latents, latents, condition, positions, table, draws, checkpointed, masks)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_attention_without_cudnn_is_traced_whole(backend: str) -> None:
+    """Which kernels suit is a guard on any length, and what torch may choose from is put back."""
+    torch._dynamo.reset()
+    counter, allowed = CompileCounterWithBackend(backend), torch.backends.cuda.cudnn_sdp_enabled()
+
+    def chosen(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        safe = query.requires_grad and suits_cudnn(query, key, None)
+        return (attend if safe else attend_without_cudnn)(query, key, value, None)
+
+    compiled = torch.compile(chosen, backend=counter, fullgraph=True, dynamic=True)
+    for queries, keys in [(128, 256), (256, 128), (129, 256), (256, 393), (7, 9), (384, 384)]:
+        query = torch.randn(2, 2, queries, 16, requires_grad=True)
+        key, value = torch.randn(2, 2, 2, keys, 16)
+        out = compiled(query, key, value)
+        out.sum().backward()
+        assert torch.allclose(out, attend(query, key, value, None), atol=1e-5)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == allowed
+    assert counter.frame_count <= 4  # each of both lengths suits or does not
+    torch._dynamo.reset()
+
+
+def test_cudnn_suits_whole_tiles_without_a_mask() -> None:
+    whole, odd = torch.zeros(1, 1, 256, 8), torch.zeros(1, 1, 257, 8)
+    assert suits_cudnn(whole, whole, None)
+    assert not suits_cudnn(odd, whole, None)
+    assert not suits_cudnn(whole, odd, None)
+    assert not suits_cudnn(whole, whole, torch.ones(256, 256, dtype=torch.bool))
 
 
 # The temporal mask -------------------------------------------------------------------------------------------------

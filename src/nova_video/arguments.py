@@ -397,10 +397,12 @@ class BenchTrain:
     """Do not compile blocks."""
     no_graph: bool = False
     """Do not record steps as CUDA graphs, as training on one GPU does."""
-    attention: Literal["auto", "flash", "cudnn"] = "auto"
-    """Its kernels on a GPU: torch's own, or cuDNN's as well. auto: as training on an encoded dataset has it."""
+    attention: Literal["auto", "flash"] = "auto"
+    """Its kernels on a GPU: cuDNN's where they are safe, or torch's own everywhere."""
     mask_ratio: Literal["batch", "sample"] = "batch"
     """Whether all samples of a batch reveal as many tokens, or each draws how many."""
+    mask_levels: Annotated[int, arg(metavar="N")] = 0
+    """Round how many tokens are hidden to multiples of 1 / N of a frame's; 0: any number."""
     frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
     """Pixel frames."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None

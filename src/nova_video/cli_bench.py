@@ -122,6 +122,7 @@ def run_bench_train(args: BenchTrain) -> None:
         compile=not args.no_compile,
         graph=not args.no_graph,
         attention=args.attention,
+        mask_levels=args.mask_levels,
         mask_ratio=args.mask_ratio,
         frames=args.frames,
         size=None if height is None or width is None else (height, width),

@@ -59,9 +59,10 @@ class AskedTraining:
     compile: bool = True
     graph: bool = True
     """CUDA graphs, where the trainer would take them."""
-    attention: Literal["auto", "flash", "cudnn"] = "auto"
-    """As in a recipe of training on an encoded dataset."""
+    attention: Literal["auto", "flash"] = "auto"
     mask_ratio: Literal["batch", "sample"] = "batch"
+    mask_levels: int = 0
+    """These three as in a recipe."""
     frames: int | None = None
     """Pixel frames."""
     size: tuple[int, int] | None = None
@@ -85,7 +86,7 @@ class AskedTraining:
         masks = None if self.mask_ratio == "batch" else self.mask_ratio
         attention = None if self.attention == "auto" else self.attention
         values = {"frames": self.frames, "size": size, "mask-ratio": masks, "attention": attention}
-        values |= {"no-graph": None if self.graph else True}
+        values |= {"no-graph": None if self.graph else True, "mask-levels": self.mask_levels or None}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -162,6 +163,7 @@ def measure_training(config: str, asked: AskedTraining, command: str) -> TrainRo
         cuda_graph=asked.graph,
         attention=asked.attention,
         mask_ratio=asked.mask_ratio,
+        mask_levels=asked.mask_levels,
         loss_repeat=LOSS_REPEAT,
         history_noise=0.0,
         motion_dropout=0.0,
@@ -221,7 +223,7 @@ def _measured(row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRec
     peak = device_peak(row.device, torch.bfloat16)
     cuda = device.type == "cuda"
     memory = processes.greatest(torch.cuda.max_memory_allocated(device) / GIB if cuda else 0.0)[0]
-    median, loss = statistics.median(counted), numbers.get("loss")
+    median, loss, skipped = statistics.median(counted), numbers.get("loss"), int(numbers.get("skipped_steps", 0))
     return replace(
         row,
         frames=opened.frames,
@@ -239,7 +241,8 @@ def _measured(row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRec
         peak_memory_gb=digits(memory) if cuda else None,
         parameters=sum(weight.numel() for weight in task.model.parameters()),
         loss=None if loss is None else digits(loss),
-        finite=loss is not None and math.isfinite(loss) and "skipped_steps" not in numbers,
+        skipped_steps=skipped,
+        finite=loss is not None and math.isfinite(loss) and not skipped,
     )
 
 

@@ -68,8 +68,11 @@ class TrainRow:
     """GiB on a device, the largest of all."""
     parameters: int | None = None
     loss: float | None = None
-    """Mean of the steps timed."""
+    """Mean of the steps timed, of those where it was finite."""
+    skipped_steps: int | None = None
+    """Of the steps timed, those whose gradients were not finite: they changed nothing."""
     finite: bool | None = None
+    """Losses and gradients of all steps timed."""
     error: str | None = None
     """Why it could not be measured."""
 
@@ -86,7 +89,7 @@ def read_train_rows(path: Path) -> list[TrainRow]:
 
 
 def usual_rows(rows: Sequence[TrainRow], device: str = RELEASED_DEVICE) -> list[TrainRow]:
-    """On one such device, as one would train on it: bf16, compiled, nothing changed or computed twice."""
+    """On one such device, as one would train on it: bf16, compiled, nothing changed, computed twice or not finite."""
     return [
         row
         for row in rows
@@ -94,6 +97,7 @@ def usual_rows(rows: Sequence[TrainRow], device: str = RELEASED_DEVICE) -> list[
         and (row.precision, row.processes, row.checkpointing, row.compile) == ("bf16", 1, False, True)
         and not row.changed
         and row.error is None
+        and row.finite is not False
     ]
 
 
@@ -105,6 +109,7 @@ def how(row: TrainRow) -> str:
     changed = [f"{name}={value}" for name, value in row.changed.items()]
     several = [f"{row.processes} x {row.strategy}"] if row.processes > 1 else []
     parts = [*several, "checkpointing" if row.checkpointing else "", "" if row.compile else "not compiled", *changed]
+    parts += ["NOT FINITE"] if row.finite is False else []
     return ", ".join([row.precision, *(part for part in parts if part)])
 
 
@@ -121,6 +126,7 @@ def train_line(row: TrainRow) -> str:
         f"MFU {percent(row.mfu)}",
         f"{short(row.peak_memory_gb)} GiB",
         f"loss {short(row.loss)}",
+        *([f"{row.skipped_steps} of {row.steps} steps skipped"] if row.skipped_steps else []),
     ]
     return f"{name}: {', '.join(parts)}"
 

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from nova_video.devices import compile_every_variant
@@ -19,6 +20,13 @@ Mask = Tensor | BlockMask
 
 FLEX_HEAD_DIM = 16
 """Channels of a head that flex attention needs at least; it takes any number from there."""
+
+CUDNN_TILE = 128
+"""Tokens that cuDNN's kernels take at a time. Steps whose lengths are no multiples of it have had gradients of NaN from
+them (torch 2.11, cuDNN 9.19, H200)."""
+
+OTHER_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All of torch's but cuDNN's."""
 
 
 def block_numbers(condition_tokens: int, frame_tokens: int, num_frames: int, device: torch.device) -> Tensor:
@@ -46,13 +54,29 @@ def flex_block_causal_mask(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Tensor:
-    """Scaled dot product attention: query (B, heads, S, head_dim), key, value (B, heads, N, head_dim) -> as query."""
+    """Scaled dot product attention: query (B, heads, S, head_dim), key, value (B, heads, N, head_dim) -> as query.
+
+    Without gradients torch chooses its kernels freely; with them, cuDNN's are left out where they are not safe.
+    """
     if mask is None or isinstance(mask, Tensor):
+        if query.is_cuda and query.requires_grad and not suits_cudnn(query, key, mask):
+            return attend_without_cudnn(query, key, value, mask)
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     if query.is_cuda and not torch.compiler.is_compiling():
         return _compiled_flex()(query, key, value, block_mask=mask)
     out: Tensor = flex_attention(query, key, value, block_mask=mask)
     return out
+
+
+def suits_cudnn(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether cuDNN's gradients are safe: nothing is masked, and both lengths are whole tiles."""
+    return mask is None and query.shape[2] % CUDNN_TILE == 0 and key.shape[2] % CUDNN_TILE == 0
+
+
+def attend_without_cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """The same with any other kernels."""
+    with sdpa_kernel(OTHER_KERNELS):
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 @cache

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 B = TypeVar("B")
 
+GIB = 2**30
+
 
 def tensors_of(batch: Any) -> dict[str, Tensor]:
     """A batch's tensors by name: of a dataclass or a mapping."""
@@ -72,7 +74,10 @@ class CudaRecorder:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)  # by recordings
-        return torch.cuda.mem_get_info(self.device)[0] + kept >= 2 * self._most
+        free, needed = torch.cuda.mem_get_info(self.device)[0] + kept, 2 * self._most
+        if free < needed:
+            log.info("one more recording, and calls, need %.2f GiB: %.2f are free", needed / GIB, free / GIB)
+        return free >= needed
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()

@@ -232,7 +232,8 @@ class TransformerRun(RunRecipe):
     """Whether all frames of a batch hide as many tokens (the paper), or every sample draws how many for itself."""
     mask_levels: int = 0
     """With mask_ratio "batch": ratios are rounded to multiples of 1 / this, which leaves fewer variants to compile and
-    record. 0: any ratio (the paper)."""
+    record. 0: any ratio (the paper). Where a frame's tokens are this times 128 (8 at 512 px, 32 at 1024), all lengths
+    suit cuDNN's attention."""
     loss_repeat: int = 2
     """Noise draws for each scored token."""
     prompt_dropout: float = 0.1
@@ -245,10 +246,10 @@ class TransformerRun(RunRecipe):
     """Compile the transformer blocks (GPU)."""
     checkpointing: bool = False
     """Keep no activations inside blocks but compute them again on the way back: less memory, more time."""
-    attention: Literal["auto", "flash", "cudnn"] = "auto"
-    """Kernels of attention on a GPU: torch's own (flash), or cuDNN's wherever torch prefers them, about twice as fast
-    on Hopper. Some releases of those have given NaN, which is counted as skipped steps. auto: cudnn on encoded datasets
-    with mask_ratio "batch", where attention needs no mask; else flash."""
+    attention: Literal["auto", "flash"] = "auto"
+    """Kernels of attention on a GPU. auto: cuDNN's, about twice as fast on Hopper, wherever torch prefers them, nothing
+    is masked and queries and keys are multiples of 128 tokens; elsewhere, where cuDNN's gradients have been NaN,
+    torch's own. flash: torch's own everywhere."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     defaults: Defaults = field(default_factory=Defaults)
@@ -266,7 +267,7 @@ class TransformerRun(RunRecipe):
 
     @property
     def cudnn_attention(self) -> bool:
-        return self.attention == "cudnn"
+        return self.attention == "auto"
 
 
 @dataclass(frozen=True)
@@ -286,10 +287,6 @@ class DatasetTransformerRecipe(TransformerRun):
     """Empty: the one of `init`, or that the dataset names."""
     scheduler: Literal["flow", "ddpm", "init"] = "init"
     dataset: DatasetRecipe = field(default_factory=DatasetRecipe)
-
-    @property
-    def cudnn_attention(self) -> bool:
-        return self.attention == "cudnn" or (self.attention == "auto" and self.mask_ratio == "batch")
 
 
 Recipe = AutoencoderRecipe | TransformerRecipe | DatasetTransformerRecipe

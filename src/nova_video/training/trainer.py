@@ -150,7 +150,7 @@ def train(recipe: Recipe) -> Path:
 
 
 def choose_kernels(cudnn_attention: bool) -> None:
-    """How torch multiplies on a GPU, in all training; and whether attention may take cuDNN's kernels.
+    """How torch multiplies on a GPU, in all training; and whether attention may take cuDNN's kernels where they suit.
 
     Compiled code keeps the kernels of attention that were allowed when it was made: it is let go of, and what torch
     keeps on disk is told apart.

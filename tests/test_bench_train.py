@@ -34,8 +34,10 @@ from nova_video.benchmarks.train import (
 )
 from nova_video.benchmarks.train_rows import TrainRow, read_train_rows, train_line, train_table, usual_rows
 from nova_video.errors import InputError
-from nova_video.model import NOVATransformer3DModel
+from nova_video.model import NOVATransformer3DModel, flash
+from nova_video.model.attention import allowed_kernels
 from nova_video.model.vit import Attention
+from nova_video.settings import AttentionKernels
 from nova_video.training.blocks import TemporalMasks
 from nova_video.training.checkpoint import Average
 from nova_video.training.flops import step_flops
@@ -260,10 +262,11 @@ def test_on_a_gpu(checkpointing: bool, said: pytest.LogCaptureFixture) -> None:
 @pytest.fixture
 def kernels() -> Iterator[None]:
     """Puts back how torch multiplies."""
-    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision()
+    attention = allowed_kernels()
     yield
-    choose_kernels(before[0])
-    torch.set_float32_matmul_precision(before[1])
+    choose_kernels(attention)
+    torch.set_float32_matmul_precision(before)
 
 
 def kernel_names(work: Callable[[], Any]) -> str:
@@ -319,7 +322,7 @@ def report_nan_of_cudnn() -> None:
         return True
 
     with unittest.mock.patch("nova_video.model.attention.suits_cudnn", anything):
-        choose_kernels(True)
+        choose_kernels("cudnn")
         for head_dim, compiled, batch in itertools.product((64, 96), (False, True), (4, 27)):
             torch.compiler.reset()
             module = Attention(2 * head_dim, 2).cuda()
@@ -336,8 +339,11 @@ def report_nan_of_cudnn() -> None:
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 96])
-def test_gpu_attention_does_not_read_what_lies_behind_it(head_dim: int, compiled: bool) -> None:
-    choose_kernels(True)
+@pytest.mark.parametrize("attention", ["auto", "cudnn"])
+def test_gpu_attention_does_not_read_what_lies_behind_it(
+    attention: AttentionKernels, head_dim: int, compiled: bool
+) -> None:
+    choose_kernels(attention)
     module = Attention(2 * head_dim, 2).cuda()
     if compiled:
         module.compile(dynamic=True)
@@ -348,22 +354,25 @@ def test_gpu_attention_does_not_read_what_lies_behind_it(head_dim: int, compiled
 @gpu
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("head_dim", [64, 96])
-def test_gpu_gradients_of_both_attentions_are_as_near(head_dim: int) -> None:
-    """To those of float32; cuDNN's kernels are taken where they suit."""
+def test_gpu_gradients_of_all_attentions_are_as_near(head_dim: int) -> None:
+    """To those of float32; and the best kernels are taken where they suit."""
     torch.manual_seed(0)
     module = Attention(2 * head_dim, 2).cuda()
-    errors: dict[bool, list[float]] = {False: [], True: []}
-    for cudnn, (keys, queries) in itertools.product((False, True), LENGTHS):
-        choose_kernels(cudnn)
+    errors: dict[AttentionKernels, list[float]] = {"flash": [], "cudnn": [], "auto": []}
+    for attention, (keys, queries) in itertools.product(errors, LENGTHS):
+        choose_kernels(attention)
         found = results(module, keys, queries)
         names = kernel_names(lambda: results(module, keys, queries))  # noqa: B023
         torch.set_float32_matmul_precision("highest")
         expected = results(module, keys, queries, half=False)
-        errors[cudnn].append(max(distance(found[name], expected[name]) for name in expected))
+        errors[attention].append(max(distance(found[name], expected[name]) for name in expected))
         if torch.cuda.get_device_capability() == (9, 0):
-            assert ("cudnn" in names) == (cudnn and keys % 128 == queries % 128 == 0), (keys, queries, names)
-    for flash, cudnn_error in zip(errors[False], errors[True], strict=True):
-        assert cudnn_error <= 1.5 * flash, errors
+            flash4 = flash.installed(torch.device("cuda"))
+            whole = keys % 128 == queries % 128 == 0
+            assert ("cutlass_kernel_flash_attn" in names) == flash4, (keys, queries, names)
+            assert ("cudnn" in names) == (attention != "flash" and not flash4 and whole), (keys, queries, names)
+    for plain, *others in zip(*errors.values(), strict=True):
+        assert max(others) <= 1.5 * plain, errors
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -381,7 +390,7 @@ class DrawnTask(GivenTask):
 @gpu
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("frames", [1, 3])
-@pytest.mark.parametrize("attention", ["flash", "auto"])
+@pytest.mark.parametrize("attention", ["flash", "cudnn", "auto"])
 def test_gpu_graphs_equal_plain_steps(attention: Any, frames: int, said: pytest.LogCaptureFixture) -> None:
     """On batches that are drawn outside of them: the same losses, within rounding, and none that is not finite."""
     default = DatasetTransformerRecipe()
@@ -402,7 +411,7 @@ def test_gpu_graphs_equal_plain_steps(attention: Any, frames: int, said: pytest.
         fill_zeros(model)
         asked = dataclasses.replace(recipe, cuda_graph=graph)
         processes = Processes(asked)
-        choose_kernels(asked.cudnn_attention)
+        choose_kernels(asked.attention_kernels)
         task = DrawnTask(asked, Opened(model, new_scheduler("ddpm"), frames, (32, 64)), device)
         task.masks = TemporalMasks(flex=False)  # flex attention would be compiled
         optimizer = make_optimizer(task.model, asked.optimizer, device)

@@ -339,11 +339,11 @@ def test_few_numbers_of_revealed_tokens(recipe: DatasetTransformerRecipe) -> Non
 
 
 def test_kernels_of_attention(recipe: DatasetTransformerRecipe) -> None:
-    """cuDNN's may be taken by transformers, unless a recipe says otherwise."""
-    assert recipe.cudnn_attention
-    assert not replace(recipe, attention="flash").cudnn_attention
-    assert TransformerRecipe().cudnn_attention
-    assert not AutoencoderRecipe().cudnn_attention
+    """Any may be taken by transformers, unless a recipe says otherwise."""
+    assert recipe.attention_kernels == "auto"
+    assert replace(recipe, attention="cudnn").attention_kernels == "cudnn"
+    assert TransformerRecipe().attention_kernels == "auto"
+    assert AutoencoderRecipe().attention_kernels == "flash"
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------

@@ -311,11 +311,13 @@ def test_gpu_records_again_after_all_is_gone() -> None:
 @gpu
 def test_gpu_size_is_what_graphs_took_themselves() -> None:
     other: list[Tensor] = []
-    stream = torch.cuda.Stream()
+
+    def take() -> None:
+        other.append(torch.empty(1 << 28, dtype=torch.uint8, device="cuda"))
 
     def taking(*, x: Tensor) -> Tensor:
-        with torch.cuda.stream(stream):
-            other.append(torch.empty(1 << 28, dtype=torch.uint8, device="cuda"))  # as another thread would
+        thread = threading.Thread(target=take)
+        thread.start(), thread.join()
         return x.repeat(2) + 1
 
     runner = GraphRunner(CudaRecorder(torch.device("cuda")))

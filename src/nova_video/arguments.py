@@ -15,6 +15,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from nova_video.errors import InputError
+from nova_video.settings import AttentionKernels
 
 PARSE_ERROR = 2  # tyro's exit code
 MODEL = "emoji"  # the model in the box
@@ -397,8 +398,8 @@ class BenchTrain:
     """Do not compile blocks."""
     no_graph: bool = False
     """Do not record steps as CUDA graphs, as training on one GPU does."""
-    attention: Literal["auto", "flash"] = "auto"
-    """Its kernels on a GPU: cuDNN's where they are safe, or torch's own everywhere."""
+    attention: AttentionKernels = "auto"
+    """Its best kernels on a GPU. auto: FlashAttention 4, if installed; cudnn: cuDNN's, where safe; flash: torch's."""
     mask_ratio: Literal["batch", "sample"] = "batch"
     """Whether all samples of a batch reveal as many tokens, or each draws how many."""
     mask_levels: Annotated[int, arg(metavar="N")] = 0

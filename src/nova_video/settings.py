@@ -7,13 +7,16 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from nova_video.errors import InputError
 
 SETTINGS_FILE = "nova.json"
+
+AttentionKernels = Literal["auto", "cudnn", "flash"]
+"""The best kernels that attention may take on a GPU: FlashAttention 4, cuDNN's, torch's own."""
 
 
 def check_number(

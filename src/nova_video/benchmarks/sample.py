@@ -10,8 +10,9 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +307,11 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "diffusers": diffusers.__version__,
     }
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    with suppress(PackageNotFoundError):
+        found["flash-attn-4"] = version("flash-attn-4")
+    return found
 
 
 def digits(value: float) -> float:

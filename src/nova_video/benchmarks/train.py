@@ -31,7 +31,7 @@ from nova_video.devices import choose_device
 from nova_video.errors import InputError
 from nova_video.loading import load_scheduler, load_transformer
 from nova_video.model import NOVATransformer3DModel
-from nova_video.settings import CheckpointSettings, check_number
+from nova_video.settings import AttentionKernels, CheckpointSettings, check_number
 from nova_video.training.checkpoint import Average
 from nova_video.training.flops import device_peak
 from nova_video.training.processes import Processes
@@ -59,7 +59,7 @@ class AskedTraining:
     compile: bool = True
     graph: bool = True
     """CUDA graphs, where the trainer would take them."""
-    attention: Literal["auto", "flash"] = "auto"
+    attention: AttentionKernels = "auto"
     mask_ratio: Literal["batch", "sample"] = "batch"
     mask_levels: int = 0
     """These three as in a recipe."""
@@ -197,7 +197,7 @@ def measure_training(config: str, asked: AskedTraining, command: str) -> TrainRo
 
 def _measured(row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRecipe, processes: Processes) -> TrainRow:
     device = processes.device
-    choose_kernels(recipe.cudnn_attention)
+    choose_kernels(recipe.attention_kernels)
     opened = open_model(row.config, asked, device)
     task = GivenTask(recipe, opened, device)
     module = processes.spread(task)

@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from nova_video.devices import compile_every_variant
+from nova_video.model import flash
+from nova_video.settings import AttentionKernels
 
 Mask = Tensor | BlockMask
 """Which column a row may attend to: (N, N) bool, or (B, 1, 1, N) bool of columns that are there at all."""
@@ -56,9 +58,13 @@ def flex_block_causal_mask(
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Tensor:
     """Scaled dot product attention: query (B, heads, S, head_dim), key, value (B, heads, N, head_dim) -> as query.
 
-    Without gradients torch chooses its kernels freely; with them, cuDNN's are left out where they are not safe.
+    FlashAttention 4 where it is installed and suits. Else without gradients torch chooses its kernels freely; with
+    them, cuDNN's are left out where they are not safe.
     """
     if mask is None or isinstance(mask, Tensor):
+        if mask is None and flash.suits(query, key):
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, N, heads, head_dim)
+            return flash.attend(query, key, value).transpose(1, 2)
         if query.is_cuda and query.requires_grad and not suits_cudnn(query, key, mask):
             return attend_without_cudnn(query, key, value, mask)
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -66,6 +72,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Tens
         return _compiled_flex()(query, key, value, block_mask=mask)
     out: Tensor = flex_attention(query, key, value, block_mask=mask)
     return out
+
+
+def allow_kernels(kernels: AttentionKernels) -> None:
+    """Which kernels may be taken from now on where nothing is masked. What was compiled before keeps those it has."""
+    flash.allowed = kernels == "auto"
+    torch.backends.cuda.enable_cudnn_sdp(kernels != "flash")
+
+
+def allowed_kernels() -> AttentionKernels:
+    """As last set, or as torch has them."""
+    if not torch.backends.cuda.cudnn_sdp_enabled():
+        return "flash"
+    return "auto" if flash.allowed else "cudnn"
 
 
 def suits_cudnn(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from nova_video.model.attention import Mask, attend
 from nova_video.model.embeddings import Rotary
+from nova_video.model.gelu import gelu
 from nova_video.model.patches import gather_tokens
 
 
@@ -91,7 +91,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(functional.gelu(self.fc1(x)))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class Block(nn.Module):

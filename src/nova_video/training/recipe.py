@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from nova_video.data.words import MOTIONS
 from nova_video.errors import InputError
-from nova_video.settings import Defaults, check_number
+from nova_video.settings import AttentionKernels, Defaults, check_number
 
 T = TypeVar("T")
 
@@ -154,9 +154,9 @@ class RunRecipe:
     log: LogRecipe = field(default_factory=LogRecipe)
 
     @property
-    def cudnn_attention(self) -> bool:
-        """Whether attention on a GPU may take cuDNN's kernels."""
-        return False
+    def attention_kernels(self) -> AttentionKernels:
+        """Which kernels attention on a GPU may take."""
+        return "flash"
 
 
 @dataclass(frozen=True)
@@ -246,10 +246,10 @@ class TransformerRun(RunRecipe):
     """Compile the transformer blocks (GPU)."""
     checkpointing: bool = False
     """Keep no activations inside blocks but compute them again on the way back: less memory, more time."""
-    attention: Literal["auto", "flash"] = "auto"
-    """Kernels of attention on a GPU. auto: cuDNN's, about twice as fast on Hopper, wherever torch prefers them, nothing
-    is masked and queries and keys are multiples of 128 tokens; elsewhere, where cuDNN's gradients have been NaN,
-    torch's own. flash: torch's own everywhere."""
+    attention: AttentionKernels = "auto"
+    """Kernels of attention on a GPU where nothing is masked. auto: FlashAttention 4, if it is installed (the extra
+    `flash`) and knows the GPU; else as cudnn. cudnn: cuDNN's wherever torch prefers them and queries and keys are
+    multiples of 128 tokens; elsewhere, where cuDNN's gradients have been NaN, torch's own. flash: torch's own."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     defaults: Defaults = field(default_factory=Defaults)
@@ -266,8 +266,8 @@ class TransformerRun(RunRecipe):
             raise InputError("mask_levels is of the paper's ratios by batch: expected no visible, mask_ratio = 'batch'")
 
     @property
-    def cudnn_attention(self) -> bool:
-        return self.attention == "auto"
+    def attention_kernels(self) -> AttentionKernels:
+        return self.attention
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nova_video.errors import InputError
+from nova_video.model.attention import allow_kernels, allowed_kernels
+from nova_video.settings import AttentionKernels
 from nova_video.training.autoencoder import AutoencoderTask
 from nova_video.training.card import write_card
 from nova_video.training.checkpoint import (
@@ -58,7 +60,7 @@ def train(recipe: Recipe) -> Path:
     processes = Processes(recipe)
     log = Log(recipe, processes.is_main)
     output = Path(recipe.output)
-    choose_kernels(recipe.cudnn_attention)
+    choose_kernels(recipe.attention_kernels)
     torch.manual_seed(recipe.seed)
     task = make_task(recipe, processes.device)
     recipe = task.recipe
@@ -149,18 +151,18 @@ def train(recipe: Recipe) -> Path:
     return model_folder
 
 
-def choose_kernels(cudnn_attention: bool) -> None:
-    """How torch multiplies on a GPU, in all training; and whether attention may take cuDNN's kernels where they suit.
+def choose_kernels(attention: AttentionKernels) -> None:
+    """How torch multiplies on a GPU, in all training; and which kernels attention may take where they suit.
 
     Compiled code keeps the kernels of attention that were allowed when it was made: it is let go of, and what torch
     keeps on disk is told apart.
     """
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    if torch.backends.cuda.cudnn_sdp_enabled() != cudnn_attention:
-        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+    if allowed_kernels() != attention:
+        allow_kernels(attention)
         torch.compiler.reset()
-    torch.compiler.config.cache_key_tag = f"cudnn_attention={cudnn_attention}"
+    torch.compiler.config.cache_key_tag = f"attention={attention}"
 
 
 def make_task(recipe: Recipe, device: torch.device) -> AnyTask:

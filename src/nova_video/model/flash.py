@@ -1,0 +1,107 @@
+"""FlashAttention 4 (flash-attn-4, the extra `flash`): attention without a mask on Hopper and Blackwell GPUs.
+
+`attention.py` takes it where it is installed and suits. Its kernels are compiled when first called, in seconds; torch
+sees them as two operators with shapes and gradients, so that blocks around them compile as with any other. Its tensors
+are (B, N, heads, head_dim).
+"""
+
+import importlib
+import importlib.util
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, register_autograd, register_fake
+
+CAPABILITIES = (9, 10)  # Hopper, and Blackwell for servers
+HALVES = (torch.float16, torch.bfloat16)
+CHANNELS = range(8, 129, 8)  # of a head
+
+log = logging.getLogger(__name__)
+
+allowed = True
+"""False: it is left alone (`attention.allow_kernels`)."""
+
+
+@torch.compiler.assume_constant_result
+def installed(device: torch.device) -> bool:
+    """Whether the package is there, has kernels for this GPU and may be taken."""
+    return allowed and _installed(device)
+
+
+@cache
+def _installed(device: torch.device) -> bool:
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device)[0] not in CAPABILITIES:
+        return False
+    if importlib.util.find_spec("flash_attn") is None:
+        return False
+    try:
+        kernels()
+    except ImportError as error:  # another package of that name, or one of its own is missing
+        log.warning("flash-attn-4 does not load, and attention goes without it: %s", error)
+        return False
+    return True
+
+
+def suits(query: Tensor, key: Tensor) -> bool:
+    """Whether it takes these, of any layout (..., head_dim)."""
+    if not query.is_cuda or query.dtype not in HALVES or key.dtype != query.dtype or query.shape[-1] not in CHANNELS:
+        return False
+    return installed(query.device)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scaled dot product attention, with gradients: query (B, S, heads, head_dim), key, value (B, N, heads, head_dim)
+    -> as query."""
+    out: Tensor = forward(query, key, value)[0]
+    return out
+
+
+@custom_op("nova_video::flash_attention", mutates_args=())
+def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Result (B, S, heads, head_dim) and logarithms of the sums of exponentials (B, heads, S), float32."""
+    out, sums = kernels()._flash_attn_fwd(query, key, value, return_lse=True)[:2]
+    return out, sums
+
+
+@custom_op("nova_video::flash_attention_backward", mutates_args=())
+def backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    to_query, to_key, to_value = kernels()._flash_attn_bwd(query, key, value, out, gradient.contiguous(), sums)[:3]
+    return to_query, to_key, to_value
+
+
+@cache
+def kernels() -> Any:
+    """The package's functions of single kernels: its public ones are no operators that torch.compile could call."""
+    return importlib.import_module("flash_attn.cute.interface")
+
+
+@register_fake(forward)
+def _shapes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    batch, count, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty(batch, heads, count, dtype=torch.float32)
+
+
+@register_fake(backward)
+def _gradient_shapes(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _gradients(ctx: Any, to_out: Tensor, to_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums are nobody's input."""
+    gradients: tuple[Tensor, Tensor, Tensor] = backward(to_out, *ctx.saved_tensors)
+    return gradients
+
+
+register_autograd(forward, _gradients, setup_context=_keep)

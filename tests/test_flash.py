@@ -1,0 +1,166 @@
+"""FlashAttention 4 behind its operators: shapes, gradients and compiling with a stand-in for its kernels; the real ones
+where there are both a GPU and the package. And the kernel of GELU."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nova_video.model import flash
+from nova_video.model.attention import allow_kernels, allowed_kernels, attend
+from nova_video.model.gelu import gelu
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same by torch, in the layout of the package."""
+    return functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, return_lse: bool) -> tuple[Tensor | None, ...]:
+    """As `_flash_attn_fwd` answers."""
+    assert return_lse
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), scores.logsumexp(-1), None, None, None
+
+
+def backward(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, gradient: Tensor, sums: Tensor
+) -> tuple[Tensor, ...]:
+    """As `_flash_attn_bwd` answers."""
+    query, key, value, out, gradient = (x.transpose(1, 2) for x in (query, key, value, out, gradient))
+    scale = 1 / math.sqrt(query.shape[-1])
+    shares = (query @ key.transpose(-1, -2) * scale - sums.unsqueeze(-1)).exp()
+    scores = shares * (gradient @ value.transpose(-1, -2) - (gradient * out).sum(-1, keepdim=True)) * scale
+    found = (scores @ key, scores.transpose(-1, -2) @ query, shares.transpose(-1, -2) @ gradient)
+    return tuple(x.transpose(1, 2).contiguous() for x in found)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    torch.compiler.reset()
+    monkeypatch.setattr(flash, "kernels", lambda: SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward))
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_results_and_gradients_are_those_of_attention(compiled: bool) -> None:
+    ours: Callable[..., Tensor] = flash.attend
+    if compiled:
+        ours = torch.compile(flash.attend, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.manual_seed(0)
+    for queries, keys in ((7, 7), (3, 12), (9, 5)):
+        query, packed = torch.randn(2, queries, 4, 16), torch.randn(2, keys, 2, 4, 16)
+        leaves = query.requires_grad_(), packed.requires_grad_()
+        out, expected = (how(query, *packed.unbind(2)) for how in (ours, plain))
+        assert torch.allclose(out, expected, atol=1e-5)
+        gradient = torch.randn_like(out)
+        for found, right in zip(*(torch.autograd.grad(x, leaves, gradient) for x in (out, expected)), strict=True):
+            assert torch.allclose(found, right, atol=1e-5)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_operators_are_what_they_say() -> None:
+    """Shapes, strides and types without data, nothing changed that is not said to be."""
+    query, key, value = torch.randn(3, 2, 6, 2, 8).unbind(0)
+    torch.library.opcheck(flash.forward, (query, key, value))
+    out, sums = flash.forward(query, key, value)
+    torch.library.opcheck(flash.backward, (torch.randn_like(out), query, key, value, out, sums))
+
+
+def test_not_without_a_gpu_that_it_knows() -> None:
+    query = torch.zeros(1, 2, 2, 64, dtype=torch.float16)
+    assert not flash.suits(query, query)
+
+
+def test_what_is_allowed_is_set_and_read() -> None:
+    before = allowed_kernels()
+    try:
+        for kernels in ("flash", "cudnn", "auto"):
+            allow_kernels(kernels)
+            assert allowed_kernels() == kernels
+            assert flash.allowed == (kernels == "auto")
+    finally:
+        allow_kernels(before)
+
+
+@gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("head_dim", [32, 64, 96])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gpu_as_near_to_float32_as_torch(dtype: torch.dtype, head_dim: int, compiled: bool) -> None:
+    if not flash.installed(torch.device("cuda")):
+        pytest.skip("needs flash-attn-4 and a GPU that it knows")
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    ours = torch.compile(attend, fullgraph=True, dynamic=True) if compiled else attend
+    for queries, keys in ((361, 361), (16, 1800), (128, 384)):
+        leaves = [torch.randn(2, 4, n, head_dim, device="cuda", dtype=dtype) for n in (queries, keys, keys)]
+        gradient = torch.randn_like(leaves[0])
+
+        def results(how: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor = gradient) -> list[Tensor]:
+            inputs = [x.detach().requires_grad_() for x in inputs]
+            out = how(*inputs)
+            return [out.detach(), *torch.autograd.grad(out, inputs, gradient.to(out.dtype))]
+
+        exact = results(functional.scaled_dot_product_attention, [x.double() for x in leaves])
+        torch_s = results(functional.scaled_dot_product_attention, leaves)
+        found = results(lambda q, k, v: ours(q, k, v, None), leaves)
+        for right, one, other in zip(exact, torch_s, found, strict=True):
+            assert (other - right).norm() <= 1.5 * (one - right).norm()
+
+
+# GELU -----------------------------------------------------------------------------------------------------------------
+
+INTERPRETED = """
+import torch
+from torch.nn import functional
+from nova_video.model.gelu import short_gelu
+
+torch.manual_seed(0)
+x = torch.cat([3 * torch.randn(3, 1700).flatten(), torch.tensor([0.0, -0.0, 1e-6, -30.0, 30.0, 1e4, -1e4])])
+off = (short_gelu(x) - functional.gelu(x.double())).abs()
+assert (off <= 2e-7 * x.abs().clamp(min=1)).all(), off.max()
+assert short_gelu(x.half().view(-1, 1)).dtype == torch.float16
+"""
+
+
+def test_gelu_kernel_is_exact() -> None:
+    """By Triton's interpreter, in a process of its own, since Triton reads the switch when it is imported."""
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_gelu_elsewhere_is_torch_s() -> None:
+    x = torch.randn(5, 7)
+    assert torch.equal(gelu(x), functional.gelu(x))
+    x.requires_grad_()
+    torch.compiler.reset()
+    compiled = torch.compile(gelu, backend="eager", fullgraph=True)
+    assert torch.autograd.grad(compiled(x).sum(), x)[0].isfinite().all()
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gpu_gelu_of_compiled_blocks(dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: gelu(x * 1.0), fullgraph=True, dynamic=True)
+    for rows in (3, 700, 1801):
+        x = 3 * torch.randn(rows, 4096, device="cuda").to(dtype)
+        with torch.inference_mode():
+            found, exact = compiled(x), functional.gelu(x.double())
+        assert (found - exact).norm() <= 1.01 * (exact.to(dtype) - exact).norm() + 1e-6 * exact.norm()

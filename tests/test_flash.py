@@ -1,10 +1,7 @@
 """FlashAttention 4 behind its operators: shapes, gradients and compiling with a stand-in for its kernels; the real ones
-where there are both a GPU and the package. And the kernel of GELU."""
+where there are both a GPU and the package."""
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -15,7 +12,6 @@ from torch.nn import functional
 
 from nova_video.model import flash
 from nova_video.model.attention import allow_kernels, allowed_kernels, attend
-from nova_video.model.gelu import gelu
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -119,48 +115,3 @@ def test_gpu_as_near_to_float32_as_torch(dtype: torch.dtype, head_dim: int, comp
         found = results(lambda q, k, v: ours(q, k, v, None), leaves)
         for right, one, other in zip(exact, torch_s, found, strict=True):
             assert (other - right).norm() <= 1.5 * (one - right).norm()
-
-
-# GELU -----------------------------------------------------------------------------------------------------------------
-
-INTERPRETED = """
-import torch
-from torch.nn import functional
-from nova_video.model.gelu import short_gelu
-
-torch.manual_seed(0)
-x = torch.cat([3 * torch.randn(3, 1700).flatten(), torch.tensor([0.0, -0.0, 1e-6, -30.0, 30.0, 1e4, -1e4])])
-off = (short_gelu(x) - functional.gelu(x.double())).abs()
-assert (off <= 2e-7 * x.abs().clamp(min=1)).all(), off.max()
-assert short_gelu(x.half().view(-1, 1)).dtype == torch.float16
-"""
-
-
-def test_gelu_kernel_is_exact() -> None:
-    """By Triton's interpreter, in a process of its own, since Triton reads the switch when it is imported."""
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-
-
-def test_gelu_elsewhere_is_torch_s() -> None:
-    x = torch.randn(5, 7)
-    assert torch.equal(gelu(x), functional.gelu(x))
-    x.requires_grad_()
-    torch.compiler.reset()
-    compiled = torch.compile(gelu, backend="eager", fullgraph=True)
-    assert torch.autograd.grad(compiled(x).sum(), x)[0].isfinite().all()
-
-
-@gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_gpu_gelu_of_compiled_blocks(dtype: torch.dtype) -> None:
-    torch.compiler.reset()
-    compiled = torch.compile(lambda x: gelu(x * 1.0), fullgraph=True, dynamic=True)
-    for rows in (3, 700, 1801):
-        x = 3 * torch.randn(rows, 4096, device="cuda").to(dtype)
-        with torch.inference_mode():
-            found, exact = compiled(x), functional.gelu(x.double())
-        assert (found - exact).norm() <= 1.01 * (exact.to(dtype) - exact).norm() + 1e-6 * exact.norm()

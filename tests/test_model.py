@@ -48,12 +48,11 @@ def test_parts(folder: str) -> None:
     close(patchify(parts["patch.in"], 2), parts["patch.patchify"])
     close(model.embed_tokens(parts["patch.patchify"]), parts["patch.out"])
     close(model.text_embed(*prompts(parts, "text.in")), parts["text.out"])
+    visible, tokens = parts["encoder.visible_ids"].squeeze(-1), parts["encoder.tokens"]
+    if positions.image_space is not None:
+        tokens = tokens + positions.image_space
     out = model.image_encoder(
-        parts["encoder.cond"],
-        parts["encoder.tokens"],
-        parts["encoder.visible_ids"].squeeze(-1),
-        positions.image_space,
-        positions.image_rotary,
+        parts["encoder.cond"], gather_tokens(tokens, visible), visible, tokens, positions.image_rotary
     )
     close(out, parts["encoder.out"])
     condition = model.project_features(parts["denoiser.cond"])

@@ -31,7 +31,7 @@ from nova_video.model.embeddings import (
     rotary_angles,
     space_table,
 )
-from nova_video.model.patches import PatchEmbed, gather_tokens, scatter_tokens, token_positions
+from nova_video.model.patches import PatchEmbed, gather_tokens, token_positions
 from nova_video.model.vit import Block, CacheLayer, TemporalCache, heads_for_width
 
 ApplyBlock = Callable[..., Tensor]
@@ -121,24 +121,23 @@ class ImageEncoder(nn.Module):
     def forward(
         self,
         condition: Tensor,
-        tokens: Tensor,
+        visible: Tensor,
         visible_ids: Tensor,
-        space: Tensor | None,
+        others: Tensor,
         rotary: Rotary | None,
         ids: Tensor | None = None,
         apply: ApplyBlock = Block.__call__,
         revealed: Tensor | None = None,
     ) -> Tensor:
-        """condition (B, Lc, D), tokens (B, L, D) as they are, visible_ids (B, V) as revealed -> z (B, L, D).
+        """condition (B, Lc, D), visible (B, V, D) of the tokens `visible_ids` (B, V), others (L, D) or (B, L, D), read
+        where a token is not visible, both with their positions -> z (B, L, D).
 
         With `ids` (B, S), z of these tokens alone, (B, S, D): the last block is computed for them only. `apply` calls
         a block. With `revealed` (B, V) bool, only those of `visible_ids` are: the others pad samples with fewer.
         """
         count = condition.shape[1]
         half = len(self.blocks) // 2
-        if space is not None:
-            tokens = tokens + space
-        x = torch.cat([condition, gather_tokens(tokens, visible_ids)], dim=1)  # (B, Lc + V, D)
+        x = torch.cat([condition, visible], dim=1)  # (B, Lc + V, D)
         seen = None if rotary is None else rotary.at(visible_ids).after_condition(count)
         there = None  # (B, 1, 1, Lc + V), the columns that are not padding
         if revealed is not None:
@@ -147,8 +146,9 @@ class ImageEncoder(nn.Module):
             x = apply(block, x, seen, there)
         known = x[:, count:]
         if revealed is not None:
-            known = torch.where(revealed.unsqueeze(-1), known, gather_tokens(tokens, visible_ids).to(known.dtype))
-        x = torch.cat([x[:, :count], scatter_tokens(tokens, visible_ids, known)], dim=1)  # (B, Lc + L, D)
+            known = torch.where(revealed.unsqueeze(-1), known, visible.to(known.dtype))
+        x = torch.cat([x[:, :count], others.to(x.dtype).expand(len(x), -1, -1)], dim=1)  # (B, Lc + L, D)
+        x.scatter_(1, (visible_ids + count).unsqueeze(-1).expand_as(known), known)
         every = None if rotary is None else rotary.after_condition(count)
         if ids is None:
             for block in self.blocks[half:]:
@@ -351,9 +351,11 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         visible = gather_tokens(tokens, visible_ids)
         if revealed is not None:
             visible = torch.where(revealed.unsqueeze(-1), visible, mask_token)
-        tokens = scatter_tokens(mask_token.expand(*tokens.shape[:2], -1), visible_ids, visible)
-        space, rotary = positions.image_space, positions.image_rotary
-        return self.image_encoder(condition, tokens, visible_ids, space, rotary, ids, apply, revealed)
+        others = mask_token.expand(tokens.shape[1], -1)
+        if positions.image_space is not None:
+            visible = visible + positions.image_space[visible_ids]
+            others = others + positions.image_space
+        return self.image_encoder(condition, visible, visible_ids, others, positions.image_rotary, ids, apply, revealed)
 
     # Token by token -----------------------------------------------------------------------------------------------
 

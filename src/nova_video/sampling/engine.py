@@ -241,12 +241,17 @@ def encode_set(
     rotary = None if cos is None or sin is None else Rotary(cos, sin)
     return model.encode_tokens(
         condition,
-        embedded.repeat(passes, 1, 1),
-        visible.repeat(passes, 1),
+        in_passes(embedded, passes),
+        in_passes(visible, passes),
         replace(positions, image_space=space, image_rotary=rotary),
-        ids.repeat(passes, 1),
+        in_passes(ids, passes),
         apply,
     )
+
+
+def in_passes(x: Tensor, passes: int) -> Tensor:
+    """x (B, ...) for each of N passes: (N * B, ...), without a copy of a batch of one."""
+    return x.expand(passes, *x.shape).flatten(0, 1)
 
 
 def run_steps(

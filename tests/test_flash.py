@@ -38,7 +38,8 @@ def backward(
     shares = (query @ key.transpose(-1, -2) * scale - sums.unsqueeze(-1)).exp()
     scores = shares * (gradient @ value.transpose(-1, -2) - (gradient * out).sum(-1, keepdim=True)) * scale
     found = (scores @ key, scores.transpose(-1, -2) @ query, shares.transpose(-1, -2) @ gradient)
-    return tuple(x.transpose(1, 2).contiguous() for x in found)
+    like = (x.transpose(1, 2) for x in (query, key, value))
+    return tuple(torch.empty_like(one).copy_(x.transpose(1, 2)) for one, x in zip(like, found, strict=True))
 
 
 @pytest.fixture
@@ -69,10 +70,11 @@ def test_results_and_gradients_are_those_of_attention(compiled: bool) -> None:
 @pytest.mark.usefixtures("stand_in")
 def test_operators_are_what_they_say() -> None:
     """Shapes, strides and types without data, nothing changed that is not said to be."""
-    query, key, value = torch.randn(3, 2, 6, 2, 8).unbind(0)
-    torch.library.opcheck(flash.forward, (query, key, value))
-    out, sums = flash.forward(query, key, value)
-    torch.library.opcheck(flash.backward, (torch.randn_like(out), query, key, value, out, sums))
+    packed, by_head = torch.randn(2, 6, 3, 2, 8), torch.randn(3, 2, 2, 6, 8)
+    for query, key, value in (packed.unbind(2), by_head.transpose(2, 3).unbind(0)):
+        torch.library.opcheck(flash.forward, (query, key, value))
+        out, sums = flash.forward(query, key, value)
+        torch.library.opcheck(flash.backward, (torch.randn_like(out), query, key, value, out, sums))
 
 
 def test_not_without_a_gpu_that_it_knows() -> None:

@@ -92,7 +92,7 @@ def _shapes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 def _gradient_shapes(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)  # each laid out as its tensor
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:

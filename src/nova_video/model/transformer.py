@@ -351,10 +351,11 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         visible = gather_tokens(tokens, visible_ids)
         if revealed is not None:
             visible = torch.where(revealed.unsqueeze(-1), visible, mask_token)
-        others = mask_token.expand(tokens.shape[1], -1)
-        if positions.image_space is not None:
+        if positions.image_space is None:
+            others = mask_token.repeat(tokens.shape[1], 1)
+        else:
             visible = visible + positions.image_space[visible_ids]
-            others = others + positions.image_space
+            others = mask_token + positions.image_space
         return self.image_encoder(condition, visible, visible_ids, others, positions.image_rotary, ids, apply, revealed)
 
     # Token by token -----------------------------------------------------------------------------------------------

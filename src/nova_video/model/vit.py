@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from nova_video.model.attention import Mask, attend
 from nova_video.model.embeddings import Rotary
+from nova_video.model.gelu import gelu
 from nova_video.model.patches import gather_tokens
-from nova_video.model.pieces import add_norm, gelu
 
 
 class TemporalCache:
@@ -115,9 +115,9 @@ class Block(nn.Module):
         cache: CacheLayer | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        y = self.attn(x, rotary, mask, cache, rows)
-        x = add_norm(x if rows is None else gather_tokens(x, rows), y, self.norm1)
-        return add_norm(x, self.mlp(x), self.norm2)
+        y = self.norm1(self.attn(x, rotary, mask, cache, rows))
+        x = (x if rows is None else gather_tokens(x, rows)) + y
+        return x + self.norm2(self.mlp(x))
 
 
 def heads_for_width(width: int) -> int:

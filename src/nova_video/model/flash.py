@@ -6,9 +6,9 @@ are (B, N, heads, head_dim).
 """
 
 import importlib
-import importlib.util
 import logging
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -35,11 +35,12 @@ def installed(device: torch.device) -> bool:
 def _installed(device: torch.device) -> bool:
     if torch.version.cuda is None or torch.cuda.get_device_capability(device)[0] not in CAPABILITIES:
         return False
-    if importlib.util.find_spec("flash_attn") is None:
-        return False
     try:
+        version("flash-attn-4")
         kernels()
-    except ImportError as error:  # another package of that name, or one of its own is missing
+    except PackageNotFoundError:
+        return False
+    except ImportError as error:  # something that it needs is missing
         log.warning("flash-attn-4 does not load, and attention goes without it: %s", error)
         return False
     return True

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -175,3 +176,18 @@ def test_released_sizes_have_the_released_parameter_count() -> None:
             arch=("vit_d16w1024", "vit_d32w1024", "mlp_d3w1280"),
         )
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(645.5e6, abs=0.05e6)
+
+
+@pytest.mark.parametrize("how", ["leaf_level", "block_level"])
+def test_device_and_dtype_are_those_of_diffusers(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of weights that wait elsewhere, and of those kept in fewer bits."""
+    model = open_model("text-to-image").to(torch.bfloat16)
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.bfloat16)
+    blocks = 1 if how == "block_level" else None
+    apply_group_offloading(model, onload_device=torch.device("cpu"), offload_type=how, num_blocks_per_group=blocks)
+    monkeypatch.setattr(ModelMixin, "device", property(lambda module: torch.device("cuda")))
+    assert model.device == torch.device("cuda")  # whatever diffusers says
+
+    model = open_model("text-to-image").to(torch.bfloat16)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert model.dtype == super(type(model), model).dtype == torch.bfloat16

@@ -43,7 +43,7 @@ def adapter_names(model: NOVATransformer3DModel) -> list[str]:
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Names and layers that have adapters: peft's, each around the layer that was there."""
-    return ((name, module) for name, module in model.named_modules() if hasattr(module, "merged_adapters"))
+    return ((name, module) for name, module in model.named_modules() if "merged_adapters" in vars(module))
 
 
 def adapter_state(model: nn.Module) -> Hashable:

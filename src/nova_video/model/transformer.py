@@ -215,6 +215,17 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                     nn.init.zeros_(module.bias)
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes. That of diffusers asks every module for hooks of offloading: milliseconds a time."""
+        hooked = any("_diffusers_hook" in vars(module) for module in (self, self.image_decoder.head))
+        return super().device if hooked else self.mask_embed.mask_token.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That it computes in, by itself for the same reason: casting by layers leaves this parameter as it is."""
+        return self.mask_embed.mask_token.dtype
+
+    @property
     def head_dim(self) -> int:
         """Channels of an attention head, the same in both encoders."""
         return self.width // heads_for_width(self.width)

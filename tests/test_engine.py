@@ -147,8 +147,8 @@ def test_a_clip_needs_few_graphs() -> None:
             lambda model: FastEngine(model, recorder),
             make_state(model, embeds(), Guidance(4.0), frames=frames, sets=5),
         )
-        assert len(recorder.keys) == 2 * 5 * frames
-        return set(recorder.keys)
+        assert len(recorder.keys) == 2 * 5 * frames + (frames == 1)
+        return {key for key in recorder.keys if key[0] != "context"}  # of a single frame alone
 
     one = keys(1)
     assert len(one) == 5 + 1  # a function a set of the spatial encoder; all sets fit into one padded size

@@ -281,12 +281,22 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return tokens
         return tokens + positions.time[slot] + positions.video_space
 
-    def encode_context(self, condition: Tensor, tokens: Tensor, positions: Positions, cache: TemporalCache) -> Tensor:
-        """The first slots in one pass, into an empty cache: condition (B, T, D), tokens (B, F, Lc, D) -> all c_f."""
+    def encode_context(
+        self,
+        condition: Tensor,
+        tokens: Tensor,
+        positions: Positions,
+        cache: TemporalCache | None = None,
+        apply: ApplyBlock = Block.__call__,
+    ) -> Tensor:
+        """The first slots in one pass: condition (B, T, D), tokens (B, F, Lc, D) -> all c_f (B, F, Lc, D).
+
+        An empty `cache` is filled with them, for `encode_frame` to go on. `apply` calls a block.
+        """
         rotary = positions.video_rotary
         if rotary is not None:
             rotary = rotary.slice(0, tokens.shape[1] * tokens.shape[2])
-        return self.video_encoder(condition, tokens, rotary, cache)
+        return self.video_encoder(condition, tokens, rotary, cache, apply=apply)
 
     def encode_frame(self, tokens: Tensor, slot: int, positions: Positions, cache: TemporalCache) -> Tensor:
         """The next slot alone: tokens (B, Lc, D) -> c_f (B, Lc, D). Equal to `encode_context` of all so far."""

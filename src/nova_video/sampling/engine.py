@@ -67,6 +67,10 @@ class Engine(Protocol):
     @property
     def model(self) -> NOVATransformer3DModel: ...
 
+    def context(self, condition: Tensor, tokens: Tensor, positions: Positions) -> Tensor:
+        """condition (N * B, T, D) and the tokens of slot 0 (N * B, Lc, D) -> c_0 (N * B, Lc, D)."""
+        ...
+
     def features(
         self, condition: Tensor, embedded: Tensor, visible: Tensor, ids: Tensor, positions: Positions
     ) -> Tensor:
@@ -91,6 +95,9 @@ class PlainEngine:
     """As the paper says it, one call after the other."""
 
     model: NOVATransformer3DModel
+
+    def context(self, condition: Tensor, tokens: Tensor, positions: Positions) -> Tensor:
+        return self.model.encode_context(condition, tokens.unsqueeze(1), positions)[:, 0]
 
     def features(
         self, condition: Tensor, embedded: Tensor, visible: Tensor, ids: Tensor, positions: Positions
@@ -130,6 +137,20 @@ class FastEngine:
     runner: Runner
     _once: dict[object, Tensor] = field(default_factory=dict)
 
+    def context(self, condition: Tensor, tokens: Tensor, positions: Positions) -> Tensor:
+        rotary = positions.video_rotary
+        inputs = {
+            "text": condition,
+            "tokens": tokens,
+            "cos": None if rotary is None else rotary.cos,
+            "sin": None if rotary is None else rotary.sin,
+        }
+        return self.runner(("context",), partial(encode_first, self.model, positions, self._apply), inputs)
+
+    @property
+    def _apply(self) -> ApplyBlock:
+        return compiled(Block.forward) if self.runner.compiled else Block.__call__
+
     def features(
         self, condition: Tensor, embedded: Tensor, visible: Tensor, ids: Tensor, positions: Positions
     ) -> Tensor:
@@ -143,9 +164,7 @@ class FastEngine:
             "cos": None if rotary is None else rotary.cos,
             "sin": None if rotary is None else rotary.sin,
         }
-        encode = partial(
-            encode_set, self.model, positions, compiled(Block.forward) if self.runner.compiled else Block.__call__
-        )
+        encode = partial(encode_set, self.model, positions, self._apply)
         return self.runner(("features",), encode, inputs)[:, : ids.shape[1]]
 
     def denoise(
@@ -221,6 +240,22 @@ def pad_set(tokens: Tensor, multiple: int, dim: int) -> Tensor:
 
 
 # Functions of tensors -------------------------------------------------------------------------------------------------
+
+
+def encode_first(
+    model: NOVATransformer3DModel,
+    positions: Positions,
+    apply: ApplyBlock,
+    *,
+    text: Tensor,
+    tokens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> Tensor:
+    """The temporal encoder on a frame that is the only one: (N * B, Lc, D)."""
+    rotary = None if cos is None or sin is None else Rotary(cos, sin)
+    positions = replace(positions, video_rotary=rotary)
+    return model.encode_context(text, tokens.unsqueeze(1), positions, apply=apply)[:, 0]
 
 
 def encode_set(

@@ -58,7 +58,7 @@ def generate_sets(
                 finish_frame(state, given.latents)
                 continue
             with span(stopwatch, "temporal"):
-                condition = encode_next_frame(model, state)
+                condition = encode_next_frame(engine, state)
             state.open = open_frame(model, state, condition)
         frame = state.open
         steps = state.shortcuts.steps_of(frame.sets, len(frame.sizes), state.num_diffusion_steps)
@@ -70,9 +70,11 @@ def generate_sets(
 # In time --------------------------------------------------------------------------------------------------------------
 
 
-def encode_next_frame(model: NOVATransformer3DModel, state: SamplingState) -> Tensor:
+def encode_next_frame(engine: Engine, state: SamplingState) -> Tensor:
     """What the spatial encoder is told of the next frame (N * B, Lc, D), from the earlier frames it may read."""
-    segment = state.segment_at(state.done)
+    model, segment = engine.model, state.segment_at(state.done)
+    if state.num_frames == 1:  # the only one: nothing is kept for others
+        return engine.context(state.segments[segment].text, history_tokens(model, state, None, 0), state.positions)
     read = state.context.read(state.done, state.segments[segment].begin)
     same_text = state.segments[segment].text is state.segments[state.cached_segment].text
     if state.cached is not None and same_text and read[:-1] == state.cached:

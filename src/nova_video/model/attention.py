@@ -58,11 +58,13 @@ def flex_block_causal_mask(
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Tensor:
     """Scaled dot product attention: query (B, heads, S, head_dim), key, value (B, heads, N, head_dim) -> as query.
 
-    FlashAttention 4 where it is installed and suits. Else without gradients torch chooses its kernels freely; with
-    them, cuDNN's are left out where they are not safe.
+    FlashAttention 4 where it is installed and suits; but a call of it takes a tenth of a millisecond in Python, which
+    only compiled or trained blocks are worth. Else without gradients torch chooses its kernels freely; with them,
+    cuDNN's are left out where they are not safe.
     """
     if mask is None or isinstance(mask, Tensor):
-        if mask is None and flash.suits(query, key):
+        worth = torch.compiler.is_compiling() or query.requires_grad
+        if mask is None and worth and flash.suits(query, key):
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, N, heads, head_dim)
             return flash.attend(query, key, value).transpose(1, 2)
         if query.is_cuda and query.requires_grad and not suits_cudnn(query, key, mask):

@@ -73,8 +73,10 @@ def generate_sets(
 def encode_next_frame(engine: Engine, state: SamplingState) -> Tensor:
     """What the spatial encoder is told of the next frame (N * B, Lc, D), from the earlier frames it may read."""
     model, segment = engine.model, state.segment_at(state.done)
-    if state.num_frames == 1:  # the only one: nothing is kept for others
-        return engine.context(state.segments[segment].text, history_tokens(model, state, None, 0), state.positions)
+    if state.num_frames == 1:  # nothing is cached for others
+        text, tokens = state.segments[segment].text, history_tokens(model, state, None, 0)
+        state.anchor = engine.context(text, tokens, state.positions)
+        return state.anchor
     read = state.context.read(state.done, state.segments[segment].begin)
     same_text = state.segments[segment].text is state.segments[state.cached_segment].text
     if state.cached is not None and same_text and read[:-1] == state.cached:

@@ -10,15 +10,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from nova_video.model.denoiser import Denoiser
 from nova_video.sampling import fused
-from nova_video.sampling.diffusion import Schedule, linear_step, request_scheduler
+from nova_video.sampling.diffusion import Schedule, linear_step, predicted_data, request_scheduler
 from nova_video.sampling.fused import (
     Layout,
     Tile,
@@ -76,7 +77,7 @@ class Loop:
         times = self.denoiser.embed_times(self.times).to(self.dtype)  # (K, W)
         return self.denoiser.modulations(times[:, None, None] + self.denoiser.project_condition(self.features))
 
-    def fused(self, layout: Layout | None = LAYOUT, clip: float | None = None) -> Tensor:
+    def fused(self, layout: Layout | None = LAYOUT, clip: float | None = None, before: Tensor | None = None) -> Tensor:
         return denoise_fused(
             self.denoiser,
             self.modulations(),
@@ -87,16 +88,21 @@ class Loop:
             self.passes,
             clip,
             layout,
+            before,
         )
 
-    def plain(self, clip: float | None = None, passes: Sequence[int] | None = None) -> Tensor:
+    def plain(
+        self, clip: float | None = None, passes: Sequence[int] | None = None, before: Tensor | None = None
+    ) -> Tensor:
         x, modulations = self.start, self.modulations()
         for step, row in enumerate(self.rows):
             count = passes[step] if passes else self.passes
             noisy = x.to(self.dtype).repeat(count, 1, 1)
             output = self.denoiser.predict(noisy, [modulation[step][: len(noisy)] for modulation in modulations])
             _, guided = combine(output, count, self.scales[0], self.scales[1])
-            x = linear_step(x, guided, row, clip, self.fresh[step] if step < len(self.fresh) else None)
+            data = None if before is None else predicted_data(x, guided, row)
+            x = linear_step(x, guided, row, clip, self.fresh[step] if step < len(self.fresh) else None, before)
+            before = data
         return x
 
 
@@ -121,10 +127,23 @@ def test_the_last_steps_need_no_noise(drawn: int) -> None:
 
 
 @needs_triton
-def test_guidance_can_end_early() -> None:
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_multistep(passes: int) -> None:
+    """Every step takes the data that the one before predicted, the first what is given, and the last leaves its own."""
+    loop = Loop(passes)
+    before = torch.randn_like(loop.start)
+    kept = before.clone()
+    assert far(loop.fused(before=kept), loop.plain(before=before)) < ROUNDING
+    assert not torch.equal(kept, before)
+    assert far(loop.fused(), loop.plain(before=before)) > 1e-2
+
+
+@needs_triton
+@pytest.mark.parametrize("cls", [DDPMScheduler, DPMSolverMultistepScheduler])
+def test_guidance_can_end_early(cls: Any) -> None:
     """At the last two steps only the conditional pass runs: the loop is run in two parts."""
     loop = Loop(2)
-    scheduler = request_scheduler(DDPMScheduler(beta_schedule="squaredcos_cap_v2"), None)
+    scheduler = request_scheduler(cls(beta_schedule="squaredcos_cap_v2"), None)
     schedule = Schedule.of(scheduler, STEPS, DEVICE)
     assert schedule.rows is not None
     loop.rows, loop.fresh = schedule.rows, loop.fresh[: sum(schedule.noisy)]
@@ -140,7 +159,8 @@ def test_guidance_can_end_early() -> None:
         times=loop.denoiser.embed_times(loop.times),
         scales=loop.scales,
     )
-    assert far(result, loop.plain(schedule.clip, passes=(2, 1, 1))) < ROUNDING
+    before = torch.zeros_like(loop.start) if schedule.multistep else None
+    assert far(result, loop.plain(schedule.clip, (2, 1, 1), before)) < ROUNDING
 
 
 @needs_triton

@@ -1,5 +1,6 @@
 """Sampling: the reference latents from their seeds, and every guidance mode against a plain full-frame sampler."""
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from nova_video.errors import InputError
 from nova_video.model import NOVATransformer3DModel, patchify, random_order, set_sizes, unpatchify
 from nova_video.model.patches import gather_tokens
 from nova_video.sampling.context import Context
-from nova_video.sampling.diffusion import ddpm_row, linear_step, request_scheduler
+from nova_video.sampling.diffusion import Schedule, ddpm_row, linear_step, predicted_data, request_scheduler
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance, combine, renorm_ratio
 from nova_video.sampling.random import RandomState
@@ -295,9 +296,40 @@ def test_ddpm_step_is_the_library_s(prediction: str, clip: bool, spacing: str) -
         torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("cls", "renorm"), [(DDIMScheduler, 1.0), (DDIMScheduler, 0.3), (DPMSolverMultistepScheduler, 1.0)]
-)
+@pytest.mark.parametrize("steps", [1, 2, 9, 16])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+def test_solver_step_is_the_library_s(prediction: str, order: int, steps: int) -> None:
+    """Of DPM-Solver++: every step takes the data that the one before predicted."""
+    scheduler = DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type=prediction,
+        solver_order=order,
+        use_flow_sigmas=prediction == "flow_prediction",
+    )
+    schedule = Schedule.of(copy.deepcopy(scheduler), steps, torch.device("cpu"))
+    assert schedule.rows is not None
+    assert schedule.multistep
+    assert not schedule.draws
+    scheduler.set_timesteps(steps)
+    x, outputs = torch.randn(2, 5, 4), torch.randn(steps, 2, 5, 4)
+    own, before = x, torch.zeros_like(x)
+    for t, output, numbers in zip(scheduler.timesteps, outputs, schedule.rows, strict=True):
+        x = scheduler.step(output, t, x).prev_sample
+        data = predicted_data(own, output, numbers)
+        own, before = linear_step(own, output, numbers, None, None, before), data
+        torch.testing.assert_close(own, x, rtol=1e-4, atol=1e-4 * float(data.abs().max()))
+
+
+def test_solvers_that_draw_step_themselves() -> None:
+    scheduler = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    schedule = Schedule.of(scheduler, 4, torch.device("cpu"))
+    assert schedule.rows is None
+    assert schedule.draws
+
+
+@pytest.mark.parametrize("renorm", [1.0, 0.3])
+@pytest.mark.parametrize("cls", [DDIMScheduler, DPMSolverMultistepScheduler])
 def test_other_schedulers_step_the_set_alone(cls: Any, renorm: float) -> None:
     """A checkpoint may be sampled with another of diffusers' solvers: as a full frame, the same numbers."""
     model = open_model("text-to-video")

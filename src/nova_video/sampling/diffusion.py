@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from nova_video.errors import InputError
@@ -61,6 +61,8 @@ class Schedule:
     """Steps that add a frame of noise."""
     start_scale: float = 1.0
     """Standard deviation of the noise that the first step begins with."""
+    multistep: bool = False
+    """The steps of `linear_step` take the data that the step before predicted."""
 
     @classmethod
     def of(cls, scheduler: Any, num_steps: int, device: torch.device) -> "Schedule":
@@ -74,8 +76,11 @@ class Schedule:
         elif isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.stochastic_sampling:
             steps = scheduler.sigmas.double().diff().tolist()
             rows = torch.tensor([row(0.0, dt, 0.0, 1.0, 1.0) for dt in steps], dtype=torch.float32)
+        elif is_linear_solver(scheduler):
+            rows = solver_rows(scheduler)
         scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
-        return cls(scheduler, timesteps, None if rows is None else rows.to(device), clip, noisy, scale)
+        multistep = rows is not None and isinstance(scheduler, DPMSolverMultistepScheduler)
+        return cls(scheduler, timesteps, None if rows is None else rows.to(device), clip, noisy, scale, multistep)
 
     @cached_property
     def key(self) -> tuple[object, ...]:
@@ -127,19 +132,51 @@ def ddpm_row(scheduler: DDPMScheduler, t: Tensor) -> tuple[float, ...]:
     return row(*data, deviation, own, share)
 
 
-def row(a: float, b: float, deviation: float, own: float, share: float) -> tuple[float, ...]:
-    """The numbers of `linear_step`, with and without its clamp; a last zero aligns rows in memory."""
-    return (own + share * a, share * b, deviation, own, share, a, b, 0.0)
+def is_linear_solver(scheduler: Any) -> bool:
+    """DPM-Solver++ (arXiv 2211.01095) of first or second order, as an ordinary differential equation's solver."""
+    if not isinstance(scheduler, DPMSolverMultistepScheduler):
+        return False
+    config = scheduler.config
+    return config.algorithm_type == "dpmsolver++" and config.solver_order <= 2 and not config.thresholding
 
 
-def linear_step(x: Tensor, output: Tensor, row: Tensor, clip: float | None, noise: Tensor | None) -> Tensor:
-    """x' = own x + share clamp(a x + b output) + deviation noise, all (..., P) float32; `row` (8,) holds the rest."""
-    x_share, output_share, deviation, own, share, a, b, _ = row.unbind()
+def solver_rows(scheduler: DPMSolverMultistepScheduler) -> Tensor:
+    """The rows of `linear_step` (K, 8): what the library's own steps make of x, the output and the data before."""
+    rows = []
+    x, output, before = torch.eye(3)
+    for t in scheduler.timesteps:
+        scheduler.model_outputs[-1] = before
+        shares = scheduler.step(output, t, x, return_dict=False)[0].tolist()
+        a, b, _ = scheduler.model_outputs[-1].tolist()
+        rows.append(row(a, b, 0.0, shares[0] - shares[1] / b * a, shares[1] / b, shares[2]))
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def row(a: float, b: float, deviation: float, own: float, share: float, before: float = 0.0) -> tuple[float, ...]:
+    """The numbers of `linear_step`, with and without its clamp."""
+    return (own + share * a, share * b, deviation, own, share, a, b, before)
+
+
+def linear_step(
+    x: Tensor, output: Tensor, row: Tensor, clip: float | None, noise: Tensor | None, before: Tensor | None = None
+) -> Tensor:
+    """x' = own x + share clamp(a x + b output) + deviation noise + row[7] before, all (..., P) float32.
+
+    `row` (8,) holds the numbers; `before` is the data that a multistep schedule's step before predicted.
+    """
+    x_share, output_share, deviation, own, share, _, _, before_share = row.unbind()
     if clip is None:
         stepped = x_share * x + output_share * output
     else:
-        stepped = own * x + share * (a * x + b * output).clamp(-clip, clip)
+        stepped = own * x + share * predicted_data(x, output, row).clamp(-clip, clip)
+    if before is not None:
+        stepped = stepped + before_share * before
     return stepped if noise is None else stepped + deviation * noise
+
+
+def predicted_data(x: Tensor, output: Tensor, row: Tensor) -> Tensor:
+    """a x + b output: the clean values that a step predicts, before any clamp."""
+    return row[5] * x + row[6] * output
 
 
 class SetNoise(NamedTuple):
@@ -188,6 +225,7 @@ def denoise_set(
     schedule.begin()
     whole = in_frame(schedule, guidance)
     x, k = noise.start, torch.ones_like(noise.outside)
+    before = torch.zeros_like(x) if schedule.multistep else None
     for i in range(len(schedule.timesteps)):
         cond, output = predict(i, gather_tokens(x, ids) if whole else x)
         if whole:
@@ -197,17 +235,27 @@ def denoise_set(
             assert schedule.rows is not None
             ratio = renorm_ratio(cond, output, guidance.renorm, k.square() * noise.outside)  # (B, 1, 1)
             output, k = output * ratio, k * (1 + schedule.rows[i, 1] * ratio)
-        x = take_step(schedule, i, x, output, noise, generators)
+        data = None
+        if before is not None:
+            assert schedule.rows is not None
+            data = predicted_data(x, output, schedule.rows[i])
+        x, before = take_step(schedule, i, x, output, noise, generators, before), data
     return gather_tokens(x, ids) if whole else x
 
 
 def take_step(
-    schedule: Schedule, i: int, x: Tensor, output: Tensor, noise: SetNoise, generators: list[torch.Generator] | None
+    schedule: Schedule,
+    i: int,
+    x: Tensor,
+    output: Tensor,
+    noise: SetNoise,
+    generators: list[torch.Generator] | None,
+    before: Tensor | None,
 ) -> Tensor:
-    """Step `i` of the tokens or frames that x and the prediction hold."""
+    """Step `i` of the tokens or frames that x and the prediction hold; `before` as in `linear_step`."""
     if schedule.rows is not None:
         fresh = noise.fresh[sum(schedule.noisy[:i])] if schedule.noisy[i] else None
-        return linear_step(x, output, schedule.rows[i], schedule.clip, fresh)
+        return linear_step(x, output, schedule.rows[i], schedule.clip, fresh, before)
     t = schedule.scheduler.timesteps[i]
     if schedule.draws:
         stepped: Tensor = schedule.scheduler.step(output, t, x, generator=generators, return_dict=False)[0]

@@ -25,7 +25,7 @@ from nova_video.model.embeddings import Rotary
 from nova_video.model.patches import gather_tokens
 from nova_video.model.transformer import ApplyBlock
 from nova_video.model.vit import Block
-from nova_video.sampling.diffusion import Schedule, SetNoise, denoise_set, linear_step
+from nova_video.sampling.diffusion import Schedule, SetNoise, denoise_set, linear_step, predicted_data
 from nova_video.sampling.fused import run_fused, supports
 from nova_video.sampling.guidance import Guidance, combine
 
@@ -293,7 +293,7 @@ def run_steps(
     denoiser: Denoiser,
     schedule: Schedule,
     guidance: Guidance,
-    step: Callable[..., Tensor],
+    step: Callable[..., tuple[Tensor, Tensor | None]],
     *,
     features: Tensor,
     start: Tensor,
@@ -304,12 +304,14 @@ def run_steps(
 ) -> Tensor:
     """All steps of a set whose tokens are stepped by themselves: start (B, S, P) -> values (B, S, P)."""
     x, drawn = start, 0
+    before = torch.zeros_like(start) if schedule.multistep else None
     modulations = Modulations(denoiser, denoiser.project_condition(features), times)
     for i, t in enumerate(schedule.timesteps):
         noise = fresh[drawn] if schedule.noisy[i] else None
         drawn += schedule.noisy[i]
         passes = guidance.passes_at(t)
-        x = step(denoiser, x, modulations.at(i, passes * len(x)), rows[i], scales, noise, passes, schedule.clip)
+        known = modulations.at(i, passes * len(x))
+        x, before = step(denoiser, x, known, rows[i], scales, noise, passes, schedule.clip, before)
     return x
 
 
@@ -322,10 +324,13 @@ def guided_step(
     noise: Tensor | None,
     passes: int,
     clip: float | None,
-) -> Tensor:
-    """One step: x (B, S, P) float32 under the modulations of n passes -> the next x."""
+    before: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """One step: x (B, S, P) float32 under the modulations of n passes -> the next x; and the data it predicted, where
+    that of the step `before` is given."""
     _, guided = guided_prediction(denoiser, x, modulations, scales, passes)
-    return linear_step(x, guided, row, clip, noise)
+    data = None if before is None else predicted_data(x, guided, row)
+    return linear_step(x, guided, row, clip, noise, before), data
 
 
 def guided_prediction(

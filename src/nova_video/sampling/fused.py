@@ -97,6 +97,7 @@ def run_fused(
     passes = [guidance.passes_at(t) for t in schedule.timesteps]
     most = max(1, ROWS_AT_ONCE // condition[..., 0].numel())
     x, first, drawn = start, 0, 0
+    before = torch.zeros_like(start) if schedule.multistep else None
     while first < len(passes):  # steps with equal passes, as many as their modulations allow
         last = first + 1
         while last < len(passes) and passes[last] == passes[first] and last - first < most:
@@ -112,6 +113,7 @@ def run_fused(
             scales,
             passes[first],
             schedule.clip,
+            before=before,
         )
         first, drawn = last, drawn + draws
     return x
@@ -127,12 +129,14 @@ def denoise_fused(
     passes: int,
     clip: float | None = None,
     layout: Layout | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
     """Noise `start` (B, S, P) -> values (B, S, P), both float32, in K steps of `linear_step` on the guided prediction.
 
     `steps` (K, 8) are its rows, `clip` its bound, `fresh` (K', B, S, P) the noise of the first K' steps (none: K' = 0).
     `modulations`: of each block (K, N * B, S, 3 width), of the last norm (K, N * B, S, 2 width). `scales` (2,) are
-    guidance's, of the prompt and of the history. All but weights and modulations are float32.
+    guidance's, of the prompt and of the history. `before` (B, S, P), of a multistep schedule, is the data that the step
+    before the first predicted, and becomes that of the last. All but weights and modulations are float32.
     """
     from nova_video.sampling import fused_kernels as kernels
 
@@ -146,7 +150,8 @@ def denoise_fused(
     x = values.new_empty(rows, width)  # the residual stream
     y, g = (values.new_empty(rows, width, dtype=dtype) for _ in range(2))  # what fc1 and fc2 read
     h = values.new_empty(fc2.splits, rows, width)  # the sums of fc2
-    state = (values, x, y, h)
+    state = (values, x, y, h, values if before is None else before)
+    multistep = before is not None
     update = (steps.contiguous(), scales.contiguous(), fresh.contiguous() if len(fresh) else values, len(fresh))
     modulations = tuple(modulation.contiguous() for modulation in modulations)
     blocks, ends = weights_of(denoiser)
@@ -157,7 +162,7 @@ def denoise_fused(
     programs1, programs2 = (tile.programs(rows, width) for tile in (fc1, fc2))
     between = (blocks[-1][3], ends, modulations[-2], modulations[-1], modulations[0])
     kernels.turn_kernel[(tokens,)](
-        tokens, 0, 0, state, update, bound, *between, *token_sizes, fc2.splits, False, clipped, False,
+        tokens, 0, 0, state, update, bound, *between, *token_sizes, fc2.splits, False, clipped, multistep, False,
         **resources(layout.warps),
     )  # fmt: skip
     early = {"launch_pdl": True} if layout.early else {}
@@ -178,7 +183,7 @@ def denoise_fused(
             )  # fmt: skip
         kernels.turn_kernel[(tokens,)](
             tokens, step, min(step + 1, len(steps) - 1), state, update, bound, *between,
-            *token_sizes, fc2.splits, True, clipped, layout.early, **resources(layout.warps), **early,
+            *token_sizes, fc2.splits, True, clipped, multistep, layout.early, **resources(layout.warps), **early,
         )  # fmt: skip
     return values
 

@@ -10,8 +10,8 @@ Legend: row = pass * tokens + token, R = passes * tokens rows; W width; P values
 (R, W), the branch h (splits, R, W) before its bias and norm, and the tokens' values are float32; the matrix products'
 inputs y and g (R, W) have the weights' dtype. All arithmetic outside the matrix products is float32. What belongs
 together travels as a tuple: `out` of a block is (fc2's bias, norm2's weight, norm2's bias), `ends` (head's weight and
-bias, embedding's weight and bias), `state` (values, x, y, h), `update` (rows of `linear_step`, guidance's scales, the
-noise of the first steps, how many these are).
+bias, embedding's weight and bias), `state` (values, x, y, h, the data that the step before predicted), `update` (rows
+of `linear_step`, guidance's scales, the noise of the first steps, how many these are).
 """
 
 import triton
@@ -86,7 +86,8 @@ def await_kernel_before(EARLY: tl.constexpr):
 def turn_kernel(
     tokens, step, following, state, update, clip, out, ends, left, last, entered,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
-    PASSES: tl.constexpr, SPLITS: tl.constexpr, END: tl.constexpr, CLIP: tl.constexpr, EARLY: tl.constexpr,
+    PASSES: tl.constexpr, SPLITS: tl.constexpr, END: tl.constexpr, CLIP: tl.constexpr, MULTISTEP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token in all its passes between two steps; without END, before the first.
 
@@ -123,7 +124,7 @@ def turn_kernel(
     from_values = read(embed, embed_at, inside[:, None] & valid[None, :])
     offset = read(embed_bias, columns, inside)
     await_kernel_before(EARLY)
-    values, x, y, h = state
+    values, x, y, h, before = state
     noisy = read(values + token * VALUES, value, valid)  # (P,)
     if END:
         rows_of_steps, scales, fresh, drawn = update
@@ -138,13 +139,16 @@ def turn_kernel(
                 image = predict(third, rows, x, h, branch, passes[2], to_values, columns, inside, WIDTH, SPLITS)
                 guided = null + tl.load(scales) * (guided - image) + tl.load(scales + 1) * (image - null)
         numbers = rows_of_steps + step * 8  # as in `linear_step`
+        data = tl.load(numbers + 5) * noisy + tl.load(numbers + 6) * guided
         if CLIP:
-            data = tl.load(numbers + 5) * noisy + tl.load(numbers + 6) * guided
             noisy = tl.load(numbers + 3) * noisy + tl.load(numbers + 4) * tl.minimum(tl.maximum(data, -clip), clip)
         else:
             noisy = tl.load(numbers) * noisy + tl.load(numbers + 1) * guided
         noise = read(fresh + (step * tokens + token) * VALUES, value, valid & (step < drawn))
         noisy += tl.load(numbers + 2) * noise
+        if MULTISTEP:
+            noisy += tl.load(numbers + 7) * read(before + token * VALUES, value, valid)
+            tl.store(before + token * VALUES + value, data, mask=valid)
         tl.store(values + token * VALUES + value, noisy, mask=valid)
     stream = tl.sum(from_values.to(tl.float32) * noisy[None, :], 1) + offset.to(tl.float32)  # (W,)
     for index in tl.static_range(PASSES):
@@ -170,7 +174,7 @@ def enter_kernel(
     gate = read(left + own + 2 * WIDTH, columns, inside)
     modulation = (read(entered + own, columns, inside), read(entered + own + WIDTH, columns, inside))
     await_kernel_before(EARLY)
-    _, x, y, h = state
+    _, x, y, h, _ = state
     stream = leave(row, rows, x, h, branch, gate, columns, inside, WIDTH, SPLITS)
     tl.store(x + row * WIDTH + columns, stream, mask=inside)
     modulated = modulate(stream, modulation, inside, WIDTH)

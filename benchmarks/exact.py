@@ -12,6 +12,7 @@ plain float32 loop made of it.
 """
 
 import copy
+import itertools
 import json
 import shlex
 import sys
@@ -106,26 +107,36 @@ def compare(config: str, args: Exact, device: torch.device) -> list[Row]:
             parameter.data.mul_(HEAD_SCALE)
     exact.set_progress_bar_config(disable=True)
     exact.to(device)
-    rows = []
-    for name in args.dtype:
-        dtype: torch.dtype = getattr(torch, name)
-        low = exact if dtype == torch.float32 else copy.deepcopy(exact).to(dtype)
-        plain, fast, largest = [], [], 0.0
-        for seed in range(args.seeds):
-            request = request_of(exact, args, seed)
-            walks = [Walk.start(exact, request, dtype, False)]
-            walks += [Walk.start(low, request, dtype, compile) for compile in (False, True)]
-            reference, *results = walk_together(walks) if together else [walk.alone() for walk in walks]
-            plain.append(distance(results[0], reference))
-            fast.append(distance(results[1], reference))
-            largest = max(largest, float((results[1] - results[0]).abs().max() / results[0].abs().max()))
-            print(f"{config} {name} seed {seed}: plain {plain[-1]:.3e}, fast {fast[-1]:.3e}", flush=True)
-        means = sum(plain) / args.seeds, sum(fast) / args.seeds
-        ratio = means[1] / means[0] if means[0] else float("nan")  # in float32 the plain loop is the reference itself
-        holds = largest < FLOAT32_BOUND if dtype == torch.float32 else ratio < RATIO_BOUND
-        rows.append(Row(config, name, args.seeds, *means, ratio, largest, holds))
-        low.release()
-    return rows
+    dtypes: dict[str, torch.dtype] = {name: getattr(torch, name) for name in args.dtype}
+    pipes = {
+        name: exact if dtype == torch.float32 else copy.deepcopy(exact).to(dtype) for name, dtype in dtypes.items()
+    }
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in dtypes}
+    for seed in range(args.seeds):
+        request = request_of(exact, args, seed)
+        walks = {("float32", False): Walk.start(exact, request, torch.float32, False)}  # the reference, first
+        for name, way in itertools.product(dtypes, (False, True)):
+            if (name, way) not in walks:
+                walks[name, way] = Walk.start(pipes[name], request, dtypes[name], way)
+        made = walk_together(list(walks.values())) if together else [walk.alone() for walk in walks.values()]
+        results = dict(zip(walks, made, strict=True))
+        for name in dtypes:
+            plain, fast = results[name, False], results[name, True]
+            far = [distance(result, results["float32", False]) for result in (plain, fast)]
+            found[name].append((far[0], far[1], float((fast - plain).abs().max() / plain.abs().max())))
+            print(f"{config} {name} seed {seed}: plain {far[0]:.3e}, fast {far[1]:.3e}", flush=True)
+    for pipe in pipes.values():
+        pipe.release()
+    return [row_of(config, name, rows) for name, rows in found.items()]
+
+
+def row_of(config: str, name: str, found: list[tuple[float, float, float]]) -> Row:
+    """Of each seed's distance of the plain and the fast engine, and theirs from each other."""
+    plain, fast, apart = zip(*found, strict=True)
+    means = sum(plain) / len(found), sum(fast) / len(found)
+    ratio = means[1] / means[0] if means[0] else float("nan")  # in float32 the plain loop is the reference itself
+    holds = max(apart) < FLOAT32_BOUND if name == "float32" else ratio < RATIO_BOUND
+    return Row(config, name, len(found), *means, ratio, max(apart), holds)
 
 
 def request_of(pipe: NovaPipeline, args: Exact, seed: int) -> GenerateRequest:

@@ -37,6 +37,8 @@ class Memory:
     """JSON file to write."""
     size: Literal["released", "toy"] = "released"
     """33 frames of 480x768 and 2.7 B weights for the text, or a toy for a CPU."""
+    ways: tuple[str, ...] = ()
+    """Those whose names begin so; all if none."""
     sets: int | None = None
     diffusion_steps: int | None = None
     device: str = "auto"
@@ -46,7 +48,8 @@ def main(args: Memory) -> None:
     device = choose_device(args.device)
     dtype = choose_dtype("auto", device)
     print(f"{'way':52}{'peak GB':>9}{'held GB':>9}{'set up s':>10}{'first s':>9}{'second s':>10}", flush=True)
-    rows = [attempt(name, set_up, args, device, dtype) for name, set_up in ways()]
+    chosen = [way for way in ways() if not args.ways or way[0].startswith(args.ways)]
+    rows = [attempt(name, set_up, args, device, dtype) for name, set_up in chosen]
     result = {
         "benchmark": "memory",
         "size": args.size,

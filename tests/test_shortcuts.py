@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from nova_video.errors import InputError
@@ -116,6 +116,16 @@ def test_second_order_is_the_library_s(folder: str) -> None:
     assert isinstance(scheduler, DPMSolverMultistepScheduler)
     got, _ = made(Shortcuts(solver="dpm++"), folder=folder)
     close(got, made(EXACT, folder=folder, scheduler=scheduler)[0])
+
+
+def test_second_order_begins_where_the_schedule_does() -> None:
+    """Not at the last timestep of training, where next to nothing of the data is left and every error counts 20,000
+    times: the library's solver has another spacing of its own."""
+    own = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    solver = second_order(own)
+    for scheduler in (own, solver):
+        scheduler.set_timesteps(10)
+    assert float(own.timesteps[0]) == float(solver.timesteps[0]) == 900.0
 
 
 def test_second_order_needs_fewer_steps() -> None:

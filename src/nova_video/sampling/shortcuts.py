@@ -58,7 +58,7 @@ class Shortcuts:
 EXACT = Shortcuts()
 PRESETS: dict[PresetName, Shortcuts] = {
     "exact": EXACT,
-    "balanced": Shortcuts(sets=0.6875, steps=0.4, solver="dpm++", guidance_every=3),
+    "balanced": Shortcuts(sets=0.6, steps=0.32, solver="dpm++", guidance_every=2),
     "fast": Shortcuts(sets=0.42, steps=0.32, solver="dpm++", guidance_every=3),
 }
 

@@ -22,6 +22,7 @@ from nova_video.benchmarks.preset_rows import (
     as_aligned,
     presets_table,
     read_preset_rows,
+    recorded,
     write_preset_rows,
 )
 from nova_video.benchmarks.presets import OTHER_SEED, VARIANTS, Asked, Maker, frames_of, measure_presets
@@ -100,20 +101,20 @@ def test_every_variant_is_one_part_or_a_preset() -> None:
 
 
 def test_same_sentences_for_all(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    rows, kept = measured(asked(folders, tmp_path, "balanced", "sets-0.5", "guided-sets-0.5", OTHER_SEED))
-    assert list(rows) == ["exact", "balanced", "sets-0.5", "guided-sets-0.5", OTHER_SEED]
+    rows, kept = measured(asked(folders, tmp_path, "dpm-0.5", "sets-0.5", "guided-sets-0.5", OTHER_SEED))
+    assert list(rows) == ["exact", "dpm-0.5", "sets-0.5", "guided-sets-0.5", OTHER_SEED]
     assert kept == []
     exact, other = rows["exact"], rows[OTHER_SEED]
     assert (exact.distance, exact.speedup) == (0, 1)
     assert {score.points for score in exact.scores.values()} == {0}
-    assert 0 < rows["balanced"].distance < other.distance
+    assert 0 < rows["dpm-0.5"].distance < other.distance
     assert 0 < rows["guided-sets-0.5"].distance < other.distance
     assert 1 < other.distance < 2  # of unrelated latents: about the root of 2
     assert {name: score.of for name, score in other.scores.items()} == {
         **dict.fromkeys(["background", "motion", "object", "object_top5", "all"], 3),
         **dict.fromkeys(["relation", "both_objects"], 2),
     }
-    assert [(row.sets, row.diffusion_steps) for row in rows.values()] == [(4, 4), (3, 2), (2, 4), (4, 4), (4, 4)]
+    assert [(row.sets, row.diffusion_steps) for row in rows.values()] == [(4, 4), (4, 2), (2, 4), (4, 4), (4, 4)]
     assert rows["sets-0.5"].shortcuts == {"sets": 0.5}
     assert exact.seconds_per_clip == pytest.approx(exact.seconds / 2, rel=1e-3)
     assert exact.total_seconds == pytest.approx(exact.seconds + exact.vae_seconds, rel=1e-3)
@@ -285,10 +286,21 @@ def test_tables(tmp_path: Path) -> None:
         read_preset_rows(tmp_path / "rows.json")
 
 
+def test_rows_of_another_run_join_if_it_was_made_alike() -> None:
+    before = [row("exact", sets=16), row("fast", -0.4), row("dpm-0.5", -0.1)]
+    again = [row("exact", sets=16, command="nova bench presets --variants fast"), row("fast", -0.6)]
+    joined = recorded(before, again)
+    assert joined == [again[0], again[1], before[2]]
+    assert presets_table(joined).endswith("\n\n`nova bench presets --variants fast`, `nova bench presets`")
+    for otherwise in ([row("exact", sets=8), *again[1:]], [row("exact", sets=16, seed=1), *again[1:]]):
+        assert recorded(before, otherwise) == otherwise
+    assert recorded([], again) == again
+
+
 def test_recorded_rows_can_be_made_again() -> None:
     """The recorded command is one that `nova` understands, and makes every variant."""
-    for recorded in read_preset_rows(Path(__file__).parents[1] / "benchmarks" / "results" / "presets.json"):
-        args = parse(recorded.command.split()[1:])
+    for found in read_preset_rows(Path(__file__).parents[1] / "benchmarks" / "results" / "presets.json"):
+        args = parse(found.command.split()[1:])
         assert isinstance(args, BenchPresets)
-        assert recorded.preset in ("exact", *(args.variants or VARIANTS))
-        assert args.num_clips == recorded.num_clips >= 4000
+        assert found.preset in ("exact", *(args.variants or VARIANTS))
+        assert args.num_clips == found.num_clips >= 4000

@@ -59,7 +59,14 @@ def run_bench_sample(args: BenchSample) -> None:
 
 def run_bench_presets(args: BenchPresets) -> None:
     """Each variant in turn; one that fails has its error in its row, and the others go on."""
-    from nova_video.benchmarks.preset_rows import PresetRow, as_aligned, made_how, write_preset_rows
+    from nova_video.benchmarks.preset_rows import (
+        PresetRow,
+        as_aligned,
+        made_how,
+        read_preset_rows,
+        recorded,
+        write_preset_rows,
+    )
     from nova_video.benchmarks.presets import CPU_BATCH, GPU_BATCH, VARIANTS, Asked, measure_presets
     from nova_video.devices import choose_device
     from nova_video.evaluation.emoji import EmojiSettings
@@ -89,10 +96,11 @@ def run_bench_presets(args: BenchPresets) -> None:
     )
     check_report_folder(args.output.parent)
     command = _command_line("presets", args, ("keep", "output"))
+    before = read_preset_rows(args.output)  # a file that cannot be added to is found before the work
     rows: list[PresetRow] = []
     for row, kept in measure_presets(asked, command):
         rows.append(row)
-        write_preset_rows(args.output, rows)
+        write_preset_rows(args.output, recorded(before, rows))
         print(row.line() + (f" (kept in {args.keep})" if kept else ""), flush=True)
     print("\n".join(["", made_how(rows[0]), *as_aligned(rows)]))
     print(args.output)

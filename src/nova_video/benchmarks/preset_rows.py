@@ -78,6 +78,12 @@ class PresetRow:
     error: str | None = None
     """Why it could not be measured."""
 
+    @property
+    def made(self) -> tuple[object, ...]:
+        """How: rows can be compared if the exact ones of their runs share all of this."""
+        asked = (self.num_clips, self.num_pictures, self.num_frames, self.seed, self.sets, self.diffusion_steps)
+        return (self.config, self.preset, self.batch, self.compile, self.dtype, self.device, *asked)
+
     def line(self) -> str:
         """In a few words."""
         if self.error is not None:
@@ -145,6 +151,12 @@ def _scores(values: Mapping[str, dict[str, Any]]) -> dict[str, Score]:
     return {name: Score(**value | {pair: tuple(value[pair]) for pair in pairs}) for name, value in values.items()}
 
 
+def recorded(kept: Sequence[PresetRow], new: Sequence[PresetRow]) -> list[PresetRow]:
+    """The rows of a file with new ones in their places, the exact one first; none stays if that was made otherwise."""
+    comparable = bool(kept) and kept[0].made == new[0].made
+    return list({row.preset: row for row in [*(kept if comparable else []), *new]}.values())
+
+
 def write_preset_rows(path: Path, rows: Sequence[PresetRow]) -> None:
     """In place of what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,4 +213,5 @@ def presets_table(rows: Sequence[PresetRow]) -> str:
         return EMPTY
     first, *others = as_table(rows)
     failed = "".join(f"\n\n{row.line()}" for row in rows if row.error is not None)
-    return f"{made_how(rows[0])}:\n\n{markdown(first, others)}{failed}\n\n`{rows[0].command}`"
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row.command for row in rows))
+    return f"{made_how(rows[0])}:\n\n{markdown(first, others)}{failed}\n\n{commands}"

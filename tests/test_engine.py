@@ -1,7 +1,10 @@
 """The fast engine gives the plain one's latents: every guidance mode, scheduler, kind of position, mask and context."""
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,3 +168,27 @@ def test_stopwatch() -> None:
     assert all(value > 0 for value in seconds.values())
     stopwatch.reset()
     assert stopwatch.seconds() == {}
+
+
+def test_reused_features() -> None:
+    """All tokens encoded for every set are the plain engine's; for fewer sets, the blocks have less to do."""
+    path = Path(__file__).parents[1] / "benchmarks" / "reuse.py"
+    spec = importlib.util.spec_from_file_location("reuse_script", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["reuse_script"] = script  # where dataclasses look their annotations up
+    spec.loader.exec_module(script)
+    for folder in ("text-to-video", "rotary-flow"):
+        model, guidance = open_model(folder), Guidance(4.0)
+
+        def made(engine: Any, folder: str = folder, model: Any = model, guidance: Guidance = guidance) -> Tensor:
+            return run(folder, engine, make_state(model, embeds(), guidance, frames=2, sets=5))
+
+        engines = [script.ReusingEngine(model, DirectRunner(), every=every) for every in (1, 2, 5)]
+        plain = made(PlainEngine)
+        whole, second, once = (made(lambda _, engine=engine: engine) for engine in engines)
+        close(whole, plain)
+        assert not torch.equal(second, plain)
+        assert not torch.equal(second, once)
+        assert engines[2].rows < engines[1].rows < engines[0].rows

@@ -40,6 +40,20 @@ def test_low_memory_keeps_the_result(tiny_checkpoint: Path) -> None:
     assert (torch.stack(list(streamed)) - expected[0]).abs().max() < 1e-4
 
 
+def test_graphs_are_told_that_the_transformer_leaves(tiny_checkpoint: Path, monkeypatch) -> None:
+    pipe, told = open_pipe(tiny_checkpoint), []
+    enable_low_memory(pipe, "cpu")
+    hook = pipe.transformer._hf_hook
+    hook.on_leave = lambda: told.append(pipe.transformer.device.type)
+    assert not hook.leave()  # it is at home
+    assert told == []
+    pipe.transformer.to("meta")
+    assert all(not tensor.is_cpu for tensor in hook._tensors())
+    monkeypatch.setattr(pipe.transformer, "to", lambda device: None)  # nothing comes back from there
+    assert hook.leave()
+    assert told == ["meta"]
+
+
 def test_int8_text_is_close(tiny_checkpoint: Path) -> None:
     pytest.importorskip("torchao")
     pipe = open_pipe(tiny_checkpoint)
@@ -91,6 +105,29 @@ def test_gpu_weights_come_back_as_they_were() -> None:
     assert not parts[2]._hf_hook.leave()
     for part, state in zip(parts, before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in part.state_dict().items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_graphs_last_until_the_transformer_leaves(tiny_checkpoint: Path) -> None:
+    """And the next call, whose weights are elsewhere, has graphs of its own."""
+    kept: list[int] = []
+
+    def count(pipe: NovaPipeline, step: int, frame: int, tensors: dict[str, torch.Tensor]) -> None:
+        kept.append(sum(len(graphs) for graphs in pipe._graphs.values()))
+
+    pipe = open_pipe(tiny_checkpoint)
+    enable_low_memory(pipe, "cuda")
+    clips = []
+    for _ in range(3):
+        generator = torch.Generator().manual_seed(0)
+        clips.append(pipe("a whale", generator=generator, callback_on_step_end=count, **QUICK).frames)
+        assert kept[0] == 0
+        assert kept[-1] > 0
+        assert not any(len(graphs) for graphs in pipe._graphs.values())
+        kept.clear()
+    plain = made(open_pipe(tiny_checkpoint).to("cuda"))
+    for clip in clips:
+        assert (clip - plain).abs().mean() < 1e-3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -2,10 +2,11 @@
 
 Nothing here changes a result but `text_encoder="int8"` and `tiled`. The transformer is whole on the device while it
 samples, since every set needs all of it; the autoencoder decodes in the arrangement of `autoencoders/fast.py`, a few
-frames at a time. Text is encoded once a call, so its encoder may as well be sent over layer by layer.
+frames at a time. Text is encoded once a call, so its encoder may as well be sent over layer by layer. CUDA graphs
+read the transformer's weights where they are: they last until it leaves, which pays for clips from the second frame on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -47,6 +48,7 @@ def enable_low_memory(
         else:
             pass_through(pipe.text_encoder, device)
     take_turns(parts, device)
+    pipe.transformer._hf_hook.on_leave = pipe.drop_graphs
     if pipe.vae is not None:
         pipe.vae.enable_slicing()
         if isinstance(pipe.vae, VideoAutoencoder):
@@ -99,6 +101,8 @@ class Turn(CpuOffload):
         """Of all parts, this one's too."""
         self.home: dict[Tensor, Tensor] = {}
         """Tensors of the part that are on the device -> what they were before."""
+        self.on_leave: Callable[[], None] = lambda: None
+        """Called before the part goes back."""
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         module.to("cpu")
@@ -129,6 +133,7 @@ class Turn(CpuOffload):
         """Back home; whether the part was away."""
         if all(tensor.device.type == "cpu" for tensor in self._tensors()):
             return False
+        self.on_leave()
         for tensor, before in self.home.items():
             tensor.data = before
         self.home = {}

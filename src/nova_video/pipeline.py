@@ -33,7 +33,7 @@ from nova_video.loading import (
     load_transformer,
     resolve_checkpoint,
 )
-from nova_video.memory import enable_low_memory
+from nova_video.memory import Turn, enable_low_memory
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import adapter_names, adapter_state
 from nova_video.plan import Capabilities, Plan
@@ -361,8 +361,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             return PlainEngine(model)
         if device.type != "cuda":
             return FastEngine(model, DirectRunner())
-        if self.is_offloaded:
-            say_once("parts of the model take turns on the GPU: blocks are compiled, but nothing is captured in graphs")
+        if self.is_offloaded and not isinstance(getattr(self.transformer, "_hf_hook", None), Turn):
+            say_once("the library moves the weights: blocks are compiled, but nothing is captured in graphs")
             return FastEngine(model, DirectRunner(compiled=can_compile(device)))
         with _PREPARING:
             if (device, fp8) not in self._graphs:
@@ -392,15 +392,19 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         elif vae.use_fast_decode and not plan.compile:
             vae.disable_fast_decode()
 
+    def drop_graphs(self) -> None:
+        """Let go of captured graphs and their memory; compiled code stays."""
+        for graphs in list(self._graphs.values()):
+            graphs.release()
+
     def release(self) -> None:
         """Let go of captured graphs, compiled code and their memory; the next call makes them anew.
 
         Compiled code is dropped by `torch.compiler.reset`, everybody's in this process.
         """
+        self.drop_graphs()
         with _PREPARING:
             if self._graphs:
-                for graphs in self._graphs.values():
-                    graphs.release()
                 self._graphs.clear()
                 torch.compiler.reset()
             self._fp8 = None

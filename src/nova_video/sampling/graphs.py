@@ -193,6 +193,7 @@ class GraphRunner:
         self._seen: OrderedDict[Hashable, bool] = OrderedDict()  # False: it cannot be recorded
         self._buffers: dict[Hashable, Buffer] = {}
         self._weights: tuple[Hashable, ...] = ()
+        self._told = not compiled
         self._lock = threading.RLock()  # what belongs together is launched together
 
     def __len__(self) -> int:
@@ -231,8 +232,9 @@ class GraphRunner:
     def _record(self, key: Hashable, function: Callable[..., Tensor], inputs: Inputs) -> Entry | None:
         """None the first time, and for what cannot be recorded."""
         if key not in self._seen:
-            if not self._seen and self.compiled:
+            if not self._told:
                 log.info("compiling for this GPU: the first call takes up to a minute longer")
+                self._told = True
             self._seen[key] = True
             if len(self._seen) > MAX_SEEN:
                 self._seen.popitem(last=False)

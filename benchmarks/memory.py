@@ -5,6 +5,7 @@ makes the 33x480x768 clip from a sentence: with all parts on the GPU and in the 
 memory and time of each as soon as it is there, also for one that fails, and writes all as JSON.
 """
 
+import gc
 import json
 import platform
 import shlex
@@ -110,6 +111,7 @@ def attempt(
         row = {"way": name, "error": f"{type(error).__name__}: {error}"[:400]}
         print(f"{name:52} FAILED: {row['error']}", flush=True)
     del pipe
+    gc.collect()  # hooks hold each other
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return row

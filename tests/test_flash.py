@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nova_video.model import flash
-from nova_video.model.attention import allow_kernels, allowed_kernels, attend
+from nova_video.model.attention import allow_kernels, allowed_kernels, attend, attend_packed
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -30,16 +30,24 @@ def forward(query: Tensor, key: Tensor, value: Tensor, return_lse: bool) -> tupl
 
 
 def backward(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, gradient: Tensor, sums: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    gradient: Tensor,
+    sums: Tensor,
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """As `_flash_attn_bwd` answers."""
+    """As `_flash_attn_bwd` answers, into what it is given."""
+    given = [torch.empty_like(x) if to is None else to for x, to in ((query, dq), (key, dk), (value, dv))]
     query, key, value, out, gradient = (x.transpose(1, 2) for x in (query, key, value, out, gradient))
     scale = 1 / math.sqrt(query.shape[-1])
     shares = (query @ key.transpose(-1, -2) * scale - sums.unsqueeze(-1)).exp()
     scores = shares * (gradient @ value.transpose(-1, -2) - (gradient * out).sum(-1, keepdim=True)) * scale
     found = (scores @ key, scores.transpose(-1, -2) @ query, shares.transpose(-1, -2) @ gradient)
-    like = (x.transpose(1, 2) for x in (query, key, value))
-    return tuple(torch.empty_like(one).copy_(x.transpose(1, 2)) for one, x in zip(like, found, strict=True))
+    return tuple(to.copy_(x.transpose(1, 2)) for to, x in zip(given, found, strict=True))
 
 
 @pytest.fixture
@@ -68,6 +76,22 @@ def test_results_and_gradients_are_those_of_attention(compiled: bool) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packed_is_the_same(compiled: bool) -> None:
+    ours: Callable[..., Tensor] = flash.attend_packed
+    if compiled:
+        ours = torch.compile(flash.attend_packed, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.manual_seed(0)
+    for count in (7, 12):
+        packed = torch.randn(2, count, 3, 4, 16, requires_grad=True)
+        out, expected = ours(packed), plain(*packed.unbind(2))
+        assert torch.allclose(out, expected, atol=1e-5)
+        gradient = torch.randn_like(out)
+        found, right = (torch.autograd.grad(x, packed, gradient)[0] for x in (out, expected))
+        assert torch.allclose(found, right, atol=1e-5)
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_operators_are_what_they_say() -> None:
     """Shapes, strides and types without data, nothing changed that is not said to be."""
     packed, by_head = torch.randn(2, 6, 3, 2, 8), torch.randn(3, 2, 2, 6, 8)
@@ -75,6 +99,9 @@ def test_operators_are_what_they_say() -> None:
         torch.library.opcheck(flash.forward, (query, key, value))
         out, sums = flash.forward(query, key, value)
         torch.library.opcheck(flash.backward, (torch.randn_like(out), query, key, value, out, sums))
+    torch.library.opcheck(flash.packed_forward, (packed,))
+    out, sums = flash.packed_forward(packed)
+    torch.library.opcheck(flash.packed_backward, (torch.randn_like(out), packed, out, sums))
 
 
 def test_not_without_a_gpu_that_it_knows() -> None:
@@ -117,3 +144,22 @@ def test_gpu_as_near_to_float32_as_torch(dtype: torch.dtype, head_dim: int, comp
         found = results(lambda q, k, v: ours(q, k, v, None), leaves)
         for right, one, other in zip(exact, torch_s, found, strict=True):
             assert (other - right).norm() <= 1.5 * (one - right).norm()
+
+
+@gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gpu_packed_is_the_same(dtype: torch.dtype, compiled: bool) -> None:
+    """Results are; gradients of queries are added up in any order."""
+    if not flash.installed(torch.device("cuda")):
+        pytest.skip("needs flash-attn-4 and a GPU that it knows")
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    ours = torch.compile(attend_packed, fullgraph=True, dynamic=True) if compiled else attend_packed
+    for count in (361, 1024, 1800):
+        packed = torch.randn(2, count, 3, 4, 64, device="cuda", dtype=dtype, requires_grad=True)
+        out, expected = ours(packed, None), flash.attend(*packed.unbind(2))
+        assert torch.equal(out, expected)
+        gradient = torch.randn_like(out)
+        found, right = (torch.autograd.grad(x, packed, gradient)[0] for x in (out, expected))
+        assert (found - right).norm() <= 2e-3 * right.norm()

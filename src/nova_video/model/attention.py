@@ -63,8 +63,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Tens
     cuDNN's are left out where they are not safe.
     """
     if mask is None or isinstance(mask, Tensor):
-        worth = torch.compiler.is_compiling() or query.requires_grad
-        if mask is None and worth and flash.suits(query, key):
+        if mask is None and takes_flash(query, key):
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, N, heads, head_dim)
             return flash.attend(query, key, value).transpose(1, 2)
         if query.is_cuda and query.requires_grad and not suits_cudnn(query, key, mask):
@@ -74,6 +73,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Tens
         return _compiled_flex()(query, key, value, block_mask=mask)
     out: Tensor = flex_attention(query, key, value, block_mask=mask)
     return out
+
+
+def attend_packed(packed: Tensor, mask: Mask | None) -> Tensor:
+    """The same where all are of the same tokens, in one: (B, N, 3, heads, head_dim) -> (B, N, heads, head_dim)."""
+    query, key, value = packed.unbind(2)
+    if mask is None and takes_flash(query, key):
+        return flash.attend_packed(packed)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return attend(query, key, value, mask).transpose(1, 2)
+
+
+def takes_flash(query: Tensor, key: Tensor) -> bool:
+    """Whether FlashAttention 4 suits these, and is worth its call."""
+    return (torch.compiler.is_compiling() or query.requires_grad) and flash.suits(query, key)
 
 
 def allow_kernels(kernels: AttentionKernels) -> None:

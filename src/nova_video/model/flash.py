@@ -1,8 +1,9 @@
 """FlashAttention 4 (flash-attn-4, the extra `flash`): attention without a mask on Hopper and Blackwell GPUs.
 
 `attention.py` takes it where it is installed and suits. Its kernels are compiled when first called, in seconds; torch
-sees them as two operators with shapes and gradients, so that blocks around them compile as with any other. Its tensors
-are (B, N, heads, head_dim).
+sees them as operators with shapes and gradients, so that blocks around them compile as with any other. Its tensors are
+(B, N, heads, head_dim). Where query, key and value are thirds of one tensor, so are their gradients: nothing has to put
+them together.
 """
 
 import importlib
@@ -61,6 +62,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out
 
 
+def attend_packed(packed: Tensor) -> Tensor:
+    """The same of query, key and value in one, (B, N, 3, heads, head_dim) -> (B, N, heads, head_dim)."""
+    out: Tensor = packed_forward(packed)[0]
+    return out
+
+
 @custom_op("nova_video::flash_attention", mutates_args=())
 def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Result (B, S, heads, head_dim) and logarithms of the sums of exponentials (B, heads, S), float32."""
@@ -75,6 +82,24 @@ def backward(
     """Gradients of query, key and value."""
     to_query, to_key, to_value = kernels()._flash_attn_bwd(query, key, value, out, gradient.contiguous(), sums)[:3]
     return to_query, to_key, to_value
+
+
+@custom_op("nova_video::flash_attention_packed", mutates_args=())
+def packed_forward(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """As `forward`."""
+    out, sums = kernels()._flash_attn_fwd(*packed.unbind(2), return_lse=True)[:2]
+    return out, sums
+
+
+@custom_op("nova_video::flash_attention_packed_backward", mutates_args=())
+def packed_backward(gradient: Tensor, packed: Tensor, out: Tensor, sums: Tensor) -> Tensor:
+    """The gradient of all three."""
+    made = torch.empty_like(packed)
+    to_query, to_key, to_value = made.unbind(2)
+    kernels()._flash_attn_bwd(
+        *packed.unbind(2), out, gradient.contiguous(), sums, dq=to_query, dk=to_key, dv=to_value
+    )
+    return made
 
 
 @cache
@@ -96,6 +121,17 @@ def _gradient_shapes(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)  # each laid out as its tensor
 
 
+@register_fake(packed_forward)
+def _packed_shapes(packed: Tensor) -> tuple[Tensor, Tensor]:
+    batch, count, _, heads, channels = packed.shape
+    return packed.new_empty(batch, count, heads, channels), packed.new_empty(batch, heads, count, dtype=torch.float32)
+
+
+@register_fake(packed_backward)
+def _packed_gradient_shape(gradient: Tensor, packed: Tensor, out: Tensor, sums: Tensor) -> Tensor:
+    return torch.empty_like(packed)
+
+
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output)
 
@@ -107,3 +143,11 @@ def _gradients(ctx: Any, to_out: Tensor, to_sums: Tensor) -> tuple[Tensor, Tenso
 
 
 register_autograd(forward, _gradients, setup_context=_keep)
+
+
+def _packed_gradient(ctx: Any, to_out: Tensor, to_sums: Tensor) -> Tensor:
+    made: Tensor = packed_backward(to_out, *ctx.saved_tensors)
+    return made
+
+
+register_autograd(packed_forward, _packed_gradient, setup_context=_keep)

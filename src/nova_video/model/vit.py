@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nova_video.model.attention import Mask, attend
+from nova_video.model.attention import Mask, attend, attend_packed
 from nova_video.model.embeddings import Rotary
 from nova_video.model.gelu import gelu
 from nova_video.model.patches import gather_tokens
@@ -72,6 +72,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         batch, count, width = x.shape
         qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)  # (B, N, 3, heads, head_dim)
+        if rotary is None and cache is None and rows is None:
+            return self.proj(attend_packed(qkv, mask).reshape(batch, count, width))
         query, key, value = qkv.unbind(2)
         if rotary is not None:
             query, key = rotary.rotate(qkv[:, :, :2]).unbind(2)

@@ -96,9 +96,7 @@ def packed_backward(gradient: Tensor, packed: Tensor, out: Tensor, sums: Tensor)
     """The gradient of all three."""
     made = torch.empty_like(packed)
     to_query, to_key, to_value = made.unbind(2)
-    kernels()._flash_attn_bwd(
-        *packed.unbind(2), out, gradient.contiguous(), sums, dq=to_query, dk=to_key, dv=to_value
-    )
+    kernels()._flash_attn_bwd(*packed.unbind(2), out, gradient.contiguous(), sums, dq=to_query, dk=to_key, dv=to_value)
     return made
 
 

@@ -25,6 +25,7 @@ import nova_video
 from nova_video import NovaPipeline
 from nova_video.benchmarks.configs import SIZES, build, resized
 from nova_video.devices import choose_device, choose_dtype
+from nova_video.errors import InputError
 from nova_video.memory import enable_low_memory
 
 PROMPT = "a whale moving left on a blue background"
@@ -42,18 +43,24 @@ class Memory:
     """Those whose names begin so; all if none."""
     sets: int | None = None
     diffusion_steps: int | None = None
+    limit_gb: float | None = None
+    """As on a card with so much memory (1e9 bytes): torch may hold no more of it. What the driver takes for a process,
+    about half a GB, comes on top."""
     device: str = "auto"
 
 
 def main(args: Memory) -> None:
     device = choose_device(args.device)
     dtype = choose_dtype("auto", device)
+    if args.limit_gb is not None and device.type != "cuda":
+        raise InputError(f"limit_gb is {args.limit_gb:g}: expected none without a GPU")
     print(f"{'way':52}{'peak GB':>9}{'held GB':>9}{'set up s':>10}{'first s':>9}{'second s':>10}", flush=True)
     chosen = [way for way in ways() if not args.ways or way[0].startswith(args.ways)]
     rows = [attempt(name, set_up, args, device, dtype) for name, set_up in chosen]
     result = {
         "benchmark": "memory",
         "size": args.size,
+        "limit_gb": args.limit_gb,
         "rows": rows,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "versions": {"nova_video": nova_video.__version__, "torch": torch.__version__},
@@ -94,7 +101,9 @@ def attempt(
     """One way: a pipeline built for it, two calls; or what went wrong with it."""
     pipe: NovaPipeline | None = None
     try:
+        limit_memory(None, device)
         pipe = build_pipe(args, device, dtype)
+        limit_memory(args.limit_gb, device)
         start = time.perf_counter()
         set_up(pipe, device)
         ready = time.perf_counter() - start
@@ -115,6 +124,15 @@ def attempt(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return row
+
+
+def limit_memory(limit_gb: float | None, device: torch.device) -> None:
+    """Of the device torch may hold so much from now on; None: all of it."""
+    if device.type != "cuda":
+        return
+    torch.cuda.empty_cache()
+    whole = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(1.0 if limit_gb is None else min(limit_gb * 1e9 / whole, 1.0), device)
 
 
 def call(pipe: NovaPipeline, args: Memory, device: torch.device) -> float:

@@ -35,7 +35,7 @@ PROMPT = "a whale moving left on a blue background"
 class Memory:
     """Measure memory."""
 
-    output: Path = Path("benchmarks/results/memory.json")
+    output: Path = Path("benchmarks/measured/memory.json")
     """JSON file to write."""
     size: Literal["released", "toy"] = "released"
     """33 frames of 480x768 and 2.7 B weights for the text, or a toy for a CPU."""

@@ -56,7 +56,7 @@ TILES = [  # rows, columns, channels, warps, stages
 class Vae:
     """Time the released video autoencoder."""
 
-    output: Path = Path("benchmarks/results/vae.json")
+    output: Path = Path("benchmarks/measured/vae.json")
     """JSON file to write."""
     size: Literal["released", "toy"] = "released"
     """33 frames of 480x768, or a few pixels for a CPU."""

@@ -632,6 +632,19 @@ def test_frames_are_let_go_only_when_nothing_needs_them(causal: NovaPipeline) ->
         assert np.array_equal(np.stack(list(streamed)), causal.generate(request, seeded()).frames[0])
 
 
+def test_the_temporal_cache_is_let_go_before_decoding(tiled: NovaPipeline, tmp_path: Path) -> None:
+    """And what was saved then goes on to pixels."""
+    request = GenerateRequest(WHALE, num_frames=9, output_type="latent", **QUICK)
+    generation, held = tiled.start(request, seeded()), []
+    generation.run(lambda *_: held.append(generation.state.cache.keys.numel()))  # type: ignore[func-returns-value]
+    assert all(held[:-1])
+    assert held[-1] == generation.state.cache.values.numel() == 0
+    generation.output_type = "np"
+    generation.save(tmp_path / "state.safetensors")
+    expected = tiled.generate(replace(request, output_type="np"), seeded()).frames
+    assert np.array_equal(tiled.resume(tmp_path / "state.safetensors").run().frames, expected)
+
+
 # On a GPU -------------------------------------------------------------------------------------------------------------
 
 

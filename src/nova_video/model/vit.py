@@ -43,6 +43,14 @@ class TemporalCache:
         """Forget everything; the storage stays."""
         self.length = 0
 
+    def release(self) -> None:
+        """Forget everything, and let go of the storage: nothing can be stored any more."""
+        self.length = 0
+        for storage in (self.keys, self.values):
+            if storage.is_cuda:  # made on one CUDA stream, and perhaps read on another
+                storage.record_stream(torch.cuda.current_stream(storage.device))
+        self.keys = self.values = self.keys.new_empty(*self.keys.shape[:3], 0, self.keys.shape[-1])
+
 
 @dataclass(frozen=True)
 class CacheLayer:

@@ -240,6 +240,9 @@ def finish_frame(state: SamplingState, latents: Tensor) -> None:
             state.reference = state.reference.joined(statistics)
     state.frames[state.done] = latents
     state.done += 1
+    if state.finished:  # nothing reads it again, and decoding needs the room
+        state.cache.release()
+        state.cached = None
 
 
 def held(state: SamplingState, latents: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 The steps are the trainer's own (`training/trainer.py`), by itself or in every process that torchrun or accelerate has
 started, on random latents and text features that are given: no dataset, no autoencoder and no text encoder takes part.
-Steps are timed one by one, each with a number of revealed tokens. Training draws these from a distribution: it is cut
-into a few parts of equal share, whose middles take turns, so that their mean is nearly that of training. Each of them
-comes up twice before: it is compiled for and called, then recorded as a CUDA graph where the trainer would do so. What
-that takes is no part of a step's time: a run pays it once for each number of revealed tokens.
+A step is timed from the end of the one before to its own. Each has a number of revealed tokens, which training draws
+from a distribution: it is cut into a few parts of equal share, whose middles take turns, so that their mean is nearly
+that of training. Each of them comes up twice before: it is compiled for and called, then recorded as a CUDA graph where
+the trainer would do so. That is no part of a step's time: a run pays it once for each number of revealed tokens.
 """
 
 import gc
@@ -207,16 +207,17 @@ def _measured(row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRec
     timed = choose_variants(*task.variants(), asked.steps)
     warm_up = warm_up_variants(timed, asked.warm_up)
 
-    seconds = []
+    clock = Clock(device)
     for number, variant in enumerate(warm_up + timed):
         if number == 1 and device.type == "cuda":  # not later: a graph's memory counts when it is recorded
             torch.cuda.reset_peak_memory_stats(device)
         if number == len(warm_up):
+            warming = clock.seconds()
             stepper.numbers()  # of the steps so far: forgotten
-        start = now(device)
+            clock = Clock(device)
         stepper.step(number, variant)
-        seconds.append(processes.greatest(now(device) - start)[0])
-    first, counted = seconds[0], seconds[len(warm_up) :]
+        clock.mark()
+    first, counted = processes.greatest(warming[0])[0], processes.greatest(*clock.seconds())
     numbers = stepper.numbers()
     flops = sum(map(task.flops, timed)) / len(timed)
     rate = flops / statistics.mean(counted)
@@ -283,8 +284,31 @@ def open_model(config: str, asked: AskedTraining, device: torch.device) -> Opene
     return Opened(model.train(), scheduler, frames // 4 + 1, (pixels[0] // stride, pixels[1] // stride))
 
 
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+class Clock:
+    """The time from mark to mark, and to the first one from the beginning. On CUDA that of the device, which is not
+    waited for in between: as in training, it is given the next step while it is at one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Any] = []  # events on CUDA, else seconds
+        self._wait()
+        self.mark()
+
+    def mark(self) -> None:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        self._wait()
+        pairs = itertools.pairwise(self._marks)
+        if self._device.type == "cuda":
+            return [before.elapsed_time(after) / 1e3 for before, after in pairs]
+        return [after - before for before, after in pairs]
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

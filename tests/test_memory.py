@@ -91,6 +91,23 @@ def test_bringing_a_part_sends_the_others_back(monkeypatch) -> None:
     assert moves == [("leave", 1), ("leave", 3), ("come", 2)]
 
 
+def test_in_a_stream_parts_change_only_to_decode(tiny_checkpoint: Path, monkeypatch) -> None:
+    """A piece of this autoencoder is five latent frames, then four: nothing is moved in between."""
+    pipe = open_pipe(tiny_checkpoint)
+    enable_low_memory(pipe, "cpu")
+    brought: list[str] = []
+    come = Turn.come
+
+    def note(turn: Turn) -> None:
+        come(turn)
+        name = "vae" if turn.module is pipe.vae else "transformer"
+        brought.extend([name] if brought[-1:] != [name] else [])
+
+    monkeypatch.setattr(Turn, "come", note)
+    assert len(list(pipe.stream("a whale", **QUICK | {"num_frames": 33}))) == 33
+    assert brought == ["transformer", "vae", "transformer", "vae"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_weights_come_back_as_they_were() -> None:
     parts = [nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Conv3d(2, 2, 3)]

@@ -308,7 +308,7 @@ class Generation:
         pipe = self.pipe
         engine = pipe.engine(self.plan.compile, self.plan.shortcuts.fp8)
         sets = generate_sets(engine.model, self.scheduler, self.state, engine, pipe.stopwatch)
-        while True:
+        while not self.state.finished:
             with self._lock:
                 self.pipe.bring(self.pipe.transformer)
                 done = next(sets, None)
@@ -414,14 +414,12 @@ class _Decoder:
         self.pushed += 1
         if self.pieces is None:  # an autoencoder of pictures
             return [self.pipe.decode_picture(latents).unsqueeze(2)]
-        self.pipe.bring(self.pipe.vae)
         return self.pieces.push(unscale_latents(self.pipe.vae, latents.to(self.pipe.vae.dtype)))
 
     def finish(self) -> list[Tensor]:
         """No more latent frames: what had waited for a whole piece."""
         if self.pieces is None:
             return []
-        self.pipe.bring(self.pipe.vae)
         return self.pieces.finish()
 
 

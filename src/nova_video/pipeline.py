@@ -560,7 +560,6 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
     def _encode(self, pixels: Tensor, plan: Plan, random: RandomState) -> Tensor:
         """Clips (1 or prompts, 3, T, H, W) in [-1, 1] -> latents (B, C, F, h, w), sampled from their posterior."""
         vae = self.vae
-        self.bring(vae)
         single = pixels.shape[2] == 1  # autoencoders of pictures know no other
         pixels = pixels.to(random.device, vae.dtype)
         posterior = vae.encode(pixels.squeeze(2) if single else pixels).latent_dist
@@ -576,8 +575,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
 
     def decode_picture(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) of one frame by itself -> pixels (B, 3, H, W) in [-1, 1]."""
-        self.bring(self.require_vae("decoding"))
-        pixels: Tensor = self.vae.decode(unscale_latents(self.vae, latents.to(self.vae.dtype))).sample
+        vae = self.require_vae("decoding")
+        pixels: Tensor = vae.decode(unscale_latents(vae, latents.to(vae.dtype))).sample
         return pixels
 
     def require_vae(self, what: str) -> Any:
@@ -588,7 +587,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         return self.vae
 
     def bring(self, module: torch.nn.Module) -> None:
-        """Under CPU offload, move a part to its device: the library's hooks act on `forward` alone."""
+        """Under CPU offload, move a part to its device: the library's hooks act on `forward`, and the autoencoders'
+        `encode` and `decode`, alone."""
         hook = getattr(module, "_hf_hook", None)
         if isinstance(hook, CpuOffload):
             hook.pre_forward(module)

@@ -131,8 +131,9 @@ def limit_memory(limit_gb: float | None, device: torch.device) -> None:
     if device.type != "cuda":
         return
     torch.cuda.empty_cache()
-    whole = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(1.0 if limit_gb is None else min(limit_gb * 1e9 / whole, 1.0), device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    whole = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(1.0 if limit_gb is None else min(limit_gb * 1e9 / whole, 1.0), index)
 
 
 def call(pipe: NovaPipeline, args: Memory, device: torch.device) -> float:

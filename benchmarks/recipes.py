@@ -2,7 +2,7 @@
 
 Each takes a few steps, as `nova train` does it, with everything as the recipe says but what it learns from and begins
 with: an encoded dataset of random numbers, random weights, and one micro batch a step. Prints a row for each as soon as
-it is there, also for one that fails, and writes all as JSON.
+it is there, also for one that fails, and writes those so far as JSON.
 """
 
 import gc
@@ -47,10 +47,7 @@ class Recipes:
 
 def main(args: Recipes) -> int:
     device = choose_device(args.device)
-    rows = []
-    for path in args.recipes:
-        rows.append(attempt(path, args, device))
-        print(json.dumps(rows[-1]), flush=True)
+    rows: list[dict[str, Any]] = []
     result = {
         "benchmark": "recipes",
         "rows": rows,
@@ -63,7 +60,10 @@ def main(args: Recipes) -> int:
         "command": shlex.join(["python", "benchmarks/recipes.py", *sys.argv[1:]]),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for path in args.recipes:
+        rows.append(attempt(path, args, device))
+        print(json.dumps(rows[-1]), flush=True)
+        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")  # what is there is kept
     return int(any("error" in row for row in rows))
 
 

@@ -1,4 +1,5 @@
-"""What was measured, on disk: a JSON list of rows, one for each kind of run; a new run replaces the row of its kind."""
+"""What was measured, on disk: a JSON list of rows, one for each kind of run; a new run replaces the row of its kind,
+unless it failed where that one did not."""
 
 import json
 from collections.abc import Sequence
@@ -86,6 +87,9 @@ class Recorded(Protocol):
     @property
     def kind(self) -> tuple[Any, ...]: ...
 
+    @property
+    def error(self) -> str | None: ...
+
 
 R = TypeVar("R", bound=Recorded)
 
@@ -113,13 +117,13 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
 
 
 def record_row(path: Path, row: R) -> None:
-    """Put a row where the one of its kind was, or at the end."""
+    """Put a row where the one of its kind was, or at the end. What was measured stays where the new run failed."""
     rows = read_records(path, type(row))
     kinds = [other.kind for other in rows]
-    if row.kind in kinds:
-        rows[kinds.index(row.kind)] = row
-    else:
+    if row.kind not in kinds:
         rows.append(row)
+    elif row.error is None or rows[kinds.index(row.kind)].error is not None:
+        rows[kinds.index(row.kind)] = row
     write_rows(path, rows)
 
 

@@ -383,6 +383,59 @@ def test_ten_such_steps_in_a_row_end_the_run_with_the_batch(
     assert {"latents", "text", "lengths", "motion", "fps"} == load_file(saved[0]).keys()
 
 
+def test_after_ten_of_them_nothing_is_learned_until_it_is_seen(
+    recipe: DatasetTransformerRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is some steps on by then."""
+    plain, calls = DatasetTask.loss, []
+
+    def loss(self: DatasetTask, variant: Variant, batch: Any) -> dict[str, torch.Tensor]:
+        calls.append(variant)
+        found = plain(self, variant, batch)
+        return found | {"loss": found["loss"] * (math.nan if len(calls) <= BAD_STEPS else 1.0)}
+
+    monkeypatch.setattr(DatasetTask, "loss", loss)
+    task, processes = DatasetTask(recipe, CPU), Processes(recipe)
+    task.open_data([0], 1, {})
+    optimizer, average = make_optimizer(task.model, recipe.optimizer, CPU), Average(task.model, 0.9)
+    stepper = Stepper(task, processes.spread(task), optimizer, average, recipe, processes, [0])
+    before = [weight.detach().clone() for weight in task.model.parameters()]
+    for number in range(BAD_STEPS + 3):
+        stepper.step(number, task.variants()[0][0])
+    assert all(torch.equal(*pair) for pair in zip(before, task.model.parameters(), strict=True))
+    with pytest.raises(InputError, match=f"the last {BAD_STEPS + 3} steps had gradients that are not finite"):
+        stepper.check(BAD_STEPS + 3, Path(recipe.output).parent)
+
+
+def test_data_that_are_read_otherwise_start_anew(
+    recipe: DatasetTransformerRecipe, tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other workers keep other places, and a dataset that has grown has other rows at them."""
+    folder = write_dataset(tmp_path / "grows", tiny_checkpoint, {CLIPS: 8})
+    recipe = replace(recipe, dataset=replace(recipe.dataset, path=str(folder), workers=2, held_out=0.0))
+    train(replace(recipe, steps=2))
+    train(replace(recipe, steps=3, dataset=replace(recipe.dataset, workers=0)))
+    assert "the data start anew: they were read with" in caplog.text
+    caplog.clear()
+    train(replace(recipe, steps=4, dataset=replace(recipe.dataset, workers=0)))
+    assert "anew" not in caplog.text
+    (folder / "data" / CLIPS.name / "1.parquet").rename(folder / "data" / CLIPS.name / "2.parquet")
+    train(replace(recipe, steps=5, dataset=replace(recipe.dataset, workers=0)))
+    assert "the data start anew" in caplog.text
+
+
+def test_what_goes_wrong_in_a_worker_is_one_line(
+    recipe: DatasetTransformerRecipe, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = write_dataset(tmp_path / "few", tiny_checkpoint, {CLIPS: 2})
+    task = DatasetTask(replace(recipe, dataset=DatasetRecipe(str(folder), batch=2, held_out=0.0, workers=1)), CPU)
+    task.open_data([3], 4, {})
+    with pytest.raises(InputError) as found:
+        task.draw(task.variants()[0][0], 3)
+    assert str(found.value).count("\n") == 0
+    assert "have nothing for micro batch 4 of 4: expected more rows" in str(found.value)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(recipe: DatasetTransformerRecipe) -> None:
     """A limit on the size of files stands in for the end of the disk: the second checkpoint is cut short."""
     train(replace(recipe, steps=2))

@@ -2,13 +2,15 @@
 
 import itertools
 import json
+from collections.abc import Iterable
 
 import pytest
 import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nova_video.data.dataset import Bucket, Sample, Shard, list_shards, write_shard
 from nova_video.errors import InputError
-from nova_video.training.stream import Stream, collate, is_held_out, open_loader
+from nova_video.training.stream import Loaded, Rows, collate, is_held_out, joined, open_loader, state_of
 
 BUCKET = Bucket(5, 16, 16)
 SHARDS, ROWS = 5, 7
@@ -24,37 +26,37 @@ def sample(number: int) -> Sample:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Shard]:
     folder = tmp_path_factory.mktemp("dataset")
     for shard in range(SHARDS):
-        rows = [sample(shard * ROWS + row) for row in range(ROWS)]
-        write_shard(folder / "data" / BUCKET.name / f"{shard}.parquet", rows)
+        samples = [sample(shard * ROWS + row) for row in range(ROWS)]
+        write_shard(folder / "data" / BUCKET.name / f"{shard}.parquet", samples)
     return list_shards(folder)[BUCKET]
 
 
-def stream(shards: list[Shard], micro: int = 0, count: int = 1, held_out: float = 0.0, seed: int = 0) -> Stream:
-    return Stream(shards, seed, micro, count, window=4, held_out=held_out)
+def rows(shards: list[Shard], micro: int = 0, count: int = 1, held_out: float = 0.0, seed: int = 0) -> Rows:
+    return Rows(shards, seed, micro, count, window=4, held_out=held_out)
 
 
-def ids(stream: Stream, count: int) -> list[str]:
-    return [found.id for found in itertools.islice(stream, count)]
+def ids(rows: Rows, count: int) -> list[str]:
+    return [found.id for found in itertools.islice(rows, count)]
 
 
 EVERY = {f"c{number}" for number in range(SHARDS * ROWS)}
 
 
 def test_a_pass_has_every_row_once_and_each_pass_its_own_order(shards: list[Shard]) -> None:
-    found = ids(stream(shards), 2 * len(EVERY))
+    found = ids(rows(shards), 2 * len(EVERY))
     first, second = found[: len(EVERY)], found[len(EVERY) :]
     assert set(first) == set(second) == EVERY
     assert first != second
     assert first != sorted(first)
-    assert ids(stream(shards), len(EVERY)) == first
-    assert ids(stream(shards, seed=1), len(EVERY)) != first
+    assert ids(rows(shards), len(EVERY)) == first
+    assert ids(rows(shards, seed=1), len(EVERY)) != first
 
 
-@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("count", [2, 5, 6])
 def test_micro_batches_share_the_rows(shards: list[Shard], count: int) -> None:
     parts = []
     for micro in range(count):
-        part = stream(shards, micro, count)
+        part = rows(shards, micro, count)
         parts.append([found.id for found in itertools.takewhile(lambda _: part.number == 0, part)])  # noqa: B023
     assert sorted(itertools.chain(*parts)) == sorted(EVERY)
 
@@ -62,25 +64,57 @@ def test_micro_batches_share_the_rows(shards: list[Shard], count: int) -> None:
 def test_held_out_sources_never_come(shards: list[Shard]) -> None:
     kept = {f"c{n}" for n in range(SHARDS * ROWS) if not is_held_out(f"source{n}", 0.3)}
     assert 0 < len(kept) < len(EVERY)
-    assert set(ids(stream(shards, held_out=0.3), 3 * len(kept))) == kept
+    assert set(ids(rows(shards, held_out=0.3), 3 * len(kept))) == kept
     with pytest.raises(InputError, match="nothing for micro batch 1 of 1"):
-        ids(stream(shards, held_out=1.0), 1)
+        ids(rows(shards, held_out=1.0), 1)
 
 
-@pytest.mark.parametrize(("workers", "micro", "count"), [(0, 0, 1), (0, 1, 2), (2, 0, 1)])
-def test_a_loader_goes_on_with_the_very_next_rows(shards: list[Shard], workers: int, micro: int, count: int) -> None:
-    def opened() -> torch.utils.data.DataLoader:
-        return open_loader(stream(shards, micro, count, held_out=0.1), 3, workers)
+def loader(
+    shards: list[Shard], micro: list[int], count: int, workers: int, held_out: float = 0.1
+) -> StatefulDataLoader:
+    return open_loader(shards, 0, micro, count, 3, workers, 8, held_out)
 
-    loader = opened()
-    whole = [batch.captions for batch in itertools.islice(loader, 24)]
-    loader = opened()
-    for batch in itertools.islice(loader, 11):
-        assert len(batch.captions) == 3
-    place = json.loads(json.dumps(loader.state_dict()))
-    resumed = opened()
-    resumed.load_state_dict(place)
-    assert [batch.captions for batch in itertools.islice(resumed, 13)] == whole[11:]
+
+def captions(batches: Iterable[dict[int, Loaded]], count: int) -> list[dict[int, list[str]]]:
+    return [{micro: x.captions for micro, x in each.items()} for each in itertools.islice(batches, count)]
+
+
+@pytest.mark.parametrize(
+    ("workers", "micro", "count"), [(0, [0], 1), (0, [1], 2), (2, [0], 1), (2, [0, 1], 2), (2, [1], 5), (2, [0, 8], 9)]
+)
+def test_a_loader_goes_on_with_the_very_next_rows(
+    shards: list[Shard], workers: int, micro: list[int], count: int
+) -> None:
+    whole = captions(loader(shards, micro, count, workers), 24)
+    assert all(list(each) == micro and len(told) == 3 for each in whole for told in each.values())
+    stopped = loader(shards, micro, count, workers)
+    assert captions(stopped, 11) == whole[:11]
+    resumed = loader(shards, micro, count, workers)
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert captions(resumed, 13) == whole[11:]
+
+
+def test_micro_batches_are_the_same_however_they_are_divided_and_go_on_so(shards: list[Shard]) -> None:
+    together = loader(shards, [0, 1], 2, workers=2)
+    whole = captions(together, 9)
+    apart = [loader(shards, [micro], 2, workers=2) for micro in (0, 1)]
+    begun = [captions(each, 4) for each in apart]
+    assert [{**first, **second} for first, second in zip(*begun, strict=True)] == whole[:4]
+    states = [state_of(each.state_dict(), micro) for micro, each in enumerate(apart)]
+    united = loader(shards, [0, 1], 2, workers=2)
+    united.load_state_dict(joined(json.loads(json.dumps(states))))
+    assert captions(united, 5) == whole[4:]
+    for micro in (0, 1):
+        single = loader(shards, [micro], 2, workers=2)
+        single.load_state_dict(state_of(json.loads(json.dumps(together.state_dict())), micro))
+        more = captions(loader(shards, [0, 1], 2, workers=2), 12)
+        assert captions(single, 3) == [{micro: each[micro]} for each in more[9:]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_any_number_of_micro_batches_and_workers_finds_rows(shards: list[Shard], count: int) -> None:
+    found = captions(loader(shards, list(range(count)), count, workers=4, held_out=0.0), 12)
+    assert {told for each in found for batch in each.values() for told in batch} <= {f"Caption {n}." for n in range(35)}
 
 
 def test_batches_are_few_tensors() -> None:

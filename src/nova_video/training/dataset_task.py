@@ -4,6 +4,7 @@ A step takes one size bucket, so that its samples can be stacked; which one foll
 with sources that are held out: the loss with their own captions and with one another's, and samples.
 """
 
+import hashlib
 import itertools
 import logging
 import os
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nova_video.data.dataset import (
     Bucket,
@@ -35,7 +37,7 @@ from nova_video.model import NOVATransformer3DModel
 from nova_video.settings import CheckpointSettings, Defaults
 from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.training.recipe import DatasetTransformerRecipe
-from nova_video.training.stream import Loaded, Stream, collate, is_held_out, open_loader
+from nova_video.training.stream import Loaded, collate, is_held_out, joined, open_loader, state_of
 from nova_video.training.transformer import (
     Batch,
     Material,
@@ -80,6 +82,23 @@ class Fact:
     motion: float
 
 
+class Reader:
+    """Batches of one size for the micro batches of this process, which each take theirs in a step."""
+
+    def __init__(self, micro: list[int], loader: StatefulDataLoader) -> None:
+        self.micro, self.loader = micro, loader
+        self._rounds = iter(loader)
+        self._waiting: dict[int, Loaded] = {}
+
+    def next(self, micro: int) -> Loaded:
+        if micro not in self._waiting:
+            try:
+                self._waiting = next(self._rounds)
+            except InputError as error:  # of a worker process: behind it there is all that led to it
+                raise InputError(str(error).strip().rpartition("InputError: ")[2]) from None
+        return self._waiting.pop(micro)
+
+
 class DatasetTask(TransformerTask):
     """A size is a bucket."""
 
@@ -120,8 +139,7 @@ class DatasetTask(TransformerTask):
         super().__init__(replace(recipe, model=resolved), model, _scheduler(recipe), device, frames)
         self.defaults = self._defaults()
         self.recipe = replace(self.recipe, autoencoder=name, text_encoder=self.text_name or "", defaults=self.defaults)
-        self.loaders: dict[str, Any] = {}
-        self.batches: dict[tuple[int, Size], Iterator[Loaded]] = {}
+        self.readers: dict[Size, Reader] = {}
 
     def _defaults(self) -> Defaults:
         """Those of the recipe if it has any; else of `init`, for clips as they are here."""
@@ -181,25 +199,47 @@ class DatasetTask(TransformerTask):
         return self.step_flops(self.samples(variant), frames, self.grid(size.bucket), variant.visible)
 
     def open_data(self, micro: Iterable[int], count: int, places: dict[str, Any]) -> None:
+        """Data that are read otherwise than they were start anew."""
+        data, own = self.recipe.dataset, list(micro)
+        if places and places.get("how") != (how := self._how_read()):
+            log.warning("the data start anew: they were read with %s, and now with %s", places.get("how"), how)
+            places = {}
+        for size in dict.fromkeys(variant.size for variant in self.variants()[0]):
+            loader = open_loader(
+                self.shards[size.bucket],
+                self.seed,
+                own,
+                count,
+                self.samples(Variant(size, None)),
+                data.workers,
+                data.shuffle,
+                data.held_out,
+            )
+            if places:
+                loader.load_state_dict(joined([places[f"{number}:{size.name}"] for number in own]))
+            self.readers[size] = Reader(own, loader)
+
+    def _how_read(self) -> dict[str, Any]:
+        """What says which rows come next, but for the micro batches."""
+        shards = [
+            (bucket.name, Path(shard.url).name, shard.rows) for bucket in self.shards for shard in self.shards[bucket]
+        ]
         data = self.recipe.dataset
-        sizes = dict.fromkeys(variant.size for variant in self.variants()[0])
-        for number, size in itertools.product(micro, sizes):
-            name = f"{number}:{size.name}"
-            stream = Stream(self.shards[size.bucket], self.seed, number, count, data.shuffle, data.held_out)
-            loader = open_loader(stream, self.samples(Variant(size, None)), data.workers)
-            if name in places:
-                loader.load_state_dict(places[name])
-            self.loaders[name], self.batches[number, size] = loader, iter(loader)
+        of_recipe = {name: getattr(data, name) for name in ("batch", "workers", "shuffle", "held_out")}
+        return {"shards": hashlib.sha256(repr(shards).encode()).hexdigest()[:16], **of_recipe}
 
     def close_data(self) -> None:
-        self.batches.clear()
-        self.loaders.clear()
+        self.readers.clear()
 
     def places(self) -> dict[str, Any]:
-        return {name: loader.state_dict() for name, loader in self.loaders.items()}
+        found: dict[str, Any] = {"how": self._how_read()}
+        for size, reader in self.readers.items():
+            state = reader.loader.state_dict()
+            found |= {f"{number}:{size.name}": state_of(state, number) for number in reader.micro}
+        return found
 
     def draw(self, variant: Variant, micro: int) -> Batch:
-        loaded = next(self.batches[micro, variant.size])
+        loaded = self.readers[variant.size].next(micro)
         if variant.size.picture:
             loaded = replace(loaded, moments=loaded.moments[:, :, :1], motion=torch.zeros_like(loaded.motion))
         return self._batch(loaded, torch.rand(len(loaded.captions)) < self.recipe.dataset.short_captions)

@@ -73,9 +73,11 @@ class DatasetRecipe:
     held_out: float = 0.02
     """Share of the sources that are kept for validation."""
     shuffle: int = 1024
-    """Neighbouring rows that are mixed; besides, every pass reads the shards in another order."""
+    """Neighbouring rows that are mixed, over all micro batches and workers together (each mixes a batch at least);
+    besides, every pass reads the shards in another order."""
     workers: int = 2
-    """Processes that read and decode, for each bucket and micro batch; 0: none besides the trainer's."""
+    """Processes that read and decode for each process that trains and each bucket, at most as many as a micro batch has
+    shards; 0: none besides the trainer's."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "shuffle"):

@@ -1,15 +1,17 @@
 """Rows of an encoded dataset, streamed: Parquet shards (`data/dataset.py`) to batches of samples, for ever.
 
-Hugging Face `datasets` streams the shards from a folder or a URL and splits them over micro batches and worker
-processes; torchdata's loader knows where it is, so that a resumed run reads on with the very next row. A pass reads the
-shards in an order of its own and mixes neighbouring rows; both follow from the seed and the number of the pass.
+Hugging Face `datasets` streams the shards from a folder or a URL; torchdata's loader knows where it is, so that a
+resumed run reads on with the very next row. A pass reads the shards in an order of its own and mixes neighbouring rows;
+both follow from the seed and the number of the pass. Every micro batch of a step has rows of its own, the same however
+many processes there are, and a process reads those of all its micro batches with one loader.
 """
 
 import hashlib
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,16 +24,24 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from nova_video.data.dataset import Sample, Shard, to_sample
 from nova_video.errors import InputError
 
+EMPTY_PASSES = 8
+"""In a row, without a single row: more would find none either. Passes share the shards out differently."""
+
+MICRO = "micro_batches"
+"""What marks a stream's own state within its loader's."""
+
 
 def is_held_out(source: str, share: float) -> bool:
     """Whether clips of this source are kept for validation: by the hash of its name, the same in every run."""
     return int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") < share * 2**64
 
 
-class Stream(TorchDataset):
+class Rows:
     """Samples of one bucket for one of `count` micro batches, pass after pass, without end."""
 
-    def __init__(self, shards: list[Shard], seed: int, micro: int, count: int, window: int, held_out: float) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], seed: int, micro: int, count: int, window: int, held_out: float
+    ) -> None:
         """`window` neighbouring rows are mixed; a share of `held_out` of the sources is left out."""
         self.urls = [shard.url for shard in shards]
         self.seed, self.micro, self.count, self.window, self.held_out = seed, micro, count, window, held_out
@@ -40,37 +50,80 @@ class Stream(TorchDataset):
         self.place: dict[str, Any] | None = None  # within the pass, where to go on from
 
     def one_pass(self, number: int) -> IterableDataset:
-        """The rows of a pass that belong to this micro batch."""
-        urls = list(self.urls)
+        """The rows of a pass that belong to this micro batch: whole shards, if there are enough of them; else all micro
+        batches read all shards, and each takes every so many rows."""
+        urls, enough = list(self.urls), len(self.urls) >= self.count
         random.Random(f"{self.seed}-{number}").shuffle(urls)
+        if enough:
+            urls = urls[self.micro :: self.count]
         rows = load_dataset("parquet", data_files=urls, split="train", streaming=True)
-        rows = split_dataset_by_node(rows, self.micro, self.count)
+        if not enough:
+            rows = split_dataset_by_node(rows, self.micro, self.count)
         return rows.map(Mix(f"{self.seed}-{number}"), batched=True, batch_size=self.window)
 
     def __iter__(self) -> Iterator[Sample]:
-        while True:
+        empty = 0
+        while empty < EMPTY_PASSES:
             self.rows = self.one_pass(self.number)
-            found = 0 if self.place is None else 1
+            empty += self.place is None
             if self.place is not None:
                 self.rows.load_state_dict(self.place)
                 self.place = None
             for row in self.rows:
                 if not is_held_out(row["source"], self.held_out):
-                    found += 1
+                    empty = 0
                     yield to_sample(row)
-            if not found:
-                raise InputError(
-                    f"{self.urls[0]} and {len(self.urls) - 1} more shards have nothing for micro batch"
-                    f" {self.micro + 1} of {self.count}: expected more rows, fewer micro batches or a smaller"
-                    " dataset.held_out"
-                )
             self.number += 1
+        raise InputError(
+            f"{self.urls[0]} and {len(self.urls) - 1} more shards have nothing for micro batch"
+            f" {self.micro + 1} of {self.count}: expected more rows, fewer micro batches or a smaller"
+            " dataset.held_out"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"pass": self.number, "rows": None if self.rows is None else self.rows.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.number, self.place = state["pass"], state["rows"]
+
+
+class Stream(TorchDataset):
+    """Of every step the batches that a process learns from, by the number of the micro batch."""
+
+    def __init__(self, rows: Sequence[Rows], batch: int) -> None:
+        self.rows = {str(each.micro): each for each in rows}
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[dict[int, "Loaded"]]:
+        samples = [(rows.micro, iter(rows)) for rows in self.rows.values()]
+        while True:
+            yield {micro: collate(list(islice(each, self.batch))) for micro, each in samples}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {MICRO: {micro: rows.state_dict() for micro, rows in self.rows.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for micro, rows in self.rows.items():
+            rows.load_state_dict(state[MICRO][micro])
+
+
+def state_of(state: Any, micro: int) -> Any:
+    """Of a loader's state what belongs to one micro batch."""
+    if not isinstance(state, dict):
+        return state
+    if MICRO in state:
+        return {MICRO: {str(micro): state[MICRO][str(micro)]}}
+    return {name: state_of(value, micro) for name, value in state.items()}
+
+
+def joined(states: Sequence[Any]) -> Any:
+    """The state of a loader that has the micro batches of all of these."""
+    first = states[0]
+    if not isinstance(first, dict):
+        return first
+    if MICRO in first:
+        return {MICRO: {micro: rows for state in states for micro, rows in state[MICRO].items()}}
+    return {name: joined([state[name] for state in states]) for name in first}
 
 
 class Mix:
@@ -123,8 +176,25 @@ def pad(texts: list[Any]) -> tuple[Tensor, Tensor]:
     return torch.nn.utils.rnn.pad_sequence(texts, batch_first=True), lengths
 
 
-def open_loader(stream: Stream, batch: int, workers: int) -> StatefulDataLoader:
-    """Yields `Loaded` batches. Worker processes share the shards, so that there are at most as many as shards."""
+def open_loader(
+    shards: Sequence[Shard],
+    seed: int,
+    micro: Sequence[int],
+    count: int,
+    batch: int,
+    workers: int,
+    shuffle: int,
+    held_out: float,
+) -> StatefulDataLoader:
+    """Yields `Loaded` batches of these of the `count` micro batches, `{micro: Loaded}`, one of each at a time.
+
+    Worker processes share the shards of a micro batch, so that there are at most as many as it has shards. As many as
+    `shuffle` neighbouring rows are mixed by all micro batches and workers together, a batch's by each at least.
+    """
+    workers = min(workers, max(1, len(shards) // count))
+    window = max(min(batch, shuffle), shuffle // (count * max(1, workers)))
+    stream = Stream([Rows(shards, seed, number, count, window, held_out) for number in micro], batch)
+    ahead = {"prefetch_factor": 2 if len(micro) == 1 else 1} if workers else {}  # batches that wait in memory
     with warnings.catch_warnings():  # torchdata calls something of torch that is going away
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        return StatefulDataLoader(stream, batch, num_workers=min(workers, len(stream.urls)), collate_fn=collate)
+        return StatefulDataLoader(stream, batch_size=None, num_workers=workers, collate_fn=dict, **ahead)

@@ -122,7 +122,7 @@ def train(recipe: Recipe) -> Path:
                 numbers |= since.rates(step, spent, None if peak is None else peak * processes.count)
                 since = Work(step, spent)
                 log.write(step, spent, numbers)
-            if due(recipe.log.every) or not task.on_gpu:  # elsewhere it would wait for the device
+            if processes.count == 1 or due(recipe.log.every):  # several see it at the same step
                 stepper.check(step, output)
             looks = Looks(due(recipe.log.validate_every), due(recipe.log.sample_every), due(recipe.log.score_every))
             if any(looks):
@@ -234,6 +234,7 @@ class Stepper:
         self.sums = torch.zeros(len(self.names), 2, device=device, dtype=torch.float64)  # sum, count
         self.rows: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}  # names -> their rows of the sums, and a one
         self.bad = torch.zeros(2, device=device)  # steps that were skipped: since the last look, in a row
+        self.seen = torch.zeros(2, pin_memory=task.on_gpu)  # the same, as the device had it some steps ago
         self.newest: Any = None  # batch
 
     def step(self, number: int, variant: Any) -> None:
@@ -245,6 +246,7 @@ class Stepper:
             self.graphs(variant, next(batches), lambda batch: self._step(variant, [batch]))
         if self.recipe.ema_every > 1 and (number + 1) % self.recipe.ema_every == 0:
             self.average.update()
+        self.seen.copy_(self.bad, non_blocking=True)
 
     def _draw(self, number: int, variant: Any, micro: int) -> Any:
         """The batch of a micro batch; what its loss draws follows from the same seed."""
@@ -266,7 +268,7 @@ class Stepper:
             nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip, total)
         norm = whole(total).detach()
         self._count({"grad_norm": norm})
-        finite = norm.isfinite()
+        finite = norm.isfinite() & (self.bad[1] < BAD_STEPS)  # then the run ends: nothing is learned until it is seen
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # its kernel then changes nothing
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -299,8 +301,11 @@ class Stepper:
         return means | ({"skipped_steps": float(skipped)} if skipped else {})
 
     def check(self, step: int, output: Path) -> None:
-        """Stop a run whose steps have long been skipped, with the batch of the newest one saved."""
-        row = int(self.bad[1])
+        """Stop a run whose last ten steps were skipped, with the newest batch saved.
+
+        The device is not waited for, and may be some steps on when it is seen: those change nothing either.
+        """
+        row = int(self.seen[1])
         if row < BAD_STEPS:
             return
         path = output / f"bad-batch-{step:08d}-{self.processes.index}.safetensors"

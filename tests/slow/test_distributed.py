@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nova_video.training.recipe import (
     DatasetRecipe,
     DatasetTransformerRecipe,
     LogRecipe,
+    LoraRecipe,
     OptimizerRecipe,
     recipe_toml,
 )
@@ -80,12 +82,28 @@ def check_same(one: DatasetTransformerRecipe, other: DatasetTransformerRecipe) -
         assert torch.allclose(value.float(), there[name].float(), rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_learn_what_one_does(alone: DatasetTransformerRecipe, strategy: str) -> None:
-    two = replace(alone, strategy=strategy, output=f"{alone.output}-{strategy}")
+@pytest.mark.parametrize(
+    ("strategy", "how"), [("ddp", {"workers": 2}), ("fsdp", {}), ("fsdp", {"checkpointing": True})], ids=str
+)
+def test_two_processes_learn_what_one_does(alone: DatasetTransformerRecipe, strategy: str, how: dict[str, Any]) -> None:
+    """Readers of their own leave the rows as they are, and checkpointing the gradients."""
+    dataset = replace(alone.dataset, workers=how.get("workers", 0))
+    output = f"{alone.output}-{strategy}{''.join(how)}"
+    two = replace(
+        alone, strategy=strategy, dataset=dataset, checkpointing=how.get("checkpointing", False), output=output
+    )
     launch(two, TORCHRUN)
     check_same(alone, two)
     assert {p.name for p in (Path(two.output) / "model").iterdir()} >= {"transformer", "vae", "scheduler", "nova.json"}
+
+
+def test_two_processes_train_adapters_as_one_does(recipe: DatasetTransformerRecipe) -> None:
+    one = replace(recipe, lora=LoraRecipe(rank=2), output=f"{recipe.output}-lora")
+    train(one)
+    two = replace(one, strategy="fsdp", output=f"{recipe.output}-lora-fsdp")
+    launch(two, TORCHRUN)
+    check_same(one, two)
+    assert (Path(two.output) / "model" / "pytorch_lora_weights.safetensors").exists()
 
 
 def test_a_run_goes_on_with_another_number_of_processes(alone: DatasetTransformerRecipe) -> None:

@@ -5,6 +5,7 @@ None stands for the checkpoint's own default.
 
 import contextlib
 import io
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from nova_video.errors import InputError
 from nova_video.settings import AttentionKernels
 
 PARSE_ERROR = 2  # tyro's exit code
+UNREADABLE = re.compile(r"Error parsing (--\S+): (?:Could not find valid parse|no type matching) .*\[(.*)\]")
 MODEL = "emoji"  # the model in the box
 OWN = "(default: the model's own)"
 AUTO = "(default: auto)"
@@ -522,8 +524,14 @@ def one_line_errors(arguments: Sequence[str]) -> Iterator[None]:
     except SystemExit as stop:
         if stop.code != PARSE_ERROR:
             raise
-        lines = [line.strip("│╭╰╮╯ ") for line in box.getvalue().splitlines()]
-        rule = next((index for index, line in enumerate(lines) if index and line.startswith("─")), len(lines))
-        text = " ".join(" ".join(lines[1:rule]).split("Got errors:")[0].split())
+        lines = [line.strip("│╭╰╮╯ ") for line in box.getvalue().splitlines()][1:]
+        rules = [index for index, line in enumerate(lines) if line and not line.strip("─-")]  # "-": not in UTF-8
+        if rules[:1] == [0]:
+            lines, rules = lines[1:], [index - 1 for index in rules[1:]]
+        rule = rules[0] if rules else len(lines)
+        text = " ".join(" ".join(lines[:rule]).split("Got errors:")[0].split())
+        usage = next((line for line in lines[rule + 1 :] if line.startswith("--")), None)
+        if usage is not None and (match := UNREADABLE.match(text)) is not None:
+            text = f"{match[1]} is {match[2]}: expected {usage}"
         given = f"got: nova {shlex.join(arguments)}" if arguments else "got nothing"
         raise InputError(f"{text or 'cannot understand these arguments'} ({given})") from None

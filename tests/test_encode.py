@@ -290,12 +290,22 @@ def test_wrong_input(source: Path, tmp_path: Path, encode: Encode, monkeypatch: 
     (tmp_path / "full" / "x").touch()
     (tmp_path / "file").touch()
     (tmp_path / "bad").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for url in ("s3://bucket/o", "hf://datasets/a/b"):
+        code, out, err = encode(source, url)
+        said = f"nova: output is {url}: expected a local folder (the source alone may be a URL)\n"
+        assert (code, out, err) == (2, "", said)
+        assert not Path(url).exists()
     for place, output, arguments, expected in [
         (source, "new", ["--frames", 16], "frames is 16: expected 4k + 1"),
         (source, "new", ["--size", "100"], "size is 100x100: expected width and height in multiples of 32"),
         (source, "new", ["--size", "ten"], "size is 'ten', expected WIDTHxHEIGHT"),
         (source, "new", ["--fps", 0], "fps is 0.0: expected a number of more than 0"),
         (source, "new", ["--ray", "here"], "got --no-ray and --ray here: expected one of them"),
+        (source, "new", ["--batch", -1], "batch is -1: expected a whole number of at least 1"),
+        (source, "new", ["--batch", 0], "batch is 0: expected a whole number of at least 1"),
+        (source, "new", ["--frames", "x"], "--frames is 'x': expected --frames N ... (got: nova encode"),
+        (source, "new", ["--fps", "x"], "--fps is 'x': expected --fps N (got: nova encode"),
         (source, "new", ["--model", "nothing"], "model 'nothing' not found"),
         (source, "new", ["--device", "tpu"], "device is 'tpu', expected auto, cpu"),
         (source, "full", [], "full exists and is no encoded dataset: expected a new or empty folder"),

@@ -51,8 +51,10 @@ def run_data_inspect(args: DataInspect) -> None:
     from nova_video.data.inspect import check_dataset, compare_samples, comparison_sheet
     from nova_video.devices import choose_device
     from nova_video.media import atomic_path, check_writable
+    from nova_video.settings import check_local
 
     choose_device(args.device)
+    check_local("output", args.output)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     check_writable(args.output.parent)
     with progress_bar() as bar:

@@ -5,6 +5,7 @@ Defaults and their bounds are written here and nowhere else; `request.py` and `p
 
 import json
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import numpy as np
 from nova_video.errors import InputError
 
 SETTINGS_FILE = "nova.json"
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")  # also as Path leaves one; C:/ is none
 
 AttentionKernels = Literal["auto", "cudnn", "flash"]
 """The best kernels that attention may take on a GPU: FlashAttention 4, cuDNN's, torch's own."""
@@ -30,6 +32,12 @@ def check_number(
             return
     bound = f"{'more than' if above else 'at least'} {low:g}" + ("" if high is None else f" and at most {high:g}")
     raise InputError(f"{name} is {value!r}: expected {'a whole number' if integer else 'a number'} of {bound}")
+
+
+def check_local(name: str, place: str | Path, hint: str = "") -> None:
+    """`place`, which is written to, is a path: where a URL is meant, a folder of its name would be made here."""
+    if (match := URL.match(str(place))) is not None:
+        raise InputError(f"{name} is {match[1]}://{match[2]}: expected a local folder{hint}")
 
 
 @dataclass(frozen=True)

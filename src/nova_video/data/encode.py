@@ -25,7 +25,7 @@ from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResul
 from nova_video.errors import InputError
 from nova_video.loading import read_json, resolve_checkpoint
 from nova_video.media import check_writable
-from nova_video.settings import CheckpointSettings
+from nova_video.settings import CheckpointSettings, check_local, check_number
 from nova_video.text.encoders import find_text_encoder
 
 SHARD_BYTES = 256 << 20  # a group's samples of a bucket are split into shards of about so many
@@ -51,6 +51,11 @@ class EncodeSettings:
     device: str = "auto"
     ray: str | None = None
     """None: in this process; `local`: on a Ray of this machine; else the address of a cluster."""
+
+    def __post_init__(self) -> None:
+        check_local("output", self.output, " (the source alone may be a URL)")
+        if self.batch is not None:
+            check_number("batch", self.batch, 1, integer=True)
 
 
 @dataclass(frozen=True)

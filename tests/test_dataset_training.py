@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from nova_video.data.encoders import autoencoder_info
 from nova_video.errors import InputError
 from nova_video.loading import load_transformer
 from nova_video.pipeline import NovaPipeline
+from nova_video.training import log as log_module
 from nova_video.training.checkpoint import Average, newest_checkpoint
 from nova_video.training.dataset_task import DatasetTask
 from nova_video.training.graphs import StepGraphs
@@ -38,7 +40,7 @@ from nova_video.training.recipe import (
 )
 from nova_video.training.stream import collate, is_held_out
 from nova_video.training.trainer import BAD_STEPS, Stepper, make_optimizer, set_rate, train
-from nova_video.training.transformer import Variant
+from nova_video.training.transformer import Variant, use_fp8
 
 CPU = torch.device("cpu")
 CLIPS, SMALL, PICTURES = Bucket(9, 64, 96), Bucket(5, 64, 64), Bucket(1, 64, 96)
@@ -454,7 +456,16 @@ def test_a_full_disk_leaves_the_last_checkpoint(recipe: DatasetTransformerRecipe
     train(replace(recipe, steps=4))
 
 
-def test_wrong_recipes_name_the_field(recipe: DatasetTransformerRecipe, tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_fp8_names_its_package(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)  # importing it fails
+    with pytest.raises(InputError, match=r"precision = 'fp8' needs torchao: pip install 'nova-video\[lowmem\]'"):
+        use_fp8(load_transformer(tiny_checkpoint), torch.device("cuda"))
+
+
+def test_wrong_recipes_name_the_field(
+    recipe: DatasetTransformerRecipe, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(message: str, **changes: Any) -> None:
         with pytest.raises(InputError, match=message):
             train(replace(recipe, **changes))
@@ -468,6 +479,12 @@ def test_wrong_recipes_name_the_field(recipe: DatasetTransformerRecipe, tmp_path
     refused("fresh has 'nothing'", fresh=("nothing",))
     refused("scheduler is 'init' and there is no init", init="")
     refused("trackers has 'stone'", trackers=("stone",))
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(log_module.TRACKER_PACKAGES, name, lambda: False)
+        refused(f"trackers has '{name}', which is not installed: pip install {name}$", trackers=(name,))
+    monkeypatch.setitem(log_module.TRACKER_PACKAGES, "tensorboard", lambda: False)
+    refused(r"which is not installed: pip install 'nova-video\[train\]'$")
+    monkeypatch.undo()
     refused("precision = 'fp8' on cpu", precision="fp8")
     pictures = write_dataset(tmp_path / "other", tiny_checkpoint, {CLIPS: 4})
     alone = {"init": "", "scheduler": "flow", "model": ModelRecipe(video_base_frames=1)}

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from torch import nn
 
+from nova_video.arguments import one_line_errors
 from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.data.shapes import prepare_shapes
 from nova_video.errors import InputError
@@ -119,6 +120,48 @@ def test_overrides_reach_nested_keys() -> None:
         ('kind = "transformer"\nvisible = [1, 2]', "expected as many entries"),
         ('kind = "transformer"\n[data]\nwindow = 5', "data.window = 5: expected a length 4k + 1 of at least 9"),
         ("kind =", "is not TOML"),
+        *(
+            (f'kind = "transformer"\n{line}', message)
+            for line, message in (
+                ("steps = 0", "steps is 0: expected a whole number of at least 1"),
+                ("seconds = -1.0", "seconds is -1.0: expected a number of at least 0"),
+                ("micro_batches = -1", "micro_batches is -1"),
+                ('output = "s3://bucket/run"', "output is s3://bucket/run: expected a local folder"),
+                ("loss_repeat = 0", "loss_repeat is 0"),
+                ("prompt_dropout = 1.5", "prompt_dropout is 1.5"),
+                ("motion_dropout = -0.5", "motion_dropout is -0.5"),
+                ("history_noise = -0.1", "history_noise is -0.1"),
+                ("visible = [-1]\nvisible_probability = [1.0]", "visible is -1"),
+                ("visible = [1]\nvisible_probability = [-1.0]", "visible_probability is -1.0"),
+                (
+                    "visible = [1]\nvisible_probability = [0.0]",
+                    "visible_probability is (0.0,): expected a number above",
+                ),
+                ("[optimizer]\nlr = -1e-3", "optimizer.lr is -0.001"),
+                ("[optimizer]\nlr = nan", "optimizer.lr is nan"),
+                ("[optimizer]\nbetas = [0.9, 1.0]", "optimizer.betas is 1.0: expected a number of at least 0 and less"),
+                ("[optimizer]\nweight_decay = -1", "optimizer.weight_decay is -1"),
+                ("[optimizer]\nwarmup = -1", "optimizer.warmup is -1"),
+                ("[optimizer]\nfinal = 2.0", "optimizer.final is 2.0: expected a number of at least 0 and at most 1"),
+                ("[optimizer]\nclip = -1.0", "optimizer.clip is -1.0"),
+                ("[optimizer]\nema = 1.0", "optimizer.ema is 1.0"),
+                ("[optimizer]\nema_every = 0", "optimizer.ema_every is 0"),
+                ("[log]\nevery = -1", "log.every is -1"),
+                ("[log]\nkeep = 0", "log.keep is 0"),
+                ("[lora]\nrank = -1", "lora.rank is -1"),
+                ("[model]\ntext_token_len = 0", "model.text_token_len is 0"),
+                ("[data]\nbatch = [0]", "data.batch for 17 frames is 0"),
+                ("[data]\nprobability = [0.0]", "data.probability is (0.0,): expected a number above 0 among them"),
+                ("[data]\nrefresh = 2.0", "data.refresh is 2.0"),
+                (
+                    "[dataset]\nheld_out = 1.0",
+                    "dataset.held_out is 1.0: expected a number of at least 0 and less than 1",
+                ),
+                ("[dataset]\n[log]\nscore_every = 5", "log.score_every is 5: expected 0, there is no judge"),
+            )
+        ),
+        ('kind = "autoencoder"\nlatent_channels = 0', "latent_channels is 0"),
+        ('kind = "autoencoder"\n[log]\nscore_every = 5', "log.score_every is 5: expected 0"),
     ],
 )
 def test_wrong_recipes_are_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
@@ -126,6 +169,13 @@ def test_wrong_recipes_are_refused_by_name(text: str, message: str, tmp_path: Pa
     path.write_text(text)
     with pytest.raises(InputError, match=re.escape(message)):
         load_recipe(path)
+
+
+def test_wrong_overrides_are_refused_by_name() -> None:
+    """As in a recipe, whatever tyro puts before it."""
+    for override, message in ((["--steps", "0"], "steps is 0:"), (["--optimizer.ema", "1"], "optimizer.ema is 1.0:")):
+        with pytest.raises(InputError, match=f"^{message}"), one_line_errors(override):
+            load_recipe(RECIPES[0], override)
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from nova_video.errors import InputError
 from nova_video.settings import AttentionKernels
 
 PARSE_ERROR = 2  # tyro's exit code
+RECORD = re.compile(r"^Error parsing \w\S*: ")  # before what a record says of itself, which names the field
 UNREADABLE = re.compile(r"Error parsing (--\S+): (?:Could not find valid parse|no type matching) .*\[(.*)\]")
 MODEL = "emoji"  # the model in the box
 OWN = "(default: the model's own)"
@@ -533,5 +534,6 @@ def one_line_errors(arguments: Sequence[str]) -> Iterator[None]:
         usage = next((line for line in lines[rule + 1 :] if line.startswith("--")), None)
         if usage is not None and (match := UNREADABLE.match(text)) is not None:
             text = f"{match[1]} is {match[2]}: expected {usage}"
+        text = RECORD.sub("", text)
         given = f"got: nova {shlex.join(arguments)}" if arguments else "got nothing"
         raise InputError(f"{text or 'cannot understand these arguments'} ({given})") from None

@@ -22,15 +22,25 @@ AttentionKernels = Literal["auto", "cudnn", "flash"]
 
 
 def check_number(
-    name: str, value: object, low: float, *, integer: bool = False, above: bool = False, high: float | None = None
+    name: str,
+    value: object,
+    low: float,
+    *,
+    integer: bool = False,
+    above: bool = False,
+    high: float | None = None,
+    below: bool = False,
 ) -> None:
-    """`value` is a finite number of at least `low` (more than it with `above`) and at most `high`, or an InputError."""
+    """`value` is a finite number of at least `low` (more than it with `above`) and at most `high` (less than it with
+    `below`), or an InputError."""
     kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
     if isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value):
         number = float(value)
-        if number >= low and not (above and number == low) and (high is None or number <= high):
+        fits = high is None or number < high or (number == high and not below)
+        if fits and number >= low and not (above and number == low):
             return
-    bound = f"{'more than' if above else 'at least'} {low:g}" + ("" if high is None else f" and at most {high:g}")
+    bound = f"{'more than' if above else 'at least'} {low:g}"
+    bound += "" if high is None else f" and {'less than' if below else 'at most'} {high:g}"
     raise InputError(f"{name} is {value!r}: expected {'a whole number' if integer else 'a number'} of {bound}")
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import accelerate.utils
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
@@ -16,6 +17,7 @@ from nova_video.errors import InputError
 from nova_video.training.recipe import Recipe
 
 PROJECT = "nova-video"
+TRACKER_PACKAGES = {name: getattr(accelerate.utils, f"is_{name}_available") for name in LOGGER_TYPE_TO_CLASS}
 DETAILS = ("loss_time_", "loss_frame_")  # in the files and trackers alone: too many for a line on the screen
 
 
@@ -28,6 +30,9 @@ class Log:
         self.newest: dict[str, float] = {}
         if unknown := [name for name in recipe.trackers if name not in LOGGER_TYPE_TO_CLASS]:
             raise InputError(f"trackers has {unknown[0]!r}: expected any of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if absent := [name for name in recipe.trackers if not TRACKER_PACKAGES[name]()]:
+            package = "'nova-video[train]'" if absent[0] == "tensorboard" else absent[0].replace("_", "-")
+            raise InputError(f"trackers has {absent[0]!r}, which is not installed: pip install {package}")
         if not writes:
             return
         try:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from nova_video.data.words import MOTIONS
 from nova_video.errors import InputError
-from nova_video.settings import AttentionKernels, Defaults, check_number
+from nova_video.settings import AttentionKernels, Defaults, check_local, check_number
 
 T = TypeVar("T")
 
@@ -53,6 +53,14 @@ class DataRecipe:
             raise InputError(f"data.frames = {self.frames}: expected lengths 4k + 1, such as 1, 9 or 17")
         if self.window is not None and (self.window < 9 or self.window % 4 != 1):
             raise InputError(f"data.window = {self.window}: expected a length 4k + 1 of at least 9")
+        for frames, *counts in zip(self.frames, self.batch, self.pool, strict=True):
+            for name, count in zip(("batch", "pool"), counts, strict=True):
+                check_number(f"data.{name} for {frames} frames", count, 1, integer=True)
+        _check_shares("data.probability", self.probability)
+        check_number("data.refresh_every", self.refresh_every, 0, integer=True)
+        for name in ("refresh", "pairs"):
+            check_number(f"data.{name}", getattr(self, name), 0, high=1)
+        check_number("data.emphasis", self.emphasis, 0, above=True)
         if unknown := [motion for motion in self.emphasized if motion not in MOTIONS]:
             raise InputError(f"data.emphasized has {unknown[0]!r}: expected motions such as {MOTIONS[1]!r}")
 
@@ -85,7 +93,7 @@ class DatasetRecipe:
         check_number("dataset.workers", self.workers, 0, integer=True)
         for name in ("image_share", "short_captions", "held_out"):
             if (share := getattr(self, name)) is not None:
-                check_number(f"dataset.{name}", share, 0, high=1)
+                check_number(f"dataset.{name}", share, 0, high=1, below=name == "held_out")
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,16 @@ class OptimizerRecipe:
     ema_every: int = 1
     """Steps between two updates of the averaged weights."""
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "clip"):
+            check_number(f"optimizer.{name}", getattr(self, name), 0)
+        for beta in self.betas:
+            check_number("optimizer.betas", beta, 0, high=1, below=True)
+        check_number("optimizer.warmup", self.warmup, 0, integer=True)
+        check_number("optimizer.final", self.final, 0, high=1)
+        check_number("optimizer.ema", self.ema, 0, high=1, below=True)
+        check_number("optimizer.ema_every", self.ema_every, 1, integer=True)
+
 
 @dataclass(frozen=True)
 class LogRecipe:
@@ -119,12 +137,18 @@ class LogRecipe:
     sample_every: int = 0
     """A sheet of samples (or reconstructions)."""
     score_every: int = 0
-    """`nova evaluate emoji` on a few clips."""
+    """`nova evaluate emoji` on a few clips; for transformers trained in a world."""
     score_clips: int = 120
     checkpoint_every: int = 1000
     """Everything that is needed to go on."""
     keep: int = 2
     """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "validate_every", "sample_every", "score_every", "checkpoint_every"):
+            check_number(f"log.{name}", getattr(self, name), 0, integer=True)
+        for name in ("score_clips", "keep"):
+            check_number(f"log.{name}", getattr(self, name), 1, integer=True)
 
 
 @dataclass(frozen=True)
@@ -155,6 +179,12 @@ class RunRecipe:
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
 
+    def __post_init__(self) -> None:
+        check_number("steps", self.steps, 1, integer=True)
+        check_number("seconds", self.seconds, 0)
+        check_number("micro_batches", self.micro_batches, 0, integer=True)
+        check_local("output", self.output)
+
     @property
     def attention_kernels(self) -> AttentionKernels:
         """Which kernels attention on a GPU may take."""
@@ -176,6 +206,14 @@ class AutoencoderRecipe(RunRecipe):
     foreground: float = 4.0
     """Pixels of the object weigh 1 + this."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("latent_channels", self.latent_channels, 1, integer=True)
+        for name in ("l1", "mse", "gradient", "kl", "foreground"):
+            check_number(name, getattr(self, name), 0)
+        if self.log.score_every:
+            raise InputError(f"log.score_every is {self.log.score_every}: expected 0, no judge scores an autoencoder")
+
 
 @dataclass(frozen=True)
 class ModelRecipe:
@@ -195,6 +233,13 @@ class ModelRecipe:
     image_size: tuple[int, int] | None = None
     """Height and width in pixels that positions are made for; also None: the size of what is learned from."""
 
+    def __post_init__(self) -> None:
+        for name in ("text_token_len", "video_base_frames"):
+            if (value := getattr(self, name)) is not None:
+                check_number(f"model.{name}", value, 1, integer=True)
+        for side in self.image_size or ():
+            check_number("model.image_size", side, 1, integer=True)
+
 
 SMALL = ModelRecipe(("vit_d4w256", "vit_d9w256", "mlp_d3w320"), -1, True, 32, 5)
 
@@ -208,6 +253,10 @@ class LoraRecipe:
     """Adapters are scaled by alpha / rank; 0: as large as the rank."""
     targets: tuple[str, ...] = ()
     """Names of the layers that get one, as peft matches them; empty: attention and MLP of both encoders."""
+
+    def __post_init__(self) -> None:
+        check_number("lora.rank", self.rank, 0, integer=True)
+        check_number("lora.alpha", self.alpha, 0)
 
 
 @dataclass(frozen=True)
@@ -258,9 +307,18 @@ class TransformerRun(RunRecipe):
     """What a call of the trained checkpoint means by None."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.visible) != len(self.visible_probability):
             counts = f"{len(self.visible)} and {len(self.visible_probability)}"
             raise InputError(f"visible and visible_probability: expected as many entries in both, got {counts}")
+        for count in self.visible:
+            check_number("visible", count, 0, integer=True)
+        if self.visible:
+            _check_shares("visible_probability", self.visible_probability)
+        check_number("loss_repeat", self.loss_repeat, 1, integer=True)
+        for name in ("prompt_dropout", "motion_dropout"):
+            check_number(name, getattr(self, name), 0, high=1)
+        check_number("history_noise", self.history_noise, 0)
         if self.visible and self.mask_ratio == "sample":
             raise InputError("mask_ratio = 'sample' draws the paper's ratios: expected no visible")
         check_number("mask_levels", self.mask_levels, 0, integer=True)
@@ -289,6 +347,14 @@ class DatasetTransformerRecipe(TransformerRun):
     """Empty: the one of `init`, or that the dataset names."""
     scheduler: Literal["flow", "ddpm", "init"] = "init"
     dataset: DatasetRecipe = field(default_factory=DatasetRecipe)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.log.score_every:
+            raise InputError(
+                f"log.score_every is {self.log.score_every}: expected 0, there is no judge of a dataset's clips;"
+                " log.validate_every logs losses on held-out ones"
+            )
 
 
 Recipe = AutoencoderRecipe | TransformerRecipe | DatasetTransformerRecipe
@@ -322,6 +388,14 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def recipe_toml(recipe: Recipe) -> str:
     """The recipe as TOML, every default spelt out: what is saved beside the weights."""
     return _toml(dataclasses.asdict(recipe), "")
+
+
+def _check_shares(name: str, shares: tuple[float, ...]) -> None:
+    """Weights of a draw."""
+    for share in shares:
+        check_number(name, share, 0)
+    if not sum(shares):
+        raise InputError(f"{name} is {shares}: expected a number above 0 among them")
 
 
 def _build(kind: type[T], values: dict[str, Any], where: str) -> T:

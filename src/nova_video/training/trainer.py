@@ -107,7 +107,7 @@ def train(recipe: Recipe) -> Path:
             step += 1
             since.flops += flops(variant) * micro_batches
             since.samples += samples(variant) * micro_batches
-            if processes.count == 1 or step % recipe.log.every == 0:  # the time and the wish to stop are agreed on
+            if processes.count == 1 or step % max(1, recipe.log.every) == 0:  # time and wish to stop are agreed on
                 spent, asked = processes.greatest(time.monotonic() - clock, stop.asked)
                 stopped = bool(asked)
             last = done() >= 1 or stopped

@@ -296,7 +296,10 @@ def use_fp8(model: NOVATransformer3DModel, device: torch.device) -> None:
     """The encoders' and the denoiser's linear layers multiply in 8 bit floats, by torchao."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise InputError(f"precision = 'fp8' on {device}: expected a GPU that has 8 bit floats (Ada, Hopper or later)")
-    from torchao.float8 import convert_to_float8_training
+    try:
+        from torchao.float8 import convert_to_float8_training
+    except ImportError:
+        raise InputError("precision = 'fp8' needs torchao: pip install 'nova-video[lowmem]'") from None
 
     def fits(module: nn.Module, name: str) -> bool:
         return (

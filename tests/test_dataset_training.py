@@ -1,12 +1,13 @@
 """Training on an encoded dataset: from a checkpoint, on clips and pictures, stopped and gone on with."""
 
+import contextlib
 import json
 import math
 import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
@@ -22,9 +24,11 @@ from nova_video.errors import InputError
 from nova_video.loading import load_transformer
 from nova_video.pipeline import NovaPipeline
 from nova_video.training import log as log_module
+from nova_video.training import trainer as trainer_module
 from nova_video.training.checkpoint import Average, newest_checkpoint
 from nova_video.training.dataset_task import DatasetTask
 from nova_video.training.graphs import StepGraphs
+from nova_video.training.log import Log
 from nova_video.training.pool import fill_seed
 from nova_video.training.processes import Processes
 from nova_video.training.recipe import (
@@ -384,6 +388,14 @@ def test_ten_such_steps_in_a_row_end_the_run_with_the_batch(
     assert len(saved) == 1
     assert {"latents", "text", "lengths", "motion", "fps"} == load_file(saved[0]).keys()
 
+    def full(*arguments: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(trainer_module, "save_file", full)
+    said = f"{BAD_STEPS} steps in a row were skipped, and their newest batch .* could not be written: No space left"
+    with pytest.raises(InputError, match=said):
+        train(replace(recipe, steps=50, output=f"{recipe.output}-2"))
+
 
 def test_after_ten_of_them_nothing_is_learned_until_it_is_seen(
     recipe: DatasetTransformerRecipe, monkeypatch: pytest.MonkeyPatch
@@ -438,22 +450,65 @@ def test_what_goes_wrong_in_a_worker_is_one_line(
     assert "have nothing for micro batch 4 of 4: expected more rows" in str(found.value)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(recipe: DatasetTransformerRecipe) -> None:
-    """A limit on the size of files stands in for the end of the disk: the second checkpoint is cut short."""
-    train(replace(recipe, steps=2))
-    good = newest_checkpoint(Path(recipe.output) / "checkpoints")
-    before = good.read_bytes()
+@contextlib.contextmanager
+def longest_file(size: int) -> Iterator[None]:
+    """A limit on the size of files stands in for the end of the disk."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-        with pytest.raises(InputError, match=rf"could not be written: .*can go on from .*{good.name}"):
-            train(replace(recipe, steps=4))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(recipe: DatasetTransformerRecipe) -> None:
+    """The second one is cut short."""
+    train(replace(recipe, steps=2))
+    good = newest_checkpoint(Path(recipe.output) / "checkpoints")
+    before = good.read_bytes()
+    said = rf"could not be written: .*can go on from .*{good.name}"
+    with longest_file(len(before) // 2), pytest.raises(InputError, match=said):
+        train(replace(recipe, steps=4))
     assert [path.name for path in good.parent.iterdir()] == [good.name]
     assert good.read_bytes() == before
     train(replace(recipe, steps=4))
+
+
+@pytest.mark.parametrize("sample_every", [0, 3])
+def test_a_full_disk_leaves_the_last_model(recipe: DatasetTransformerRecipe, sample_every: int) -> None:
+    """At the end of a run, and where its samples are made; then the run goes on."""
+    folder = train(replace(recipe, steps=2))
+    (folder / "notes.txt").write_text("not of the run")
+    before = content(folder)
+    largest = max(map(len, before.values()))
+    more = replace(recipe, steps=3, log=replace(recipe.log, checkpoint_every=0, sample_every=sample_every))
+    said = rf"^model {folder} could not be written: .*can go on from .*step-00000002"
+    with longest_file(largest // 2), pytest.raises(InputError, match=said):
+        train(more)
+    assert content(folder) == before
+    assert not list(folder.parent.glob(".*"))
+    train(more)
+    after = content(folder)
+    assert after.keys() - {"samples.png"} == before.keys()
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert after[weights] != before[weights]
+    assert (folder / "text_encoder").is_symlink()
+
+
+def test_a_full_disk_leaves_the_log(recipe: DatasetTransformerRecipe) -> None:
+    """A run that goes on drops what was logged past its checkpoint; the lines before are never lost."""
+    train(recipe)
+    path = Path(recipe.output) / "metrics.jsonl"
+    before = path.read_bytes()
+    with longest_file(len(before) // 4), pytest.raises(InputError, match="metrics.jsonl could not be written: "):
+        Log(recipe, True).start(4)
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob(".*"))
 
 
 def test_fp8_names_its_package(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ from its number (`trainer.py`).
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,20 +94,29 @@ def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, Tensor]
     """Write `folder`/step-N.safetensors and delete all but the newest `keep`. One process calls this."""
     path = folder / f"step-{progress.step:08d}.safetensors"
     part = path.with_suffix(".part")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, {"progress": json.dumps(asdict(progress))})
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        last = newest_checkpoint(folder)
-        raise InputError(
-            f"checkpoint {path} could not be written: {error}; "
-            + (f"the run can go on from {last}" if last else "there is none before it")
-        ) from error
+    with writing(f"checkpoint {path}", folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, part, {"progress": json.dumps(asdict(progress))})
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
         old.unlink()
     return path
+
+
+@contextmanager
+def writing(what: str, checkpoints: Path) -> Iterator[None]:
+    """Around what a full disk may stop: an InputError tells what was being written, and where the run can go on."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        last = newest_checkpoint(checkpoints)
+        raise InputError(
+            f"{what} could not be written: {error}; "
+            + (f"the run can go on from {last}" if last else "there is no checkpoint to go on from")
+        ) from error
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -4,6 +4,7 @@ Only the main process writes. Used by `trainer.py`.
 """
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from PIL import Image
 from rich.console import Console
 
 from nova_video.errors import InputError
+from nova_video.media import atomic_path
+from nova_video.training.checkpoint import writing
 from nova_video.training.recipe import Recipe
 
 PROJECT = "nova-video"
@@ -47,7 +50,8 @@ class Log:
         path = self.output / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+        with self._writing(path), atomic_path(path) as aside:
+            aside.write_text("".join(kept))
         for name in self.recipe.trackers:
             tracker = make_tracker(name, self.output, self.recipe.name, step)
             tracker.start()
@@ -62,20 +66,25 @@ class Log:
         self.newest |= numbers
         for tracker in self.trackers:
             tracker.log(numbers, step=step)
-        with (self.output / "metrics.jsonl").open("a") as file:
+        path = self.output / "metrics.jsonl"
+        with self._writing(path), path.open("a") as file:
             file.write(json.dumps({"step": step, "seconds": round(seconds, 1)} | numbers) + "\n")
         shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if not name.startswith(DETAILS))
         self.say(f"step {step:6d}/{self.recipe.steps}  {seconds:6.1f} s  {shown}")
 
     def picture(self, step: int, picture: Image.Image) -> None:
         path = self.output / "sheets" / f"step-{step:08d}.png"
-        picture.save(path)
+        with self._writing(path), atomic_path(path) as aside:
+            picture.save(aside, format="png")
         for tracker in self.trackers:
             if hasattr(tracker, "log_images"):
                 pixels = np.array(picture)[None]  # (1, H, W, 3)
                 form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": pixels}, step=step, **form)
         self.say(f"step {step:6d}  {path}")
+
+    def _writing(self, path: Path) -> AbstractContextManager[None]:
+        return writing(str(path), self.output / "checkpoints")
 
     def finish(self) -> None:
         for tracker in self.trackers:

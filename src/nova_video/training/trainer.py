@@ -9,7 +9,9 @@ of it (`graphs.py`), because launching its kernels takes longer than running the
 
 import copy
 import math
+import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterable
@@ -35,6 +37,7 @@ from nova_video.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
     whole,
+    writing,
 )
 from nova_video.training.flops import device_peak
 from nova_video.training.graphs import CudaRecorder, StepGraphs, tensors_of
@@ -142,9 +145,11 @@ def train(recipe: Recipe) -> Path:
     task.close_data()
     average.write_to(task.model, looked_at)
     if processes.is_main:
-        task.export(looked_at, model_folder)
-        (model_folder / "recipe.toml").write_text(recipe_toml(recipe))
-        write_card(model_folder, task, describe_devices(processes), Progress(step, spent, micro_batches), log.newest)
+        export(task, looked_at, model_folder)
+        with writing(f"model {model_folder}", output / "checkpoints"):
+            (model_folder / "recipe.toml").write_text(recipe_toml(recipe))
+            ended = Progress(step, spent, micro_batches)
+            write_card(model_folder, task, describe_devices(processes), ended, log.newest)
     log.say(f"{'stopped' if stopped else 'finished'} at step {step} after {spent:.0f} s: {model_folder}")
     log.finish()
     processes.wait()
@@ -191,11 +196,34 @@ def look(task: AnyTask, model: nn.Module, looks: Looks, log: Log, step: int, spe
     if looks.validate:
         log.write(step, spent, task.validate(model))
     if looks.sample or looks.score:
-        task.export(model, folder)
+        export(task, model, folder)
     if looks.sample:
         log.picture(step, task.sheet(model, folder))
     if looks.score:
         log.write(step, spent, task.score(folder, task.recipe.log.score_clips))
+
+
+def export(task: AnyTask, model: nn.Module, folder: Path) -> None:
+    """The checkpoint folder, written aside first: a full disk leaves the one before as it was."""
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        with writing(f"model {folder}", folder.parent / "checkpoints"):
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+            task.export(model, part)
+            move_into(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def move_into(part: Path, folder: Path) -> None:
+    """Each file over the one of its name; others stay, and so does a real folder where `part` has a link to one."""
+    folder.mkdir(exist_ok=True)
+    for path in part.iterdir():
+        place = folder / path.name
+        if path.is_dir() and not path.is_symlink():
+            move_into(path, place)
+        elif place.is_symlink() or not place.is_dir():
+            os.replace(path, place)
 
 
 class Stepper:
@@ -308,8 +336,11 @@ class Stepper:
         row = int(self.seen[1])
         if row < BAD_STEPS:
             return
+        checkpoints = output / "checkpoints"
         path = output / f"bad-batch-{step:08d}-{self.processes.index}.safetensors"
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors_of(self.newest).items()}, path)
+        batch = {name: value.detach().cpu().contiguous() for name, value in tensors_of(self.newest).items()}
+        with writing(f"step {step}: {row} steps in a row were skipped, and their newest batch {path}", checkpoints):
+            save_file(batch, path)
         raise InputError(
             f"step {step}: the last {row} steps had gradients that are not finite and were skipped; the newest batch"
             f" is in {path}: expected finite numbers, try a lower optimizer.lr"

@@ -4,7 +4,9 @@ import contextlib
 import json
 import math
 import os
+import re
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
 from nova_video.data.encoders import autoencoder_info
@@ -139,14 +141,31 @@ def test_text_is_encoded_here_where_it_is_not_stored(
     assert batch.lengths.tolist() == [7, 7]  # [CLS] a whale moving left . [SEP]
 
 
-def test_another_text_encoder_is_told(
-    recipe: DatasetTransformerRecipe, tiny_text_encoder: Path, caplog: pytest.LogCaptureFixture
+def test_another_text_encoder_is_refused(
+    recipe: DatasetTransformerRecipe,
+    tiny_text_encoder: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Features of the same width fit, and mean something else."""
+    """Features of the same width fit, and mean something else. The same weights at another place are the same."""
     DatasetTask(recipe, CPU)
-    assert "text encoder" not in caplog.text
     DatasetTask(replace(recipe, text_encoder=str(tiny_text_encoder)), CPU)
-    assert f"and that of text_encoder is {tiny_text_encoder}: expected the same encoder" in caplog.text
+    assert "text encoder" not in caplog.text
+    other = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
+    weights = load_file(other / "text_encoder" / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, other / "text_encoder" / "model.safetensors")
+    place = recipe.dataset.path
+    said = f"text_encoder = {str(other)!r}, and {place} holds features of {str(tiny_checkpoint)!r}: expected the same"
+    with pytest.raises(InputError, match=re.escape(said)):
+        DatasetTask(replace(recipe, text_encoder=str(other)), CPU)
+    said = f"init = {str(other)!r} has learned from the text encoder {str(other)!r}, and {place} holds features of"
+    with pytest.raises(InputError, match=re.escape(said)):
+        DatasetTask(replace(recipe, init=str(other)), CPU)
+    DatasetTask(replace(recipe, init=str(other), fresh=("text_embed",)), CPU)
+    bare = write_dataset(tmp_path / "bare", tiny_checkpoint, {CLIPS: 4}, text=False)
+    DatasetTask(replace(recipe, text_encoder=str(other), dataset=replace(recipe.dataset, path=str(bare))), CPU)
+    assert not caplog.records
 
 
 def test_every_sample_may_draw_its_own_mask_ratio(recipe: DatasetTransformerRecipe) -> None:

@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny
-from nova_video.data.encoders import EncodeLatents, EncodeText, autoencoder_info, fingerprint, text_names
+from nova_video.data import encoders as encoders_module
+from nova_video.data.encoders import (
+    EncodeLatents,
+    EncodeText,
+    autoencoder_info,
+    fingerprint,
+    same_text_encoder,
+    text_names,
+)
 from nova_video.errors import InputError
 from nova_video.loading import PACKAGED_MODELS
 from nova_video.text.encoders import encode_prompts, load_text_encoder
@@ -110,6 +118,38 @@ def test_text_encoders_are_found_by_checkpoint_or_name(tiny_checkpoint: Path, ti
     )
     with pytest.raises(InputError, match="names no text encoder"):
         text_names(str(CONFORMANCE / "text-to-video"))
+
+
+def test_text_encoders_are_the_same_by_their_weights(
+    tiny_checkpoint: Path, tiny_text_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever they lie, in half precision and with or without a head."""
+    monkeypatch.setattr(encoders_module, "try_to_load_from_cache", lambda name, file: None)
+    for one, other, expected in [
+        ("emoji", "sentence-transformers/all-MiniLM-L6-v2", True),
+        ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2", True),  # in the same package
+        ("a/phi-2", "b/phi-2", None),
+        ("microsoft/phi-2", "google/t5-small", False),
+        ("microsoft/phi-2", str(tiny_text_encoder), None),
+        (str(tmp_path / "gone"), str(tiny_text_encoder), None),
+        (str(tmp_path / "gone"), "microsoft/phi-2", None),
+        (str(tiny_checkpoint), str(tiny_text_encoder), True),
+        ("emoji", str(tiny_text_encoder), False),
+    ]:
+        assert same_text_encoder(one, other) is expected, (one, other)
+        assert same_text_encoder(other, one) is expected
+    weights = load_file(tiny_text_encoder / "model.safetensors")
+    for name, changed, expected in [
+        ("half", {f"bert.{key}": value.bfloat16() for key, value in weights.items()} | {"head": torch.ones(3)}, True),
+        ("other", {key: value + 0.01 for key, value in weights.items()}, False),
+        ("wide", {key: torch.cat([value, value]) for key, value in weights.items()}, False),
+    ]:
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(changed, folder / "model.safetensors")
+        assert same_text_encoder(str(folder), str(tiny_checkpoint)) is expected, name
+    (tmp_path / "half" / "model.safetensors").write_bytes(b"x")
+    assert same_text_encoder(str(tmp_path / "half"), str(tiny_checkpoint)) is None
 
 
 def test_wrong_checkpoints_are_named(tiny_text_encoder: Path) -> None:

@@ -7,15 +7,18 @@ Legend: C latent channels, F latent frames, h w latent grid, T text tokens, D wi
 """
 
 import hashlib
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
@@ -24,15 +27,25 @@ from nova_video.autoencoders.base import VideoAutoencoder
 from nova_video.data.dataset import first_sentence
 from nova_video.devices import choose_device
 from nova_video.errors import InputError
-from nova_video.loading import DIFFUSERS_WEIGHTS, find_weights, load_autoencoder, read_json, resolve_checkpoint
+from nova_video.loading import (
+    DIFFUSERS_WEIGHTS,
+    HUB_ID,
+    TRANSFORMERS_WEIGHTS,
+    find_weights,
+    load_autoencoder,
+    read_json,
+    read_shapes,
+    resolve_checkpoint,
+)
 from nova_video.settings import CheckpointSettings
-from nova_video.text.encoders import encode_batch, load_text_encoder
+from nova_video.text.encoders import encode_batch, find_text_encoder, load_text_encoder
 
 # Pixels that go through the autoencoder together, at least one clip: on a GPU what keeps it busy (a clip of 17 frames
 # of 480x768 is 6 M), on a CPU what stays near its caches.
 GPU_PIXELS, CPU_PIXELS = 8 << 20, 1 << 20
 TEXT_TOKENS = 256  # the most that a caption keeps: what the released models read
 TEXTS_PER_CALL = 64
+TEXT_PREFIX = re.compile(r"^(?:model|transformer|bert|roberta)\.")  # of a tensor's name, where a head is stored with it
 
 
 class Frames(Protocol):
@@ -107,6 +120,57 @@ def text_names(model: str) -> tuple[str, str | None]:
             raise InputError(f"{model}: has no text_encoder/ and names no text encoder: expected the name of one")
         return named, None
     return model, None
+
+
+def same_text_encoder(one: str, other: str) -> bool | None:
+    """Whether two names, as for `text_names`, are of the same weights, wherever they lie. None: what is on this machine
+    does not tell."""
+    first, second = text_names(one)[0], text_names(other)[0]
+    if first == second:
+        return True
+    places = [_text_folder(first), _text_folder(second)]
+    if places[0] is None or places[1] is None:
+        ids = places == [None, None] and HUB_ID.fullmatch(first) and HUB_ID.fullmatch(second)
+        return False if ids and PurePath(first).name.lower() != PurePath(second).name.lower() else None
+    try:
+        return places[0].resolve() == places[1].resolve() or _same_weights(places[0], places[1])
+    except InputError:  # pickled, damaged or not all there
+        return None
+
+
+def _text_folder(name: str) -> Path | None:
+    """Where a text encoder lies on this machine, the hub's cache included; None: nowhere."""
+    try:
+        place = Path(find_text_encoder(name))
+        if not place.is_dir():
+            found = try_to_load_from_cache(name, "config.json")
+            return Path(found).parent if isinstance(found, str) else None
+    except (InputError, HFValidationError):  # a folder that is gone
+        return None
+    return place
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    """To rounding in half precision, by the first rows of each tensor. What one of them has alone, such as a pooler or
+    a head, is not looked at."""
+    found = [find_weights(folder, TRANSFORMERS_WEIGHTS).files for folder in (one, other)]
+    first, second = ({TEXT_PREFIX.sub("", key): shape for key, shape in read_shapes(files).items()} for files in found)
+    shared = first.keys() & second.keys()
+    if not shared or any(first[key] != second[key] for key in shared):
+        return False
+    rows = [_first_rows(files, shared) for files in found]
+    return all(torch.allclose(rows[0][key], rows[1][key], rtol=0.01, atol=1e-3) for key in shared)
+
+
+def _first_rows(files: list[Path], keys: Collection[str]) -> dict[str, Tensor]:
+    rows = {}
+    for path in files:
+        with safe_open(str(path), framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                if (name := TEXT_PREFIX.sub("", key)) in keys:
+                    part = tensors.get_slice(key)
+                    rows[name] = (part[:4] if part.get_shape() else tensors.get_tensor(key)).float()
+    return rows
 
 
 @dataclass

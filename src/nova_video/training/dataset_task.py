@@ -29,7 +29,7 @@ from nova_video.data.dataset import (
     read_columns,
     read_rows,
 )
-from nova_video.data.encoders import autoencoder_info, load_frozen_autoencoder, text_names
+from nova_video.data.encoders import autoencoder_info, load_frozen_autoencoder, same_text_encoder, text_names
 from nova_video.data.sheets import Entry, draw_sheet
 from nova_video.errors import InputError
 from nova_video.loading import load_scheduler, resolve_checkpoint
@@ -118,18 +118,14 @@ class DatasetTask(TransformerTask):
             )
         self.vae = load_frozen_autoencoder(name, torch.device("cpu"))
         self.text_name = recipe.text_encoder or info.text_encoder or _text_of(recipe.init)
-        for name_of, other in (("text_encoder", recipe.text_encoder), ("init", _text_of(recipe.init))):
-            if info.text_encoder and other and text_names(other)[0] != text_names(info.text_encoder)[0]:
-                log.warning(
-                    "%s holds features of the text encoder %s, and that of %s is %s: expected the same encoder",
-                    *(recipe.dataset.path, info.text_encoder, name_of, other),
-                )
         self._text: tuple[Any, Any] | None = None
         self.probe = list(itertools.islice(self._facts(), PROBED))
         width = info.text_dim or self._text_parts(device)[1].config.hidden_size
         names = f"{recipe.dataset.path} and text_encoder = {self.text_name!r}"
         size = (self.largest.height, self.largest.width)
         model, resolved = make_model(recipe, Material(info.latent_channels, info.spatial_stride, width, size, names))
+        if info.text_encoder and info.text_dim:
+            check_text_encoder(recipe, info.text_encoder)
         frames = self.latent_frames(self.largest)
         if frames > 1 and resolved.video_base_frames == 1:
             raise InputError(
@@ -364,6 +360,27 @@ class DatasetTask(TransformerTask):
 def send(value: Tensor, device: torch.device) -> Tensor:
     """To the device, without waiting there for what it still has to do, as copies of memory that is not pinned do."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
+def check_text_encoder(recipe: DatasetTransformerRecipe, stored: str) -> None:
+    """Features of another encoder may have the same width, and mean something else. The dataset's are of `stored`."""
+    place = recipe.dataset.path
+    if recipe.text_encoder:
+        field = f"text_encoder = {recipe.text_encoder!r}"
+        _check_same(field, recipe.text_encoder, stored, place, f"expected the same, or none, which means {stored!r}")
+    anew = any(part.startswith("text_embed") or "text_embed".startswith(part) for part in recipe.fresh)
+    if not anew and (known := _text_of(recipe.init)) is not None:
+        field = f"init = {recipe.init!r} has learned from the text encoder {known!r}"
+        _check_same(field, known, stored, place, "expected the same, or 'text_embed' in `fresh`")
+
+
+def _check_same(field: str, name: str, stored: str, place: str, expected: str) -> None:
+    same = same_text_encoder(name, stored)
+    said = f"{field}, and {place} holds features of {stored!r}"
+    if same is False:
+        raise InputError(f"{said}: {expected}")
+    if same is None:
+        log.warning("%s: whether these are the same cannot be told here", said)
 
 
 def _text_of(init: str) -> str | None:

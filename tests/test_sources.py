@@ -233,7 +233,7 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     real = datasets.load_dataset
     asked: list[object] = []
 
-    def load(name: str, **settings: Any) -> Any:
+    def load(name: str, config: str | None, **settings: Any) -> Any:
         asked.append((name, settings))
         table = real("parquet", data_files=str(tmp_path / "data" / "*.parquet"), split="train", streaming=True)
         return table.cast_column("video", datasets.Video())
@@ -245,7 +245,7 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert [item.data for item in items] == [content(name) for name in NAMES]
         assert asked.pop() == ("owner/name", {"split": "validation", "streaming": True})
 
-    def fail(name: str, **settings: Any) -> Any:
+    def fail(name: str, config: str | None, **settings: Any) -> Any:
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
@@ -253,6 +253,29 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         InputError, match="^hf://owner/name: cannot be opened as a Hugging Face dataset: Couldn't reach"
     ):
         opened("hf://owner/name")
+
+
+def test_configurations_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder stands in for the hub: its card tells of two configurations, and one has to be named."""
+    import datasets
+
+    real = datasets.load_dataset
+    card = ["---", "configs:"]
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        write_parquet(tmp_path / name / "train.parquet", [{"caption": name, "video": name.encode()}])
+        card += [f"- config_name: {name}", f"  data_files: {name}/*.parquet"]
+    (tmp_path / "README.md").write_text("\n".join([*card, "---", ""]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *given, **more: real(str(tmp_path), *given, **more))
+    for name in ("first", "second"):
+        assert [item.data for item in opened("hf://owner/name", config=name).items()] == [name.encode()]
+    for wrong in (None, "third"):
+        with pytest.raises(InputError) as error:
+            opened("hf://owner/name", config=wrong)
+        said = "hf://owner/name: has the configurations first, second: name one of them with --config"
+        assert str(error.value) == said
+    with pytest.raises(InputError, match="config is 'first', and .* has no configurations: expected hf://OWNER/NAME"):
+        opened(tmp_path / "first", config="first")
 
 
 def test_reading_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,8 @@ class Encode:
     """Column of the media in Parquet and Hugging Face datasets."""
     split: Annotated[str, arg(metavar="NAME")] = "train"
     """Of a Hugging Face dataset."""
+    config: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the only one)")] = None
+    """Configuration of a dataset on the hub that has several."""
     text_encoder: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=OWN)] = None
     """Whose features of the captions are kept; none: no features."""
     group: Annotated[int, arg(metavar="N")] = 256

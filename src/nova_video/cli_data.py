@@ -116,7 +116,7 @@ def _settings(args: Encode) -> "EncodeSettings":
         raise InputError(f"{args.model} has no transformer/ that tells its size: expected --size, such as 768x480")
     text = args.text_encoder
     return EncodeSettings(
-        source=SourceSettings(args.source, args.caption_column, args.media_column, args.split, args.group),
+        source=SourceSettings(args.source, args.caption_column, args.media_column, args.split, args.group, args.config),
         decode=DecodeSettings(
             frames=args.frames or (defaults.num_frames,),
             fps=defaults.fps if args.fps is None else args.fps,

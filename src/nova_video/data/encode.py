@@ -178,6 +178,7 @@ def describe_dataset(settings: EncodeSettings) -> DatasetInfo:
             "source": source.place,
             "caption_column": source.caption_column,
             "media_column": source.media_column,
+            "config": source.config,
             "split": source.split,
             "group": source.group,
             "frames": sorted(set(decode.frames)),
@@ -211,6 +212,7 @@ def source_settings(noted: dict[str, Any]) -> SourceSettings:
         media_column=noted["media_column"],
         split=noted["split"],
         group=noted["group"],
+        config=noted.get("config"),  # older datasets have none
     )
 
 

@@ -30,6 +30,7 @@ CAPTION, FILE_NAME = "caption", "file_name"  # columns, unless others are named
 TEXTS = (".txt", ".json")
 TABLES = ("metadata.csv", "metadata.jsonl")
 HUB = re.compile(r"hf://(?:datasets/)?([\w-][\w.-]*(?:/[\w-][\w.-]*)?)/?")
+CONFIGS = re.compile(r"(?:available configs|not found\. Available): \[(.+?)\]")  # of what `datasets` says
 PEEKED = 16  # items that are looked into before the work
 HEADERS = 1 << 16  # bytes that are read at once where a tar is elsewhere: its members are asked for by themselves
 ROWS = 1024  # of a saved dataset, in a part
@@ -53,6 +54,8 @@ class SourceSettings:
     """Of a Hugging Face dataset that has several."""
     group: int = 256
     """Items of a group: their samples are written together."""
+    config: str | None = None
+    """Of a dataset on the Hugging Face hub that has several configurations."""
 
     def __post_init__(self) -> None:
         check_number("group", self.group, 1, integer=True)
@@ -118,7 +121,9 @@ def open_source(settings: SourceSettings) -> Source:
     """The source at a place, checked as far as can be seen from its beginning."""
     place = settings.place
     if place.startswith("hf://") and (match := HUB.fullmatch(place)) is not None:
-        return TableSource(settings, _load_hub(match[1], settings.split), f"hf://datasets/{match[1]}")
+        return TableSource(settings, _load_hub(match[1], settings), f"hf://datasets/{match[1]}")
+    if settings.config is not None:
+        raise InputError(f"config is {settings.config!r}, and {place} has no configurations: expected hf://OWNER/NAME")
     system, root = open_place(place)
     try:
         if system.isdir(root):
@@ -566,8 +571,11 @@ def _load_parquet(urls: list[str]) -> Any:
     )
 
 
-def _load_hub(name: str, split: str) -> Any:
-    return _loaded(f"hf://{name}", lambda datasets: datasets.load_dataset(name, split=split, streaming=True))
+def _load_hub(name: str, settings: SourceSettings) -> Any:
+    return _loaded(
+        f"hf://{name}",
+        lambda datasets: datasets.load_dataset(name, settings.config, split=settings.split, streaming=True),
+    )
 
 
 def _load_saved(place: str, split: str) -> Any:
@@ -587,4 +595,7 @@ def _loaded(place: str, load: Any) -> Any:
     try:
         return load(datasets)
     except Exception as error:  # of many kinds: no such name, no network, no such split, a damaged file
+        if (match := CONFIGS.search(str(error))) is not None:
+            there = match[1].replace("'", "")
+            raise InputError(f"{place}: has the configurations {there}: name one of them with --config") from None
         raise InputError(f"{place}: cannot be opened as a Hugging Face dataset: {_said(error)}") from None

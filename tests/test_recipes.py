@@ -24,6 +24,12 @@ PAPER = {  # recipe -> the released size it makes, samples a step
     "paper-video-480": ("t2v-480-0.6b", 384),
 }
 
+NAMES = ("kind", "name", "output", "path")
+KNOWN = (
+    *("steps", "autoencoder", "text_encoder", "scheduler", "frozen", "micro_batches", "loss_repeat", "prompt_dropout"),
+    *("precision", "batch", "short_captions", "lr", "betas", "warmup", "final", "clip", "ema_every"),
+)
+
 
 def paper(name: str, *overrides: str) -> DatasetTransformerRecipe:
     recipe = load_recipe(RECIPES / f"{name}.toml", list(overrides))
@@ -56,6 +62,19 @@ def test_settings_are_those_known(name: str) -> None:
     assert recipe.dataset.short_captions == 0.5
     assert recipe.dataset.batch * recipe.micro_batches == samples
     assert ("video_pos_embed" in recipe.frozen) == ("video" not in name)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_what_is_not_known_is_marked(name: str) -> None:
+    """Every other line says that it is ours, or its table does."""
+    known = set(NAMES + KNOWN) - ({"steps", "micro_batches", "batch"} if name == "paper-512" else set())
+    table = ""
+    for line in (RECIPES / f"{name}.toml").read_text().splitlines():
+        if line.startswith("["):
+            table = line
+        elif line and not line.startswith("#") and not table.startswith(("[model]", "[defaults]")):
+            key = line.split(" = ")[0]
+            assert key in known or "ours" in line or "ours" in table, line
 
 
 @pytest.mark.parametrize("name", PAPER)

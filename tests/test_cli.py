@@ -466,6 +466,13 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "unknown option": (["generate", "a whale", "--sede", "3"], "unknown option --sede"),
     "not a number": (["generate", "a whale", "--num-frames", "five"], "--num-frames"),
     "unknown choice": (["generate", "a whale", "--dtype", "float8"], "'float8'"),
+    "unknown preset": (["generate", "a whale", "--preset", "turbo"], "Expected one of ('exact', 'balanced', 'fast')."),
+    "unknown solver": (["edit", "plain.png", "an owl", "--solver", "none"], "Expected one of ('own', 'dpm++')."),
+    "unknown precision": (
+        ["generate", "a whale", "--dtype", "None"],
+        "Expected one of ('auto', 'float32', 'float16', 'bfloat16').",
+    ),
+    "unknown preset to evaluate": (["evaluate", "emoji", "--preset", "turbo"], "('exact', 'balanced', 'fast')."),
     "missing argument": (["info"], "FILE"),
     "no sentence": (["generate"], "no sentence given"),
     "empty sentence": (["generate", " "], "prompt is ' ': expected a sentence"),

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
+from tyro.constructors import PrimitiveConstructorSpec
 
 from nova_video.errors import InputError
 from nova_video.settings import AttentionKernels
@@ -39,6 +40,19 @@ Sentences = Annotated[
 Numbers = Annotated[
     UseAppendAction[tuple[tuple[float, float], ...]], arg(metavar="SECONDS VALUE", help_behavior_hint="(repeatable)")
 ]
+
+
+def one_of(literal: Any) -> PrimitiveConstructorSpec[Any]:
+    """For `Literal[...] | None`: told nothing, tyro calls None a choice too, and lists them in any order."""
+    choices = get_args(literal)
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(choices) + "}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value is None or value in choices,
+        str_from_instance=lambda value: [str(value)],
+        choices=choices,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +83,9 @@ class Making:
     """How much to move, in pixels a frame."""
     negative: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
     """What to stay away from."""
-    preset: Annotated[Preset | None, arg(metavar="{exact,balanced,fast}", help_behavior_hint="(default: exact)")] = None
+    preset: Annotated[Preset | None, one_of(Preset), arg(help_behavior_hint="(default: exact)")] = None
     """What may be lost for speed; the next five are parts of it."""
-    solver: Annotated[Solver | None, arg(metavar="{own,dpm++}", help_behavior_hint="")] = None
+    solver: Annotated[Solver | None, one_of(Solver), arg(help_behavior_hint="")] = None
     """The model's own steps, or DPM-Solver++ for fewer of them."""
     last_steps: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None
     """Up to 1: share of the denoising steps that is left at a frame's last set."""
@@ -91,7 +105,7 @@ class Making:
     """First frames that it is always shown."""
     device: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=AUTO)] = None
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    dtype: Annotated[Dtype | None, arg(metavar="{auto,float32,float16,bfloat16}", help_behavior_hint=AUTO)] = None
+    dtype: Annotated[Dtype | None, one_of(Dtype), arg(help_behavior_hint=AUTO)] = None
     """Precision; auto is float16 on a GPU and float32 elsewhere."""
     json: bool = False
     """Print one JSON object a file."""
@@ -241,7 +255,7 @@ class Evaluating:
     """As for `nova generate`."""
     motion: Annotated[float | None, arg(metavar="SCORE", help_behavior_hint=OWN)] = None
     """As for `nova generate`."""
-    preset: Annotated[Preset | None, arg(metavar="{exact,balanced,fast}", help_behavior_hint="(default: exact)")] = None
+    preset: Annotated[Preset | None, one_of(Preset), arg(help_behavior_hint="(default: exact)")] = None
     """As for `nova generate`."""
     no_compile: bool = False
     """As for `nova generate`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from nova_video.sampling.context import Context
 from nova_video.sampling.diffusion import request_scheduler
 from nova_video.sampling.engine import (
+    SAID,
     DirectRunner,
     Engine,
     FastEngine,
@@ -22,7 +23,6 @@ from nova_video.sampling.engine import (
     Modulations,
     PlainEngine,
     pad_set,
-    say_once,
 )
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance
@@ -94,7 +94,7 @@ def test_masks_timelines_and_bounded_context(folder: str) -> None:
 
 
 def test_a_slower_way_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    say_once.cache_clear()
+    SAID.clear()
     scheduler = EulerAncestralDiscreteScheduler.from_config(DDPMScheduler.from_pretrained(DDPM_CONFIG).config)
     for _ in range(2):
         run("text-to-video", fast, make_state(open_model("text-to-video"), embeds(), Guidance(4.0)), scheduler)

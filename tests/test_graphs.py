@@ -13,7 +13,7 @@ from torch import Tensor
 from nova_video.sampling.beside import beside
 from nova_video.sampling.context import Context
 from nova_video.sampling.diffusion import request_scheduler
-from nova_video.sampling.engine import DirectRunner, FastEngine, Inputs, PlainEngine
+from nova_video.sampling.engine import SAID, DirectRunner, FastEngine, Inputs, PlainEngine
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.graphs import CudaRecorder, GraphRunner, Recording, can_compile
 from nova_video.sampling.guidance import Guidance
@@ -109,16 +109,18 @@ def test_inference_mode() -> None:
             assert torch.equal(runner(("double",), double, {"x": x, "y": None}), 2 * x)
 
 
-def test_what_cannot_be_captured_is_called(caplog: pytest.LogCaptureFixture) -> None:
-    recorder = DirectRecorder()
-    recorder.fails = True
-    runner = GraphRunner(recorder)
-    x = torch.ones(2)
-    for _ in range(4):
-        assert torch.equal(runner(("double",), double, {"x": x, "y": None}), 2 * x)
-    assert len(runner) == 0
+def test_what_cannot_be_captured_is_called_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the sizes, and also when the runner is another one."""
+    SAID.clear()
+    for runner in (GraphRunner(DirectRecorder()), GraphRunner(DirectRecorder())):
+        runner.recorder.fails = True
+        for _ in range(4):
+            for size in (2, 3, 4):
+                x = torch.ones(size)
+                assert torch.equal(runner(("double",), double, {"x": x, "y": None}), 2 * x)
+        assert len(runner) == 0
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
-        "not captured, and computed step by step instead: operation not permitted when stream is capturing"
+        "double is not captured, and computed step by step instead: operation not permitted when stream is capturing"
     ]
 
 

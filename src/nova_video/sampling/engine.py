@@ -30,6 +30,7 @@ from nova_video.sampling.fused import run_fused, supports
 from nova_video.sampling.guidance import Guidance, combine
 
 ROWS_AT_ONCE = 1 << 16  # tokens times steps whose modulations are computed together: bounds their memory
+SAID: set[str] = set()  # of `say_once`, in this process
 
 log = logging.getLogger(__name__)
 
@@ -227,10 +228,11 @@ class FastEngine:
         return self._once[guidance]
 
 
-@cache
-def say_once(message: str) -> None:
-    """What falls back to a slower way, once a process."""
-    log.warning(message)
+def say_once(what: str, why: str = "") -> None:
+    """What falls back to a slower way, once a process, with the first reason."""
+    if what not in SAID:
+        SAID.add(what)
+        log.warning(f"{what}: {why}" if why else what)
 
 
 def pad_set(tokens: Tensor, multiple: int, dim: int) -> Tensor:

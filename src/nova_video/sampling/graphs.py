@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nova_video.model.lora import adapter_state
-from nova_video.sampling.engine import Inputs
+from nova_video.sampling.engine import Inputs, say_once
 
 SET_MULTIPLE = 8
 MAX_GRAPHS = 512
@@ -221,7 +221,7 @@ class GraphRunner:
     def __call__(self, key: tuple[object, ...], function: Callable[..., Tensor], inputs: Inputs) -> Tensor:
         full = (key, *((name, None if x is None else (x.shape, x.dtype)) for name, x in inputs.items()))
         with self._lock, self.recorder.in_turn():
-            entry = self._entries.get(full) or self._record(full, function, inputs)
+            entry = self._entries.get(full) or self._record(str(key[0]), full, function, inputs)
             if entry is None:
                 return function(**inputs)
             self._entries.move_to_end(full)
@@ -229,7 +229,7 @@ class GraphRunner:
             entry.recording.replay()
             return entry.recording.output.clone()
 
-    def _record(self, key: Hashable, function: Callable[..., Tensor], inputs: Inputs) -> Entry | None:
+    def _record(self, what: str, key: Hashable, function: Callable[..., Tensor], inputs: Inputs) -> Entry | None:
         """None the first time, and for what cannot be recorded."""
         if key not in self._seen:
             if not self._told:
@@ -249,7 +249,7 @@ class GraphRunner:
             recording = self.recorder.record(function, arguments)
         except RuntimeError as error:
             self._seen[key] = False
-            log.warning("not captured, and computed step by step instead: %s", str(error).splitlines()[0])
+            say_once(f"{what} is not captured, and computed step by step instead", str(error).splitlines()[0])
             return None
         self._entries[key] = Entry(recording, buffers)
         return self._entries[key]

@@ -21,6 +21,7 @@ from nova_video.model import set_sizes
 from nova_video.pixels import image_to_pixels, output_form, unit_frames
 from nova_video.request import GenerateRequest
 from nova_video.settings import CheckpointSettings, Defaults
+from test_graphs import DirectRecorder
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 CASES = [("text-to-image", "generate"), ("text-to-image", "generate_noguidance")]
@@ -523,6 +524,27 @@ def test_cpu_offload(tiny_checkpoint: Path, videos: NovaPipeline) -> None:
     assert torch.equal(result.frames, videos(generator=seeded(), **arguments).frames)
     assert all(hasattr(getattr(pipe, name), "_hf_hook") for name in ("text_encoder", "transformer", "vae"))
     assert torch.equal(pipe(generator=seeded(), **arguments).frames, result.frames)
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_release_drops_graphs_and_compiled_code(offloaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the library's offload too, where there are no graphs. As on a GPU, with nothing run there."""
+    pipe = NovaPipeline.from_pretrained(CONFORMANCE / "text-to-image")
+    resets: list[bool] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True))
+    pipe.engine(compile=True), pipe.release()
+    assert not resets  # nothing is compiled on a CPU
+    monkeypatch.setattr(NovaPipeline, "execution_device", torch.device("cuda"))
+    monkeypatch.setattr(NovaPipeline, "is_offloaded", offloaded)
+    monkeypatch.setattr("nova_video.pipeline.can_compile", lambda device: True)
+    monkeypatch.setattr("nova_video.pipeline.CudaRecorder", lambda device: DirectRecorder())
+    pipe.engine(compile=True)
+    assert len(pipe._graphs) == (not offloaded)
+    for _ in range(2):
+        pipe.release()
+        assert (len(pipe._graphs), len(resets)) == (0, 1)
+    pipe.engine(compile=True), pipe.release()
+    assert len(resets) == 2
 
 
 def test_vae_slicing_and_tiling(images: NovaPipeline) -> None:

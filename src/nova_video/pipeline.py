@@ -86,6 +86,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         self._named_text_parts: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
         self._graphs: dict[tuple[torch.device, bool], GraphRunner] = {}  # by device, and whether in 8 bits
         self._fp8: tuple[Hashable, NOVATransformer3DModel] | None = None  # and the weights it was made of
+        self._compiled = False  # blocks, for a call of this pipeline
         self.stopwatch: Stopwatch | None = None
         """Where set, calls are timed by their parts."""
 
@@ -361,12 +362,14 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             return PlainEngine(model)
         if device.type != "cuda":
             return FastEngine(model, DirectRunner())
+        compiles = can_compile(device)
+        self._compiled |= compiles
         if self.is_offloaded and not isinstance(getattr(self.transformer, "_hf_hook", None), Turn):
             say_once("the library moves the weights: blocks are compiled, but nothing is captured in graphs")
-            return FastEngine(model, DirectRunner(compiled=can_compile(device)))
+            return FastEngine(model, DirectRunner(compiles))
         with _PREPARING:
             if (device, fp8) not in self._graphs:
-                self._graphs[device, fp8] = GraphRunner(CudaRecorder(device), can_compile(device))
+                self._graphs[device, fp8] = GraphRunner(CudaRecorder(device), compiles)
             graphs = self._graphs[device, fp8]
             graphs.use(model)
             return FastEngine(model, graphs)
@@ -404,10 +407,11 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         """
         self.drop_graphs()
         with _PREPARING:
-            if self._graphs:
-                self._graphs.clear()
-                torch.compiler.reset()
+            self._graphs.clear()
             self._fp8 = None
+            if self._compiled:
+                torch.compiler.reset()
+                self._compiled = False
 
     # Text ---------------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from nova_video.pipeline import NovaPipeline
 from nova_video.request import GenerateRequest
 
 H200 = RATES["H200"]
+CLIPS = str(CONFORMANCE / "text-to-video")
 
 
 def floor_of_size(name: str, batch: int = 1) -> Floor:
@@ -244,6 +245,10 @@ def test_profile_is_a_trace(tmp_path: Path, tiny_checkpoint: Path) -> None:
         (["--config", "emoji", "--repeats", "0"], "repeats is 0"),
         (["--config", "emoji", "--preset", "hasty"], "preset is 'hasty': expected one of exact"),
         (["--config", "emoji", "--size", "big"], "size is 'big'"),
+        (["--config", "t2i-512-0.6b", "--size", "100x128"], "size is 128x100: expected height and width in multiples"),
+        (["--config", "t2i-512-0.6b", CLIPS, "--size", "64x64"], "size is 64x64: expected 64x96, the only one"),
+        (["--config", "t2i-512-0.6b", "--frames", "9"], "num_frames is 9"),
+        (["--config", "t2i-512-0.6b", "--sets", "0"], "num_inference_steps is 0"),
         (["--config", "emoji", "emoji", "--profile", "trace.json"], "--profile with 2 configurations"),
         (["--config", "emoji", "--device", "cuda:99"], "cuda:99"),
         (["--config", "emoji", "--output", "rows.json"], "rows.json: expected a list"),
@@ -263,6 +268,7 @@ def test_wrong_input_is_found_before_the_work(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not Path("benchmarks").exists()
 
 
 # Tables and plots -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import unittest.mock
 from collections import Counter
@@ -61,17 +62,18 @@ def row(config: str = "t2i-512-0.6b", batch: int = 16, seconds: float | None = 0
 
 
 def test_command_prints_and_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A model that trains, and one that does not make clips: a row of each, and an exit code that tells."""
-    path = tmp_path / "train.json"
+    """A model that trains, and one without weights: a row of each, and an exit code that tells."""
+    path, empty = tmp_path / "train.json", tmp_path / "empty"
+    shutil.copytree(CLIPS, empty, ignore=shutil.ignore_patterns("*.safetensors"))
     options = ["--batch", "2", "--frames", "5", "--device", "cpu", *QUICK, "--output", str(path)]
-    assert cli.main(["bench", "train", "--config", CLIPS, PICTURES, *options]) == 2
+    assert cli.main(["bench", "train", "--config", CLIPS, str(empty), *options]) == 2
     printed = capsys.readouterr()
     assert "1 of 2 failed" in printed.err
     values = [json.loads(line) for line in printed.out.splitlines()]
     assert values == json.loads(path.read_text())
     done, failed = read_train_rows(path)
-    assert (done.config, failed.config) == (CLIPS, PICTURES)
-    assert "makes pictures: expected 1" in str(failed.error)
+    assert (done.config, failed.config) == (CLIPS, str(empty))
+    assert "no weights" in str(failed.error)
     assert failed.step_seconds is None
     assert (done.batch, done.frames, done.tokens, done.loss_repeat, done.steps) == (2, 2, 24, 4, 3)
     assert (done.precision, done.strategy, done.processes, done.compile) == ("fp32", "single", 1, False)
@@ -164,11 +166,29 @@ def test_wrong_settings_are_named(asked: dict[str, int], message: str) -> None:
         AskedTraining(**asked)
 
 
-def test_sizes_are_those_of_whole_tokens() -> None:
-    with pytest.raises(InputError, match="multiples of 32"):
-        open_model(PICTURES, AskedTraining(size=(64, 40)), torch.device("cpu"))
-    with pytest.raises(InputError, match="multiples of 32"):
-        open_model("t2i-512-0.6b", AskedTraining(size=(500, 500)), torch.device("meta"))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", PICTURES, "--size", "40x64"], "size is 64x40: expected height and width in multiples of 32"),
+        (["--config", "t2i-512-0.6b", "--size", "500x500"], "size is 500x500: expected"),
+        (["--config", "t2v-480-0.6b", "t2i-512-0.6b", "--frames", "9"], "t2i-512-0.6b makes pictures: expected 1"),
+        (["--config", "nowhere"], "config is 'nowhere': expected one of t2i-512-0.6b"),
+    ],
+)
+def test_wrong_input_is_found_before_the_work(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nova_video.benchmarks.train.measure_training", None)
+    assert cli.main(["bench", "train", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("benchmarks").exists()
 
 
 def test_released_sizes_are_opened_from_shapes() -> None:

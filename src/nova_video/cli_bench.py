@@ -15,7 +15,7 @@ from nova_video.errors import InputError
 def run_bench_sample(args: BenchSample) -> None:
     """Each configuration in turn; one that fails has its error in its row, and the others go on."""
     from nova_video.benchmarks.rows import as_lines, read_rows, record_row
-    from nova_video.benchmarks.sample import Asked, check_configs, measure
+    from nova_video.benchmarks.sample import Asked, check_work, measure
     from nova_video.devices import choose_device
     from nova_video.evaluation.report import check_report_folder
 
@@ -37,7 +37,7 @@ def run_bench_sample(args: BenchSample) -> None:
         repeats=args.repeats,
     )
     choose_device(args.device)
-    check_configs(args.config)
+    check_work(args.config, asked)
     check_report_folder(args.output.parent)
     read_rows(args.output)  # a file that cannot be added to is found before the work
     failed = []
@@ -115,8 +115,7 @@ def run_bench_train(args: BenchTrain) -> None:
     Of several processes all measure, and the first one prints and writes: JSON on stdout, words on stderr.
     """
     from nova_video.benchmarks.rows import record_row
-    from nova_video.benchmarks.sample import check_configs
-    from nova_video.benchmarks.train import AskedTraining, measure_training
+    from nova_video.benchmarks.train import AskedTraining, check_training, measure_training
     from nova_video.benchmarks.train_rows import read_train_rows, train_line
     from nova_video.devices import choose_device
     from nova_video.evaluation.report import check_report_folder
@@ -139,7 +138,7 @@ def run_bench_train(args: BenchTrain) -> None:
         steps=args.steps,
     )
     choose_device(args.device)
-    check_configs(args.config)
+    check_training(args.config, asked)
     check_report_folder(args.output.parent)
     read_train_rows(args.output)  # a file that cannot be added to is found before the work
     processes, index = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))

@@ -180,15 +180,8 @@ def _find_adapter(name_or_path: str | Path, weight_name: str) -> Path:
 
 def load_component(cls: type[ModelMixin], folder: Path, torch_dtype: torch.dtype | None = None) -> Any:
     """A diffusers model from its folder, every key and shape compared first; float32 unless a dtype is given."""
-    config = read_json(folder / "config.json")
+    expected = {key: tuple(value.shape) for key, value in outline_component(cls, folder).state_dict().items()}
     weights = find_weights(folder, DIFFUSERS_WEIGHTS)
-    try:
-        known = inspect.signature(cls.__init__).parameters  # others are the library's to warn of, when it loads
-        with torch.device("meta"):
-            model = cls.from_config({key: value for key, value in config.items() if key in known})
-            expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    except (TypeError, ValueError, IndexError, KeyError) as error:
-        raise InputError(f"{folder / 'config.json'}: no {cls.__name__} can be made of it: {error}") from None
     stored = {_current_name(key, expected): shape for key, shape in read_shapes(weights.files).items()}
     missing = [key for key in expected if key not in stored]
     extra = [key for key in stored if key not in expected]
@@ -208,6 +201,17 @@ def load_component(cls: type[ModelMixin], folder: Path, torch_dtype: torch.dtype
         str(folder), torch_dtype=torch_dtype, variant=weights.variant, use_safetensors=True, local_files_only=True
     )
     return loaded.eval()
+
+
+def outline_component(cls: type[ModelMixin], folder: Path) -> Any:
+    """The model that a folder's config.json describes, of shapes alone: no weights are read."""
+    config = read_json(folder / "config.json")
+    try:
+        known = inspect.signature(cls.__init__).parameters  # others are the library's to warn of, when it loads
+        with torch.device("meta"):
+            return cls.from_config({key: value for key, value in config.items() if key in known})
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        raise InputError(f"{folder / 'config.json'}: no {cls.__name__} can be made of it: {error}") from None
 
 
 @dataclass(frozen=True)

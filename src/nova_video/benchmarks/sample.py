@@ -26,12 +26,13 @@ from nova_video.benchmarks.rows import PARTS, Row
 from nova_video.devices import choose_device, choose_dtype
 from nova_video.errors import InputError
 from nova_video.generation import FrameReady, Generation, LatentPreview
-from nova_video.loading import resolve_checkpoint
+from nova_video.loading import load_scheduler, outline_component, resolve_checkpoint
+from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline import NovaPipeline
 from nova_video.request import GenerateRequest
 from nova_video.sampling.shortcuts import PRESETS
 from nova_video.sampling.timing import Stopwatch
-from nova_video.settings import check_number
+from nova_video.settings import CheckpointSettings, check_number
 
 WARM_UP = 2  # calls: the second one captures graphs
 PROMPT_TOKENS = 20  # of the random prompt features; a model pads them all to one length
@@ -169,11 +170,21 @@ def checkpoint(config: str) -> Path:
         raise InputError(f"config is {config!r}: expected one of {', '.join(SIZES)}, or a model ({error})") from None
 
 
-def check_configs(configs: Sequence[str]) -> None:
-    """That each is there, before any is measured."""
+def outline(config: str, size: tuple[int, int] | None) -> NovaPipeline:
+    """What `open_pipeline` opens, of shapes alone and without the parts that a request is not checked against."""
+    if config in SIZES:
+        made = resized(SIZES[config], *size) if size else SIZES[config]
+        return build(made, torch.device("meta"), torch.float32)
+    folder = checkpoint(config)
+    model = outline_component(NOVATransformer3DModel, folder / "transformer")
+    return NovaPipeline(model, load_scheduler(folder), settings=CheckpointSettings.load(folder))
+
+
+def check_work(configs: Sequence[str], asked: Asked) -> None:
+    """That each configuration is there and can be asked so, before any is measured."""
     for config in configs:
-        if config not in SIZES:
-            checkpoint(config)
+        pipe = outline(config, asked.size)
+        request_of(pipe, asked, config).resolve(pipe.defaults, pipe.capabilities)
 
 
 def request_of(pipe: NovaPipeline, asked: Asked, config: str) -> GenerateRequest:

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 
 from nova_video.benchmarks.configs import BATCHES, LOSS_REPEAT, SEED, SIZES, build, resized
-from nova_video.benchmarks.sample import GIB, checkpoint, device_name, digits, spread, versions
+from nova_video.benchmarks.sample import GIB, checkpoint, device_name, digits, outline, spread, versions
 from nova_video.benchmarks.train_rows import TrainRow
 from nova_video.devices import choose_device
 from nova_video.errors import InputError
@@ -276,12 +276,19 @@ def open_model(config: str, asked: AskedTraining, device: torch.device) -> Opene
         frames, stride = CheckpointSettings.load(folder).defaults.num_frames, model.config.image_stride
         pixels = asked.size or tuple(model.config.image_size)
     frames = frames if asked.frames is None else asked.frames
-    if frames > 1 and not model.has_motion:
-        raise InputError(f"frames is {frames} and {config} makes pictures: expected 1")
-    cell = 2 * model.patch_size * stride
-    if pixels[0] % cell or pixels[1] % cell:
-        raise InputError(f"size is {pixels[1]}x{pixels[0]}: expected width and height in multiples of {cell}")
     return Opened(model.train(), scheduler, frames // 4 + 1, (pixels[0] // stride, pixels[1] // stride))
+
+
+def check_training(configs: Sequence[str], asked: AskedTraining) -> None:
+    """That each configuration is there and can be asked so, before any is measured."""
+    for config in configs:
+        model = outline(config, asked.size).transformer
+        if asked.frames is not None and asked.frames > 1 and not model.has_motion:
+            raise InputError(f"frames is {asked.frames} and {config} makes pictures: expected 1")
+        cell = 2 * model.patch_size * model.config.image_stride
+        if asked.size is not None and (asked.size[0] % cell or asked.size[1] % cell):
+            height, width = asked.size
+            raise InputError(f"size is {height}x{width}: expected height and width in multiples of {cell}")
 
 
 class Clock:

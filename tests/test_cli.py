@@ -16,6 +16,8 @@ from PIL import Image
 
 from nova_video import cli, media
 from nova_video.arguments import parse
+from nova_video.errors import InputError
+from nova_video.memory import LowMemory
 from nova_video.request import GenerateRequest
 from nova_video.sampling.shortcuts import PRESETS
 
@@ -92,6 +94,21 @@ def test_low_memory_needs_a_gpu(run: Run, tiny_checkpoint: Path) -> None:
     assert (code, out) == (2, "")
     assert err.startswith("nova: low_memory is for a GPU: got cpu")
     assert files() == []
+
+
+def test_low_memory_is_said_in_flags(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[LowMemory] = []
+
+    def load(*_: object, low_memory: LowMemory, **__: object) -> None:
+        asked.append(low_memory)
+        raise InputError("enough")
+
+    monkeypatch.setattr("nova_video.pipeline.NovaPipeline.from_pretrained", load)
+    common = ("generate", "a whale", "--model", tiny_checkpoint, "--device", "cpu", "--low-memory")
+    for flags in ([], ["--tiled"], ["--int8-text", "--tiled"]):
+        assert run(*common, *flags)[2] == "nova: enough\n"
+    cpu = torch.device("cpu")
+    assert asked == [LowMemory(cpu), LowMemory(cpu, tiled=True), LowMemory(cpu, "int8", tiled=True)]
 
 
 def test_seed_decides(run: Run, tiny_checkpoint: Path) -> None:
@@ -473,6 +490,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
         "Expected one of ('auto', 'float32', 'float16', 'bfloat16').",
     ),
     "unknown preset to evaluate": (["evaluate", "emoji", "--preset", "turbo"], "('exact', 'balanced', 'fast')."),
+    "tiles alone": (["generate", "a whale", "--tiled"], "got --tiled alone: expected --low-memory with it"),
+    "8 bits alone": (["edit", "plain.png", "an owl", "--strength", "1", "--int8-text"], "got --int8-text alone"),
     "missing argument": (["info"], "FILE"),
     "no sentence": (["generate"], "no sentence given"),
     "empty sentence": (["generate", " "], "prompt is ' ': expected a sentence"),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import CONFORMANCE
 from nova_video import NovaPipeline
 from nova_video.errors import InputError
-from nova_video.memory import Turn, enable_low_memory, quantise, take_turns
+from nova_video.memory import LowMemory, Turn, enable_low_memory, quantise, take_turns
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "num_diffusion_steps": 2, "num_frames": 5, "output_type": "pt"}
 
@@ -63,6 +64,51 @@ def test_int8_text_is_close(tiny_checkpoint: Path) -> None:
     assert pipe.vae.use_tiling
     assert 0 < (features - expected).abs().max() < 0.05 * expected.abs().max()
     assert torch.isfinite(made(pipe)).all()
+
+
+@pytest.mark.parametrize("asked", [True, "cuda:0", LowMemory(tiled=True), LowMemory(text_encoder="int8")])
+def test_from_pretrained_reaches_all_of_it(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, asked: Any) -> None:
+    """As if there were a GPU, with the parts on the CPU."""
+    devices: list[Any] = []
+
+    def on_cpu(pipe: NovaPipeline, device: Any, *more: Any) -> None:
+        devices.append(device)
+        enable_low_memory(pipe, "cpu", *more)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("nova_video.pipeline.enable_low_memory", on_cpu)
+    monkeypatch.setattr("nova_video.memory.quantise", lambda module: setattr(module, "quantised", True))
+    pipe = NovaPipeline.from_pretrained(tiny_checkpoint, low_memory=asked)
+    assert devices == ["cuda:0" if asked == "cuda:0" else "cuda"]
+    assert isinstance(pipe.transformer._hf_hook, Turn)
+    assert pipe.vae.use_tiling == (isinstance(asked, LowMemory) and asked.tiled)
+    assert hasattr(pipe.text_encoder, "quantised") == (asked == LowMemory(text_encoder="int8"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a computer without a GPU")
+@pytest.mark.parametrize(("asked", "message"), [(True, "there is none here"), (LowMemory("cpu"), "got cpu")])
+def test_low_memory_needs_a_gpu(asked: Any, message: str) -> None:
+    """Said before anything is loaded."""
+    with pytest.raises(InputError, match=f"low_memory is for a GPU: {message}"):
+        NovaPipeline.from_pretrained(CONFORMANCE / "text-to-image", low_memory=asked)
+
+
+def test_options_that_would_do_nothing_are_refused(tiny_checkpoint: Path) -> None:
+    pipe = open_pipe(tiny_checkpoint)
+    bare = NovaPipeline(pipe.transformer, pipe.scheduler)
+    with pytest.raises(InputError, match="'int8': expected a checkpoint with a text encoder"):
+        enable_low_memory(bare, "cpu", text_encoder="int8")
+    with pytest.raises(InputError, match="tiled is True: expected a checkpoint with an autoencoder"):
+        enable_low_memory(bare, "cpu", tiled=True)
+
+
+def test_tiles_are_close(tiny_checkpoint: Path) -> None:
+    """Frames of 64x96 in tiles of 32: all that differs is the pixels."""
+    expected, pipe = made(open_pipe(tiny_checkpoint)), open_pipe(tiny_checkpoint)
+    pipe.vae.tile_size, pipe.vae.tile_overlap = 32, 16
+    enable_low_memory(pipe, "cpu", tiled=True)
+    difference = (made(pipe) - expected).abs()
+    assert 0 < difference.mean() < 0.1
 
 
 def test_int8_without_torchao_says_what_to_install(monkeypatch) -> None:

@@ -99,6 +99,10 @@ class Making:
     """The plain loop, step by step: slower, the same result to rounding."""
     low_memory: bool = False
     """For a small GPU: the model's parts take turns on it."""
+    tiled: bool = False
+    """With --low-memory: decode large frames in overlapping tiles, for less of it; pixels differ a little."""
+    int8_text: bool = False
+    """With --low-memory: the text encoder's weights in 8 bits, half as large; the result differs a little."""
     context_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
     """Longest clip that the model is shown: beyond it, the first frames and the most recent ones."""
     sink_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None

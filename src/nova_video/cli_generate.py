@@ -21,11 +21,13 @@ from nova_video.script import with_script
 
 if TYPE_CHECKING:
     from nova_video.given import Clip
+    from nova_video.memory import LowMemory
     from nova_video.pipeline import NovaPipeline
     from nova_video.request import GenerateRequest
 
 FOR_ONE_CLIP = ("prompt_at", "motion_at", "guidance_at", "script", "live", "state")  # flags of a single sentence
-WITH_RESUME = ("resume", "output", "state", "model", "device", "dtype", "low_memory", "json")  # all else is in the file
+SMALL = ("low_memory", "tiled", "int8_text")  # flags for a small GPU
+WITH_RESUME = ("resume", "output", "state", "model", "device", "dtype", *SMALL, "json")  # all else is in the file
 
 
 def run_generate(args: Generate) -> None:
@@ -82,7 +84,7 @@ def _resume(args: Generate, path: Path) -> None:
         args.model or record["model"],
         args.device or notes["device"] or "auto",
         args.dtype or notes["dtype"] or "auto",
-        args.low_memory,
+        _low_memory(args),
         None if "lora" not in record else Path(record["lora"]),
         record.get("lora_scale", 1.0),
     )
@@ -195,8 +197,19 @@ def _pipeline(args: Making) -> "NovaPipeline":
         raise InputError(f"lora {args.lora} not found: expected a safetensors file or its folder")
     scale = 1.0 if args.lora_scale is None else args.lora_scale
     return load_pipeline(
-        args.model or MODEL, args.device or "auto", args.dtype or "auto", args.low_memory, args.lora, scale
+        args.model or MODEL, args.device or "auto", args.dtype or "auto", _low_memory(args), args.lora, scale
     )
+
+
+def _low_memory(args: Making) -> "LowMemory | None":
+    if not args.low_memory:
+        for name in SMALL:
+            if getattr(args, name):
+                raise InputError(f"got {_flag(name)} alone: expected --low-memory with it")
+        return None
+    from nova_video.memory import LowMemory
+
+    return LowMemory(text_encoder="int8" if args.int8_text else "float", tiled=args.tiled)
 
 
 def _name(path: Path | None) -> str | None:

@@ -1,6 +1,7 @@
 """What the sub-commands share: the model on its device, and a progress bar. No heavy import before a command runs."""
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -8,6 +9,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
+    from nova_video.memory import LowMemory
     from nova_video.pipeline import NovaPipeline
     from nova_video.settings import Defaults
 
@@ -16,7 +18,7 @@ def load_pipeline(
     model: str,
     device: str,
     dtype: str,
-    low_memory: bool = False,
+    low_memory: "LowMemory | None" = None,
     lora: "Path | None" = None,
     lora_scale: float = 1.0,
 ) -> "NovaPipeline":
@@ -32,14 +34,16 @@ def load_pipeline(
     diffusers.utils.logging.disable_progress_bar()  # the bars of loading; sampling has ours
     transformers.utils.logging.disable_progress_bar()
     pipe = NovaPipeline.from_pretrained(
-        model, torch_dtype=choose_dtype(dtype, place), low_memory=place if low_memory else False
+        model,
+        torch_dtype=choose_dtype(dtype, place),
+        low_memory=False if low_memory is None else replace(low_memory, device=place),
     )
     if lora is not None:
         from nova_video.model.lora import merge
 
         pipe.load_lora_weights(lora, scale=lora_scale)
         merge(pipe.transformer)
-    if not low_memory:
+    if low_memory is None:
         pipe.to(place)
     pipe.set_progress_bar_config(disable=True)
     return pipe

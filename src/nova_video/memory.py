@@ -7,6 +7,7 @@ read the transformer's weights where they are: they last until it leaves, which 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,6 +25,28 @@ if TYPE_CHECKING:
 TextEncoder = Literal["float", "int8"]
 
 
+@dataclass(frozen=True)
+class LowMemory:
+    """How to get by on a small GPU, for `NovaPipeline.from_pretrained`."""
+
+    device: torch.device | str = "cuda"
+    text_encoder: TextEncoder = "float"
+    tiled: bool = False
+    """These two as in `enable_low_memory`."""
+
+    @classmethod
+    def of(cls, asked: "LowMemory | torch.device | str | bool") -> "LowMemory | None":
+        """What `low_memory` means, or None; an error where there is no GPU for it."""
+        if asked is False:
+            return None
+        low = asked if isinstance(asked, cls) else cls() if asked is True else cls(asked)  # type: ignore[arg-type]
+        place = torch.device(low.device)
+        if place.type != "cuda" or not torch.cuda.is_available():
+            here = "there is none here" if place.type == "cuda" else f"got {place}"
+            raise InputError(f"low_memory is for a GPU: {here}; without one, leave it out")
+        return low
+
+
 def enable_low_memory(
     pipe: "NovaPipeline", device: torch.device | str, text_encoder: TextEncoder = "float", tiled: bool = False
 ) -> None:
@@ -38,6 +61,10 @@ def enable_low_memory(
         raise InputError("low memory is on for this pipeline already: expected to be asked once")
     if text_encoder not in ("float", "int8"):
         raise InputError(f"text_encoder is {text_encoder!r}: expected 'float' or 'int8'")
+    if text_encoder == "int8" and pipe.text_encoder is None:
+        raise InputError("text_encoder is 'int8': expected a checkpoint with a text encoder in it, this one has none")
+    if tiled and pipe.vae is None:
+        raise InputError("tiled is True: expected a checkpoint with an autoencoder in it, this one has none")
     pipe.remove_all_hooks()
     parts = [pipe.transformer] + ([] if pipe.vae is None else [pipe.vae])
     if pipe.text_encoder is not None:

@@ -33,7 +33,7 @@ from nova_video.loading import (
     load_transformer,
     resolve_checkpoint,
 )
-from nova_video.memory import Turn, enable_low_memory
+from nova_video.memory import LowMemory, Turn, enable_low_memory
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import adapter_names, adapter_state
 from nova_video.plan import Capabilities, Plan
@@ -101,7 +101,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
-        low_memory: bool | torch.device | str = False,
+        low_memory: bool | torch.device | str | LowMemory = False,
     ) -> "NovaPipeline":
         """Open "emoji" (the model in the box), a local folder or a hub id; only its component folders count.
 
@@ -109,8 +109,10 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         ({"transformer": torch.bfloat16, "default": torch.float32}).
 
         With `low_memory` (True: on "cuda", or a GPU's name) parts stay in the processor's memory and take turns on the
-        GPU, the text encoder layer by layer (`memory.py`). Such a pipeline is not to be moved.
+        GPU, the text encoder layer by layer (`memory.py`). Such a pipeline is not to be moved. A `LowMemory` says more:
+        the text encoder in 8 bits, frames decoded in tiles.
         """
+        low = LowMemory.of(low_memory)
         folder = resolve_checkpoint(
             pretrained_model_name_or_path, revision=revision, token=token, local_files_only=local_files_only
         )
@@ -121,12 +123,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         text_encoder, tokenizer = load_text_parts(folder, _dtype_of("text_encoder", torch_dtype))
         pipe = cls(transformer, scheduler, vae, text_encoder, tokenizer, settings)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        if low_memory is not False:
-            place = torch.device("cuda" if low_memory is True else low_memory)
-            if place.type != "cuda" or not torch.cuda.is_available():
-                here = "there is none here" if place.type == "cuda" else f"got {place}"
-                raise InputError(f"low_memory is for a GPU: {here}; without one, leave it out")
-            enable_low_memory(pipe, place)
+        if low is not None:
+            enable_low_memory(pipe, low.device, low.text_encoder, low.tiled)
         return pipe
 
     def save_pretrained(

@@ -9,12 +9,10 @@ versions, command, and how busy the machine was with other things.
 
 import json
 import os
-import shlex
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -29,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nova_video.autoencoders import AutoencoderKLOpenSora
-from nova_video.benchmarks.sample import device_name, digits, versions
+from nova_video.benchmarks.sample import digits
+from nova_video.benchmarks.script import result_of, write_result
 from nova_video.data.dataset import read_shard, write_shard
 from nova_video.data.encode import EncodeSettings, encode_dataset
 from nova_video.data.encoders import EncodeLatents, EncodeText
@@ -54,7 +53,7 @@ PHI = {  # the text encoder of the released checkpoints, and one for trying this
 class Encode:
     """Time the stages of `nova encode`."""
 
-    output: Path
+    output: Path = Path("benchmarks/measured/encode.json")
     """JSON file to write."""
     source: str | None = None
     """As for `nova encode`; None: eight clips of four seconds or more, 640x360 or larger, at 25 frames a second, made
@@ -101,27 +100,29 @@ def main(args: Encode) -> None:
         items = list(open_source(SourceSettings(source)).items())
         limits = measure_limits(device)
         decoded, rows = time_decoding(items, settings, args.seconds)
+        whole: list[dict[str, Any]] = []
+        result = result_of(
+            "encode",
+            device,
+            model=args.model,
+            source=args.source or f"made: 8 clips of {made[2]:g} s, {made[0]}x{made[1]}, 25 frames a second, h264",
+            bucket=Counter(clip.bucket for clip in decoded).most_common(1)[0][0].name,
+            threads=torch.get_num_threads(),
+            load_before=busy,
+            measured_limits={"tflops": digits(limits.flops / 1e12), "gb_per_second": digits(limits.bytes / 1e9)},
+            stages=rows,
+            whole=whole,
+        )
+        result["versions"] |= {"av": av.__version__}
         rows.append(time_motion(decoded, args.seconds))
         rows += time_networks(decoded, model, args, device, limits, Path(folder))
         for row in rows:
             print(json.dumps(row), flush=True)
-        whole = time_whole(source, model, settings, args, Path(folder)) if args.pipeline else []
-    result = {
-        "benchmark": "encode",
-        "model": args.model,
-        "source": args.source or f"made: 8 clips of {made[2]:g} s, {made[0]}x{made[1]}, 25 frames a second, h264",
-        "bucket": Counter(clip.bucket for clip in decoded).most_common(1)[0][0].name,
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "load_before": busy,
-        "measured_limits": {"tflops": digits(limits.flops / 1e12), "gb_per_second": digits(limits.bytes / 1e9)},
-        "stages": rows,
-        "whole": whole,
-        "versions": versions() | {"av": av.__version__},
-        "command": shlex.join(["python", "benchmarks/encode.py", *sys.argv[1:]]),
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_result(args.output, result)
+        if args.pipeline:
+            for row in time_whole(source, model, settings, args, Path(folder)):
+                whole.append(row)
+                write_result(args.output, result)
     print(json.dumps(whole, indent=2))
 
 
@@ -290,12 +291,11 @@ def bound(flops: float, moved: float, took: float, limits: Limits) -> dict[str, 
 # The whole -----------------------------------------------------------------------------------------------------------
 
 
-def time_whole(source: str, model: str, decode: DecodeSettings, args: Encode, folder: Path) -> list[dict[str, Any]]:
+def time_whole(source: str, model: str, decode: DecodeSettings, args: Encode, folder: Path) -> Iterator[dict[str, Any]]:
     """From the source to shards and card, here and on Ray, on so many cores; start of Ray and loading included."""
     many = repeated_source(source, folder / "many", args.pipeline_repeats)
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, set(sorted(before)[: args.cores]))
-    rows = []
     try:
         for runner in (None, "local"):
             output = folder / f"made-{runner}"
@@ -314,20 +314,17 @@ def time_whole(source: str, model: str, decode: DecodeSettings, args: Encode, fo
             took = time.perf_counter() - start
             clips = sum(summary.clips.values())
             frames = sum(bucket.frames * rows for bucket, rows in summary.clips.items())
-            rows.append(
-                {
-                    "runner": "Ray" if runner else "this process",
-                    "cores": min(args.cores, len(before)),
-                    "sources": summary.items,
-                    "clips": clips,
-                    "seconds": digits(took),
-                    "clips_per_second": digits(clips / took),
-                    "frames_per_second": digits(frames / took),
-                }
-            )
+            yield {
+                "runner": "Ray" if runner else "this process",
+                "cores": min(args.cores, len(before)),
+                "sources": summary.items,
+                "clips": clips,
+                "seconds": digits(took),
+                "clips_per_second": digits(clips / took),
+                "frames_per_second": digits(frames / took),
+            }
     finally:
         os.sched_setaffinity(0, before)
-    return rows
 
 
 def repeated_source(source: str, folder: Path, times: int) -> str:

@@ -13,8 +13,6 @@ plain float32 loop made of it.
 
 import copy
 import itertools
-import json
-import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +24,7 @@ import tyro
 from torch import Tensor
 
 from nova_video.benchmarks.configs import SIZES, build
-from nova_video.benchmarks.sample import device_name, versions
+from nova_video.benchmarks.script import result_of, write_result
 from nova_video.devices import choose_device
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.patches import gather_tokens
@@ -46,7 +44,7 @@ Precision = Literal["float32", "float16", "bfloat16"]
 class Exact:
     """Compare the engines."""
 
-    output: Path
+    output: Path = Path("benchmarks/measured/exact.json")
     """JSON file to write."""
     config: tuple[str, ...] = ("emoji", "t2i-512-0.6b", "t2v-480-0.6b")
     """Released sizes with random weights, or checkpoints."""
@@ -78,7 +76,10 @@ class Row:
 
 def main(args: Exact) -> None:
     device = choose_device(args.device)
-    rows = [row for config in args.config for row in compare(config, args, device)]
+    rows: list[Row] = []
+    for config in args.config:
+        rows += compare(config, args, device)
+        write_result(args.output, result_of("exact", device, rows=[asdict(row) for row in rows]))
     print(f"{'config':16}{'dtype':10}{'seeds':>6}{'plain':>12}{'fast':>12}{'ratio':>8}{'max':>12}  holds")
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
@@ -86,15 +87,6 @@ def main(args: Exact) -> None:
             f"{row.config:16}{row.dtype:10}{row.seeds:6}{row.plain:12.3e}{row.fast:12.3e}{ratio:>8}"
             f"{row.fast_max:12.3e}  {row.holds}"
         )
-    result = {
-        "benchmark": "exact",
-        "rows": [asdict(row) for row in rows],
-        "device": device_name(device),
-        "versions": versions(),
-        "command": shlex.join(["python", "benchmarks/exact.py", *sys.argv[1:]]),
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     sys.exit(0 if all(row.holds for row in rows) else 1)
 
 

@@ -9,8 +9,6 @@ own: one that fails leaves the others alone. Without a GPU:
 """
 
 import json
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,7 @@ import tyro
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from nova_video.benchmarks.script import result_of, write_result
 from nova_video.model.denoiser import Denoiser
 from nova_video.sampling.diffusion import Schedule, linear_step, request_scheduler
 from nova_video.sampling.fused import (
@@ -334,17 +333,14 @@ def main(args: Fused) -> None:
             print(json.dumps(row), flush=True)
         return
     rows: list[dict[str, Any]] = []
+    result = result_of("fused", device, rows=rows)
     for shape in args.shapes:
         for way in args.ways:
             for row in spawn(shape, way, args):
                 rows.append({"shape": shape, "dtype": args.dtype, "steps": args.steps, **row})
                 print(line(rows[-1]), flush=True)
-    if args.output is not None:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
-        command = shlex.join(["python", "benchmarks/fused.py", *sys.argv[1:]])
-        result = {"benchmark": "fused", "rows": rows, "device": name, "torch": torch.__version__, "command": command}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            if args.output is not None:
+                write_result(args.output, result)
 
 
 def line(row: dict[str, Any]) -> str:

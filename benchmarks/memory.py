@@ -2,14 +2,10 @@
 
 Builds the released text-to-video model at its size with random weights, and a random text encoder of Phi-2's size, and
 makes the 33x480x768 clip from a sentence: with all parts on the GPU and in the ways of `nova_video.memory`. Prints peak
-memory and time of each as soon as it is there, also for one that fails, and writes all as JSON.
+memory and time of each as soon as it is there, also for one that fails, and writes those so far as JSON.
 """
 
 import gc
-import json
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +17,9 @@ import tyro
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PhiConfig, PhiModel, PreTrainedTokenizerFast
 
-import nova_video
 from nova_video import NovaPipeline
 from nova_video.benchmarks.configs import SIZES, build, resized
+from nova_video.benchmarks.script import result_of, write_result
 from nova_video.devices import choose_device, choose_dtype
 from nova_video.errors import InputError
 from nova_video.memory import enable_low_memory
@@ -56,18 +52,11 @@ def main(args: Memory) -> None:
         raise InputError(f"limit_gb is {args.limit_gb:g}: expected none without a GPU")
     print(f"{'way':52}{'peak GB':>9}{'held GB':>9}{'set up s':>10}{'first s':>9}{'second s':>10}", flush=True)
     chosen = [way for way in ways() if not args.ways or way[0].startswith(args.ways)]
-    rows = [attempt(name, set_up, args, device, dtype) for name, set_up in chosen]
-    result = {
-        "benchmark": "memory",
-        "size": args.size,
-        "limit_gb": args.limit_gb,
-        "rows": rows,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        "versions": {"nova_video": nova_video.__version__, "torch": torch.__version__},
-        "command": shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    result = result_of("memory", device, size=args.size, limit_gb=args.limit_gb, rows=rows)
+    for name, set_up in chosen:
+        rows.append(attempt(name, set_up, args, device, dtype))
+        write_result(args.output, result)
 
 
 def ways() -> list[tuple[str, Callable[[NovaPipeline, torch.device], Any]]]:

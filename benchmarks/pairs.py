@@ -6,9 +6,7 @@ written as JSON, with device, versions and command.
 """
 
 import json
-import shlex
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 import tyro
 
 from nova_video import NovaPipeline
-from nova_video.benchmarks.sample import device_name, versions
+from nova_video.benchmarks.script import result_of, write_result
 from nova_video.devices import choose_device
 
 
@@ -25,7 +23,7 @@ from nova_video.devices import choose_device
 class Pairs:
     """Time both engines in turn."""
 
-    output: Path
+    output: Path = Path("benchmarks/measured/pairs.json")
     """JSON file to write."""
     model: str = "emoji"
     prompt: str = "a whale moving left on a blue background"
@@ -50,20 +48,17 @@ def main(args: Pairs) -> None:
     for compile in (True, False, True):
         seconds(compile)  # compiles, captures, fills caches
     times = [(seconds(False), seconds(True)) for _ in range(args.pairs)]
-    result = {
-        "benchmark": "pairs",
-        "model": args.model,
-        "plain_seconds": statistics.median(plain for plain, _ in times),
-        "fast_seconds": statistics.median(fast for _, fast in times),
-        "times_as_fast": statistics.median(plain / fast for plain, fast in times),
-        "pairs": [[round(plain, 4), round(fast, 4)] for plain, fast in times],
-        "threads": torch.get_num_threads(),
-        "device": device_name(device),
-        "versions": versions(),
-        "command": shlex.join(["python", "benchmarks/pairs.py", *sys.argv[1:]]),
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = result_of(
+        "pairs",
+        device,
+        model=args.model,
+        plain_seconds=statistics.median(plain for plain, _ in times),
+        fast_seconds=statistics.median(fast for _, fast in times),
+        times_as_fast=statistics.median(plain / fast for plain, fast in times),
+        pairs=[[round(plain, 4), round(fast, 4)] for plain, fast in times],
+        threads=torch.get_num_threads(),
+    )
+    write_result(args.output, result)
     print(json.dumps(result, indent=2))
 
 

@@ -7,8 +7,6 @@ it is there, also for one that fails, and writes those so far as JSON.
 
 import gc
 import json
-import platform
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,9 @@ import torch
 import tyro
 from diffusers import AutoencoderKL
 
-import nova_video
 from nova_video.autoencoders import AutoencoderKLOpenSora
-from nova_video.benchmarks.sample import GIB, device_name, digits
+from nova_video.benchmarks.sample import GIB, digits
+from nova_video.benchmarks.script import result_of, write_result
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
 from nova_video.data.encoders import autoencoder_info
 from nova_video.devices import choose_device
@@ -48,22 +46,11 @@ class Recipes:
 def main(args: Recipes) -> int:
     device = choose_device(args.device)
     rows: list[dict[str, Any]] = []
-    result = {
-        "benchmark": "recipes",
-        "rows": rows,
-        "device": device_name(device),
-        "versions": {
-            "nova_video": nova_video.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "command": shlex.join(["python", "benchmarks/recipes.py", *sys.argv[1:]]),
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    result = result_of("recipes", device, rows=rows)
     for path in args.recipes:
         rows.append(attempt(path, args, device))
         print(json.dumps(rows[-1]), flush=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")  # what is there is kept
+        write_result(args.output, result)
     return int(any("error" in row for row in rows))
 
 

@@ -10,8 +10,6 @@ measuring what reuse costs in scores, not for speed. Results are written as JSON
 """
 
 import json
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from nova_video.benchmarks import presets
 from nova_video.benchmarks.preset_outcome import Outcome
-from nova_video.benchmarks.sample import device_name, versions
+from nova_video.benchmarks.script import result_of, write_result
 from nova_video.data.world import EmojiWorld
 from nova_video.devices import choose_device
 from nova_video.evaluation.emoji import EmojiSettings
@@ -67,7 +65,8 @@ def main(args: Reuse) -> None:
         num_diffusion_steps=args.diffusion_steps,
     )
     device = choose_device(args.device)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = result_of("reuse", device, model=args.model, rows=rows)
     with tempfile.TemporaryDirectory() as kept:
         asked = presets.Asked(args.model, args.data, Path(kept), settings, device=args.device)
         maker = presets.Maker(asked, resolve_checkpoint(args.model), EmojiWorld.load(args.data, device))
@@ -81,16 +80,7 @@ def main(args: Reuse) -> None:
                 exact, all_rows = outcome, engine.rows
             rows.append(row_of(name, outcome, exact, engine.rows / all_rows))
             print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "benchmark": "reuse",
-        "model": args.model,
-        "rows": rows,
-        "device": device_name(device),
-        "versions": versions(),
-        "command": shlex.join(["python", "benchmarks/reuse.py", *sys.argv[1:]]),
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            write_result(args.output, result)
 
 
 def ways(args: Reuse) -> Iterator[tuple[str, int, Shortcuts]]:

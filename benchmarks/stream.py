@@ -6,20 +6,16 @@ command. When a stream shows its first picture, `nova bench sample` measures.
 
 import json
 import math
-import platform
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import tyro
 
-import nova_video
 from nova_video import NovaPipeline
+from nova_video.benchmarks.script import result_of, write_result
 from nova_video.devices import choose_device, choose_dtype
 from nova_video.request import GenerateRequest
 
@@ -44,12 +40,8 @@ class Stream:
 def main(args: Stream) -> None:
     device = choose_device(args.device)
     measured = time_flatness(args, device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
-    versions = {"nova_video": nova_video.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    command = shlex.join(["python", "benchmarks/stream.py", *sys.argv[1:]])
-    result = {"benchmark": "stream", **measured, "device": name, "versions": versions, "command": command}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = result_of("stream", device, **measured)
+    write_result(args.output, result)
     print(json.dumps(result, indent=2))
 
 

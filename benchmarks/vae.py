@@ -3,16 +3,12 @@
 Times the released video autoencoder with random weights, decoded by its plain modules and in the arrangements of
 `autoencoders/fast.py`, and compares every result with that of the plain modules in float32. With `--convolutions` the
 convolutions of its levels too, by the library and by the kernel in tiles of several sizes. Prints a line for each as
-soon as it is there, also for one that fails, and writes all as JSON.
+soon as it is there, also for one that fails, and writes those so far as JSON.
 """
 
-import json
-import platform
-import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +18,8 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-import nova_video
 from nova_video.autoencoders import AutoencoderKLOpenSora, fast
+from nova_video.benchmarks.script import result_of, write_result
 from nova_video.devices import choose_device, choose_dtype
 
 REPEATS = 5
@@ -71,23 +67,19 @@ class Vae:
 def main(args: Vae) -> None:
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    rows = decodes(args, device, dtype)
-    result: dict[str, Any] = {"benchmark": "vae", "size": args.size, "dtype": str(dtype).removeprefix("torch.")}
-    result["decodes"] = rows
-    if args.convolutions:
-        result["convolutions"] = convolutions(args, device, dtype)
-    result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
-    result["versions"] = {"nova_video": nova_video.__version__, "torch": torch.__version__}
-    result["command"] = shlex.join(["python", "benchmarks/vae.py", *sys.argv[1:]])
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    rows: dict[str, list[dict[str, Any]]] = {"decodes": []} | ({"convolutions": []} if args.convolutions else {})
+    result = result_of("vae", device, size=args.size, dtype=str(dtype).removeprefix("torch."), **rows)
+    for measure, found in zip((decodes, convolutions), rows.values(), strict=False):
+        for row in measure(args, device, dtype):
+            found.append(row)
+            write_result(args.output, result)
 
 
 # Whole decodes --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def decodes(args: Vae, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+def decodes(args: Vae, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """A row for each way to decode the clip."""
     torch.manual_seed(0)
     with device:
@@ -100,14 +92,11 @@ def decodes(args: Vae, device: torch.device, dtype: torch.dtype) -> list[dict[st
     exact = reference(vae.eval(), latents)
     vae = vae.to(dtype)
     latents = latents.to(dtype)
-    rows = []
     for name, last, pieces in ways():
         for values in args.values if pieces is not None else [0]:
             label = f"{name}, parts of {values:.1e}" if values else name
             vae._lay_out(torch.channels_last_3d if last else torch.contiguous_format)
-            row = attempt(label, lambda pieces=pieces, values=values: decoded(vae, latents, pieces, values), exact)
-            rows.append(row)
-    return rows
+            yield attempt(label, lambda pieces=pieces, values=values: decoded(vae, latents, pieces, values), exact)
 
 
 def ways() -> list[tuple[str, bool, Callable[[], fast.Pieces] | None]]:
@@ -200,9 +189,8 @@ def timed(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
 
 
 @torch.no_grad()
-def convolutions(args: Vae, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+def convolutions(args: Vae, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """A row for each shape and way: milliseconds and TFLOP/s."""
-    rows = []
     generator = torch.Generator(device).manual_seed(0)
     print(f"\n{'convolution':20}{'way':44}{'ms':>9}{'TFLOP/s':>9}{'off':>10}", flush=True)
     for name, (frames, height, width, inputs, outputs, kernel) in SHAPES.items():
@@ -223,13 +211,13 @@ def convolutions(args: Vae, device: torch.device, dtype: torch.dtype) -> list[di
                 off = float((made - expected).abs().max() / expected.abs().max())
                 milliseconds = 1e3 * fastest(work)
                 rate = flops / milliseconds / 1e9
-                rows.append({"shape": name, "way": way, "ms": round(milliseconds, 4), "tflops": round(rate, 1)})
+                row = {"shape": name, "way": way, "ms": round(milliseconds, 4), "tflops": round(rate, 1)}
                 print(f"{name:20}{way:44}{milliseconds:9.3f}{rate:9.1f}{off:10.2e}", flush=True)
                 del made
             except Exception as error:
-                rows.append({"shape": name, "way": way, "error": f"{type(error).__name__}: {error}"[:400]})
-                print(f"{name:20}{way:44} FAILED: {rows[-1]['error']}", flush=True)
-    return rows
+                row = {"shape": name, "way": way, "error": f"{type(error).__name__}: {error}"[:400]}
+                print(f"{name:20}{way:44} FAILED: {row['error']}", flush=True)
+            yield row
 
 
 def convolution_ways(

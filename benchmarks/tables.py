@@ -10,6 +10,7 @@ from nova_video.benchmarks.plots import PLOTS, is_current, write_plots
 from nova_video.benchmarks.preset_rows import presets_table, read_preset_rows
 from nova_video.benchmarks.rows import read_rows
 from nova_video.benchmarks.tables import filled, tables
+from nova_video.benchmarks.targets import sampling_targets, training_targets
 from nova_video.benchmarks.train_rows import read_train_rows, train_commands, train_table
 from nova_video.media import atomic_path
 
@@ -38,6 +39,8 @@ def main(args: Tables) -> int:
     trained = read_train_rows(args.training)
     own = {
         "presets": presets_table(read_preset_rows(args.presets)),
+        "targets": sampling_targets(rows),
+        "training-targets": training_targets(trained),
         "training": train_table(trained),
         "training-commands": train_commands(trained),
     }

@@ -24,6 +24,7 @@ from nova_video.benchmarks.plots import PLOTS, is_current, write_plots
 from nova_video.benchmarks.rows import PARTS, Row, as_lines, cells, read_rows, record_row, write_rows
 from nova_video.benchmarks.sample import Asked, Runs, measure, request_of
 from nova_video.benchmarks.tables import EMPTY, RELEASED, filled, released_seconds, sweeps, tables
+from nova_video.benchmarks.targets import SAMPLING, sampling_targets
 from nova_video.errors import InputError
 from nova_video.pipeline import NovaPipeline
 from nova_video.request import GenerateRequest
@@ -275,10 +276,11 @@ def test_wrong_input_is_found_before_the_work(
 
 
 def test_tables_say_what_the_rows_say() -> None:
-    made = tables([row(seconds=4.0, floor_ratio=2.0, vae_seconds=0.5, total_seconds=4.5), row("other", error="why")])
+    one = row(seconds=4.0, repeats=3, floor_ratio=2.0, vae_seconds=0.5, total_seconds=4.5)
+    made = tables([one, row("other", error="why")])
     cells = [cell.strip() for cell in made["speed"].splitlines()[-1].strip("|").split("|")]
     assert cells[:3] == ["t2v-480-0.6b", "exact", "1"]
-    assert cells[3:] == ["40.9", "**4**", "- to -", "10.2", "2", "2", "0.5", "4.5"]
+    assert cells[3:] == ["40.9", "**4**", "- to -", "3", "10.2", "2", "2", "0.5", "4.5"]
     assert "other" not in made["speed"]
     assert "Failed: why" in made["commands"]
     assert tables([])["speed"] == EMPTY
@@ -289,6 +291,25 @@ def test_released_times_are_for_the_same_work() -> None:
     assert released_seconds(row("t2i-1024-0.6b", batch=4)) is None
     assert released_seconds(row(changed={"frames": 9})) is None
     assert released_seconds(row(device="NVIDIA A100-SXM4-80GB")) is None
+
+
+def test_targets_are_held_against_the_rows() -> None:
+    """The least of the rows that are of the same work; four digits, since 1.451 is more than 1.45."""
+    others = [row(seconds=1.0, changed={"frames": 9}), row(seconds=1.0, compile=False), row(seconds=1.0, error="why")]
+    others += [row(seconds=1.0, device="NVIDIA A100-SXM4-80GB"), row(seconds=1.0, dtype="float32")]
+    rows = [*others, row("t2i-1024-0.6b", 1.451), row(seconds=4.3), row(seconds=2.7, dtype="bfloat16"), row(batch=8)]
+    rows += [row(seconds=1.9, preset="balanced"), row(seconds=2.75, vae_peak_memory_gb=6.0, vae_seconds=0.5)]
+    lines = sampling_targets(rows).splitlines()
+    assert len(lines) == 2 + len(SAMPLING)
+    for line in (
+        "| t2i-1024-0.6b, exact | 1.45 | 1.1 | 1.451 | **no** |",
+        "| t2v-480-0.6b, exact | 4.2 | 2.8 | 2.7 | yes, and the stretch |",
+        "| t2v-480-0.6b, exact, VAE decode | 0.6 | 0.4 | 0.5 | yes |",
+        "| t2v-480-0.6b, exact, GB while it decodes, all parts on the GPU | 6 | - | 6.442 | **no** |",
+        "| t2v-480-0.6b, balanced | 1.9 | - | 1.9 | yes |",
+        "| t2i-1024-0.6b, exact, batch 8 | 9 | 7.5 | - | - |",
+    ):
+        assert line in lines
 
 
 def test_sweeps_differ_in_one_thing() -> None:

@@ -23,6 +23,7 @@ from nova_video.arguments import BenchTrain, parse
 from nova_video.benchmarks.configs import BATCHES, SIZES, fill_zeros
 from nova_video.benchmarks.rows import record_row
 from nova_video.benchmarks.tables import EMPTY
+from nova_video.benchmarks.targets import training_targets
 from nova_video.benchmarks.train import (
     OPTIMIZER,
     AskedTraining,
@@ -236,6 +237,25 @@ def test_commands_that_record_are_understood() -> None:
     assert all(isinstance(args, BenchTrain) for args in asked)
     assert {config for args in asked for config in args.config} == set(SIZES)
     assert {args.output for args in asked} == {Path("rows.json")}
+
+
+def test_targets_are_held_against_the_rows() -> None:
+    finite, two = {"finite": True}, {"processes": 2, "strategy": "fsdp", "finite": True, "samples_per_second": 190.0}
+    rows = [row(seconds=0.1, changed={"no-graph": True}, **finite), row(seconds=0.1, finite=False)]
+    rows += [row(seconds=0.139, samples_per_second=95.0, **finite), row("t2v-480-0.6b", 3, 0.32, **finite), row(**two)]
+    rows += [row("t2i-1024-0.6b", 8, 0.42, checkpointing=True, **finite)]
+    lines = training_targets(rows).splitlines()
+    for line in (
+        "| t2i-512-0.6b, batch 16, s a step | 0.14 | 0.139 | yes |",
+        "| t2i-1024-0.6b, batch 8, s a step | 0.24 | - | - |",
+        "| t2v-480-0.6b, batch 3, s a step | 0.24 | 0.32 | **no** |",
+        "| t2i-1024-0.6b, batch 8, checkpointing, s a step | 0.45 | 0.42 | yes |",
+        "| t2i-1024-0.6b, batch 8, checkpointing, GB | 29 | 22.82 | yes |",
+        "| t2i-512-0.6b, batch 16, MFU | at least 0.45 | 0.451 | yes |",
+        "| t2i-512-0.6b, batch 16, two GPUs (fsdp), times the samples/s of one | at least 1.9 | 2 | yes |",
+        "| t2i-512-0.6b, batch 16, two GPUs (ddp), times the samples/s of one | at least 1.9 | - | - |",
+    ):
+        assert line in lines
 
 
 def test_rows_in_words_and_tables() -> None:

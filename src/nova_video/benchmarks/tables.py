@@ -85,7 +85,7 @@ def speed_table(rows: Sequence[Row]) -> str | None:
     """Seconds from prompt features to latents, beside the released implementation's and the floor."""
     own = [row for row in rows if not row.changed]
     columns = (
-        "configuration", "preset", "batch", "released implementation, s", "s", "least to most", "times faster",
+        "configuration", "preset", "batch", "released implementation, s", "s", "least to most", "calls", "times faster",
         "floor, s", "of the floor", "VAE, s", "in all, s",
     )  # fmt: skip
     return markdown(columns, [speed_cells(row) for row in own]) if own else None
@@ -102,6 +102,7 @@ def speed_cells(row: Row) -> list[str]:
         short(released),
         f"**{short(row.seconds)}**",
         f"{short(least)} to {short(most)}",
+        "-" if row.repeats is None else str(row.repeats),
         short(faster),
         short(row.floor_seconds),
         short(row.floor_ratio),

@@ -1,5 +1,6 @@
 """The tables and plots of this folder, made from the rows in results/: `python benchmarks/tables.py [--check]`."""
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ class Tables:
     """What `nova bench presets` wrote."""
     training: Path = FOLDER / "results" / "train.json"
     """What `nova bench train` wrote."""
+    decodes: Path = FOLDER / "measured" / "vae.json"
+    """What `python benchmarks/vae.py` wrote."""
     page: Path = FOLDER / "README.md"
     plots: Path = FOLDER / "plots"
 
@@ -39,7 +42,7 @@ def main(args: Tables) -> int:
     trained = read_train_rows(args.training)
     own = {
         "presets": presets_table(read_preset_rows(args.presets)),
-        "targets": sampling_targets(rows),
+        "targets": sampling_targets(rows, json.loads(args.decodes.read_text(encoding="utf-8"))),
         "training-targets": training_targets(trained),
         "training": train_table(trained),
         "training-commands": train_commands(trained),

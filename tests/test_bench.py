@@ -298,14 +298,15 @@ def test_targets_are_held_against_the_rows() -> None:
     others = [row(seconds=1.0, changed={"frames": 9}), row(seconds=1.0, compile=False), row(seconds=1.0, error="why")]
     others += [row(seconds=1.0, device="NVIDIA A100-SXM4-80GB"), row(seconds=1.0, dtype="float32")]
     rows = [*others, row("t2i-1024-0.6b", 1.451), row(seconds=4.3), row(seconds=2.7, dtype="bfloat16"), row(batch=8)]
-    rows += [row(seconds=1.9, preset="balanced"), row(seconds=2.75, vae_peak_memory_gb=6.0, vae_seconds=0.5)]
-    lines = sampling_targets(rows).splitlines()
-    assert len(lines) == 2 + len(SAMPLING)
+    rows += [row(seconds=1.9, preset="balanced"), row(seconds=2.75, vae_seconds=0.5)]
+    ways = [{"way": "plain", "peak_gb": 19.1}, {"way": "in parts, kernels, parts of 3.0e+08", "peak_gb": 6.442}]
+    lines = sampling_targets(rows, {"decodes": ways, "device": "NVIDIA H100"}).splitlines()
+    assert len(lines) == 3 + len(SAMPLING)
     for line in (
         "| t2i-1024-0.6b, exact | 1.45 | 1.1 | 1.451 | **no** |",
         "| t2v-480-0.6b, exact | 4.2 | 2.8 | 2.7 | yes, and the stretch |",
         "| t2v-480-0.6b, exact, VAE decode | 0.6 | 0.4 | 0.5 | yes |",
-        "| t2v-480-0.6b, exact, GB while it decodes, all parts on the GPU | 6 | - | 6.442 | **no** |",
+        "| 33 frames of 480x768, VAE decode alone, GB (NVIDIA H100) | 6 | - | 6.442 | **no** |",
         "| t2v-480-0.6b, balanced | 1.9 | - | 1.9 | yes |",
         "| t2i-1024-0.6b, exact, batch 8 | 9 | 7.5 | - | - |",
     ):

@@ -537,6 +537,18 @@ def test_fp8_names_its_package(tiny_checkpoint: Path, monkeypatch: pytest.Monkey
         use_fp8(load_transformer(tiny_checkpoint), torch.device("cuda"))
 
 
+def test_fp8_takes_any_number_of_tokens(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in 8 bits sum over multiples of 16: gradients of weights sum over tokens, which are padded."""
+    from torchao.float8.float8_linear import Float8Linear
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    model = load_transformer(tiny_checkpoint)
+    use_fp8(model, torch.device("cuda"))
+    layers = [module for module in model.modules() if isinstance(module, Float8Linear)]
+    assert layers
+    assert all(layer.config.pad_inner_dim for layer in layers)
+
+
 def test_wrong_recipes_name_the_field(
     recipe: DatasetTransformerRecipe, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nova_video import loading
 from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.data import encoders as encoders_module
 from nova_video.data.encoders import (
@@ -118,6 +119,26 @@ def test_text_encoders_are_found_by_checkpoint_or_name(tiny_checkpoint: Path, ti
     )
     with pytest.raises(InputError, match="names no text encoder"):
         text_names(str(CONFORMANCE / "text-to-video"))
+
+
+def test_a_checkpoint_of_the_hub_brings_its_text_encoder(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose name looks like that of a text encoder there, which has nothing of a checkpoint."""
+    asked = []
+
+    def download(name: str, local_files_only: bool, **options: object) -> str:
+        asked.append(local_files_only)
+        return str(tiny_checkpoint if name == "BAAI/nova" else tmp_path)
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    assert text_names("BAAI/nova") == text_names(str(tiny_checkpoint))
+    assert text_names("microsoft/phi-2") == ("microsoft/phi-2", None)
+    assert asked == [True, True]
+    assert EncodeText("BAAI/nova", device="cpu").width == 32
+    assert asked[2:] == [False]
+    assert text_names("sentence-transformers/all-MiniLM-L6-v2")[0] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert len(asked) == 3
 
 
 def test_text_encoders_are_the_same_by_their_weights(

@@ -3,8 +3,9 @@
 A target is met by a row of the configuration's own work, compiled, in float16 or bfloat16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nova_video.benchmarks.rows import Row
 from nova_video.benchmarks.tables import RELEASED_DEVICE, markdown
@@ -37,7 +38,6 @@ class Target:
 
 MEASURES = {
     "vae_seconds": "VAE decode",
-    "vae_peak_memory_gb": "GB while it decodes, all parts on the GPU",
     "first_preview_seconds": "first latent frame previewed",
 }
 SAMPLING = (
@@ -47,23 +47,27 @@ SAMPLING = (
     Target("t2i-1024-0.6b", 9, 7.5, batch=8),
     Target("t2v-480-0.6b", 4.2, 2.8),
     Target("t2v-480-0.6b", 0.6, 0.4, measure="vae_seconds"),
-    Target("t2v-480-0.6b", 6, measure="vae_peak_memory_gb"),
     Target("t2v-480-0.6b", 0.6, 0.4, measure="first_preview_seconds"),
     Target("t2v-480-0.6b", 1.9, preset="balanced"),
     Target("t2v-480-0.6b", 1.2, preset="fast"),
     Target("t2i-1024-0.6b", 0.75, preset="balanced"),
     Target("t2i-1024-0.6b", 0.45, preset="fast"),
 )
+DECODE_GB = 6  # of the released clip, the autoencoder alone; the released implementation takes 19
 STEP_SECONDS = {("t2i-512-0.6b", 16): 0.14, ("t2i-1024-0.6b", 8): 0.24, ("t2v-480-0.6b", 3): 0.24}
 
 
-def sampling_targets(rows: Sequence[Row]) -> str:
-    """Target, stretch and measured; "-" where nothing is recorded."""
+def sampling_targets(rows: Sequence[Row], decodes: Mapping[str, Any]) -> str:
+    """Target, stretch and measured; "-" where nothing is recorded. `decodes` is what benchmarks/vae.py wrote."""
     found = []
     for target in SAMPLING:
         value = least(rows, target)
         aims = [f"{target.most:g}", "-" if target.stretch is None else f"{target.stretch:g}"]
         found.append([target.name, *aims, exactly(value), met(value, target.most, target.stretch)])
+    held = [row["peak_gb"] for row in decodes["decodes"] if row["way"].startswith("in parts, kernels, ")]
+    value = min(held, default=None)
+    name = f"33 frames of 480x768, VAE decode alone, GB ({decodes['device']})"
+    found.append([name, f"{DECODE_GB}", "-", exactly(value), met(value, DECODE_GB)])
     return markdown(("s, if nothing else is said", "target", "stretch", "measured", "met"), found)
 
 
@@ -73,7 +77,7 @@ def least(rows: Sequence[Row], target: Target) -> float | None:
     own = [row for row in rows if (row.config, row.preset, row.batch) == work and row.compile and row.dtype in HALF]
     own = [row for row in own if RELEASED_DEVICE in row.device and not row.changed and row.error is None]
     values = [value for row in own if (value := getattr(row, target.measure)) is not None]
-    return None if not values else min(values) * (GB if target.measure.endswith("_gb") else 1)
+    return min(values, default=None)
 
 
 def training_targets(rows: Sequence[TrainRow]) -> str:

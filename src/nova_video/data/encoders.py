@@ -100,16 +100,19 @@ def load_frozen_autoencoder(model: str, device: torch.device) -> Any:
     return vae.to(device).eval().requires_grad_(False)  # type: ignore[union-attr]
 
 
-def text_names(model: str) -> tuple[str, str | None]:
+def text_names(model: str, fetch: bool = False) -> tuple[str, str | None]:
     """Text encoder and tokenizer (None: the encoder's own) of a name: a checkpoint with a text encoder, or one itself.
 
-    A checkpoint is the model in the box, or a folder with text_encoder/ or a nova.json that names one.
+    A checkpoint is the model in the box, a folder with text_encoder/ or a nova.json that names one, or the hub's, if it
+    is on this machine already; with `fetch` the hub is asked.
     """
     folder = Path(model).expanduser()
-    if "/" not in model and not folder.is_dir():
+    if not folder.is_dir():
         try:
-            folder = resolve_checkpoint(model)
-        except InputError:  # no packaged model: a text encoder's name
+            if find_text_encoder(model) != model:  # a package's
+                return model, None
+            folder = resolve_checkpoint(model, local_files_only=not fetch)
+        except InputError:  # no checkpoint: a text encoder's name
             return model, None
     if (folder / "text_encoder").is_dir():
         tokenizer = folder / "tokenizer"
@@ -286,7 +289,7 @@ class EncodeText:
         if self._parts is None:
             device = choose_device(self.device)
             dtype = torch.float16 if device.type == "cuda" else torch.float32
-            encoder, tokenizer = text_names(self.name)
+            encoder, tokenizer = text_names(self.name, fetch=True)  # another machine may not have it yet
             self._parts = load_text_encoder(encoder, dtype, device, tokenizer)
         return self._parts
 

@@ -297,7 +297,7 @@ def use_fp8(model: NOVATransformer3DModel, device: torch.device) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise InputError(f"precision = 'fp8' on {device}: expected a GPU that has 8 bit floats (Ada, Hopper or later)")
     try:
-        from torchao.float8 import convert_to_float8_training
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
         raise InputError("precision = 'fp8' needs torchao: pip install 'nova-video[lowmem]'") from None
 
@@ -306,7 +306,8 @@ def use_fp8(model: NOVATransformer3DModel, device: torch.device) -> None:
             ".blocks." in name and isinstance(module, nn.Linear) and not (module.in_features | module.out_features) % 16
         )
 
-    convert_to_float8_training(model, module_filter_fn=fits)
+    padded = Float8LinearConfig(pad_inner_dim=True)  # gradients of weights sum over all tokens, of any number
+    convert_to_float8_training(model, config=padded, module_filter_fn=fits)
 
 
 def new_scheduler(name: str) -> Any:

@@ -26,7 +26,7 @@ from nova_video.benchmarks.scaling import (
 from nova_video.benchmarks.train_rows import TrainRow
 
 ROOT = Path(__file__).parents[1]
-LARGE = Model("large", values=10**9, blocks=40, batch=8, seconds=0.3, measured=False)
+LARGE = Model("large", values=10**9, parts=40, batch=8, seconds=0.3, measured=False)
 
 
 @pytest.fixture(scope="module")

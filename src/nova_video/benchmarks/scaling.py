@@ -16,6 +16,7 @@ from nova_video.benchmarks.rows import short
 from nova_video.benchmarks.tables import markdown
 from nova_video.model.masking import mask_ratios
 from nova_video.training.flops import device_peak, step_flops
+from nova_video.training.processes import BLOCKS_TOGETHER
 
 DEVICE = "H200"
 GPUS = (8, 64, 512)
@@ -83,8 +84,8 @@ class Model:
 
     name: str
     values: int
-    blocks: int
-    """Parts that FSDP2 gathers one by one."""
+    parts: int
+    """That FSDP2 gathers one by one."""
     batch: int
     seconds: float
     measured: bool
@@ -127,7 +128,7 @@ def models(rows: Sequence[Measured] = ()) -> list[Model]:
             Model(
                 name,
                 sum(weight.numel() for weight in network.parameters()),
-                1 + sum(len(part.blocks) for part in parts),
+                1 + sum(math.ceil(len(part.blocks) / BLOCKS_TOGETHER) for part in parts),
                 batch,
                 flops / peak / MFU if seconds is None else seconds,
                 seconds is not None,
@@ -155,14 +156,14 @@ def ddp(model: Model, gpus: int, network: Network, work: float | None = None, mi
 
 
 def fsdp(model: Model, gpus: int, network: Network, work: float | None = None, micro: float = 1) -> Step:
-    """Weights in bfloat16, gathered block by block forward and again backward; gradients in float32, scattered.
+    """Weights in bfloat16, gathered part by part forward and again backward; gradients in float32, scattered.
 
     As `ddp`, but every micro batch gathers, and the last one scatters.
     """
     work = model.seconds if work is None else work
-    gather = network.share_seconds(HALF * model.values / model.blocks, gpus)
-    scatter = network.share_seconds(FLOAT * model.values / model.blocks, gpus)
-    gathers, scatters = model.blocks * gather, model.blocks * scatter
+    gather = network.share_seconds(HALF * model.values / model.parts, gpus)
+    scatter = network.share_seconds(FLOAT * model.values / model.parts, gpus)
+    gathers, scatters = model.parts * gather, model.parts * scatter
     waiting = micro * max(gather, gathers - work / 3) + (micro - 1) * max(0.0, gathers - 2 / 3 * work)
     waiting += max(scatter, gathers + scatters - 2 / 3 * work)
     return Step(micro * work, micro * 2 * gathers + scatters, waiting)

@@ -1,7 +1,7 @@
 """Who trains together: the processes of a run, what each of them has of the model, and what they agree on.
 
 accelerate reads what `accelerate launch` or torchrun put into the environment. The model is whole on each process (DDP)
-or sharded over all of them (FSDP2, torch's `fully_shard`: block by block, on any device). Used by `trainer.py`.
+or sharded over all of them (FSDP2, torch's `fully_shard`: a few blocks at a time, on any device). Used by `trainer.py`.
 """
 
 import contextlib
@@ -23,6 +23,10 @@ from nova_video.devices import choose_device
 from nova_video.errors import InputError
 from nova_video.training.recipe import Recipe
 from nova_video.training.task import LossParts, Task
+
+BLOCKS_TOGETHER = 4
+"""Under FSDP2: their weights are gathered, and their gradients scattered, with one call. Each call takes processor
+time, where a block alone is soon computed; and large messages use more of a network."""
 
 PATIENCE = timedelta(hours=2)  # with a process that samples, scores or saves while the others wait
 
@@ -86,8 +90,9 @@ class Processes:
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         blocks = getattr(task.model, "_no_split_modules", None) or []
         for part in task.model.modules():
-            if type(part).__name__ in blocks:
-                fully_shard(part, mesh=mesh, mp_policy=policy)
+            if isinstance(part, nn.ModuleList) and all(type(block).__name__ in blocks for block in part):
+                for start in range(0, len(part), BLOCKS_TOGETHER):
+                    fully_shard(list(part[start : start + BLOCKS_TOGETHER]), mesh=mesh, mp_policy=policy)
         fully_shard(module, mesh=mesh, mp_policy=policy)
         return module
 

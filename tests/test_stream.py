@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Iterable
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nova_video.data.dataset import Bucket, Sample, Shard, list_shards, write_shard
 from nova_video.errors import InputError
-from nova_video.training.stream import Loaded, Rows, collate, is_held_out, joined, open_loader, state_of
+from nova_video.training.stream import Rows, collate, is_held_out, joined, open_loader, state_of
 
 BUCKET = Bucket(5, 16, 16)
 SHARDS, ROWS = 5, 7
@@ -75,8 +74,11 @@ def loader(
     return open_loader(shards, 0, micro, count, 3, workers, 8, held_out)
 
 
-def captions(batches: Iterable[dict[int, Loaded]], count: int) -> list[dict[int, list[str]]]:
-    return [{micro: x.captions for micro, x in each.items()} for each in itertools.islice(batches, count)]
+def captions(loader: StatefulDataLoader, count: int) -> list[dict[int, list[str]]]:
+    """By micro batch."""
+    micro = [rows.micro for rows in loader.dataset.rows.values()]
+    rounds = [each.parts(len(micro)) for each in itertools.islice(loader, count)]
+    return [{number: part.captions for number, part in zip(micro, parts, strict=True)} for parts in rounds]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,17 @@ def test_batches_are_few_tensors() -> None:
     assert text[0].tolist() == [[4.0] * 4, [4.0] * 4, [0.0] * 4]
     assert batch.short is not None
     assert torch.equal(batch.short[0], text)  # there is one sentence alone
+
+
+def test_a_batch_has_equal_parts() -> None:
+    first, second = collate([sample(number) for number in (4, 5, 1, 2)]).parts(2)
+    assert (first.captions, second.captions) == (["Caption 4.", "Caption 5."], ["Caption 1.", "Caption 2."])
+    alone = collate([sample(1), sample(2)])
+    assert torch.equal(second.moments, alone.moments)
+    assert second.whole is not None
+    assert alone.whole is not None
+    assert torch.equal(second.whole[1], alone.whole[1])
+    assert torch.equal(second.whole[0][:, : alone.whole[0].shape[1]], alone.whole[0])
 
 
 def test_batches_without_text_features() -> None:

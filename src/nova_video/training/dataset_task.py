@@ -93,7 +93,7 @@ class Reader:
     def next(self, micro: int) -> Loaded:
         if micro not in self._waiting:
             try:
-                self._waiting = next(self._rounds)
+                self._waiting = dict(zip(self.micro, next(self._rounds).parts(len(self.micro)), strict=True))
             except InputError as error:  # of a worker process: behind it there is all that led to it
                 raise InputError(str(error).strip().rpartition("InputError: ")[2]) from None
         return self._waiting.pop(micro)

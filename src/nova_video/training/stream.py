@@ -88,16 +88,16 @@ class Rows:
 
 
 class Stream(TorchDataset):
-    """Of every step the batches that a process learns from, by the number of the micro batch."""
+    """Of every step the samples that a process learns from: those of its micro batches, one after the other."""
 
     def __init__(self, rows: Sequence[Rows], batch: int) -> None:
         self.rows = {str(each.micro): each for each in rows}
         self.batch = batch
 
-    def __iter__(self) -> Iterator[dict[int, "Loaded"]]:
-        samples = [(rows.micro, iter(rows)) for rows in self.rows.values()]
+    def __iter__(self) -> Iterator["Loaded"]:
+        samples = [iter(rows) for rows in self.rows.values()]
         while True:
-            yield {micro: collate(list(islice(each, self.batch))) for micro, each in samples}
+            yield collate([sample for each in samples for sample in islice(each, self.batch)])
 
     def state_dict(self) -> dict[str, Any]:
         return {MICRO: {micro: rows.state_dict() for micro, rows in self.rows.items()}}
@@ -154,9 +154,25 @@ class Loaded:
     short: tuple[Tensor, Tensor] | None
     """The same of their first sentences."""
 
+    def parts(self, count: int) -> "list[Loaded]":
+        """So many equal parts."""
+        size = len(self.captions) // count
+        places = [slice(start, start + size) for start in range(0, count * size, size)]
+        return [
+            Loaded(
+                self.moments[place],
+                self.motion[place],
+                self.fps[place],
+                self.captions[place],
+                None if self.whole is None else (self.whole[0][place], self.whole[1][place]),
+                None if self.short is None else (self.short[0][place], self.short[1][place]),
+            )
+            for place in places
+        ]
+
 
 def collate(samples: list[Sample]) -> Loaded:
-    """Few tensors, since each is handed from process to process by itself."""
+    """Few tensors, since each is handed from process to process by itself, with a file handle of its own."""
     whole = short = None
     if all(sample.text is not None for sample in samples):
         whole = pad([sample.text for sample in samples])
@@ -169,6 +185,11 @@ def collate(samples: list[Sample]) -> Loaded:
         whole,
         short,
     )
+
+
+def as_it_is(loaded: Loaded) -> Loaded:
+    """A stream's samples are put together already."""
+    return loaded
 
 
 def pad(texts: list[Any]) -> tuple[Tensor, Tensor]:
@@ -186,7 +207,7 @@ def open_loader(
     shuffle: int,
     held_out: float,
 ) -> StatefulDataLoader:
-    """Yields `Loaded` batches of these of the `count` micro batches, `{micro: Loaded}`, one of each at a time.
+    """Yields `Loaded` samples for these of the `count` micro batches, `batch` for each, in their order.
 
     Worker processes share the shards of a micro batch, so that there are at most as many as it has shards. As many as
     `shuffle` neighbouring rows are mixed by all micro batches and workers together, a batch's by each at least.
@@ -197,4 +218,4 @@ def open_loader(
     ahead = {"prefetch_factor": 2 if len(micro) == 1 else 1} if workers else {}  # batches that wait in memory
     with warnings.catch_warnings():  # torchdata calls something of torch that is going away
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        return StatefulDataLoader(stream, batch_size=None, num_workers=workers, collate_fn=dict, **ahead)
+        return StatefulDataLoader(stream, batch_size=None, num_workers=workers, collate_fn=as_it_is, **ahead)

@@ -79,7 +79,10 @@ def check_same(one: DatasetTransformerRecipe, other: DatasetTransformerRecipe) -
     here, there = state(one), state(other)
     assert here.keys() == there.keys()
     for name, value in here.items():
-        assert torch.allclose(value.float(), there[name].float(), rtol=1e-3, atol=1e-5), name
+        pair = (value.float(), there[name].float())
+        if "attn.qkv.bias" in name and value.dim():  # without the keys': attention is the same under any, so that what
+            pair = tuple(torch.cat([one.chunk(3)[0], one.chunk(3)[2]]) for one in pair)  # they learn is rounding
+        assert torch.allclose(*pair, rtol=1e-3, atol=1e-5), name
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,20 @@ def test_two_processes_learn_what_one_does(alone: DatasetTransformerRecipe, stra
     launch(two, TORCHRUN)
     check_same(alone, two)
     assert {p.name for p in (Path(two.output) / "model").iterdir()} >= {"transformer", "vae", "scheduler", "nova.json"}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_add_up_micro_batches(
+    recipe: DatasetTransformerRecipe, strategy: str, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    """Two each, of clips alone, whose every step reaches all weights."""
+    clips = write_dataset(tmp_path / "clips", tiny_checkpoint, {CLIPS: 16})
+    dataset = replace(recipe.dataset, path=str(clips), image_share=None)
+    one = replace(recipe, micro_batches=4, dataset=dataset, output=str(tmp_path / "one"))
+    train(one)
+    two = replace(one, strategy=strategy, output=str(tmp_path / "two"))
+    launch(two, TORCHRUN)
+    check_same(one, two)
 
 
 def test_two_processes_train_adapters_as_one_does(recipe: DatasetTransformerRecipe) -> None:

@@ -131,8 +131,8 @@ class GivenTask(TransformerTask):
     def samples(self, variant: Variant) -> int:
         return self.batch
 
-    def flops(self, variant: Variant) -> float:
-        return self.step_flops(self.batch, self.frames, self.grid, variant.visible)
+    def shape(self, variant: Variant) -> tuple[int, tuple[int, int]]:
+        return self.frames, self.grid
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         return {}
@@ -258,9 +258,9 @@ def choose_variants(variants: Sequence[Variant], shares: Sequence[float], count:
 
 
 def warm_up_variants(timed: Sequence[Variant], least: int) -> list[Variant]:
-    """Each of the variants that are to be timed, all in turn: twice, and on until there are `least`."""
+    """Each of the variants that are to be timed, all in turn: three times, and on until there are `least`."""
     distinct = list(dict.fromkeys(timed))
-    return distinct * max(2, math.ceil(least / len(distinct)))
+    return distinct * max(3, math.ceil(least / len(distinct)))
 
 
 def open_model(config: str, asked: AskedTraining, device: torch.device) -> Opened:

@@ -74,7 +74,7 @@ class DenoiserBlock(nn.Module):
             modulation = self.norm1.proj(active)
         y, gate = self.norm1(x, modulation)
         assert gate is not None
-        return torch.addcmul(x, gate, self.norm2(self.proj(y)))
+        return torch.addcmul(x, gate, self.norm2(self.proj(y)).to(x.dtype))  # under autocast norms are float32
 
 
 class Denoiser(nn.Module):

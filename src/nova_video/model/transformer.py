@@ -32,7 +32,7 @@ from nova_video.model.embeddings import (
     space_table,
 )
 from nova_video.model.patches import PatchEmbed, gather_tokens, token_positions
-from nova_video.model.vit import Block, CacheLayer, TemporalCache, heads_for_width
+from nova_video.model.vit import Block, CacheLayer, TemporalCache, heads_for_width, residual_stream
 
 ApplyBlock = Callable[..., Tensor]
 """Calls a block with what its `forward` takes."""
@@ -93,7 +93,7 @@ class VideoEncoder(nn.Module):
             mask = None  # a single frame forms one block with the condition: nothing to hide
         elif mask is None:
             mask = block_causal_mask(text, tokens, num_frames, frames.device)
-        x = torch.cat([condition, frames.flatten(1, 2)], dim=1)  # (B, T + F * Lc, D)
+        x = residual_stream(torch.cat([condition, frames.flatten(1, 2)], dim=1))  # (B, T + F * Lc, D)
         rotary = None if rotary is None else rotary.after_condition(text)
         for layer, block in enumerate(self.blocks):
             x = apply(block, x, rotary, mask, None if cache is None else CacheLayer(cache, layer))
@@ -137,7 +137,7 @@ class ImageEncoder(nn.Module):
         """
         count = condition.shape[1]
         half = len(self.blocks) // 2
-        x = torch.cat([condition, visible], dim=1)  # (B, Lc + V, D)
+        x = residual_stream(torch.cat([condition, visible], dim=1))  # (B, Lc + V, D)
         seen = None if rotary is None else rotary.at(visible_ids).after_condition(count)
         there = None  # (B, 1, 1, Lc + V), the columns that are not padding
         if revealed is not None:

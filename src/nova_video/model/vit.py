@@ -107,7 +107,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + LN(attn(x)), then x + LN(mlp(x)); (B, N, D) -> (B, N, D), or (B, S, D) for the rows (B, S) alone.
 
-    All rows are attended to in any case.
+    All rows are attended to in any case. The sums keep the type of x, also under autocast, whose norms are float32.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -125,9 +125,16 @@ class Block(nn.Module):
         cache: CacheLayer | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        y = self.norm1(self.attn(x, rotary, mask, cache, rows))
+        y = self.norm1(self.attn(x, rotary, mask, cache, rows)).to(x.dtype)
         x = (x if rows is None else gather_tokens(x, rows)) + y
-        return x + self.norm2(self.mlp(x))
+        return x + self.norm2(self.mlp(x)).to(x.dtype)
+
+
+def residual_stream(x: Tensor) -> Tensor:
+    """What blocks are to add to: under autocast in the type that it multiplies in, as a model in that type has it, so
+    that norms and sums, which the memory's rate bounds, move half as much."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def heads_for_width(width: int) -> int:

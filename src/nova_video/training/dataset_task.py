@@ -189,10 +189,9 @@ class DatasetTask(TransformerTask):
         most = max(self._latent_tokens(Size(bucket, False)) for bucket in self.shards)
         return max(1, round(self.recipe.dataset.batch * most / self._latent_tokens(variant.size)))
 
-    def flops(self, variant: Variant) -> float:
+    def shape(self, variant: Variant) -> tuple[int, tuple[int, int]]:
         size: Size = variant.size
-        frames = 1 if size.picture else self.latent_frames(size.bucket)
-        return self.step_flops(self.samples(variant), frames, self.grid(size.bucket), variant.visible)
+        return 1 if size.picture else self.latent_frames(size.bucket), self.grid(size.bucket)
 
     def open_data(self, micro: Iterable[int], count: int, places: dict[str, Any]) -> None:
         """Data that are read otherwise than they were start anew."""

@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from nova_video.errors import InputError
+
 log = logging.getLogger(__name__)
 
 B = TypeVar("B")
@@ -53,9 +55,10 @@ class CudaRecorder:
     cuBLAS's workspace) serves all calls.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
+        """`stream`: that to record from, if there is one that modules were made on."""
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = stream or torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._most = 0  # bytes that a call has taken for itself
 
@@ -83,7 +86,7 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
         with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool)
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # NCCL's thread asks for events
             try:
                 work()
             finally:
@@ -98,8 +101,11 @@ class StepGraphs:
     reads nothing else that changes but tensors that stay where they are.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    def __init__(self, recorder: Recorder, agree: Callable[[bool], bool] | None = None, calls: int = 1) -> None:
+        """`agree` tells whether something holds for all processes, where several take a step together: they record the
+        same steps. So many `calls` come before the first recording."""
+        self.recorder, self.agree = recorder, agree
+        self.calls = calls
         self.recording = True
         """Whether more are recorded: others are called every time."""
         self._inputs: dict[Hashable, Any] = {}  # by layout: the batch that steps read
@@ -121,21 +127,26 @@ class StepGraphs:
         for name, value in tensors_of(given).items():
             value.copy_(tensors[name])  # in the order of the stream: after the step before
         key, call = (variant, layout), partial(work, given)
-        if key in self._called and key not in self._replays and self.recording:
+        if key in self._called and key not in self._replays and self.recording and self.calls <= 0:
             self._record(key, call)
         if key in self._replays:
             self._replays[key]()
         else:
             self.recorder.call(call)
             self._called.add(key)
+            self.calls -= 1
 
     def _record(self, key: Hashable, call: Callable[[], None]) -> None:
+        room = self.recorder.has_room()
+        self.recording = room if self.agree is None else self.agree(room)
+        if not self.recording:
+            log.info("%d variants of steps are recorded; the device's memory is kept for others", len(self))
+            return
         try:
-            self.recording = self.recorder.has_room()
-            if self.recording:
-                self._replays[key] = self.recorder.record(call)
-            else:
-                log.info("%d variants of steps are recorded; the device's memory is kept for others", len(self))
+            self._replays[key] = self.recorder.record(call)
         except RuntimeError as error:
+            what = str(error).splitlines()[0]
+            if self.agree is not None:  # the others have recorded it, and what they send has no end here
+                raise InputError(f"a step could not be recorded: {what}; expected cuda_graph = false here") from error
             self.recording = False
-            log.warning("steps are not recorded, and computed one by one: %s", str(error).splitlines()[0])
+            log.warning("steps are not recorded, and computed one by one: %s", what)

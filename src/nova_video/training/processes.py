@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ from nova_video.training.recipe import Recipe
 from nova_video.training.task import LossParts, Task
 
 BLOCKS_TOGETHER = 4
-"""Under FSDP2: their weights are gathered, and their gradients scattered, with one call. Each call takes processor
-time, where a block alone is soon computed; and large messages use more of a network."""
+"""Under FSDP2: their weights are gathered, and their gradients scattered, with one call. Large messages use more of a
+network; and each call takes processor time, where steps are not CUDA graphs."""
+
+CALLS_BEFORE_GRAPHS = 11
+"""Steps of several processes that come first: DDP times its first ten, and what times itself cannot be recorded."""
 
 PATIENCE = timedelta(hours=2)  # with a process that samples, scores or saves while the others wait
 
@@ -48,6 +52,7 @@ class Processes:
 
     def __init__(self, recipe: Recipe) -> None:
         device = choose_device(recipe.device)
+        self.cuda_graph = recipe.cuda_graph
         self.count, self.index = int(os.environ.get("WORLD_SIZE", "1")), 0
         self.device = device
         self._state: PartialState | None = None
@@ -57,6 +62,8 @@ class Processes:
             self.device = self._state.device
         by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         self.sharded = self.count > 1 and (recipe.strategy == "fsdp" or (recipe.strategy == "auto" and by_launcher))
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        """That steps are recorded from as CUDA graphs."""
         self.half = recipe.precision in ("bf16", "fp8") or (recipe.precision == "auto" and self.device.type == "cuda")
 
     @property
@@ -79,28 +86,49 @@ class Processes:
         module = LossModule(task)
         if self.count == 1:
             return module
-        if not self.sharded:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            return DistributedDataParallel(
-                module, device_ids=ids, find_unused_parameters=True, gradient_as_bucket_view=True
+        return self._shard(module) if self.sharded else self._replicate(module)
+
+    def _replicate(self, module: LossModule) -> nn.Module:
+        # Blocks are compiled one by one, and their gradients sent as they come: dynamo need not cut blocks up for that.
+        torch._dynamo.config.optimize_ddp = False
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        unused = not module.task.reaches_all()
+        with torch.cuda.stream(self.stream if self.records(module.task) else None):  # a recording is of one stream
+            replicated = DistributedDataParallel(
+                module, device_ids=ids, find_unused_parameters=unused, gradient_as_bucket_view=True
             )
-        mesh = init_device_mesh(self.device.type, (self.count,))
+        replicated._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # of the steps after `CALLS_BEFORE_GRAPHS`: none
+        return replicated
+
+    def _shard(self, module: LossModule) -> nn.Module:
+        """What is gathered of the weights stays until the last backward pass of a step: in bf16, 2 bytes a value."""
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if self.half:
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        blocks = getattr(task.model, "_no_split_modules", None) or []
-        for part in task.model.modules():
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        shard = partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        blocks = getattr(module.model, "_no_split_modules", None) or []
+        for part in module.model.modules():
             if isinstance(part, nn.ModuleList) and all(type(block).__name__ in blocks for block in part):
                 for start in range(0, len(part), BLOCKS_TOGETHER):
-                    fully_shard(list(part[start : start + BLOCKS_TOGETHER]), mesh=mesh, mp_policy=policy)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+                    shard(list(part[start : start + BLOCKS_TOGETHER]))
+        shard(module)
         return module
+
+    def records(self, task: Task[Any, Any, Any]) -> bool:
+        """Whether steps of one micro batch on each process can be CUDA graphs, with the exchange of gradients in them.
+
+        Not where DDP has to find out which weights a step left out: that goes by the processor.
+        """
+        known = self.count == 1 or self.sharded or task.reaches_all()
+        return self.cuda_graph and task.on_gpu and task.capturable and known
 
     @contextlib.contextmanager
     def accumulating(self, module: nn.Module, last: bool) -> Iterator[None]:
         """Around a micro batch: gradients are exchanged after the `last` one of a step alone."""
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(last)
+            module.set_reshard_after_backward(last)
         if isinstance(module, DistributedDataParallel) and not last:
             with module.no_sync():
                 yield
@@ -114,6 +142,10 @@ class Processes:
         values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return values.tolist()
+
+    def all_agree(self, holds: bool) -> bool:
+        """Whether it holds for all processes."""
+        return not self.greatest(not holds)[0]
 
     def add_up(self, values: Tensor) -> None:
         """Sum a tensor over all processes, in place."""

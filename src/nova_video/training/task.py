@@ -35,6 +35,8 @@ class Task(ABC, Generic[M, V, B]):
     capturable = True
     """All steps of a variant launch the same kernels, so that a CUDA graph can be all of them: the loss draws no random
     numbers on the CPU."""
+    uses_all = True
+    """The gradient of every step reaches every weight that is trained."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed, self.device = seed, device
@@ -78,6 +80,10 @@ class Task(ABC, Generic[M, V, B]):
     @abstractmethod
     def loss(self, variant: V, batch: B) -> LossParts:
         """A batch's losses; "loss" is the one to minimise, a scalar."""
+
+    def reaches_all(self) -> bool:
+        """Whether the gradients of every variant's loss reach every weight that is trained."""
+        return True
 
     def flops(self, variant: V) -> float:
         """Useful operations of one micro batch, forward and backward; 0: not known."""

@@ -3,8 +3,9 @@
 What is trained is a `Task` (`autoencoder.py`, `world_task.py`, `dataset_task.py`); this file is what all training
 shares. A step consists of micro batches, which the processes share out. The random numbers of a micro batch follow from
 the seed, the step and the micro batch's own number, so that neither stopping nor the number of processes changes what
-is learned. On one GPU a whole step (forward, backward, clipping, AdamW, averaging) is one CUDA graph for each variant
-of it (`graphs.py`), because launching its kernels takes longer than running them where they are small.
+is learned. On GPUs a whole step (forward, backward, what processes exchange, clipping, AdamW, averaging) is one CUDA
+graph for each variant of it (`graphs.py`), because launching its kernels takes longer than running them where they are
+small.
 """
 
 import copy
@@ -43,7 +44,7 @@ from nova_video.training.flops import device_peak
 from nova_video.training.graphs import CudaRecorder, StepGraphs, tensors_of
 from nova_video.training.log import Log
 from nova_video.training.pool import fill_seed
-from nova_video.training.processes import Processes
+from nova_video.training.processes import CALLS_BEFORE_GRAPHS, Processes
 from nova_video.training.recipe import (
     AutoencoderRecipe,
     DatasetTransformerRecipe,
@@ -244,15 +245,16 @@ class Stepper:
     ) -> None:
         """`module` is what `processes.spread` made of the task; `own` are the micro batches of this process.
 
-        Steps become graphs (`graphs`, else None) on one GPU, where the recipe and the task allow it and a step has one
-        micro batch.
+        Steps become graphs (`graphs`, else None) where `processes.records` them and each process has one micro batch.
         """
         self.task, self.module, self.optimizer, self.average = task, module, optimizer, average
         self.recipe, self.seed = recipe.optimizer, recipe.seed
         self.processes, self.own = processes, own
-        single = task.on_gpu and processes.count == 1 and len(own) == 1
-        capture = single and recipe.cuda_graph and task.capturable
-        self.graphs = StepGraphs(CudaRecorder(task.device)) if capture else None
+        capture = processes.records(task) and len(own) == 1
+        self.graphs: StepGraphs | None = None
+        if capture:
+            several = (processes.all_agree, CALLS_BEFORE_GRAPHS) if processes.count > 1 else ()
+            self.graphs = StepGraphs(CudaRecorder(task.device, processes.stream), *several)
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
         device = task.device
         self.autocast = torch.autocast(

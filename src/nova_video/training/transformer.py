@@ -5,6 +5,7 @@ Where samples come from and how the model is looked at is said by `world_task.py
 """
 
 import copy
+from abc import abstractmethod
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,13 +155,24 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
             parts |= {f"loss_frame_{i}": value for i, value in enumerate(frames * by_frame)}
         return parts
 
-    def step_flops(self, batch: int, frames: int, grid: tuple[int, int], visible: int | None) -> float:
-        """Of a micro batch of clips of so many latent frames on that latent grid."""
+    @abstractmethod
+    def shape(self, variant: Variant) -> tuple[int, tuple[int, int]]:
+        """Latent frames of the samples of a step, and their latent grid (h, w)."""
+
+    def flops(self, variant: Variant) -> float:
+        (frames, grid), visible = self.shape(variant), variant.visible
         if visible is None:  # that many on average
             visible = round(
                 (1 - mask_ratios(10_000, torch.Generator().manual_seed(0)).mean().item()) * self.tokens(grid)
             )
-        return step_flops(self.model, batch, frames, grid, visible, self.recipe.loss_repeat)
+        return step_flops(self.model, self.samples(variant), frames, grid, visible, self.recipe.loss_repeat)
+
+    def reaches_all(self) -> bool:
+        """But for the mixer, which single frames have nothing for."""
+        trained = self.model.video_encoder.mixer is not None and any(
+            weight.requires_grad for weight in self.model.video_encoder.mixer.parameters()
+        )
+        return not trained or all(self.shape(variant)[0] > 1 for variant in self.variants()[0])
 
     # What it becomes ----------------------------------------------------------------------------------------------
 

@@ -90,8 +90,8 @@ class WorldTask(TransformerTask):
     def samples(self, variant: Variant) -> int:
         return self.pools.batch[variant.size]
 
-    def flops(self, variant: Variant) -> float:
-        return self.step_flops(self.samples(variant), self._shown(variant.size), self.grid, variant.visible)
+    def shape(self, variant: Variant) -> tuple[int, tuple[int, int]]:
+        return self._shown(variant.size), self.grid
 
     def _shown(self, frames: int) -> int:
         """Latent frames that a step sees of clips of so many frames."""

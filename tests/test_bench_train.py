@@ -244,6 +244,7 @@ def test_targets_are_held_against_the_rows() -> None:
     rows = [row(seconds=0.1, changed={"no-graph": True}, **finite), row(seconds=0.1, finite=False)]
     rows += [row(seconds=0.139, samples_per_second=95.0, **finite), row("t2v-480-0.6b", 3, 0.32, **finite), row(**two)]
     rows += [row("t2i-1024-0.6b", 8, 0.42, checkpointing=True, **finite)]
+    rows += [row(**two | {"device": "NVIDIA H100"}), row(**two | {"changed": {"attention": "cudnn"}})]
     lines = training_targets(rows).splitlines()
     for line in (
         "| t2i-512-0.6b, batch 16, s a step | 0.14 | 0.139 | yes |",
@@ -252,10 +253,11 @@ def test_targets_are_held_against_the_rows() -> None:
         "| t2i-1024-0.6b, batch 8, checkpointing, s a step | 0.45 | 0.42 | yes |",
         "| t2i-1024-0.6b, batch 8, checkpointing, GB | 29 | 22.82 | yes |",
         "| t2i-512-0.6b, batch 16, MFU | at least 0.45 | 0.451 | yes |",
-        "| t2i-512-0.6b, batch 16, two GPUs (fsdp), times the samples/s of one | at least 1.9 | 2 | yes |",
-        "| t2i-512-0.6b, batch 16, two GPUs (ddp), times the samples/s of one | at least 1.9 | - | - |",
+        "| t2i-512-0.6b, batch 16, two GPUs (bf16, 2 x fsdp; NVIDIA H200), times the samples/s of one"
+        " | at least 1.9 | 2 | yes |",
     ):
         assert line in lines
+    assert sum("two GPUs" in line for line in lines) == 1  # held against one of the same device, asked for the same
 
 
 def test_rows_in_words_and_tables() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from nova_video.benchmarks.scaling import (
     STRATEGIES,
     Model,
     Network,
+    Step,
     ddp,
     fsdp,
     mean_visible,
@@ -65,13 +67,13 @@ def test_known_times() -> None:
     assert network.reduce_seconds(1e9, 32) == pytest.approx(5e-6 + 2 * (7 * 2e-6 + 2 * 20e-6) + 2 * 31 / 32 / 50)
 
 
-def test_both_strategies_send_the_same_bytes() -> None:
-    """With no time for hops, a step sends 8 bytes a value in either."""
+def test_bytes_that_are_sent() -> None:
+    """With no time for hops, a step of DDP sends 8 bytes a value, and of FSDP2 6."""
     bare = Network(link=100e9, machine=100e9, ring=(0.0, 0.0), tree=(0.0, 0.0), start=0.0)
     for gpus in GPUS:
-        sent = 8 * LARGE.values * (gpus - 1) / gpus / 100e9
-        assert ddp(LARGE, gpus, bare).sending == pytest.approx(sent)
-        assert fsdp(LARGE, gpus, bare).sending == pytest.approx(sent)
+        share = LARGE.values * (gpus - 1) / gpus / 100e9
+        assert ddp(LARGE, gpus, bare).sending == pytest.approx(8 * share)
+        assert fsdp(LARGE, gpus, bare).sending == pytest.approx(6 * share)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
@@ -89,13 +91,11 @@ def test_what_is_waited_for(strategy: object) -> None:
     assert idle.waiting == pytest.approx(idle.sending)  # nothing to hide behind
 
 
-def test_micro_batches_are_sent_once() -> None:
-    """DDP sends after the last of them; FSDP2 gathers for each, and scatters after the last."""
-    one, four = (ddp(LARGE, 64, INFINIBAND, micro=micro) for micro in (1, 4))
+@pytest.mark.parametrize("strategy", [ddp, fsdp])
+def test_micro_batches_are_sent_once(strategy: Callable[..., Step]) -> None:
+    """DDP sends after the last of them; FSDP2 gathers before the first, and scatters after the last."""
+    one, four = (strategy(LARGE, 64, INFINIBAND, micro=micro) for micro in (1, 4))
     assert (four.work, four.sending, four.waiting) == (4 * one.work, one.sending, one.waiting)
-    one, two, four = (fsdp(LARGE, 64, INFINIBAND, micro=micro) for micro in (1, 2, 4))
-    assert four.sending - two.sending == pytest.approx(2 * (two.sending - one.sending))
-    assert one.sending < four.sending < 4 * one.sending
 
 
 def test_bytes_are_those_of_tensors() -> None:

@@ -156,17 +156,14 @@ def ddp(model: Model, gpus: int, network: Network, work: float | None = None, mi
 
 
 def fsdp(model: Model, gpus: int, network: Network, work: float | None = None, micro: float = 1) -> Step:
-    """Weights in bfloat16, gathered part by part forward and again backward; gradients in float32, scattered.
-
-    As `ddp`, but every micro batch gathers, and the last one scatters.
-    """
+    """Weights in bfloat16, gathered part by part in the first forward pass of a step; gradients in float32, scattered
+    in its last backward pass. Otherwise as `ddp`."""
     work = model.seconds if work is None else work
     gather = network.share_seconds(HALF * model.values / model.parts, gpus)
     scatter = network.share_seconds(FLOAT * model.values / model.parts, gpus)
     gathers, scatters = model.parts * gather, model.parts * scatter
-    waiting = micro * max(gather, gathers - work / 3) + (micro - 1) * max(0.0, gathers - 2 / 3 * work)
-    waiting += max(scatter, gathers + scatters - 2 / 3 * work)
-    return Step(micro * work, micro * 2 * gathers + scatters, waiting)
+    waiting = max(gather, gathers - work / 3) + max(scatter, scatters - 2 / 3 * work)
+    return Step(micro * work, gathers + scatters, waiting)
 
 
 STRATEGIES = {"DDP": ddp, "FSDP2": fsdp}
@@ -194,15 +191,19 @@ def volume_table(found: Sequence[Model]) -> str:
     rows = []
     for model in found:
         gradients, weights = FLOAT * model.values / 1e9, HALF * model.values / 1e9
-        sent = (2 * gradients, 2 * weights, gradients, 2 * weights + gradients)
+        sent = (2 * gradients, weights, gradients, weights + gradients)
         rows.append([model.name, f"{model.values / 1e6:.0f}", *(f"{size:.2f}" for size in sent)])
     return markdown(columns, rows)
 
 
 def memory_table(found: Sequence[Model]) -> str:
-    """GiB of weights, gradients, optimizer and average on each GPU; the activations come on top."""
+    """GiB of weights, gradients, optimizer and average on each GPU; the activations come on top. Under FSDP2 the
+    shares of them, and what is gathered of the weights."""
     columns = ("model", "DDP, GiB", *(f"FSDP2 on {gpus}, GiB" for gpus in GPUS))
-    rows = [[m.name, *(short(STATE * m.values / gpus / 2**30) for gpus in (1, *GPUS))] for m in found]
+    rows = []
+    for model in found:
+        sizes = (STATE, *(STATE / gpus + HALF for gpus in GPUS))
+        rows.append([model.name, *(short(size * model.values / 2**30) for size in sizes)])
     return markdown(columns, rows)
 
 

@@ -4,12 +4,12 @@ A target is met by a row of the configuration's own work, compiled, in float16 o
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nova_video.benchmarks.rows import Row
 from nova_video.benchmarks.tables import RELEASED_DEVICE, markdown
-from nova_video.benchmarks.train_rows import RELEASED, TrainRow
+from nova_video.benchmarks.train_rows import RELEASED, TrainRow, how
 
 GB = 2**30 / 1e9  # in a GiB, which rows are in
 HALF = ("float16", "bfloat16")
@@ -99,38 +99,31 @@ def training_targets(rows: Sequence[TrainRow]) -> str:
     first = trained(rows, config, batch)
     share = None if first is None else first.mfu
     found.append([f"{config}, batch {batch}, MFU", f"at least {MFU:g}", exactly(share), met(share, MFU, higher=True)])
-    for strategy in ("ddp", "fsdp"):
-        for config, batch in STEP_SECONDS:
-            times = speedup(rows, config, batch, strategy)
-            if times is not None or config == "t2i-512-0.6b":
-                name = f"{config}, batch {batch}, two GPUs ({strategy}), times the samples/s of one"
-                found.append([name, f"at least {TWO_GPUS:g}", exactly(times), met(times, TWO_GPUS, higher=True)])
+    for two in rows:
+        times = speedup(rows, two)
+        if times is not None:
+            name = f"{two.config}, batch {two.batch}, two GPUs ({how(two)}; {two.device}), times the samples/s of one"
+            found.append([name, f"at least {TWO_GPUS:g}", exactly(times), met(times, TWO_GPUS, higher=True)])
     return markdown(("work", "target", "measured", "met"), found)
 
 
-def trained(
-    rows: Sequence[TrainRow],
-    config: str,
-    batch: int,
-    checkpointing: bool = False,
-    strategy: str = "single",
-    processes: int = 1,
-) -> TrainRow | None:
-    """The row of these settings, as one would train on H200s."""
-    how = (config, batch, "bf16", strategy, processes, checkpointing, True)
+def trained(rows: Sequence[TrainRow], config: str, batch: int, checkpointing: bool = False) -> TrainRow | None:
+    """The row of these settings, as one would train on an H200."""
+    asked = (config, batch, "bf16", 1, checkpointing, True)
     for row in rows:
-        own = (row.config, row.batch, row.precision, row.strategy, row.processes, row.checkpointing, row.compile)
-        if own == how and RELEASED_DEVICE in row.device and not row.changed and row.error is None and row.finite:
+        own = (row.config, row.batch, row.precision, row.processes, row.checkpointing, row.compile)
+        if own == asked and RELEASED_DEVICE in row.device and not row.changed and row.error is None and row.finite:
             return row
     return None
 
 
-def speedup(rows: Sequence[TrainRow], config: str, batch: int, strategy: str) -> float | None:
-    """Samples a second of two processes, over those of one."""
-    one, two = trained(rows, config, batch), trained(rows, config, batch, strategy=strategy, processes=2)
-    if one is None or two is None or not one.samples_per_second or not two.samples_per_second:
+def speedup(rows: Sequence[TrainRow], two: TrainRow) -> float | None:
+    """Samples a second of a row of two processes, over those of one on such a device that is asked for the same."""
+    alone = replace(two, strategy="single", processes=1)
+    found = [row.samples_per_second for row in rows if row.kind == alone.kind and row.error is None and row.finite]
+    if two.processes != 2 or two.error is not None or not two.samples_per_second or not found or not found[0]:
         return None
-    return two.samples_per_second / one.samples_per_second
+    return two.samples_per_second / found[0]
 
 
 def met(value: float | None, target: float, stretch: float | None = None, higher: bool = False) -> str:

@@ -163,8 +163,8 @@ class RunRecipe:
     device: str = "auto"
     output: str = "runs/run"
     cuda_graph: bool = True
-    """Record the whole step as CUDA graphs, one for each variant that comes up twice: faster, in more memory (one GPU,
-    one micro batch a step, and not with mask_ratio = "sample")."""
+    """Record the whole step as CUDA graphs, one for each variant that comes up twice: faster, in more memory (one micro
+    batch a step on each GPU, and not with mask_ratio = "sample")."""
     micro_batches: int = 0
     """Micro batches of a step, all processes together: what a step learns depends on this, not on how many processes
     share them. 0: one for each process."""

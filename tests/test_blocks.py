@@ -19,6 +19,7 @@ from nova_video.model.attention import (
     flex_block_causal_mask,
     suits_cudnn,
 )
+from nova_video.model.transformer import ApplyBlock
 from nova_video.training import blocks
 from nova_video.training.blocks import TemporalMasks, checkpointed, chooses_flex, compile_blocks, why_not_flex
 from nova_video.training.loss import (
@@ -58,6 +59,33 @@ def batch(model: NOVATransformer3DModel, size: int = 2, frames: int = 3) -> tupl
     text = torch.randn(size, 5, 32, generator=generator)
     lengths, number = torch.tensor([5, 0, 3, 4])[:size], torch.full((size,), 5.0)
     return latents, model.embed_condition(text, lengths, number, 2 * number), model.positions(frames, GRID)
+
+
+# What passes from block to block -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+def test_the_residual_stream_is_of_the_type_of_the_arithmetic(
+    model: NOVATransformer3DModel, table: NoiseTable, half: bool
+) -> None:
+    """In bf16 into and out of every block; and the loss is the same, within what bf16 rounds."""
+    draws, kinds = draw(table, 6, TOKENS, VALUES, 5, 2, torch.Generator().manual_seed(0)), set()
+
+    def noted(block: torch.nn.Module, x: Tensor, *args: object) -> Tensor:
+        out: Tensor = block(x, *args)
+        kinds.update((x.dtype, out.dtype))
+        return out
+
+    def total(apply: ApplyBlock) -> Tensor:
+        latents, condition, positions = batch(model)
+        return losses(model, latents, latents, condition, positions, table, draws, apply).total
+
+    with torch.no_grad():
+        exact = total(torch.nn.Module.__call__)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found = total(noted)
+    assert kinds == {torch.bfloat16 if half else torch.float32}
+    assert found.item() == pytest.approx(exact.item(), rel=5e-3 if half else 1e-6)
 
 
 # Checkpointed blocks -----------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ The steps are the trainer's own (`training/trainer.py`), by itself or in every p
 started, on random latents and text features that are given: no dataset, no autoencoder and no text encoder takes part.
 A step is timed from the end of the one before to its own. Each has a number of revealed tokens, which training draws
 from a distribution: it is cut into a few parts of equal share, whose middles take turns, so that their mean is nearly
-that of training. Each of them comes up twice before: it is compiled for and called, then recorded as a CUDA graph where
-the trainer would do so. That is no part of a step's time: a run pays it once for each number of revealed tokens.
+that of training. Each of them comes up three times before: it is compiled for and called, and recorded as a CUDA graph
+where the trainer would do so, which several processes are ready for after some calls. That is no part of a step's time:
+a run pays it once for each number of revealed tokens.
 """
 
 import gc
@@ -69,7 +70,7 @@ class AskedTraining:
     """Height and width in pixels."""
     device: str = "auto"
     warm_up: int = 10
-    """Steps that do not count, at least: two of each number of revealed tokens in any case."""
+    """Steps that do not count, at least: three of each number of revealed tokens in any case."""
     steps: int = 30
 
     def __post_init__(self) -> None:

@@ -169,8 +169,8 @@ class RunRecipe:
     """Micro batches of a step, all processes together: what a step learns depends on this, not on how many processes
     share them. 0: one for each process."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    """Of the arithmetic; weights are kept in fp32. auto: bf16 on a GPU, fp32 elsewhere. fp8: bf16, and the large
-    products of the transformer in 8 bit floats, on GPUs that have them."""
+    """Of the arithmetic, and of what passes from block to block; weights are kept in fp32. auto: bf16 on a GPU, fp32
+    elsewhere. fp8: bf16, and the large products of the transformer in 8 bit floats, on GPUs that have them."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """With several processes: whole weights on each (ddp), or sharded over them (fsdp). auto: what `accelerate launch`
     says, else ddp."""

@@ -90,6 +90,16 @@ def test_command_prints_and_records(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (again.config, again.batch, again.frames, again.steps) == ((CLIPS,), 2, 5, 3)
 
 
+def test_profile_is_a_trace_of_steps(tmp_path: Path) -> None:
+    """Of three more, which leave the row as it is."""
+    path, asked = tmp_path / "trace.json", AskedTraining(batch=1, warm_up=1, steps=3, device="cpu")
+    found = measure_training(PICTURES, asked, "", path)
+    names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
+    assert names.count("Optimizer.step#AdamW.step") == 3
+    assert found.error is None
+    assert found.loss == measure_training(PICTURES, asked, "").loss
+
+
 def test_steps_that_are_not_finite_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = GivenTask.loss
     monkeypatch.setattr(GivenTask, "loss", lambda *a: plain(*a) | {"loss": plain(*a)["loss"] * math.nan})
@@ -174,6 +184,7 @@ def test_wrong_settings_are_named(asked: dict[str, int], message: str) -> None:
         (["--config", "t2i-512-0.6b", "--size", "500x500"], "size is 500x500: expected"),
         (["--config", "t2v-480-0.6b", "t2i-512-0.6b", "--frames", "9"], "t2i-512-0.6b makes pictures: expected 1"),
         (["--config", "nowhere"], "config is 'nowhere': expected one of t2i-512-0.6b"),
+        (["--config", PICTURES, CLIPS, "--profile", "trace.json"], "--profile with 2 configurations: expected one"),
     ],
 )
 def test_wrong_input_is_found_before_the_work(

@@ -420,7 +420,7 @@ class BenchTrain:
     no_compile: bool = False
     """Do not compile blocks."""
     no_graph: bool = False
-    """Do not record steps as CUDA graphs, as training on one GPU does."""
+    """Do not record steps as CUDA graphs, as training does."""
     attention: AttentionKernels = "auto"
     """Its best kernels on a GPU. auto: FlashAttention 4, if installed; cudnn: cuDNN's, where safe; flash: torch's."""
     mask_ratio: Literal["batch", "sample"] = "batch"
@@ -432,11 +432,13 @@ class BenchTrain:
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
     """Size in pixels; a released size is built for it."""
     warm_up: Annotated[int, arg(metavar="N")] = 10
-    """Steps that do not count, at least; two of each number of revealed tokens that is timed in any case."""
+    """Steps that do not count, at least; three of each number of revealed tokens that is timed in any case."""
     steps: Annotated[int, arg(metavar="N")] = 30
     """Steps that count."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
     """As for `nova generate`."""
+    profile: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Write a trace for chrome://tracing of three more steps, of the first process; .json or .json.gz."""
     output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("benchmarks/results/train.json")
     """Rows that are there stay, but for those of the same configuration and settings."""
 

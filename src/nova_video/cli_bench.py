@@ -19,10 +19,7 @@ def run_bench_sample(args: BenchSample) -> None:
     from nova_video.devices import choose_device
     from nova_video.evaluation.report import check_report_folder
 
-    if args.profile is not None:
-        if len(args.config) > 1:
-            raise InputError(f"got --profile with {len(args.config)} configurations: expected one")
-        check_report_folder(args.profile.parent)
+    _check_profile(args)
     height, width = size_of(args.size)
     asked = Asked(
         preset=args.preset,
@@ -120,6 +117,7 @@ def run_bench_train(args: BenchTrain) -> None:
     from nova_video.devices import choose_device
     from nova_video.evaluation.report import check_report_folder
 
+    _check_profile(args)
     height, width = size_of(args.size)
     asked = AskedTraining(
         batch=args.batch,
@@ -144,10 +142,10 @@ def run_bench_train(args: BenchTrain) -> None:
     processes, index = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     failed = []
     for config in args.config:
-        command = _command_line("train", args, ("config", "output"), "--config", config)
+        command = _command_line("train", args, ("config", "profile", "output"), "--config", config)
         if processes > 1:
             command = f"torchrun --nproc-per-node {processes} -m nova_video {command.removeprefix('nova ')}"
-        row = measure_training(config, asked, command)
+        row = measure_training(config, asked, command, args.profile)
         if row.error is not None:
             failed.append(config)
         if index == 0:
@@ -156,6 +154,15 @@ def run_bench_train(args: BenchTrain) -> None:
             print(train_line(row), file=sys.stderr, flush=True)
     if failed:
         raise InputError(f"{len(failed)} of {len(args.config)} failed: {', '.join(failed)} (see above)")
+
+
+def _check_profile(args: BenchSample | BenchTrain) -> None:
+    from nova_video.evaluation.report import check_report_folder
+
+    if args.profile is not None:
+        if len(args.config) > 1:
+            raise InputError(f"got --profile with {len(args.config)} configurations: expected one")
+        check_report_folder(args.profile.parent)
 
 
 def _command_line(

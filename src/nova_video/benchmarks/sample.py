@@ -9,8 +9,8 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -67,6 +67,17 @@ class Asked:
         size = None if self.size is None else f"{self.size[1]}x{self.size[0]}"
         values = {"frames": self.frames, "size": size, "sets": self.sets, "diffusion-steps": self.diffusion_steps}
         return {name: value for name, value in values.items() if value is not None}
+
+
+@contextmanager
+def traced(path: Path, device: torch.device) -> Iterator[None]:
+    """A Chrome trace of what is done inside, which ends with waiting for the device."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        yield
+    profiler.export_chrome_trace(str(path))
 
 
 def measure(config: str, asked: Asked, command: str, profile: Path | None = None) -> Row:
@@ -272,15 +283,11 @@ class Runs:
 
     def profile(self, path: Path) -> None:
         """A Chrome trace of a call up to its first latent frame, or one set more, and of decoding that frame alone."""
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self.device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=activities) as profiler:
+        with traced(path, self.device):
             generation = self._start("latent")
             generation.run(lambda pipe, step, frame, tensors: frame == 0)
             self.pipe.decode_picture(generation.state.frames[0])
             self._now()
-        profiler.export_chrome_trace(str(path))
 
     def sampled(self) -> Generation:
         """The request with its latents there; to run on is to decode them."""

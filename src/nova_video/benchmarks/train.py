@@ -17,6 +17,7 @@ import statistics
 import time
 from bisect import bisect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from PIL import Image
 from torch import nn
 
 from nova_video.benchmarks.configs import BATCHES, LOSS_REPEAT, SEED, SIZES, build, resized
-from nova_video.benchmarks.sample import GIB, checkpoint, device_name, digits, outline, spread, versions
+from nova_video.benchmarks.sample import GIB, checkpoint, device_name, digits, outline, spread, traced, versions
 from nova_video.benchmarks.train_rows import TrainRow
 from nova_video.devices import choose_device
 from nova_video.errors import InputError
@@ -148,8 +149,11 @@ class GivenTask(TransformerTask):
         raise NotImplementedError("a model of random weights is not kept")
 
 
-def measure_training(config: str, asked: AskedTraining, command: str) -> TrainRow:
-    """One configuration: a name of `SIZES`, or a checkpoint. What goes wrong is in the row. All processes call this."""
+def measure_training(config: str, asked: AskedTraining, command: str, profile: Path | None = None) -> TrainRow:
+    """One configuration: a name of `SIZES`, or a checkpoint. What goes wrong is in the row. All processes call this.
+
+    The first of them writes a Chrome trace of three more steps to `profile`.
+    """
     device = choose_device(asked.device)
     batch = asked.batch or BATCHES.get(config, 1)
     recipe = replace(
@@ -186,7 +190,7 @@ def measure_training(config: str, asked: AskedTraining, command: str) -> TrainRo
         changed=asked.changed,
     )
     try:
-        return _measured(row, asked, recipe, processes)
+        return _measured(row, asked, recipe, processes, profile)
     except Exception as error:  # of whatever kind: the next configuration is still to be measured
         return replace(row, error=" ".join(f"{type(error).__name__}: {error}".split()))
     finally:
@@ -196,7 +200,9 @@ def measure_training(config: str, asked: AskedTraining, command: str) -> TrainRo
             torch.cuda.empty_cache()
 
 
-def _measured(row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRecipe, processes: Processes) -> TrainRow:
+def _measured(
+    row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRecipe, processes: Processes, profile: Path | None
+) -> TrainRow:
     device = processes.device
     choose_kernels(recipe.attention_kernels)
     opened = open_model(row.config, asked, device)
@@ -220,6 +226,11 @@ def _measured(row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRec
         clock.mark()
     first, counted = processes.greatest(warming[0])[0], processes.greatest(*clock.seconds())
     numbers = stepper.numbers()
+    if profile is not None:
+        with traced(profile, device) if processes.is_main else nullcontext():
+            for number, variant in enumerate(timed[:3], len(warm_up) + len(timed)):
+                stepper.step(number, variant)
+            clock.seconds()  # waits
     flops = sum(map(task.flops, timed)) / len(timed)
     rate = flops / statistics.mean(counted)
     peak = device_peak(row.device, torch.bfloat16)

@@ -52,7 +52,6 @@ class Processes:
 
     def __init__(self, recipe: Recipe) -> None:
         device = choose_device(recipe.device)
-        self.cuda_graph = recipe.cuda_graph
         self.count, self.index = int(os.environ.get("WORLD_SIZE", "1")), 0
         self.device = device
         self._state: PartialState | None = None
@@ -62,6 +61,7 @@ class Processes:
             self.device = self._state.device
         by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         self.sharded = self.count > 1 and (recipe.strategy == "fsdp" or (recipe.strategy == "auto" and by_launcher))
+        self.cuda_graph = recipe.cuda_graph and recipe.micro_batches in (0, self.count)
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         """That steps are recorded from as CUDA graphs."""
         self.half = recipe.precision in ("bf16", "fp8") or (recipe.precision == "auto" and self.device.type == "cuda")
@@ -116,7 +116,8 @@ class Processes:
         return module
 
     def records(self, task: Task[Any, Any, Any]) -> bool:
-        """Whether steps of one micro batch on each process can be CUDA graphs, with the exchange of gradients in them.
+        """Whether steps can be CUDA graphs, with the exchange of gradients in them: those of one micro batch on each
+        process.
 
         Not where DDP has to find out which weights a step left out: that goes by the processor.
         """

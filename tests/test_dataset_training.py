@@ -494,12 +494,52 @@ def test_what_goes_wrong_in_a_worker_is_one_line(
     recipe: DatasetTransformerRecipe, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     folder = write_dataset(tmp_path / "few", tiny_checkpoint, {CLIPS: 2})
-    task = DatasetTask(replace(recipe, dataset=DatasetRecipe(str(folder), batch=2, held_out=0.0, workers=1)), CPU)
+    data = DatasetRecipe(str(folder), batch=2, held_out=0.0, workers=1)
+    for workers in (0, 1):
+        task = DatasetTask(replace(recipe, dataset=replace(data, workers=workers)), CPU)
+        task.open_data([0], 1, {})
+        for path in folder.glob("data/*/*.parquet"):
+            whole = path.read_bytes()
+            path.write_bytes(bytes(len(whole) // 2) + whole[len(whole) // 2 :])
+        with pytest.raises(InputError) as found:
+            task.draw(task.variants()[0][0], 0)
+        assert str(found.value).count("\n") == 0
+        assert len(str(found.value)) < 500
+        assert str(found.value).startswith(f"{folder}/data/{CLIPS.name}: unreadable shard (")
+        write_dataset(folder, tiny_checkpoint, {CLIPS: 2})
+
+
+def test_sizes_without_rows_to_learn_from_are_left_out(
+    recipe: DatasetTransformerRecipe, tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All of one size are held out, or fewer are there than micro batches: a run would end when that size comes up."""
+    folder = write_dataset(tmp_path / "few", tiny_checkpoint, {CLIPS: 12, SMALL: 2})
+    data = replace(recipe.dataset, path=str(folder), image_share=None, held_out=0.2)
+    assert all(is_held_out(f"clips/{SMALL.name}-{number}.mp4", 0.2) for number in range(2))
+    task = DatasetTask(replace(recipe, dataset=data), CPU)
+    assert {variant.size.bucket for variant in task.variants()[0]} == {CLIPS}
+    assert f"{SMALL.name} is left out: 0 of its rows are not held out, of 1 needed" in caplog.text
+    task = DatasetTask(replace(recipe, dataset=replace(data, held_out=0.0)), CPU)
+    assert {variant.size.bucket for variant in task.variants()[0]} == {CLIPS, SMALL}
     task.open_data([3], 4, {})
-    with pytest.raises(InputError) as found:
-        task.draw(task.variants()[0][0], 3)
-    assert str(found.value).count("\n") == 0
-    assert "have nothing for micro batch 4 of 4: expected more rows" in str(found.value)
+    assert {variant.size.bucket for variant in task.variants()[0]} == {CLIPS}
+    assert f"{SMALL.name} is left out: 2 of its rows are not held out, of 4 needed" in caplog.text
+    with pytest.raises(InputError, match="no size has 13 rows that are not held out: expected more rows"):
+        task.open_data([0], 13, {})
+
+
+def test_a_run_goes_on_with_pictures_it_had_none_of(
+    recipe: DatasetTransformerRecipe, tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a folder whose name has brackets, which are neither a pattern nor markup."""
+    folder = write_dataset(tmp_path / "set [1080p] [/a]", tiny_checkpoint, {CLIPS: 12})
+    data = replace(recipe.dataset, path=str(folder), image_share=0.0)
+    begun = replace(recipe, steps=2, dataset=data, output=str(tmp_path / "run [/red] y"))
+    train(begun)
+    caplog.clear()
+    train(replace(begun, steps=4, dataset=replace(data, image_share=0.5)))
+    assert f"the data of {CLIPS.name} pictures start at their beginning" in caplog.text
+    assert len(logged(begun, "loss")) == 4
 
 
 @contextlib.contextmanager

@@ -186,6 +186,35 @@ def test_elsewhere(tmp_path: Path) -> None:
             assert all("memory://" in item.url for item in there)
 
 
+def test_captions_as_others_write_them(tmp_path: Path) -> None:
+    """With endings in capitals, and with line breaks that are none in JSON."""
+    cameras = fill(tmp_path / "camera", {"A.MP4": b"1", "A.TXT": "an a", "b.mp4": b"2", "b.Json": '{"caption": "a b"}'})
+    items = list(opened(cameras).items())
+    assert [(item.source, item.problem, Path(item.caption_url or "").name) for item in items] == [
+        ("A.MP4", None, "A.TXT"),
+        ("b.mp4", None, "b.Json"),
+    ]
+    lines = "\n".join(f'{{"file_name": "{name}", "caption": "one\u2028two\u0085three"}}' for name in NAMES)
+    found = opened(fill(tmp_path / "lines", media() | {"metadata.jsonl": lines})).items()
+    assert [item.caption for item in found] == ["one two three"] * 3
+
+
+def test_the_first_of_two_rows_counts(tmp_path: Path) -> None:
+    table = "file_name,caption\na.mp4,first\na.mp4,\nb.png,b\nsub/c.webm,c"
+    source = opened(f"{fill(tmp_path, media() | {'metadata.csv': table})}/")
+    assert problems(source) == {"metadata.csv:2": "a.mp4 has a row before this one"}
+    assert {item.source: item.caption for item in source.items()}["a.mp4"] == "first"
+    assert source.settings.place == str(tmp_path)
+
+
+def test_other_parquet_files_are_another_source(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_parquet(tmp_path / f"{name}.parquet", rows())
+    before = opened(tmp_path).content
+    (tmp_path / "a.parquet").rename(tmp_path / "c.parquet")
+    assert set(opened(tmp_path).content) ^ set(before) == {"a.parquet", "c.parquet"}
+
+
 def test_patterns(tmp_path: Path) -> None:
     assert expand_braces("a-{008..010}-{x,y}.tar") == [
         f"a-{number}-{letter}.tar" for number in ("008", "009", "010") for letter in "xy"

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
@@ -28,6 +29,7 @@ from nova_video.data.stages import (
     cut_lengths,
     nearest_frames,
     size_buckets,
+    told_apart,
 )
 from nova_video.errors import InputError
 from nova_video.given import fit_frames
@@ -210,6 +212,20 @@ def write_raw(path: Path, frames: np.ndarray, **stream_settings: object) -> None
         container.mux(stream.encode())
 
 
+def test_scenes_end_where_time_jumps(tmp_path: Path) -> None:
+    """Joined recordings start their time again, and lose nothing; a gap is no still picture."""
+    times = [0.0, 0.5, 0.0, 0.5, 2.5, 302.5, 303.0]
+    scenes = [scene for scene, _ in told_apart((0, (at, number)) for number, at in enumerate(times))]
+    assert [count for _, count in Counter(scenes).items()] == [2, 3, 2]
+    write_raw(tmp_path / "one.ts", gray(range(0, 250, 10)))
+    whole = (tmp_path / "one.ts").read_bytes()
+    (tmp_path / "joined.ts").write_bytes(whole + whole)
+    (alone, joined) = (clips(Item(name, "a", str(tmp_path / f"{name}.ts"))) for name in ("one", "joined"))
+    assert len(alone) == 5
+    assert len(joined) >= 9  # where they are joined, a frame may be lost
+    assert max(np.ptp(brightness(clip)) for clip in joined) < 60
+
+
 def test_upright_with_square_pixels(tmp_path: Path) -> None:
     """What a player shows: turned as the file asks, wide where its pixels are."""
     frames = gray([0] * 5, (96, 64))
@@ -248,6 +264,14 @@ def test_pictures(tmp_path: Path) -> None:
     assert (clip.bucket.name, clip.fps, clip.start, clip.end) == ("1x64x96", 8, 0, 0)
     assert clip.frames[0, 30, 10].tolist() == [255, 255, 255]
     assert clip.frames[0, 30, 80].tolist() == [200, 0, 0]
+    ramp = np.linspace(0, 65535, SIZE[1]).astype(np.uint16)
+    Image.fromarray(np.stack([ramp] * SIZE[0])).save(tmp_path / "deep.png")
+    (clip,) = clips(Item("deep.png", "d", str(tmp_path / "deep.png")))
+    assert clip.frames[0, 30, ::95, 0].tolist() == [0, 255]
+    assert clip.frames[0, 30, 48, 0] == pytest.approx(129, abs=1)
+    for kind, said in ((np.int32, "32 bit"), (np.float32, "floating point")):
+        Image.fromarray(np.zeros(SIZE, kind)).save(tmp_path / "deeper.tiff")
+        assert f"pixels of {said}: expected 8 or 16 bit" in reason(Item("t", "t", str(tmp_path / "deeper.tiff")))
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned clockwise
     Image.fromarray(gray([9], (96, 64))[0]).save(tmp_path / "turned.jpg", exif=exif)

@@ -120,6 +120,9 @@ def test_overrides_reach_nested_keys() -> None:
         ('kind = "transformer"\nvisible = [1, 2]', "expected as many entries"),
         ('kind = "transformer"\n[data]\nwindow = 5', "data.window = 5: expected a length 4k + 1 of at least 9"),
         ("kind =", "is not TOML"),
+        ("kind = [1]", "kind is [1], expected one of autoencoder"),
+        ('kind = "transformer"\nseed = -1', "seed is -1: expected a whole number"),
+        ('kind = "transformer"\noutput = ""', "output is empty"),
         *(
             (f'kind = "transformer"\n{line}', message)
             for line, message in (
@@ -168,6 +171,13 @@ def test_wrong_recipes_are_refused_by_name(text: str, message: str, tmp_path: Pa
     path = tmp_path / "wrong.toml"
     path.write_text(text)
     with pytest.raises(InputError, match=re.escape(message)):
+        load_recipe(path)
+
+
+def test_recipes_in_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "latin.toml"
+    path.write_bytes('name = "f\xeate"'.encode("latin-1"))
+    with pytest.raises(InputError, match="latin.toml: is not UTF-8"):
         load_recipe(path)
 
 
@@ -395,5 +405,5 @@ def test_checkpoints_are_whole_and_few(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="of another model"):
         load_checkpoint(path, nn.Linear(3, 2), Average(nn.Linear(3, 2), 0.9), fresh)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"cannot be read: .*; without it the run goes on from .*step-00000002"):
         load_checkpoint(path, other, averages, fresh)

@@ -51,9 +51,11 @@ def run_data_inspect(args: DataInspect) -> None:
     from nova_video.data.inspect import check_dataset, compare_samples, comparison_sheet
     from nova_video.devices import choose_device
     from nova_video.media import atomic_path, check_writable
-    from nova_video.settings import check_local
+    from nova_video.settings import check_local, check_number
 
     choose_device(args.device)
+    check_number("clips", args.clips, 0, integer=True)
+    check_number("pictures", args.pictures, 0, integer=True)
     check_local("output", args.output)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     check_writable(args.output.parent)

@@ -278,6 +278,10 @@ def load_image(path: str | Path) -> Image.Image:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """An opened picture as RGB, upright, on white where it is transparent."""
     upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        upright = Image.fromarray((np.asarray(upright).astype(np.uint16) / 257).round().astype(np.uint8))
+    elif upright.mode in ("I", "F"):
+        raise ValueError(f"pixels of {'32 bit' if upright.mode == 'I' else 'floating point'}: expected 8 or 16 bit")
     if not upright.has_transparency_data:
         return upright.convert("RGB")
     rgba = upright.convert("RGBA")

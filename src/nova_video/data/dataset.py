@@ -324,10 +324,15 @@ def list_shard_urls(place: str | Path) -> dict[Bucket, list[str]]:
     """The same without opening them."""
     filesystem, root = open_place(place)
     found: dict[Bucket, list[str]] = {}
-    for path in sorted(filesystem.glob(f"{root.rstrip('/')}/data/*/*.parquet")):
-        folder = path.rsplit("/", 2)[-2]
-        url = path if _is_local(filesystem) else filesystem.unstrip_protocol(path)
-        found.setdefault(Bucket.parse(folder), []).append(url)
+    data = f"{root.rstrip('/')}/data"
+    for path in sorted(filesystem.find(data, maxdepth=2) if filesystem.isdir(data) else ()):  # a name is no pattern
+        folder, name = path.rsplit("/", 2)[-2:]
+        if path.removesuffix(f"/{folder}/{name}") == data and name.endswith(".parquet") and not name.startswith("."):
+            url = path if _is_local(filesystem) else filesystem.unstrip_protocol(path)
+            try:
+                found.setdefault(Bucket.parse(folder), []).append(url)
+            except InputError as error:
+                raise InputError(f"{url}: {error}") from None
     return dict(sorted(found.items()))
 
 
@@ -380,6 +385,9 @@ def open_place(place: str | Path) -> tuple["AbstractFileSystem", str]:
         import fsspec
     except ImportError as error:
         raise InputError("datasets need fsspec: pip install 'nova-video[data]'") from error
+    if "://" not in str(place):  # whatever its name holds
+        local = fsspec.filesystem("file")
+        return local, local._strip_protocol(str(place))
     try:
         filesystem, path = fsspec.core.url_to_fs(str(place))
     except (ValueError, ImportError, OSError) as error:
@@ -398,7 +406,8 @@ def read_file(place: str | Path) -> bytes:
 
 
 def write_file(place: str | Path, data: Any) -> None:
-    """Write bytes under another name in the same folder, then rename: the file is there whole or not at all."""
+    """Write bytes under another name in the same folder, then rename: the file is there whole or not at all. Raises
+    InputError where that fails, as on a full disk."""
     filesystem, path = open_place(place)
     folder, name = path.rsplit("/", 1)
     aside = f"{folder}/.{name}.{os.getpid()}.part"
@@ -413,9 +422,11 @@ def write_file(place: str | Path, data: Any) -> None:
             os.replace(aside, path)
         else:
             filesystem.mv(aside, path)
-    except BaseException:
+    except BaseException as error:
         if filesystem.exists(aside):
             filesystem.rm_file(aside)
+        if isinstance(error, OSError):
+            raise InputError(f"{place} could not be written: {error}; what is finished stays") from error
         raise
 
 

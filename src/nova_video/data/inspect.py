@@ -142,7 +142,7 @@ def check_sample(sample: Sample, bucket: Bucket, info: DatasetInfo) -> list[str]
             wrong.append(f"{name} features are not finite")
     if sample.text is None and info.text_encoder is not None:
         wrong.append("has no text features")
-    if not sample.caption.strip():
+    if not (sample.caption or "").strip():
         wrong.append("has no caption")
     if not (math.isfinite(sample.fps) and sample.fps > 0):
         wrong.append(f"fps is {sample.fps}: expected more than 0")

@@ -15,7 +15,7 @@ import json
 import re
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import PurePosixPath
@@ -59,6 +59,7 @@ class SourceSettings:
 
     def __post_init__(self) -> None:
         check_number("group", self.group, 1, integer=True)
+        object.__setattr__(self, "place", self.place.rstrip("/") or self.place)  # the same place, and known as that
 
     @property
     def caption(self) -> str:
@@ -188,7 +189,7 @@ def _open_files(settings: SourceSettings, urls: list[str]) -> Source:
         return TarSource(settings, urls)
     if kinds == {".parquet"}:
         base = settings.place if _suffix(settings.place) != ".parquet" else settings.place.rpartition("/")[0]
-        return TableSource(settings, _load_parquet(urls), base)
+        return TableSource(settings, _load_parquet(urls), base, _short_names(urls))
     found = next(url for url in urls if _suffix(url) not in (".tar", ".parquet") or len(kinds) > 1)
     raise InputError(f"{settings.place}: got the file {found}: expected {WHAT_THERE_IS}")
 
@@ -252,6 +253,7 @@ class FolderSource(Source):
         """Each with the .txt or .json of its stem, the .json first if a key is named."""
         place = self.settings.place
         texts = {name for name in names if _suffix(name) in TEXTS}
+        named = {_stem(name) + _suffix(name): name for name in sorted(texts)}  # cameras and Windows write A.TXT
         if not media:
             if texts:
                 raise InputError(
@@ -265,7 +267,8 @@ class FolderSource(Source):
             )
         order = TEXTS if self.settings.caption_column is None else tuple(reversed(TEXTS))
         captions = {
-            name: next((text for suffix in order if (text := _stem(name) + suffix) in texts), None) for name in media
+            name: next((named[text] for suffix in order if (text := _stem(name) + suffix) in named), None)
+            for name in media
         }
         used = [text for text in captions.values() if text is not None]
         if not used:
@@ -326,6 +329,9 @@ class FolderSource(Source):
                 continue
             elsewhere = "://" in name
             name = name if elsewhere else str(PurePosixPath(name))
+            if name in listed:
+                yield Item(f"{table}:{number}", problem=f"{name} has a row before this one")
+                continue
             listed.add(name)
             item = Item(name, clean_caption(row.get(self.settings.caption)), name) if elsewhere else self._item(name)
             item = replace(item, caption=clean_caption(row.get(self.settings.caption)))
@@ -358,7 +364,7 @@ def _read_csv(where: str) -> list[dict[str, Any]]:
 
 def _read_json_lines(where: str) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(read_file(where).decode("utf-8-sig", "replace").splitlines(), start=1):
+    for number, line in enumerate(read_file(where).decode("utf-8-sig", "replace").split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -475,10 +481,10 @@ class TableSource(Source):
     """A dataset that `datasets` opens: streamed Parquet, local or remote, or what save_to_disk wrote. Media are bytes,
     paths or both, as its Image and Video columns hold them, never decoded by it."""
 
-    def __init__(self, settings: SourceSettings, table: Any, base: str) -> None:
-        """Relative paths in the table are below `base`."""
+    def __init__(self, settings: SourceSettings, table: Any, base: str, names: Sequence[str] = ()) -> None:
+        """Relative paths in the table are below `base`; `names` of the files that it is read from."""
         super().__init__(settings)
-        self.base = base
+        self.base, self.names = base, names
         self.streamed = not hasattr(table, "__len__")
         features = table.features or table._resolve_features().features
         self.media, self.caption = self._columns(features)
@@ -495,7 +501,7 @@ class TableSource(Source):
 
     @property
     def content(self) -> list[str]:
-        return [self.media, self.caption, f"{self.parts} parts", f"{self.total} rows"]
+        return [self.media, self.caption, f"{self.parts} parts", f"{self.total} rows", *self.names]
 
     def read(self, part: int, start: int = 0) -> Iterator[Item]:
         if self.streamed:

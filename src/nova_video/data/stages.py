@@ -53,6 +53,7 @@ ENLARGED = 1.25  # a source is enlarged by at most this much; a smaller one is r
 SLOWEST = 0.5  # of the rate asked for: a source with fewer frames a second is rejected
 COMPLETE = 0.9  # of the frames that a file tells of: with fewer, it is said to break off
 CUT_SIDE = 256  # pixels: cuts are looked for in frames of at most this width
+STANDSTILL = 2.0  # seconds a frame may last within a scene: timestamps that jump are no stillness
 DURATION = 0.1  # seconds a frame of an animated picture is shown if it does not say
 TRIES, WAIT = 3, 1.0  # of reading from elsewhere: how often, and seconds before the second time
 
@@ -389,7 +390,7 @@ class Decode:
                 size = size or self._choose_size(*pixels.shape[:2])
                 yield at, fit_frames(pixels[None], size)[0]
 
-        for _, scene in groupby(frames, key=lambda pair: pair[0]):
+        for _, scene in groupby(told_apart(frames), key=lambda pair: pair[0]):
             for part in cut_lengths(fitted(timed for _, timed in scene), self.settings.frames):
                 start, end = part[0][0], part[0][0] + len(part) / fps
                 stack = np.stack([pixels for _, pixels in part])  # (F, H, W, 3)
@@ -414,6 +415,16 @@ class Decode:
 
 class _UnfitError(Exception):
     """What is said against a file that can be read."""
+
+
+def told_apart(frames: Iterable[tuple[int, Timed[T]]]) -> Iterator[tuple[tuple[int, int], Timed[T]]]:
+    """Frames with the numbers of their scenes; a scene also ends where time goes back, as in recordings that were
+    joined, or a frame would stand for more than `STANDSTILL` seconds."""
+    breaks, before = 0, math.nan
+    for scene, (at, frame) in frames:
+        breaks += at < before or at - before > STANDSTILL
+        before = at
+        yield (scene, breaks), (at, frame)
 
 
 def nearest_frames(frames: Iterable[Timed[T]], fps: float, shown: float) -> Iterator[Timed[T]]:

@@ -130,7 +130,9 @@ def load_checkpoint(path: Path, model: nn.Module, average: Average, optimizer: t
             progress = Progress(**json.loads(file.metadata()["progress"]))
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"checkpoint {path} cannot be read: {error}") from error
+        before = max((other for other in path.parent.glob("step-*.safetensors") if other < path), default=None)
+        hint = "" if before is None else f"; without it the run goes on from {before}"
+        raise InputError(f"checkpoint {path} cannot be read: {error}{hint}") from error
 
     targets: dict[str, Tensor] = {f"model.{name}": value for name, value in average.weights.items()}
     targets |= {f"ema.{name}": value for name, value in average.averages.items()}

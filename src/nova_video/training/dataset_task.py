@@ -24,6 +24,7 @@ from nova_video.data.dataset import (
     Bucket,
     DatasetInfo,
     Sample,
+    Shard,
     first_sentence,
     list_shards,
     read_columns,
@@ -36,7 +37,7 @@ from nova_video.loading import load_scheduler, resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel
 from nova_video.settings import CheckpointSettings, Defaults
 from nova_video.text.encoders import encode_batch, load_text_encoder
-from nova_video.training.recipe import DatasetTransformerRecipe
+from nova_video.training.recipe import DatasetRecipe, DatasetTransformerRecipe
 from nova_video.training.stream import Loaded, collate, is_held_out, joined, open_loader, state_of
 from nova_video.training.transformer import (
     Batch,
@@ -109,6 +110,7 @@ class DatasetTask(TransformerTask):
             raise InputError("dataset.path is empty: expected a folder or URL written by `nova encode`")
         self.info = info = DatasetInfo.load(recipe.dataset.path)
         self.shards = list_shards(recipe.dataset.path)
+        self.learned = self._learned(recipe.dataset, 1)
         self.largest = max(self.shards, key=lambda bucket: (bucket.frames, bucket.height * bucket.width))
         name = recipe.autoencoder or info.autoencoder
         if (found := autoencoder_info(name).fingerprint) != info.fingerprint:
@@ -137,6 +139,23 @@ class DatasetTask(TransformerTask):
         self.recipe = replace(self.recipe, autoencoder=name, text_encoder=self.text_name or "", defaults=self.defaults)
         self.readers: dict[Size, Reader] = {}
 
+    def _learned(self, data: DatasetRecipe, least: int) -> dict[Bucket, list[Shard]]:
+        """The buckets with at least so many rows that are not held out: nothing can be learned from others."""
+        found = {}
+        for bucket, shards in self.shards.items():
+            sources = (source for shard in shards for source in read_columns(shard.url, ("source",))["source"])
+            rows = sum(1 for _ in itertools.islice((x for x in sources if not is_held_out(x, data.held_out)), least))
+            if rows == least:
+                found[bucket] = shards
+            else:
+                log.warning("%s is left out: %d of its rows are not held out, of %d needed", bucket.name, rows, least)
+        if not found:
+            raise InputError(
+                f"{data.path}: no size has {least} rows that are not held out: expected more rows, fewer micro batches"
+                f" or a smaller dataset.held_out than {data.held_out:g}"
+            )
+        return found
+
     def _defaults(self) -> Defaults:
         """Those of the recipe if it has any; else of `init`, for clips as they are here."""
         if self.recipe.defaults != Defaults():
@@ -162,7 +181,7 @@ class DatasetTask(TransformerTask):
     def variants(self) -> tuple[list[Variant], list[float]]:
         """Buckets by how many rows they have; pictures by their share of the steps, if they are given one."""
         share = self.recipe.dataset.image_share
-        rows = {Size(bucket, False): sum(shard.rows for shard in found) for bucket, found in self.shards.items()}
+        rows = {Size(bucket, False): sum(shard.rows for shard in found) for bucket, found in self.learned.items()}
         clips = {size: count for size, count in rows.items() if size.bucket.frames > 1}
         pictures = {size: count for size, count in rows.items() if size.bucket.frames == 1}
         if share and not pictures:
@@ -196,6 +215,8 @@ class DatasetTask(TransformerTask):
     def open_data(self, micro: Iterable[int], count: int, places: dict[str, Any]) -> None:
         """Data that are read otherwise than they were start anew."""
         data, own = self.recipe.dataset, list(micro)
+        if count > 1:
+            self.learned = self._learned(data, count)
         if places and places.get("how") != (how := self._how_read()):
             log.warning("the data start anew: they were read with %s, and now with %s", places.get("how"), how)
             places = {}
@@ -210,8 +231,11 @@ class DatasetTask(TransformerTask):
                 data.shuffle,
                 data.held_out,
             )
-            if places:
-                loader.load_state_dict(joined([places[f"{number}:{size.name}"] for number in own]))
+            names = [f"{number}:{size.name}" for number in own]
+            if places and all(name in places for name in names):
+                loader.load_state_dict(joined([places[name] for name in names]))
+            elif places:
+                log.warning("the data of %s start at their beginning: the run has read none of them yet", size.name)
             self.readers[size] = Reader(own, loader)
 
     def _how_read(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Log:
             self.trackers.append(tracker)
 
     def say(self, text: str) -> None:
-        self.console.print(text)
+        self.console.print(text, markup=False)  # names may hold brackets
 
     def write(self, step: int, seconds: float, numbers: dict[str, float]) -> None:
         if not numbers or not self.writes:

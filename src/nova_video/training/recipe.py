@@ -182,6 +182,9 @@ class RunRecipe:
     def __post_init__(self) -> None:
         check_number("steps", self.steps, 1, integer=True)
         check_number("seconds", self.seconds, 0)
+        check_number("seed", self.seed, 0, integer=True, high=2**63, below=True)
+        if not self.output:
+            raise InputError("output is empty: expected a folder")
         check_number("micro_batches", self.micro_batches, 0, integer=True)
         check_local("output", self.output)
 
@@ -364,17 +367,16 @@ KINDS: dict[str, type[Recipe]] = {"autoencoder": AutoencoderRecipe, "transformer
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe of a TOML file, with command-line overrides such as ["--optimizer.lr", "3e-4"] on top."""
     try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise InputError(
-            f"recipe {path}: {error.strerror or error}; expected a TOML file such as recipes/tiny.toml"
-        ) from error
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        what = error.strerror or error if isinstance(error, OSError) else f"is not UTF-8 ({error.reason})"
+        raise InputError(f"recipe {path}: {what}; expected a TOML file such as recipes/tiny.toml") from error
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"recipe {path} is not TOML: {error}") from error
     kind = values.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(f"recipe {path}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
     found: type[Any] = DatasetTransformerRecipe if "dataset" in values else KINDS[kind]
     recipe: Recipe = _build(found, values, f"recipe {path}")

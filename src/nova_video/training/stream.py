@@ -56,7 +56,8 @@ class Rows:
         random.Random(f"{self.seed}-{number}").shuffle(urls)
         if enough:
             urls = urls[self.micro :: self.count]
-        rows = load_dataset("parquet", data_files=urls, split="train", streaming=True)
+        files = [url.replace("[", "[[]") for url in urls]  # which are taken as patterns
+        rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
         if not enough:
             rows = split_dataset_by_node(rows, self.micro, self.count)
         return rows.map(Mix(f"{self.seed}-{number}"), batched=True, batch_size=self.window)
@@ -69,10 +70,17 @@ class Rows:
             if self.place is not None:
                 self.rows.load_state_dict(self.place)
                 self.place = None
-            for row in self.rows:
-                if not is_held_out(row["source"], self.held_out):
-                    empty = 0
-                    yield to_sample(row)
+            try:
+                for row in self.rows:
+                    if not is_held_out(row["source"], self.held_out):
+                        empty = 0
+                        yield to_sample(row)
+            except InputError:
+                raise
+            except Exception as error:  # of many kinds: a damaged shard, one that is gone, no network
+                said = " ".join(str(error).split()) or type(error).__name__
+                folder = self.urls[0].rpartition("/")[0]
+                raise InputError(f"{folder}: unreadable shard ({said}): `nova data inspect` tells which") from None
             self.number += 1
         raise InputError(
             f"{self.urls[0]} and {len(self.urls) - 1} more shards have nothing for micro batch"

@@ -99,6 +99,8 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         """Numbers of revealed tokens of a frame's `tokens`, and the share of the batches each gets."""
         recipe = self.recipe
         if recipe.visible:
+            if max(recipe.visible) > tokens:
+                raise InputError(f"visible is {recipe.visible}: expected at most the {tokens} tokens of a frame")
             return list(recipe.visible), list(recipe.visible_probability)
         ratios = mask_ratios(100_000, torch.Generator().manual_seed(0))
         if recipe.mask_levels:

@@ -474,7 +474,11 @@ def test_after_ten_of_them_nothing_is_learned_until_it_is_seen(
 
 
 def test_data_that_are_read_otherwise_start_anew(
-    recipe: DatasetTransformerRecipe, tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    recipe: DatasetTransformerRecipe,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Other workers keep other places, and a dataset that has grown has other rows at them."""
     folder = write_dataset(tmp_path / "grows", tiny_checkpoint, {CLIPS: 8})
@@ -485,8 +489,17 @@ def test_data_that_are_read_otherwise_start_anew(
     caplog.clear()
     train(replace(recipe, steps=4, dataset=replace(recipe.dataset, workers=0)))
     assert "anew" not in caplog.text
-    (folder / "data" / CLIPS.name / "1.parquet").rename(folder / "data" / CLIPS.name / "2.parquet")
-    train(replace(recipe, steps=5, dataset=replace(recipe.dataset, workers=0)))
+    moved = folder.rename(tmp_path / "moved")
+    train(replace(recipe, steps=5, dataset=replace(recipe.dataset, workers=0, path=str(moved))))
+    assert "anew" not in caplog.text
+    (moved / "data" / CLIPS.name / "1.parquet").rename(moved / "data" / CLIPS.name / "2.parquet")
+    train(replace(recipe, steps=6, dataset=replace(recipe.dataset, workers=0, path=str(moved))))
+    assert "the data start anew" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("test_dataset_training.WORDS", ("pear", "snail"))
+    other = write_dataset(tmp_path / "other", tiny_checkpoint, {CLIPS: 8})
+    (other / "data" / CLIPS.name / "1.parquet").rename(other / "data" / CLIPS.name / "2.parquet")
+    train(replace(recipe, steps=7, dataset=replace(recipe.dataset, workers=0, path=str(other))))
     assert "the data start anew" in caplog.text
 
 

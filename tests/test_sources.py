@@ -375,6 +375,17 @@ def test_problems_of_tars(tmp_path: Path) -> None:
     assert good[-1] == "b.tar/3.jpg"
 
 
+def test_the_first_of_two_members_of_a_name_counts(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("0.mp4", "0.txt", "1.mp4", "1.txt", "0.mp4", "0.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    found = [(item.source, item.problem) for item in opened(tmp_path).items()]
+    assert found[:2] == [("a.tar/0.mp4", None), ("a.tar/1.mp4", None)]
+    assert found[2:] == [("a.tar/0.mp4", "the tar has it twice, and not one behind the other")]
+
+
 def test_problems_of_rows(tmp_path: Path) -> None:
     table = [
         {"video": {"bytes": b"x", "path": None}, "caption": "a"},

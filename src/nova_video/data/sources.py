@@ -406,10 +406,14 @@ class TarSource(Source):
         raise InputError(f"{self.settings.place}: has no {source}")
 
     def _read(self, part: int) -> Iterator[Item]:
-        name = self._names[part]
+        name, seen = self._names[part], set()
         try:
             for key, members in groupby(self._members(part), key=lambda member: _sample_key(member[0])):
-                yield self._item(part, f"{name}/{key}", list(members))
+                item = self._item(part, f"{name}/{key}", list(members))
+                if item.source in seen:
+                    item = replace(item, problem="the tar has it twice, and not one behind the other")
+                seen.add(item.source)
+                yield item
         except Exception as error:  # of the tar or of where it is
             yield Item(name, problem=f"the tar cannot be read on: {_said(error)}")
 

@@ -51,6 +51,7 @@ from nova_video.training.transformer import (
 
 HELD_OUT = 64  # clips that validation looks at
 SHEET_SAMPLES = 6
+KNOWN_BY = 64  # rows that tell one dataset from another, wherever it lies
 PROBED = 4096  # rows whose captions, motion and so on are looked through, at most
 
 log = logging.getLogger(__name__)
@@ -240,9 +241,10 @@ class DatasetTask(TransformerTask):
 
     def _how_read(self) -> dict[str, Any]:
         """What says which rows come next, but for the micro batches."""
-        shards = [
+        shards: list[Any] = [
             (bucket.name, Path(shard.url).name, shard.rows) for bucket in self.shards for shard in self.shards[bucket]
         ]
+        shards += [(row.source, row.caption) for row in self.probe[:KNOWN_BY]]
         data = self.recipe.dataset
         of_recipe = {name: getattr(data, name) for name in ("batch", "workers", "shuffle", "held_out")}
         return {"shards": hashlib.sha256(repr(shards).encode()).hexdigest()[:16], **of_recipe}

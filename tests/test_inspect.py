@@ -119,6 +119,11 @@ def test_the_command(made: Path, sources: Path, tmp_path: Path, capsys: pytest.C
         assert "other: holds none of the sources, such as c0.webp" in capsys.readouterr().err
     finally:
         (tmp_path / "moved").rename(sources)
+    assert main([*command[:-1], str(tmp_path / "none.png"), "--clips", "0", "--pictures", "0"]) == 0
+    assert capsys.readouterr().out.endswith("without problems\n")
+    assert not (tmp_path / "none.png").exists()
+    assert main([*command, "--clips", "-1"]) == 2
+    assert "clips is -1: expected a whole number of at least 0" in capsys.readouterr().err
     assert main([*command, "--model", "emoji"]) == 2
     assert "the autoencoder of emoji is " in capsys.readouterr().err
     assert main(["data", "inspect", str(tmp_path)]) == 2

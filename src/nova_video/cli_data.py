@@ -67,7 +67,7 @@ def run_data_inspect(args: DataInspect) -> None:
             print(f"{place}: {problem}")
     shards = sum(map(len, checked.shards.values()))
     print(f"{args.dataset}: {checked.rows} samples in {shards} shards without problems")
-    if shards:
+    if shards and (args.clips or args.pictures):
         compared = compare_samples(
             args.dataset,
             checked.shards,

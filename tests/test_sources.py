@@ -207,6 +207,20 @@ def test_the_first_of_two_rows_counts(tmp_path: Path) -> None:
     assert source.settings.place == str(tmp_path)
 
 
+def test_a_table_may_name_files_anywhere(tmp_path: Path) -> None:
+    """By whole paths."""
+    fill(tmp_path / "far", {"d.mp4": b"d"})
+    table = f"file_name,caption\n{tmp_path}/far/d.mp4,d\n./a.mp4,a\nb.png,b\nsub/c.webm,c"
+    source = opened(fill(tmp_path / "near", media() | {"metadata.csv": table}))
+    assert problems(source) == {}
+    assert {item.source: item.url for item in source.items()} == {
+        f"{tmp_path}/far/d.mp4": f"{tmp_path}/far/d.mp4",
+        **{name: f"{tmp_path}/near/{name}" for name in NAMES},
+    }
+    alone = opened(fill(tmp_path / "alone", {"metadata.csv": table.replace("./a.mp4,a\n", "")}))
+    assert [item.source for item in alone.items() if item.problem is None] == [f"{tmp_path}/far/d.mp4"]
+
+
 def test_other_parquet_files_are_another_source(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_parquet(tmp_path / f"{name}.parquet", rows())

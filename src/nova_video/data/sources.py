@@ -314,7 +314,7 @@ class FolderSource(Source):
         if not rows:
             raise InputError(f"{where}: has no rows: expected {FILE_NAME} and {self.settings.caption} of each file")
         there = set(media)
-        if not there and not any("://" in str(row.get(FILE_NAME)) for row in rows):
+        if not there and not any(_is_elsewhere(str(row.get(FILE_NAME))) for row in rows):
             raise InputError(
                 f"{self.settings.place}: {table} has {len(rows)} captions, and there are no media: expected the files"
                 f" that it names, such as {rows[0].get(FILE_NAME)}"
@@ -327,7 +327,7 @@ class FolderSource(Source):
             if not isinstance(name, str) or not name:
                 yield Item(f"{table}:{number}", problem=f"its row has no {FILE_NAME}")
                 continue
-            elsewhere = "://" in name
+            elsewhere = _is_elsewhere(name)
             name = name if elsewhere else str(PurePosixPath(name))
             if name in listed:
                 yield Item(f"{table}:{number}", problem=f"{name} has a row before this one")
@@ -342,6 +342,11 @@ class FolderSource(Source):
             yield item
         for name in there - listed:
             yield replace(self._item(name), problem=f"no caption: it is not in {table}")
+
+
+def _is_elsewhere(path: str) -> bool:
+    """Whether it is a URL or a whole path, not one below the source."""
+    return "://" in path or path.startswith("/")
 
 
 def _stem(name: str) -> str:
@@ -542,8 +547,7 @@ class TableSource(Source):
             return Item(source, caption, data=value["bytes"])
         if isinstance(value, dict) and value.get("path"):
             path = value["path"]
-            elsewhere = "://" in path or path.startswith("/")
-            return Item(source, caption, url=path if elsewhere else join(self.base, path))
+            return Item(source, caption, url=path if _is_elsewhere(path) else join(self.base, path))
         return Item(source, problem=f"no media: the column {self.media} is empty")
 
     def _columns(self, features: Mapping[str, Any]) -> tuple[str, str]:

@@ -35,8 +35,6 @@ class Task(ABC, Generic[M, V, B]):
     capturable = True
     """All steps of a variant launch the same kernels, so that a CUDA graph can be all of them: the loss draws no random
     numbers on the CPU."""
-    uses_all = True
-    """The gradient of every step reaches every weight that is trained."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed, self.device = seed, device

@@ -9,7 +9,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -298,12 +298,14 @@ def test_adapters_are_trained_saved_and_loaded(recipe: DatasetTransformerRecipe,
 class DirectRecorder:
     """Records by keeping what was to be done, with the batch that it reads, as a graph does."""
 
-    def __init__(self, room: int = 100, fails: bool = False) -> None:
-        self.room, self.fails, self.called, self.recorded = room, fails, 0, 0
+    def __init__(self, room: int = 100, fails: bool = False, keeps: Sequence[int] = ()) -> None:
+        """`keeps`: the calls that make something to stay, counted from 1."""
+        self.room, self.fails, self.keeps, self.called, self.recorded = room, fails, keeps, 0, 0
 
-    def call(self, work: Callable[[], None]) -> None:
+    def call(self, work: Callable[[], None]) -> bool:
         self.called += 1
         work()
+        return self.called in self.keeps
 
     def has_room(self) -> bool:
         return self.recorded < self.room
@@ -350,6 +352,17 @@ def test_recorded_steps_are_the_plain_ones(
     assert all(torch.equal(*pair) for pair in zip(plain[1], recorded[1], strict=True))
     assert torch.equal(plain[2].latents, recorded[2].latents)
     assert recorder.called == called
+
+
+def test_recordings_that_do_not_know_of_what_stays_are_made_again() -> None:
+    """The third call, of another variant, keeps something that a recording from before would overwrite."""
+    done: list[str] = []
+    recorder = DirectRecorder(keeps=[3])
+    graphs = StepGraphs(recorder)
+    for name in "aabbcabca":
+        graphs(name, {}, lambda batch, name=name: done.append(name))
+    assert "".join(done) == "aabbcabca"
+    assert (recorder.called, recorder.recorded, len(graphs)) == (3, 2 + 3, 3)
 
 
 def test_processes_record_the_same_steps() -> None:

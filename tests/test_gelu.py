@@ -8,20 +8,22 @@ import pytest
 import torch
 from torch.nn import functional
 
-from nova_video.model.gelu import gelu
+from nova_video.model.gelu import gelu_of
 
 INTERPRETED = """
 import torch
 from torch.nn import functional
-from nova_video.model.gelu_kernel import BLOCK, gelu_backward_kernel, gelu_kernel
+from nova_video.model.gelu_kernel import BLOCK, COLUMNS, ROWS, TOGETHER, gelu_backward_kernel, gelu_kernel
 
 torch.manual_seed(0)
-numbers = torch.cat([3 * torch.randn(3, 1700).flatten(), torch.tensor([0.0, -0.0, 1e-6, -30.0, 30.0, 1e4, -1e4])])
+numbers = 3 * torch.randn(150, 700)  # parts of programs' rows and columns
+numbers[5, :7] = torch.tensor([0.0, -0.0, 1e-6, -30.0, 30.0, 1e4, -1e4])
 for x in (numbers, numbers.half()):
     given, out, to_x = torch.randn_like(x), torch.empty_like(x), torch.empty_like(x)
-    grid = (-(-x.numel() // BLOCK),)
-    gelu_kernel[grid](x, out, x.numel(), BLOCK)
-    gelu_backward_kernel[grid](x, given, to_x, x.numel(), BLOCK)
+    gelu_kernel[(-(-x.numel() // BLOCK),)](x, out, x.numel(), BLOCK)
+    grid = (-(-x.shape[0] // ROWS), -(-x.shape[1] // COLUMNS))
+    sums = torch.full((grid[0], x.shape[1]), torch.nan)
+    gelu_backward_kernel[grid](x, given, to_x, sums, *x.shape, ROWS, COLUMNS, TOGETHER)
     exact = x.double().requires_grad_()
     result = functional.gelu(exact)
     result.backward(given.double())
@@ -30,6 +32,7 @@ for x in (numbers, numbers.half()):
     assert (off <= rounding * x.abs().clamp(min=1)).all(), off.max()
     off = (to_x - exact.grad).abs()
     assert (off <= 2 * rounding * given.abs().clamp(min=1)).all(), off.max()
+    assert torch.allclose(sums.sum(0).double(), exact.grad.sum(0), rtol=1e-4, atol=1e-4)  # not of what was rounded
 """
 
 
@@ -43,12 +46,19 @@ def test_the_kernels_are_exact() -> None:
 
 
 def test_elsewhere_it_is_torch_s() -> None:
-    x = torch.randn(5, 7)
-    assert torch.equal(gelu(x), functional.gelu(x))
+    x, linear = torch.randn(5, 7), torch.nn.Linear(7, 9)
     torch.compiler.reset()
-    compiled = torch.compile(gelu, backend="eager", fullgraph=True)
+    compiled = torch.compile(gelu_of, backend="eager", fullgraph=True)
     with torch.inference_mode():
-        assert torch.equal(compiled(x), functional.gelu(x))
+        assert torch.equal(gelu_of(linear, x), functional.gelu(linear(x)))
+        assert torch.equal(compiled(linear, x), functional.gelu(linear(x)))
+
+
+class Handed(torch.nn.Module):
+    """Like a layer that adapters have wrapped: any but a plain linear one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -56,11 +66,11 @@ def test_elsewhere_it_is_torch_s() -> None:
 def test_gpu_of_compiled_blocks(dtype: torch.dtype) -> None:
     """As near to float64 as rounding its result is."""
     torch.compiler.reset()
-    compiled = torch.compile(gelu, fullgraph=True, dynamic=True)
+    compiled = torch.compile(gelu_of, fullgraph=True, dynamic=True)
     for rows in (3, 700, 1801):
         x = 3 * torch.randn(rows, 4096, device="cuda").to(dtype)
         with torch.inference_mode():
-            found, exact = compiled(x), functional.gelu(x.double())
+            found, exact = compiled(Handed(), x), functional.gelu(x.double())
         assert (found - exact).norm() <= 1.01 * (exact.to(dtype) - exact).norm() + 1e-6 * exact.norm()
 
 
@@ -68,12 +78,32 @@ def test_gpu_of_compiled_blocks(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gpu_gradients_of_compiled_blocks(dtype: torch.dtype) -> None:
     torch.compiler.reset()
-    compiled = torch.compile(gelu, fullgraph=True, dynamic=True)
+    compiled = torch.compile(gelu_of, fullgraph=True, dynamic=True)
     for rows in (3, 700, 1801):
         x = 3 * torch.randn(rows, 4096, device="cuda").to(dtype)
         given = torch.randn_like(x)
         leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
-        compiled(leaf).backward(given)
+        compiled(Handed(), leaf).backward(given)
         functional.gelu(exact).backward(given.double())
         rounded = (exact.grad.to(dtype) - exact.grad).norm()
         assert (leaf.grad - exact.grad).norm() <= 1.01 * rounded + 1e-6 * exact.grad.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_gradients_of_the_layer_before() -> None:
+    """Of its bias too, which the kernel sums up; in any shape, with weights in float32 under autocast."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    linear = torch.nn.Linear(256, 1024, device="cuda")
+    compiled = torch.compile(gelu_of, fullgraph=True, dynamic=True)
+    for shape in ((2, 700, 256), (3, 43, 256)):
+        x, given = torch.randn(shape, device="cuda"), torch.randn(*shape[:2], 1024, device="cuda")
+        found = []
+        for call in (compiled, lambda linear, x: functional.gelu(linear(x))):
+            linear.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16, enabled=call is compiled):
+                call(linear, x).backward(given.to(torch.bfloat16 if call is compiled else torch.float32))
+            found.append([linear.weight.grad.clone(), linear.bias.grad.clone()])
+        for half, exact in zip(*found, strict=True):
+            assert half.dtype == torch.float32
+            assert (half - exact).norm() <= 1e-2 * exact.norm()

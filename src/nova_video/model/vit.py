@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nova_video.model.attention import Mask, attend, attend_packed
 from nova_video.model.embeddings import Rotary
-from nova_video.model.gelu import gelu
+from nova_video.model.gelu import gelu_of
 from nova_video.model.patches import gather_tokens
 
 
@@ -101,7 +101,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(gelu_of(self.fc1, x))
 
 
 class Block(nn.Module):

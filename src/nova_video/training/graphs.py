@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 
 B = TypeVar("B")
 
-GIB = 2**30
+RESERVE = 2 * 2**30
+"""Bytes of a device that recordings leave free. What a step computes they share with steps that are called; but each
+takes some for itself, and sizes that differ leave gaps."""
 
 
 def tensors_of(batch: Any) -> dict[str, Tensor]:
@@ -32,12 +34,13 @@ def tensors_of(batch: Any) -> dict[str, Tensor]:
 class Recorder(Protocol):
     """What `StepGraphs` needs of a device."""
 
-    def call(self, work: Callable[[], None]) -> None:
-        """Do the work, ready to be recorded later."""
+    def call(self, work: Callable[[], None]) -> bool:
+        """Do the work, ready to be recorded later. Whether it made something that stays: recordings from before do not
+        know of it, and would overwrite it."""
         ...
 
     def has_room(self) -> bool:
-        """Whether there is memory for one more recording, and then still for calls."""
+        """Whether there is memory for one more recording."""
         ...
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -49,49 +52,59 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory.
+    """CUDA graphs that share one pool of memory, with each other and with what is called: between two of them nothing
+    in it is needed but what a call has made to stay.
 
-    What is called runs on the stream that is recorded from: what it keeps for that stream (the allocator's memory,
-    cuBLAS's workspace) serves all calls.
+    What is called runs on the stream that is recorded from, so that what it keeps for that stream (the allocator's
+    memory, cuBLAS's workspace) serves all calls; and backward passes in its own thread, whose memory is of the pool.
     """
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
         """`stream`: that to record from, if there is one that modules were made on."""
         self.device = device
         self._stream = stream or torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._most = 0  # bytes that a call has taken for itself
+        self._pool = torch.cuda.MemPool()
+        self._recorded = False
 
-    def call(self, work: Callable[[], None]) -> None:
-        held = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
+    def call(self, work: Callable[[], None]) -> bool:
+        before = self._in_use() if self._recorded else None
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, self.device.index), one_thread():
             work()
         current.wait_stream(self._stream)
-        self._most = max(self._most, torch.cuda.max_memory_allocated(self.device) - held)
+        return before is not None and not self._in_use() <= before
+
+    def _in_use(self) -> set[int]:
+        """Addresses of what is allocated in the pool."""
+        blocks = (block for segment in self._pool.snapshot() for block in segment["blocks"])
+        return {block["address"] for block in blocks if block["state"] == "active_allocated"}
 
     def has_room(self) -> bool:
-        """Recordings keep to themselves what a call takes, all together, and calls take as much again."""
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
-        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)  # by recordings
-        free, needed = torch.cuda.mem_get_info(self.device)[0] + kept, 2 * self._most
-        if free < needed:
-            log.info("one more recording, and calls, need %.2f GiB: %.2f are free", needed / GIB, free / GIB)
-        return free >= needed
+        free = torch.cuda.mem_get_info(self.device)[0]
+        if free < RESERVE:
+            log.info("recordings leave %.2f GiB free: %.2f are", RESERVE / 2**30, free / 2**30)
+        return free >= RESERVE
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # NCCL's thread asks for events
+        with torch.cuda.stream(self._stream), one_thread():
+            pool: Any = self._pool.id
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # NCCL's thread asks for events
             try:
                 work()
             finally:
                 graph.capture_end()
+        self._recorded = True
         return graph.replay
+
+
+def one_thread() -> Any:
+    """Backward passes in the thread that asks for them."""
+    return torch.autograd.set_multithreading_enabled(False)
 
 
 class StepGraphs:
@@ -132,7 +145,8 @@ class StepGraphs:
         if key in self._replays:
             self._replays[key]()
         else:
-            self.recorder.call(call)
+            if self.recorder.call(call):
+                self._replays.clear()
             self._called.add(key)
             self.calls -= 1
 

@@ -1,14 +1,21 @@
 """How training computes blocks and masks, and what of a loss is told apart: the same numbers in every arrangement."""
 
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from nova_video.model import NOVATransformer3DModel, Positions
@@ -20,6 +27,7 @@ from nova_video.model.attention import (
     suits_cudnn,
 )
 from nova_video.model.transformer import ApplyBlock
+from nova_video.model.vit import Block
 from nova_video.training import blocks
 from nova_video.training.blocks import TemporalMasks, checkpointed, chooses_flex, compile_blocks, why_not_flex
 from nova_video.training.loss import (
@@ -133,6 +141,32 @@ def test_compiled_blocks_stay_compiled_in_every_variant(table: NoiseTable) -> No
             with torch.set_grad_enabled(grad):
                 losses(model, latents, latents, condition, positions, table, draws, checkpointed, masks)
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_blocks_are_compiled_for_their_number_of_heads(sharded: bool, process_group: None) -> None:
+    """What a compiled block does not know of the shapes is the batch and the tokens; under FSDP2 heads were a third,
+    and gradients of query, key and value were laid out as suits no kernel."""
+    unknown: list[int] = []
+
+    def keep(graph: GraphModule, inputs: list[Tensor | torch.SymInt]) -> Callable[..., Any]:
+        unknown.append(len(free_symbols(inputs)))
+        return graph.forward
+
+    block = Block(32, 4)
+    block.compile(dynamic=True, backend=keep)
+    if sharded:
+        fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+    block(torch.randn(2, 24, 32, requires_grad=True), None).sum().backward()
+    assert unknown == [2]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

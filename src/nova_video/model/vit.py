@@ -5,6 +5,7 @@ Unusual against a standard ViT: post-norm inside the residual branch, x + LN(f(x
 """
 
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -79,14 +80,15 @@ class Attention(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         batch, count, width = x.shape
-        qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)  # (B, N, 3, heads, head_dim)
+        heads = index(self.heads)  # where blocks are sharded torch.compile would take any number, and lay out for none
+        qkv = self.qkv(x).view(batch, count, 3, heads, width // heads)  # (B, N, 3, heads, head_dim)
         if rotary is None and cache is None and rows is None:
             return self.proj(attend_packed(qkv, mask).reshape(batch, count, width))
         query, key, value = qkv.unbind(2)
         if rotary is not None:
             query, key = rotary.rotate(qkv[:, :, :2]).unbind(2)
         if rows is not None:
-            query = gather_tokens(query.flatten(2), rows).unflatten(2, (self.heads, -1))  # (B, S, heads, head_dim)
+            query = gather_tokens(query.flatten(2), rows).unflatten(2, (heads, -1))  # (B, S, heads, head_dim)
         query, key, value = (y.transpose(1, 2) for y in (query, key, value))  # (B, heads, N, head_dim)
         if cache is not None:
             key, value = cache.append(key, value)

@@ -300,7 +300,8 @@ class DirectRecorder:
 
     def __init__(self, room: int = 100, fails: bool = False, keeps: Sequence[int] = ()) -> None:
         """`keeps`: the calls that make something to stay, counted from 1."""
-        self.room, self.fails, self.keeps, self.called, self.recorded = room, fails, keeps, 0, 0
+        self.room, self.fails, self.keeps = room, fails, keeps
+        self.called = self.recorded = self.released = 0
 
     def call(self, work: Callable[[], None]) -> bool:
         self.called += 1
@@ -315,6 +316,9 @@ class DirectRecorder:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
         self.recorded += 1
         return work
+
+    def release(self) -> None:
+        self.released += 1
 
 
 def take_steps(recipe: DatasetTransformerRecipe, recorder: DirectRecorder | None) -> tuple[list[Any], list[Any], Any]:
@@ -365,11 +369,35 @@ def test_recordings_that_do_not_know_of_what_stays_are_made_again() -> None:
     assert (recorder.called, recorder.recorded, len(graphs)) == (3, 2 + 3, 3)
 
 
+def test_recordings_can_be_let_go_of() -> None:
+    done: list[str] = []
+    recorder = DirectRecorder()
+    graphs = StepGraphs(recorder)
+    for name in "aab":
+        graphs(name, {}, lambda batch, name=name: done.append(name))
+    graphs.release()
+    assert (len(graphs), recorder.released) == (0, 1)
+    for name in "abab":
+        graphs(name, {}, lambda batch, name=name: done.append(name))
+    assert "".join(done) == "aababab"
+    assert (recorder.called, recorder.recorded) == (2, 1 + 2)
+
+
+def test_processes_let_go_of_recordings_together() -> None:
+    """What stays on one of them counts for all."""
+    others = [True, True, True, False, True, True]  # room, a call, room, a call that keeps something there, room twice
+    recorder = DirectRecorder()
+    graphs = StepGraphs(recorder, lambda own: others.pop(0) and own)
+    for name in "aabbcdca":
+        graphs(name, {}, lambda batch: None)
+    assert (recorder.called, others) == (4, [])
+
+
 def test_processes_record_the_same_steps() -> None:
     """After so many calls, where all have room; and one that cannot record ends the run: the others have."""
     room, done = [True, False], []
     recorder = DirectRecorder()
-    graphs = StepGraphs(recorder, lambda own: own and room.pop(0), calls=4)
+    graphs = StepGraphs(recorder, lambda own: own and (not room or room.pop(0)), calls=4)
     for number in range(9):
         graphs("ab"[number % 2], {"x": torch.tensor(number)}, lambda batch: done.append(int(batch["x"])))
     assert done == list(range(9))

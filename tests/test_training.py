@@ -5,11 +5,15 @@ import math
 import re
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -25,6 +29,8 @@ from nova_video.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from nova_video.training.graphs import StepGraphs
+from nova_video.training.log import Log
 from nova_video.training.loss import Losses, NoiseTable, draw
 from nova_video.training.pool import Pool, Rows, fill_seed
 from nova_video.training.recipe import (
@@ -37,7 +43,15 @@ from nova_video.training.recipe import (
     load_recipe,
     recipe_toml,
 )
-from nova_video.training.trainer import StopSignal, learning_rate, make_optimizer, set_rate, train
+from nova_video.training.trainer import (
+    Looks,
+    StopSignal,
+    learning_rate,
+    look,
+    make_optimizer,
+    set_rate,
+    train,
+)
 from nova_video.training.transformer import Variant
 from nova_video.training.world_task import WorldTask, stretch
 
@@ -335,6 +349,39 @@ def test_the_loop_writes_what_it_says(transformer_recipe: TransformerRecipe) -> 
     assert "held_out_loss_wrong_object" in held_out
     assert any("loss" in line and "steps_per_second" in line for line in lines)
     assert list((Path(recipe.output) / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("helps", [True, False])
+def test_steps_make_room_for_a_look_at_the_model(
+    recorded: bool, helps: bool, transformer_recipe: TransformerRecipe
+) -> None:
+    """Once, and what was done before is not done again; where there is none to make, memory is short as ever."""
+    done: list[str] = []
+    graphs = StepGraphs(SimpleNamespace(release=lambda: done.append("release"))) if recorded else None  # type: ignore[arg-type]
+
+    def validate(model: object) -> dict[str, float]:
+        done.append("validate")
+        return {"held_out_loss": 1.0}
+
+    def sheet(model: object, folder: Path) -> Image.Image:
+        done.append("sheet")
+        if not (helps and "release" in done):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Image.new("RGB", (8, 8))
+
+    task: Any = SimpleNamespace(export=lambda model, folder: folder.mkdir(), validate=validate, sheet=sheet)
+    log = Log(transformer_recipe, writes=True)
+    look_once = partial(look, task, nn.Identity(), Looks(True, True, False), log, 1, 1.0, graphs)
+    if recorded and helps:
+        assert look_once()
+        assert not look_once()
+        assert done == ["validate", "sheet", "release", "sheet", "validate", "sheet"]
+        assert len((log.output / "metrics.jsonl").read_text().splitlines()) == 2
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            look_once()
+        assert done == ["validate", "sheet"] + ["release", "sheet"] * recorded
 
 
 def test_stage_two_starts_from_stage_one(transformer_recipe: TransformerRecipe, tmp_path: Path) -> None:

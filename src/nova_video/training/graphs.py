@@ -50,6 +50,10 @@ class Recorder(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Give back the memory that calls and recordings have computed in; the recordings are gone."""
+        ...
+
 
 class CudaRecorder:
     """CUDA graphs that share one pool of memory, with each other and with what is called: between two of them nothing
@@ -101,6 +105,11 @@ class CudaRecorder:
         self._recorded = True
         return graph.replay
 
+    def release(self) -> None:
+        torch.cuda.synchronize(self.device)
+        self._pool, self._recorded = torch.cuda.MemPool(), False
+        torch.cuda.empty_cache()
+
 
 def one_thread() -> Any:
     """Backward passes in the thread that asks for them."""
@@ -145,14 +154,23 @@ class StepGraphs:
         if key in self._replays:
             self._replays[key]()
         else:
-            if self.recorder.call(call):
+            stays = self.recorder.call(call)
+            if self._replays and not self._all(not stays):
                 self._replays.clear()
             self._called.add(key)
             self.calls -= 1
 
+    def release(self) -> None:
+        """Let go of the recordings, and of the memory for steps: all are recorded anew when they come up again."""
+        self._replays.clear()
+        self.recorder.release()
+
+    def _all(self, holds: bool) -> bool:
+        """Whether it holds here and for all others."""
+        return holds if self.agree is None else self.agree(holds)
+
     def _record(self, key: Hashable, call: Callable[[], None]) -> None:
-        room = self.recorder.has_room()
-        self.recording = room if self.agree is None else self.agree(room)
+        self.recording = self._all(self.recorder.has_room())
         if not self.recording:
             log.info("%d variants of steps are recorded; the device's memory is kept for others", len(self))
             return

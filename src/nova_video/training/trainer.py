@@ -15,7 +15,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -131,9 +131,9 @@ def train(recipe: Recipe) -> Path:
             looks = Looks(due(recipe.log.validate_every), due(recipe.log.sample_every), due(recipe.log.score_every))
             if any(looks):
                 model = average.write_to(task.model, looked_at)
-                if processes.is_main:
-                    look(task, model, looks, log, step, spent)
-                processes.wait()
+                short = processes.is_main and look(task, model, looks, log, step, spent, stepper.graphs)
+                if processes.greatest(short)[0] and not short and stepper.graphs is not None:
+                    stepper.graphs.release()  # all record the same steps
             if due(recipe.log.checkpoint_every):
                 tensors, places = gather_state(task.model, average, optimizer), processes.gather(task.places())
                 if processes.is_main:
@@ -191,17 +191,33 @@ class Looks(NamedTuple):
     score: bool
 
 
-def look(task: AnyTask, model: nn.Module, looks: Looks, log: Log, step: int, spent: float) -> None:
-    """At averaged weights: numbers on held-out samples, a sheet, scores."""
+def look(
+    task: AnyTask, model: nn.Module, looks: Looks, log: Log, step: int, spent: float, graphs: StepGraphs | None
+) -> bool:
+    """At averaged weights: numbers on held-out samples, a sheet, scores. Whether recorded steps had to make room."""
     folder = log.output / "model"
+    works: list[Callable[[], object]] = []
     if looks.validate:
-        log.write(step, spent, task.validate(model))
+        works.append(lambda: log.write(step, spent, task.validate(model)))
     if looks.sample or looks.score:
-        export(task, model, folder)
+        works.append(lambda: export(task, model, folder))
     if looks.sample:
-        log.picture(step, task.sheet(model, folder))
+        works.append(lambda: log.picture(step, task.sheet(model, folder)))
     if looks.score:
-        log.write(step, spent, task.score(folder, task.recipe.log.score_clips))
+        works.append(lambda: log.write(step, spent, task.score(folder, task.recipe.log.score_clips)))
+    short = False
+    for work in works:
+        try:
+            work()
+            continue
+        except torch.OutOfMemoryError:
+            if graphs is None or short:
+                raise
+        graphs.release()  # outside of the handler, which holds on to what was being computed
+        log.say(f"step {step}: out of memory; the memory of steps is let go of, and they are recorded anew")
+        short = True
+        work()
+    return short
 
 
 def export(task: AnyTask, model: nn.Module, folder: Path) -> None:

@@ -290,6 +290,20 @@ def test_adapters_are_trained_saved_and_loaded(recipe: DatasetTransformerRecipe,
     assert not torch.allclose(picture(folder), picture(None), atol=1e-3)
     with pytest.raises(InputError, match="lora.rank is 2 and there is no init"):
         train(replace(recipe, init="", scheduler="flow"))
+    with pytest.raises(InputError, match=r"lora.alpha is 8.0, and .* was begun with 4.0: expected the same"):
+        train(replace(recipe, lora=LoraRecipe(rank=2, alpha=8.0), steps=7))
+
+
+def test_what_has_changed_since_a_run_was_begun_is_said(
+    recipe: DatasetTransformerRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(replace(recipe, steps=2))
+    capsys.readouterr()
+    train(replace(recipe, steps=3, optimizer=replace(recipe.optimizer, lr=3e-5), frozen=()))
+    said = capsys.readouterr().out
+    assert "steps is 3 from here on; it was 2" in said
+    assert f"optimizer.lr is 3e-05 from here on; it was {recipe.optimizer.lr!r}" in said
+    assert said.count("from here on") == 2
 
 
 # Recorded steps -------------------------------------------------------------------------------------------------------

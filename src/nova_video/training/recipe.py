@@ -392,6 +392,20 @@ def recipe_toml(recipe: Recipe) -> str:
     return _toml(dataclasses.asdict(recipe), "")
 
 
+def changes(before: Recipe, after: Recipe) -> dict[str, tuple[Any, Any]]:
+    """What differs but where to write: by key, what it was and what it is."""
+    was, now = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(after))
+    return {key: (was.get(key), value) for key, value in now.items() if was.get(key) != value and key != "output"}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, by dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def _check_shares(name: str, shares: tuple[float, ...]) -> None:
     """Weights of a draw."""
     for share in shares:

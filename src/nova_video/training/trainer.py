@@ -50,6 +50,9 @@ from nova_video.training.recipe import (
     DatasetTransformerRecipe,
     OptimizerRecipe,
     Recipe,
+    TransformerRun,
+    changes,
+    load_recipe,
     recipe_toml,
 )
 from nova_video.training.task import LossParts, Task
@@ -77,6 +80,8 @@ def train(recipe: Recipe) -> Path:
     if newest is not None:
         progress = load_checkpoint(newest, task.model, average, optimizer)
         log.say(f"going on from {newest} at step {progress.step}")
+        if processes.is_main:
+            compare_recipes(output / "recipe.toml", recipe, log)
     if processes.is_main:
         (output / "recipe.toml").write_text(recipe_toml(recipe))
     log.start(progress.step)
@@ -155,6 +160,22 @@ def train(recipe: Recipe) -> Path:
     log.finish()
     processes.wait()
     return model_folder
+
+
+def compare_recipes(path: Path, recipe: Recipe, log: Log) -> None:
+    """Say what has changed since the run was begun. Raises InputError for what its checkpoints do not go with."""
+    try:
+        changed = changes(load_recipe(path), recipe)
+    except InputError as error:  # of another version, or gone
+        log.say(f"what has changed in the recipe is not known: {error}")
+        return
+    some = isinstance(recipe, TransformerRun) and (
+        recipe.lora.rank or recipe.frozen
+    )  # of the weights are in checkpoints
+    for key, (was, now) in changed.items():
+        if some and key in ("init", "lora.alpha"):
+            raise InputError(f"{key} is {now!r}, and {path.parent} was begun with {was!r}: expected the same")
+        log.say(f"{key} is {now!r} from here on; it was {was!r}")
 
 
 def choose_kernels(attention: AttentionKernels) -> None:

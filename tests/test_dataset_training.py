@@ -558,6 +558,22 @@ def test_data_that_are_read_otherwise_start_anew(
     assert "the data start anew" in caplog.text
 
 
+def test_an_interrupt_while_readers_start_only_asks(
+    recipe: DatasetTransformerRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the run behind its first step, with a checkpoint, and does not leave processes half made."""
+    opened = DatasetTask.open_data
+
+    def interrupted(self: DatasetTask, *how: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        opened(self, *how)
+
+    monkeypatch.setattr(DatasetTask, "open_data", interrupted)
+    folder = train(replace(recipe, log=replace(recipe.log, checkpoint_every=100)))
+    assert (folder / "transformer").is_dir()
+    assert newest_checkpoint(Path(recipe.output) / "checkpoints").name == "step-00000001.safetensors"
+
+
 def test_what_goes_wrong_in_a_worker_is_one_line(
     recipe: DatasetTransformerRecipe, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import multiprocessing
+import os
+import signal
 
 import pytest
 import torch
@@ -94,6 +97,23 @@ def test_a_loader_goes_on_with_the_very_next_rows(
     resumed = loader(shards, micro, count, workers)
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
     assert captions(resumed, 13) == whole[11:]
+
+
+def test_workers_leave_interrupts_to_the_main_process(shards: list[Shard]) -> None:
+    """Which stops the run in order, and them with it."""
+    before = set(multiprocessing.active_children())
+    told = iter(loader(shards, [0], 1, workers=2))
+    read = [next(told).captions]
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid or 0, signal.SIGINT)
+    read += [next(told).captions for _ in range(9)]
+    assert read == [each[0] for each in captions(loader(shards, [0], 1, workers=2), 10)]
+    del told
+    for worker in workers:
+        worker.join(20)
+        assert worker.exitcode == 0
 
 
 def test_micro_batches_are_the_same_however_they_are_divided_and_go_on_so(shards: list[Shard]) -> None:

@@ -8,6 +8,7 @@ many processes there are, and a process reads those of all its micro batches wit
 
 import hashlib
 import random
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -205,6 +206,11 @@ def pad(texts: list[Any]) -> tuple[Tensor, Tensor]:
     return torch.nn.utils.rnn.pad_sequence(texts, batch_first=True), lengths
 
 
+def leave_interrupts_to_the_main_process(worker: int) -> None:
+    """A terminal sends Ctrl-C to all processes of a run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def open_loader(
     shards: Sequence[Shard],
     seed: int,
@@ -226,4 +232,11 @@ def open_loader(
     ahead = {"prefetch_factor": 2 if len(micro) == 1 else 1} if workers else {}  # batches that wait in memory
     with warnings.catch_warnings():  # torchdata calls something of torch that is going away
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        return StatefulDataLoader(stream, batch_size=None, num_workers=workers, collate_fn=as_it_is, **ahead)
+        return StatefulDataLoader(
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=as_it_is,
+            worker_init_fn=leave_interrupts_to_the_main_process,
+            **ahead,
+        )

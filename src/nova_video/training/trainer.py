@@ -93,21 +93,21 @@ def train(recipe: Recipe) -> Path:
         log.say(f"{progress.micro_batches} micro batches a step have become {micro_batches}: the data start anew")
     started = time.monotonic()
     task.prepare(progress.step)
-    task.open_data(own, micro_batches, progress.data if progress.micro_batches == micro_batches else {})
-    log.say(f"samples ready after {time.monotonic() - started:.1f} s")
-    stepper = Stepper(task, module, optimizer, average, recipe, processes, own)
-    variants, shares = task.variants()
-    flops, samples = cache(task.flops), cache(task.samples)
-    peak = device_peak(torch.cuda.get_device_name(), torch.bfloat16) if task.on_gpu else None
-    model_folder = output / "model"
-    step, spent = progress.step, progress.seconds
-    clock = time.monotonic() - spent
-    since = Work(step, spent)
+    with StopSignal() as stop:  # from before there are processes that read, which do not end well half made
+        task.open_data(own, micro_batches, progress.data if progress.micro_batches == micro_batches else {})
+        log.say(f"samples ready after {time.monotonic() - started:.1f} s")
+        stepper = Stepper(task, module, optimizer, average, recipe, processes, own)
+        variants, shares = task.variants()
+        flops, samples = cache(task.flops), cache(task.samples)
+        peak = device_peak(torch.cuda.get_device_name(), torch.bfloat16) if task.on_gpu else None
+        model_folder = output / "model"
+        step, spent = progress.step, progress.seconds
+        clock = time.monotonic() - spent
+        since = Work(step, spent)
 
-    def done() -> float:
-        return max(step / recipe.steps, spent / recipe.seconds if recipe.seconds else 0.0)
+        def done() -> float:
+            return max(step / recipe.steps, spent / recipe.seconds if recipe.seconds else 0.0)
 
-    with StopSignal() as stop:
         last, stopped = done() >= 1, False
         while not last:
             set_rate(optimizer, learning_rate(recipe.optimizer, step, done()))
@@ -148,7 +148,7 @@ def train(recipe: Recipe) -> Path:
                 del tensors
             if (every := task.refresh_every()) and step % every == 0:
                 task.prepare(step)
-    task.close_data()
+        task.close_data()
     average.write_to(task.model, looked_at)
     if processes.is_main:
         export(task, looked_at, model_folder)

@@ -292,6 +292,10 @@ def test_adapters_are_trained_saved_and_loaded(recipe: DatasetTransformerRecipe,
         train(replace(recipe, init="", scheduler="flow"))
     with pytest.raises(InputError, match=r"lora.alpha is 8.0, and .* was begun with 4.0: expected the same"):
         train(replace(recipe, lora=LoraRecipe(rank=2, alpha=8.0), steps=7))
+    with pytest.raises(InputError, match="lora.rank is 2: expected no frozen"):
+        replace(recipe, frozen=("text_embed",))
+    with pytest.raises(InputError, match="lora.targets are given and lora.rank is 0"):
+        replace(recipe, lora=LoraRecipe(targets=("attn.qkv",)))
 
 
 def test_what_has_changed_since_a_run_was_begun_is_said(

@@ -322,6 +322,15 @@ class TransformerRun(RunRecipe):
         for name in ("prompt_dropout", "motion_dropout"):
             check_number(name, getattr(self, name), 0, high=1)
         check_number("history_noise", self.history_noise, 0)
+        for name in ("fresh", "frozen"):
+            if self.lora.rank and getattr(self, name):
+                raise InputError(
+                    f"lora.rank is {self.lora.rank}: expected no {name}, adapters alone are learned and kept"
+                )
+        if self.lora.targets and not self.lora.rank:
+            raise InputError(
+                "lora.targets are given and lora.rank is 0: expected a rank, the whole model learns without"
+            )
         if self.visible and self.mask_ratio == "sample":
             raise InputError("mask_ratio = 'sample' draws the paper's ratios: expected no visible")
         check_number("mask_levels", self.mask_levels, 0, integer=True)

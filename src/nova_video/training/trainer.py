@@ -80,10 +80,7 @@ def train(recipe: Recipe) -> Path:
     if newest is not None:
         progress = load_checkpoint(newest, task.model, average, optimizer)
         log.say(f"going on from {newest} at step {progress.step}")
-        if processes.is_main:
-            compare_recipes(output / "recipe.toml", recipe, log)
-    if processes.is_main:
-        (output / "recipe.toml").write_text(recipe_toml(recipe))
+        compare_recipes(output / "recipe.toml", recipe, log)
     log.start(progress.step)
     learned = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     log.say(f"{recipe.name}: {learned / 1e6:.2f} M parameters on {describe_devices(processes)}; writing to {output}")
@@ -96,6 +93,9 @@ def train(recipe: Recipe) -> Path:
     with StopSignal() as stop:  # from before there are processes that read, which do not end well half made
         task.open_data(own, micro_batches, progress.data if progress.micro_batches == micro_batches else {})
         log.say(f"samples ready after {time.monotonic() - started:.1f} s")
+        processes.wait()  # all have compared the recipe before, and can train with this one
+        if processes.is_main:
+            (output / "recipe.toml").write_text(recipe_toml(recipe))
         stepper = Stepper(task, module, optimizer, average, recipe, processes, own)
         variants, shares = task.variants()
         flops, samples = cache(task.flops), cache(task.samples)
@@ -110,7 +110,8 @@ def train(recipe: Recipe) -> Path:
 
         last, stopped = done() >= 1, False
         while not last:
-            set_rate(optimizer, learning_rate(recipe.optimizer, step, done()))
+            rate = learning_rate(recipe.optimizer, step, done())
+            set_rate(optimizer, rate)
             variant = random.Random(f"{recipe.seed}-{step}").choices(variants, shares)[0]
             stepper.step(step, variant)
             step += 1
@@ -127,7 +128,7 @@ def train(recipe: Recipe) -> Path:
             if due(recipe.log.every):
                 numbers = stepper.numbers()  # waits for the device
                 spent = processes.greatest(time.monotonic() - clock)[0]
-                numbers |= {"lr": learning_rate(recipe.optimizer, step - 1, done())}
+                numbers |= {"lr": rate}
                 numbers |= since.rates(step, spent, None if peak is None else peak * processes.count)
                 since = Work(step, spent)
                 log.write(step, spent, numbers)
@@ -172,6 +173,10 @@ def compare_recipes(path: Path, recipe: Recipe, log: Log) -> None:
     some = isinstance(recipe, TransformerRun) and (
         recipe.lora.rank or recipe.frozen
     )  # of the weights are in checkpoints
+    if some and isinstance(recipe, TransformerRun) and "lora.alpha" in changed:
+        was, now = changed["lora.alpha"]
+        if (was or recipe.lora.rank) == (now or recipe.lora.rank):  # 0 is the rank
+            del changed["lora.alpha"]
     for key, (was, now) in changed.items():
         if some and key in ("init", "lora.alpha"):
             raise InputError(f"{key} is {now!r}, and {path.parent} was begun with {was!r}: expected the same")

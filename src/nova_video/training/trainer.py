@@ -170,15 +170,13 @@ def compare_recipes(path: Path, recipe: Recipe, log: Log) -> None:
     except InputError as error:  # of another version, or gone
         log.say(f"what has changed in the recipe is not known: {error}")
         return
-    some = isinstance(recipe, TransformerRun) and (
-        recipe.lora.rank or recipe.frozen
-    )  # of the weights are in checkpoints
-    if some and isinstance(recipe, TransformerRun) and "lora.alpha" in changed:
-        was, now = changed["lora.alpha"]
-        if (was or recipe.lora.rank) == (now or recipe.lora.rank):  # 0 is the rank
+    needed: tuple[str, ...] = ()  # where checkpoints hold some of the weights alone
+    if isinstance(recipe, TransformerRun) and (recipe.lora.rank or recipe.frozen):
+        needed = ("init", "lora.alpha")
+        if set(changed.get("lora.alpha", ())) == {0, recipe.lora.rank}:  # which mean the same
             del changed["lora.alpha"]
     for key, (was, now) in changed.items():
-        if some and key in ("init", "lora.alpha"):
+        if key in needed:
             raise InputError(f"{key} is {now!r}, and {path.parent} was begun with {was!r}: expected the same")
         log.say(f"{key} is {now!r} from here on; it was {was!r}")
 

@@ -343,7 +343,7 @@ def results(module: Attention, keys: int, queries: int, half: bool = True, batch
         rows = torch.rand(shape[:2], generator=generator, device="cuda").argsort(1)[:, :queries]
     module.zero_grad()
     with torch.autocast("cuda", torch.bfloat16, enabled=half):
-        out = module(x, None, None, None, rows)
+        out = module.proj(module(x, None, None, None, rows))
     out.backward(torch.randn(out.shape, generator=generator, device="cuda").to(out.dtype))
     assert x.grad is not None
     return {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in module.named_parameters()}}

@@ -5,22 +5,17 @@ longer than reading and writing it, and ours takes 25. In training they also sum
 for which everything would be read once more. Everywhere else it is torch's.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nova_video.model.linear import apply_apart, takes_kernels
+
 
 def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:
-    """GELU(linear(x)), x (..., C) -> (..., C'). The kernels save little beside the launches of blocks not compiled."""
-    if not (x.is_cuda and torch.compiler.is_compiling()):
+    """GELU(linear(x)), x (..., C) -> (..., C')."""
+    if not takes_kernels(x):
         return functional.gelu(linear(x))
     from nova_video.model import gelu_kernel
 
-    bias = None
-    if type(linear) is nn.Linear and linear.bias is not None and linear.bias.requires_grad and torch.is_grad_enabled():
-        bias = linear.bias
-        added = functional.linear(x, linear.weight, bias.detach())
-    else:
-        added = linear(x)
-    result: Tensor = gelu_kernel.gelu(added, bias)
+    result: Tensor = gelu_kernel.gelu(*apply_apart(linear, x))
     return result

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from nova_video.model.attention import Mask, attend, attend_packed
 from nova_video.model.embeddings import Rotary
 from nova_video.model.gelu import gelu_of
+from nova_video.model.linear import apply_linear
+from nova_video.model.norm import norm_of
 from nova_video.model.patches import gather_tokens
 
 
@@ -65,6 +67,8 @@ class CacheLayer:
 
 
 class Attention(nn.Module):
+    """What the heads find, side by side: (B, N, D) -> (B, N or S, D). `proj` is left to the norm behind it."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -81,9 +85,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         batch, count, width = x.shape
         heads = index(self.heads)  # where blocks are sharded torch.compile would take any number, and lay out for none
-        qkv = self.qkv(x).view(batch, count, 3, heads, width // heads)  # (B, N, 3, heads, head_dim)
+        qkv = apply_linear(self.qkv, x).view(batch, count, 3, heads, width // heads)  # (B, N, 3, heads, head_dim)
         if rotary is None and cache is None and rows is None:
-            return self.proj(attend_packed(qkv, mask).reshape(batch, count, width))
+            return attend_packed(qkv, mask).reshape(batch, count, width)
         query, key, value = qkv.unbind(2)
         if rotary is not None:
             query, key = rotary.rotate(qkv[:, :, :2]).unbind(2)
@@ -93,17 +97,19 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value)
         out = attend(query, key, value, mask)
-        return self.proj(out.transpose(1, 2).reshape(batch, -1, width))
+        return out.transpose(1, 2).reshape(batch, -1, width)
 
 
 class Mlp(nn.Module):
+    """The hidden layer, (B, N, D) -> (B, N, 4 D). `fc2` is left to the norm behind it."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu_of(self.fc1, x))
+        return gelu_of(self.fc1, x)
 
 
 class Block(nn.Module):
@@ -127,9 +133,9 @@ class Block(nn.Module):
         cache: CacheLayer | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        y = self.norm1(self.attn(x, rotary, mask, cache, rows)).to(x.dtype)
+        y = norm_of(self.norm1, self.attn.proj, self.attn(x, rotary, mask, cache, rows)).to(x.dtype)
         x = (x if rows is None else gather_tokens(x, rows)) + y
-        return x + self.norm2(self.mlp(x)).to(x.dtype)
+        return x + norm_of(self.norm2, self.mlp.fc2, self.mlp(x)).to(x.dtype)
 
 
 def residual_stream(x: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""The kernel of the blocks' layer norm: in Triton's interpreter, and on a GPU where there is one."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nova_video.model
+from nova_video.model.norm import norm_of
+
+INTERPRETED = """
+import torch
+from torch.nn import functional
+from nova_video.model.norm_kernel import ROWS, STAGES, TOGETHER, norm_backward_kernel
+
+torch.manual_seed(0)
+for rows, columns in ((2 * ROWS + 5, 24), (3, 32)):
+    for dtype in (torch.float32, torch.float16):
+        x = (0.5 + 2 * torch.randn(rows, columns)).to(dtype)
+        given = torch.randn_like(x)
+        weight = 1 + torch.randn(columns)
+        programs = -(-rows // ROWS)
+        to_x, parts = torch.empty_like(x), torch.full((programs, 3, columns), torch.nan)
+        sizes = ROWS, 32, TOGETHER, STAGES
+        norm_backward_kernel[(programs,)](x, weight, given, to_x, parts, rows, columns, 1e-5, *sizes)
+        before = torch.zeros(columns, dtype=torch.float64, requires_grad=True)
+        shift = torch.zeros_like(before).requires_grad_()
+        exact, scale = x.double().requires_grad_(), weight.double().requires_grad_()
+        functional.layer_norm(exact + before, (columns,), scale, shift, 1e-5).backward(given.double())
+        rounding = 1e-5 if dtype == torch.float32 else 4e-3
+        off = (to_x - exact.grad).abs()
+        assert (off <= rounding * (1 + exact.grad.abs())).all(), off.max()
+        off = (parts.sum(0) - torch.stack([before.grad, scale.grad, shift.grad])).abs()  # not of what was rounded
+        assert (off <= 1e-4).all(), off.max()
+"""
+
+
+def test_the_kernel_is_exact() -> None:
+    """By Triton's interpreter, in a process of its own, since Triton reads the switch when it is imported."""
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def reference(x: Tensor, weight: Tensor, to_out: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What the kernel gives, of one part, by torch."""
+    mean, given = x.float().mean(-1, keepdim=True), to_out.float()
+    slope = (x.float().var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    normal, scaled = (x.float() - mean) * slope, given * weight.float()
+    to_x = (scaled - scaled.mean(-1, keepdim=True) - normal * (scaled * normal).mean(-1, keepdim=True)) * slope
+    sums = [value.flatten(0, -2).sum(0) for value in (to_x, given * normal, given)]
+    return to_x.to(x.dtype), torch.stack(sums).unsqueeze(0)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("frozen", [(), ("1.bias",), ("1.weight", "0.weight"), ("0.weight", "0.bias")])
+def test_gradients_come_from_the_kernel(half: bool, frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In compiled blocks: of the layer's bias too, under autocast, and where some weights do not learn."""
+    kernels = SimpleNamespace(norm_backward=reference)
+    monkeypatch.setitem(sys.modules, "nova_video.model.norm_kernel", kernels)
+    monkeypatch.setattr(nova_video.model, "norm_kernel", kernels, raising=False)
+    monkeypatch.setattr("nova_video.model.norm.takes_kernels", lambda x: torch.compiler.is_compiling())
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(24, 32), nn.LayerNorm(32))
+    for name, weight in layers.named_parameters():
+        nn.init.normal_(weight)
+        weight.requires_grad_(name not in frozen)
+    compiled = torch.compile(norm_of, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((2, 7, 24), (3, 5, 24)):
+        x, given = torch.randn(shape), torch.randn(*shape[:2], 32)
+        found = []
+        for call in (compiled, norm_of):
+            leaf = x.clone().requires_grad_()
+            layers.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                out = call(layers[1], layers[0], leaf)
+                out.backward(given.to(out.dtype))
+            found.append([out.float(), leaf.grad, *(weight.grad for weight in layers.parameters())])
+        for ours, theirs in zip(*found, strict=True):
+            assert (ours is None) == (theirs is None)
+            if theirs is not None:
+                assert ours.dtype == theirs.dtype
+                assert (ours - theirs).norm() <= (1e-2 if half else 1e-5) * theirs.norm()
+
+
+def test_elsewhere_it_is_torch_s() -> None:
+    x, linear, norm = torch.randn(5, 7), nn.Linear(7, 9), nn.LayerNorm(9)
+    torch.compiler.reset()
+    compiled = torch.compile(norm_of, backend="eager", fullgraph=True)
+    assert torch.equal(norm_of(norm, linear, x), norm(linear(x)))
+    assert torch.equal(compiled(norm, linear, x), norm(linear(x)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("width", [768, 1024, 1536])
+def test_gpu_gradients_of_compiled_blocks(width: int) -> None:
+    """Under autocast, near to those in float32; without, as they are."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    layers = nn.Sequential(nn.Linear(256, width), nn.LayerNorm(width)).cuda()
+    compiled = torch.compile(norm_of, fullgraph=True, dynamic=True)
+    for shape in ((2, 700, 256), (3, 43, 256)):
+        x, given = torch.randn(shape, device="cuda"), torch.randn(*shape[:2], width, device="cuda")
+        for half in (False, True):
+            found = []
+            for call in (compiled, norm_of):
+                layers.zero_grad()
+                with torch.autocast("cuda", torch.bfloat16, enabled=half and call is compiled):
+                    out = call(layers[1], layers[0], x)
+                    out.backward(given.to(out.dtype))
+                found.append([out, *(weight.grad for weight in layers.parameters())])
+            for ours, exact in zip(*found, strict=True):
+                assert (ours - exact).norm() <= (1e-2 if half else 1e-3) * exact.norm()

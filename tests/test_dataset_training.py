@@ -544,7 +544,7 @@ def test_data_that_are_read_otherwise_start_anew(
     recipe = replace(recipe, dataset=replace(recipe.dataset, path=str(folder), workers=2, held_out=0.0))
     train(replace(recipe, steps=2))
     train(replace(recipe, steps=3, dataset=replace(recipe.dataset, workers=0)))
-    assert "the data start anew: they were read with" in caplog.text
+    assert "the data start anew: workers is 0, it was 2\n" in caplog.text
     caplog.clear()
     train(replace(recipe, steps=4, dataset=replace(recipe.dataset, workers=0)))
     assert "anew" not in caplog.text
@@ -553,7 +553,7 @@ def test_data_that_are_read_otherwise_start_anew(
     assert "anew" not in caplog.text
     (moved / "data" / CLIPS.name / "1.parquet").rename(moved / "data" / CLIPS.name / "2.parquet")
     train(replace(recipe, steps=6, dataset=replace(recipe.dataset, workers=0, path=str(moved))))
-    assert "the data start anew" in caplog.text
+    assert "the data start anew: the dataset has other shards\n" in caplog.text
     caplog.clear()
     monkeypatch.setattr("test_dataset_training.WORDS", ("pear", "snail"))
     other = write_dataset(tmp_path / "other", tiny_checkpoint, {CLIPS: 8})
@@ -725,6 +725,7 @@ def test_wrong_recipes_name_the_field(
     refused("frozen has 'nothing', which no weight begins with", frozen=("nothing",))
     refused("fresh has 'nothing'", fresh=("nothing",))
     refused("scheduler is 'init' and there is no init", init="")
+    refused(f"scheduler is 'flow', and '{recipe.init}' .* expected 'init'", scheduler="flow", lora=LoraRecipe(rank=2))
     refused("trackers has 'stone'", trackers=("stone",))
     for name in ("wandb", "trackio"):
         monkeypatch.setitem(log_module.TRACKER_PACKAGES, name, lambda: False)

@@ -3,8 +3,9 @@
 import itertools
 import json
 import multiprocessing
-import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -99,19 +100,33 @@ def test_a_loader_goes_on_with_the_very_next_rows(
     assert captions(resumed, 13) == whole[11:]
 
 
-def test_workers_leave_interrupts_to_the_main_process(shards: list[Shard]) -> None:
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sent a signal is not known here")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_signals_to_the_main_process(sent: signal.Signals, shards: list[Shard]) -> None:
     """Which stops the run in order, and them with it."""
     before = set(multiprocessing.active_children())
     told = iter(loader(shards, [0], 1, workers=2))
     read = [next(told).captions]
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
-    for worker in workers:
-        os.kill(worker.pid or 0, signal.SIGINT)
+    others = [sys.executable, "-c", "import os, sys; [os.kill(int(pid), int(sys.argv[1])) for pid in sys.argv[2:]]"]
+    subprocess.run([*others, str(int(sent)), *(str(worker.pid) for worker in workers)], check=True)
     read += [next(told).captions for _ in range(9)]
     assert read == [each[0] for each in captions(loader(shards, [0], 1, workers=2), 10)]
     del told
     for worker in workers:
+        worker.join(20)
+        assert worker.exitcode == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sent a signal is not known here")
+def test_the_main_process_can_end_workers(shards: list[Shard]) -> None:
+    """As multiprocessing does where a run ends with an error."""
+    before = set(multiprocessing.active_children())
+    told = iter(loader(shards, [0], 1, workers=2))
+    next(told)
+    for worker in set(multiprocessing.active_children()) - before:
+        worker.terminate()
         worker.join(20)
         assert worker.exitcode == 0
 

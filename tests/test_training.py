@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import re
 import signal
+import stat
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -328,8 +331,135 @@ def test_resuming_equals_never_stopping(transformer_recipe: TransformerRecipe, t
     assert whole.keys() == again.keys()
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name
-    logged = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("run", "stopped")]
-    assert [json.loads(line)["step"] for line in logged[0]] == [json.loads(line)["step"] for line in logged[1]]
+    assert lines_of(transformer_recipe) == lines_of(stopped)
+
+
+TIMES = ("seconds", "steps_per_second", "samples_per_second")
+
+
+def lines_of(recipe: TransformerRecipe) -> list[dict[str, float]]:
+    """What was logged, but for times."""
+    text = (Path(recipe.output) / "metrics.jsonl").read_text()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
+
+
+def test_checkpoints_are_logged_at(transformer_recipe: TransformerRecipe) -> None:
+    """So that means are of the same steps, wherever a run goes on from."""
+    recipe = replace(transformer_recipe, log=replace(LOG, every=4, keep=3))
+    train(recipe)
+    assert [line["step"] for line in lines_of(recipe)] == [2, 4, 6]
+    before = lines_of(recipe)
+    for path in sorted((Path(recipe.output) / "checkpoints").glob("*"))[1:]:
+        path.unlink()
+    train(recipe)
+    assert lines_of(recipe) == before
+
+
+def test_a_look_that_fails_costs_no_step(
+    transformer_recipe: TransformerRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is there before it, and the run that goes on makes up for it."""
+    recipe = replace(transformer_recipe, log=replace(LOG, validate_every=2, sample_every=2))
+    train(recipe)
+    failing = replace(recipe, output=str(tmp_path / "failing"))
+    with monkeypatch.context() as patched:
+        patched.setattr(WorldTask, "sheet", lambda *_: 1 / 0)
+        for step in (2, 2, 2):  # it makes no step before it has looked
+            with pytest.raises(ZeroDivisionError):
+                train(failing)
+            assert newest_checkpoint(tmp_path / "failing" / "checkpoints").name == f"step-{step:08d}.safetensors"
+    train(failing)
+    assert lines_of(failing) == lines_of(recipe)
+    sheets = [sorted((Path(each.output) / "sheets").iterdir()) for each in (recipe, failing)]
+    assert [path.name for path in sheets[0]] == [path.name for path in sheets[1]]
+    looked: list[int] = []
+    monkeypatch.setattr(WorldTask, "sheet", lambda *_: looked.append(1))
+    train(failing)  # all has been looked at
+    assert not looked
+
+
+def test_a_run_that_is_asked_to_stop_looks_later(
+    transformer_recipe: TransformerRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    recipe = replace(transformer_recipe, log=replace(LOG, validate_every=2, sample_every=3))
+    train(recipe)
+    stopped = replace(recipe, output=str(tmp_path / "stopped"))
+    draw = WorldTask.draw
+    drawn: list[int] = []
+
+    def stop(*given: Any) -> Any:
+        drawn.append(1)
+        if len(drawn) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return draw(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WorldTask, "draw", stop)
+        train(stopped)
+    said = capfd.readouterr()
+    assert "asked to stop: the run ends after a step" in said.err
+    assert "stopped at step 3" in said.out
+    assert newest_checkpoint(tmp_path / "stopped" / "checkpoints").name == "step-00000003.safetensors"
+    assert not list((tmp_path / "stopped" / "sheets").iterdir())
+    train(stopped)
+    for each in (recipe, stopped):
+        sheets = sorted((Path(each.output) / "sheets").iterdir())
+        assert [path.name for path in sheets] == ["step-00000003.png", "step-00000006.png"]
+    held_out = [[line for line in lines_of(each) if "held_out_loss" in line] for each in (recipe, stopped)]
+    assert held_out[0] == held_out[1]
+    assert [line["step"] for line in held_out[0]] == [2, 4, 6]
+
+
+def test_rates_are_those_of_steps(transformer_recipe: TransformerRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WorldTask, "sheet", lambda *_: time.sleep(3) or Image.new("RGB", (8, 8)))
+    recipe = replace(transformer_recipe, log=replace(LOG, every=2, sample_every=2))
+    train(recipe)
+    lines = [json.loads(line) for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["seconds"] - lines[0]["seconds"] > 3
+    assert 2 / lines[1]["steps_per_second"] < 2.5
+
+
+def test_a_finished_run_without_checkpoints_is_left_alone(transformer_recipe: TransformerRecipe) -> None:
+    recipe = replace(transformer_recipe, steps=1, log=replace(LOG, checkpoint_every=0))
+    before = (train(recipe) / "recipe.toml").stat().st_mtime_ns
+    with pytest.raises(InputError, match=f"^{recipe.output} has a finished model and no checkpoint to go on from"):
+        train(recipe)
+    assert (Path(recipe.output) / "model" / "recipe.toml").stat().st_mtime_ns == before
+
+
+def test_others_can_read_what_is_written(transformer_recipe: TransformerRecipe) -> None:
+    before = os.umask(0o027)
+    try:
+        train(replace(transformer_recipe, steps=1))
+    finally:
+        os.umask(before)
+    weights = list(Path(transformer_recipe.output).rglob("*.safetensors"))
+    assert len(weights) == 3
+    assert {stat.S_IMODE(path.stat().st_mode) for path in weights} == {0o640}
+
+
+def test_damaged_lines_are_left_out(transformer_recipe: TransformerRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as zeros, which a machine that lost its power may leave."""
+    log = Log(transformer_recipe, writes=True)
+    path = log.output / "metrics.jsonl"
+    whole = [json.dumps({"step": step, "seconds": 1.0, "loss": 1.0 / step, "lr": 1.0}) + "\n" for step in (1, 2, 3)]
+    path.write_bytes(b"".join([whole[0].encode(), b"\0\0\xff\n", b"[1]\n", whole[1].encode(), whole[2].encode()[:-1]]))
+    log.start(2)
+    log.finish()
+    assert path.read_text() == whole[0] + whole[1]
+    assert f"{path}: line 2 is damaged and left out" in capsys.readouterr().out
+    assert log.newest == {"loss": 0.5, "lr": 1.0}
+
+
+def test_a_world_s_schedule_is_that_of_init(transformer_recipe: TransformerRecipe) -> None:
+    first = train(replace(transformer_recipe, steps=1))
+    task = WorldTask(replace(transformer_recipe, init=str(first), scheduler="init"), torch.device("cpu"))
+    assert isinstance(task.scheduler, FlowMatchEulerDiscreteScheduler)
+    with pytest.raises(InputError, match="scheduler is 'init' and there is no init"):
+        WorldTask(replace(transformer_recipe, scheduler="init"), torch.device("cpu"))
 
 
 def test_the_loop_writes_what_it_says(transformer_recipe: TransformerRecipe) -> None:

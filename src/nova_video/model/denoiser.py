@@ -58,7 +58,7 @@ class AdaLayerNorm(nn.Module):
         """x (B, S, width) and its modulation -> normalised x, and the gate or None."""
         scale, shift, *gate = modulation.chunk(self.chunks, dim=-1)
         out = torch.addcmul(shift, functional.layer_norm(x, (self.width,), eps=1e-6), 1 + scale)
-        return out, gate[0] if gate else None
+        return out.to(x.dtype), gate[0] if gate else None  # under autocast norms are float32
 
 
 class DenoiserBlock(nn.Module):
@@ -74,7 +74,7 @@ class DenoiserBlock(nn.Module):
             modulation = self.norm1.proj(active)
         y, gate = self.norm1(x, modulation)
         assert gate is not None
-        return torch.addcmul(x, gate, self.norm2(self.proj(y)).to(x.dtype))  # under autocast norms are float32
+        return torch.addcmul(x, gate, self.norm2(self.proj(y)).to(x.dtype))
 
 
 class Denoiser(nn.Module):

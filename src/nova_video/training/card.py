@@ -9,6 +9,7 @@ from nova_video.training.recipe import AutoencoderRecipe, TransformerRun
 from nova_video.training.task import Task
 
 SHEET = "samples.png"
+CARD = "README.md"
 RESULTS = ("loss", "held_out", "score", "psnr", "mse")  # how the names of numbers begin that say how good it is
 
 
@@ -19,7 +20,7 @@ def write_card(
     sheets = sorted((folder.parent / "sheets").glob("*.png"))
     if sheets:
         shutil.copyfile(sheets[-1], folder / SHEET)
-    (folder / "README.md").write_text(card(task, devices, progress, numbers, bool(sheets)))
+    (folder / CARD).write_text(card(task, devices, progress, numbers, bool(sheets)))
 
 
 def card(

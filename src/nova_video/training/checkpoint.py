@@ -98,12 +98,20 @@ def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, Tensor]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, part, {"progress": json.dumps(asdict(progress))})
+            share(part)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
     for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
         old.unlink()
     return path
+
+
+def share(path: Path) -> None:
+    """Let others read it as they may read new files: safetensors makes its own for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 @contextmanager

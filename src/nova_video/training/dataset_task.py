@@ -33,7 +33,7 @@ from nova_video.data.dataset import (
 from nova_video.data.encoders import autoencoder_info, load_frozen_autoencoder, same_text_encoder, text_names
 from nova_video.data.sheets import Entry, draw_sheet
 from nova_video.errors import InputError
-from nova_video.loading import load_scheduler, resolve_checkpoint
+from nova_video.loading import resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel
 from nova_video.settings import CheckpointSettings, Defaults
 from nova_video.text.encoders import encode_batch, load_text_encoder
@@ -46,7 +46,7 @@ from nova_video.training.transformer import (
     Variant,
     draw_latents,
     make_model,
-    new_scheduler,
+    make_scheduler,
 )
 
 HELD_OUT = 64  # clips that validation looks at
@@ -135,7 +135,7 @@ class DatasetTask(TransformerTask):
                 f"{recipe.dataset.path} has clips ({self.largest.name}), and this model makes pictures alone: expected"
                 " model.video_base_frames above 1, with the new parts in `fresh`, or a dataset of pictures"
             )
-        super().__init__(replace(recipe, model=resolved), model, _scheduler(recipe), device, frames)
+        super().__init__(replace(recipe, model=resolved), model, make_scheduler(recipe), device, frames)
         self.defaults = self._defaults()
         self.recipe = replace(self.recipe, autoencoder=name, text_encoder=self.text_name or "", defaults=self.defaults)
         self.readers: dict[Size, Reader] = {}
@@ -218,8 +218,11 @@ class DatasetTask(TransformerTask):
         data, own = self.recipe.dataset, list(micro)
         if count > 1:
             self.learned = self._learned(data, count)
-        if places and places.get("how") != (how := self._how_read()):
-            log.warning("the data start anew: they were read with %s, and now with %s", places.get("how"), how)
+        how, before = self._how_read(), places.get("how") or {}
+        if places and (differs := [name for name in how if how[name] != before.get(name)]):
+            said = [f"{name} is {how[name]}, it was {before.get(name)}" for name in differs if name != "shards"]
+            said += ["the dataset has other shards"] if "shards" in differs else []
+            log.warning("the data start anew: %s", "; ".join(said))
             places = {}
         for size in dict.fromkeys(variant.size for variant in self.variants()[0]):
             loader = open_loader(
@@ -414,11 +417,3 @@ def _text_of(init: str) -> str | None:
         return None
     folder = resolve_checkpoint(init)
     return str(folder) if (folder / "text_encoder").is_dir() else CheckpointSettings.load(folder).text_encoder
-
-
-def _scheduler(recipe: DatasetTransformerRecipe) -> Any:
-    if recipe.scheduler != "init":
-        return new_scheduler(recipe.scheduler)
-    if not recipe.init:
-        raise InputError("scheduler is 'init' and there is no init: expected flow, ddpm or a checkpoint to start from")
-    return load_scheduler(resolve_checkpoint(recipe.init))

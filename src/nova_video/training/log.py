@@ -4,9 +4,10 @@ Only the main process writes. Used by `trainer.py`.
 """
 
 import json
+import math
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate.utils
 import numpy as np
@@ -24,6 +25,14 @@ TRACKER_PACKAGES = {name: getattr(accelerate.utils, f"is_{name}_available") for 
 DETAILS = ("loss_time_", "loss_frame_")  # in the files and trackers alone: too many for a line on the screen
 
 
+class Looks(NamedTuple):
+    """What is looked at, or is to be."""
+
+    validate: bool
+    sample: bool
+    score: bool
+
+
 class Log:
     def __init__(self, recipe: Recipe, writes: bool) -> None:
         """`writes`: this is the process that does."""
@@ -31,6 +40,9 @@ class Log:
         self.console = Console(highlight=False, soft_wrap=True, quiet=not writes)
         self.trackers: list[GeneralTracker] = []
         self.newest: dict[str, float] = {}
+        """Of each number what was logged last."""
+        self.looked = Looks(False, False, False)
+        """At the step that the run goes on from, before it was interrupted."""
         if unknown := [name for name in recipe.trackers if name not in LOGGER_TYPE_TO_CLASS]:
             raise InputError(f"trackers has {unknown[0]!r}: expected any of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
         if absent := [name for name in recipe.trackers if not TRACKER_PACKAGES[name]()]:
@@ -48,14 +60,33 @@ class Log:
         if not self.writes:
             return
         path = self.output / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        kept: list[str] = []
+        looks: set[str] = set()
+        for number, line in enumerate(lines, 1):
+            try:
+                numbers = json.loads(line) if line.endswith("\n") else {"step": math.inf}
+                at = numbers["step"]
+            except (ValueError, TypeError, KeyError):
+                self.say(f"{path}: line {number} is damaged and left out")
+                continue
+            if at <= step:
+                kept.append(line)
+                self.newest |= {name: value for name, value in numbers.items() if name not in ("step", "seconds")}
+            if at == step and "lr" not in numbers:
+                looks |= numbers.keys() - {"step", "seconds"}
+        scores = {name for name in looks if name.startswith("score_")}
+        self.looked = Looks(bool(looks - scores), self._sheet(step).exists(), bool(scores))
         with self._writing(path), atomic_path(path) as aside:
             aside.write_text("".join(kept))
         for name in self.recipe.trackers:
             tracker = make_tracker(name, self.output, self.recipe.name, step)
             tracker.start()
             self.trackers.append(tracker)
+
+    def missed(self, due: Looks) -> Looks:
+        """What was not looked at then though it was due; nothing on a process that does not write."""
+        return Looks(*(self.writes and is_due and not was for is_due, was in zip(due, self.looked, strict=True)))
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)  # names may hold brackets
@@ -73,7 +104,7 @@ class Log:
         self.say(f"step {step:6d}/{self.recipe.steps}  {seconds:6.1f} s  {shown}")
 
     def picture(self, step: int, picture: Image.Image) -> None:
-        path = self.output / "sheets" / f"step-{step:08d}.png"
+        path = self._sheet(step)
         with self._writing(path), atomic_path(path) as aside:
             picture.save(aside, format="png")
         for tracker in self.trackers:
@@ -82,6 +113,9 @@ class Log:
                 form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": pixels}, step=step, **form)
         self.say(f"step {step:6d}  {path}")
+
+    def _sheet(self, step: int) -> Path:
+        return self.output / "sheets" / f"step-{step:08d}.png"
 
     def _writing(self, path: Path) -> AbstractContextManager[None]:
         return writing(str(path), self.output / "checkpoints")

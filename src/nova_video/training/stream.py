@@ -7,8 +7,10 @@ many processes there are, and a process reads those of all its micro batches wit
 """
 
 import hashlib
+import os
 import random
 import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -206,9 +208,20 @@ def pad(texts: list[Any]) -> tuple[Tensor, Tensor]:
     return torch.nn.utils.rnn.pad_sequence(texts, batch_first=True), lengths
 
 
-def leave_interrupts_to_the_main_process(worker: int) -> None:
-    """A terminal sends Ctrl-C to all processes of a run."""
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """A terminal sends Ctrl-C to all processes of a run, and a cluster SIGTERM: the main process stops the run in order
+    and ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # where one cannot know who sends it, SIGTERM ends this process
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def end_when_told_by(main: int) -> None:
+    """Wait for SIGTERM of the process `main`, as multiprocessing ends its own."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+        pass
+    os._exit(0)
 
 
 def open_loader(
@@ -237,6 +250,6 @@ def open_loader(
             batch_size=None,
             num_workers=workers,
             collate_fn=as_it_is,
-            worker_init_fn=leave_interrupts_to_the_main_process,
+            worker_init_fn=leave_signals_to_the_main_process,
             **ahead,
         )

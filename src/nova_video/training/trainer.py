@@ -19,17 +19,18 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nova_video.errors import InputError
+from nova_video.media import atomic_path
 from nova_video.model.attention import allow_kernels, allowed_kernels
 from nova_video.settings import AttentionKernels
 from nova_video.training.autoencoder import AutoencoderTask
-from nova_video.training.card import write_card
+from nova_video.training.card import CARD, write_card
 from nova_video.training.checkpoint import (
     Average,
     Progress,
@@ -37,12 +38,13 @@ from nova_video.training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
+    share,
     whole,
     writing,
 )
 from nova_video.training.flops import device_peak
 from nova_video.training.graphs import CudaRecorder, StepGraphs, tensors_of
-from nova_video.training.log import Log
+from nova_video.training.log import Log, Looks
 from nova_video.training.pool import fill_seed
 from nova_video.training.processes import CALLS_BEFORE_GRAPHS, Processes
 from nova_video.training.recipe import (
@@ -81,6 +83,8 @@ def train(recipe: Recipe) -> Path:
         progress = load_checkpoint(newest, task.model, average, optimizer)
         log.say(f"going on from {newest} at step {progress.step}")
         compare_recipes(output / "recipe.toml", recipe, log)
+    elif (output / "model" / CARD).exists():
+        raise InputError(f"{output} has a finished model and no checkpoint to go on from: expected another output")
     log.start(progress.step)
     learned = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     log.say(f"{recipe.name}: {learned / 1e6:.2f} M parameters on {describe_devices(processes)}; writing to {output}")
@@ -90,12 +94,15 @@ def train(recipe: Recipe) -> Path:
         log.say(f"{progress.micro_batches} micro batches a step have become {micro_batches}: the data start anew")
     started = time.monotonic()
     task.prepare(progress.step)
-    with StopSignal() as stop:  # from before there are processes that read, which do not end well half made
+    with StopSignal(
+        processes.is_main
+    ) as stop:  # from before there are processes that read, which do not end well half made
         task.open_data(own, micro_batches, progress.data if progress.micro_batches == micro_batches else {})
         log.say(f"samples ready after {time.monotonic() - started:.1f} s")
         processes.wait()  # all have compared the recipe before, and can train with this one
         if processes.is_main:
-            (output / "recipe.toml").write_text(recipe_toml(recipe))
+            with atomic_path(output / "recipe.toml") as aside:
+                aside.write_text(recipe_toml(recipe))
         stepper = Stepper(task, module, optimizer, average, recipe, processes, own)
         variants, shares = task.variants()
         flops, samples = cache(task.flops), cache(task.samples)
@@ -109,6 +116,21 @@ def train(recipe: Recipe) -> Path:
             return max(step / recipe.steps, spent / recipe.seconds if recipe.seconds else 0.0)
 
         last, stopped = done() >= 1, False
+
+        def due(every: int) -> bool:
+            return bool(every) and (last or step % every == 0)
+
+        def looks_due() -> Looks:
+            return Looks(due(recipe.log.validate_every), due(recipe.log.sample_every), due(recipe.log.score_every))
+
+        def look_at(looks: Looks) -> None:
+            model = average.write_to(task.model, looked_at)
+            short = processes.is_main and look(task, model, looks, log, step, spent, stepper.graphs)
+            if processes.greatest(short)[0] and not short and stepper.graphs is not None:
+                stepper.graphs.release()  # all record the same steps
+
+        if newest is not None and any(missed := processes.greatest(*log.missed(looks_due()))):
+            look_at(Looks(*map(bool, missed)))
         while not last:
             rate = learning_rate(recipe.optimizer, step, done())
             set_rate(optimizer, rate)
@@ -121,32 +143,28 @@ def train(recipe: Recipe) -> Path:
                 spent, asked = processes.greatest(time.monotonic() - clock, stop.asked)
                 stopped = bool(asked)
             last = done() >= 1 or stopped
-
-            def due(every: int, step: int = step, last: bool = last) -> bool:
-                return bool(every) and (last or step % every == 0)
-
-            if due(recipe.log.every):
+            saves = due(recipe.log.checkpoint_every)
+            logs = due(recipe.log.every) or (saves and bool(recipe.log.every))  # a run that goes on has no other means
+            if logs:
                 numbers = stepper.numbers()  # waits for the device
                 spent = processes.greatest(time.monotonic() - clock)[0]
                 numbers |= {"lr": rate}
                 numbers |= since.rates(step, spent, None if peak is None else peak * processes.count)
                 since = Work(step, spent)
                 log.write(step, spent, numbers)
-            if processes.count == 1 or due(recipe.log.every):  # several see it at the same step
+            if processes.count == 1 or logs:  # several see it at the same step
                 stepper.check(step, output)
-            looks = Looks(due(recipe.log.validate_every), due(recipe.log.sample_every), due(recipe.log.score_every))
-            if any(looks):
-                model = average.write_to(task.model, looked_at)
-                short = processes.is_main and look(task, model, looks, log, step, spent, stepper.graphs)
-                if processes.greatest(short)[0] and not short and stepper.graphs is not None:
-                    stepper.graphs.release()  # all record the same steps
-            if due(recipe.log.checkpoint_every):
+            paused = time.monotonic()
+            if saves:  # before anything is looked at, which may fail or take long
                 tensors, places = gather_state(task.model, average, optimizer), processes.gather(task.places())
                 if processes.is_main:
                     save_checkpoint(
                         output / "checkpoints", Progress(step, spent, micro_batches, places), tensors, recipe.log.keep
                     )
                 del tensors
+            if any(looks := looks_due()) and not stopped:
+                look_at(looks)
+            since.seconds += time.monotonic() - paused  # rates are those of steps
             if (every := task.refresh_every()) and step % every == 0:
                 task.prepare(step)
         task.close_data()
@@ -207,14 +225,6 @@ def make_task(recipe: Recipe, device: torch.device) -> AnyTask:
     return WorldTask(recipe, device)
 
 
-class Looks(NamedTuple):
-    """What is due to be looked at."""
-
-    validate: bool
-    sample: bool
-    score: bool
-
-
 def look(
     task: AnyTask, model: nn.Module, looks: Looks, log: Log, step: int, spent: float, graphs: StepGraphs | None
 ) -> bool:
@@ -251,6 +261,8 @@ def export(task: AnyTask, model: nn.Module, folder: Path) -> None:
         with writing(f"model {folder}", folder.parent / "checkpoints"):
             shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
             task.export(model, part)
+            for path in part.rglob("*.safetensors"):
+                share(path)
             move_into(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -439,8 +451,8 @@ def describe_devices(processes: Processes) -> str:
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a wish to stop after the current step, with everything saved."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, says: bool = True) -> None:
+        self.asked, self.says = False, says
 
     def __enter__(self) -> "StopSignal":
         self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -451,6 +463,8 @@ class StopSignal:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(number, self.before[signal.Signals(number)])
+        if self.says:  # not by what may be in the middle of printing
+            os.write(2, b"asked to stop: the run ends after a step, all saved; asked again, it ends at once\n")
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nova_video.autoencoders import scale_latents
 from nova_video.errors import InputError
-from nova_video.loading import load_transformer, resolve_checkpoint
+from nova_video.loading import load_scheduler, load_transformer, resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel, mask_ratios
 from nova_video.model.vit import Block
 from nova_video.pipeline import NovaPipeline
@@ -322,6 +322,26 @@ def use_fp8(model: NOVATransformer3DModel, device: torch.device) -> None:
 
     padded = Float8LinearConfig(pad_inner_dim=True)  # gradients of weights sum over all tokens, of any number
     convert_to_float8_training(model, config=padded, module_filter_fn=fits)
+
+
+def make_scheduler(recipe: TransformerRun) -> Any:
+    """The schedule of noise that is trained on."""
+    if recipe.scheduler == "init":
+        if not recipe.init:
+            raise InputError(
+                "scheduler is 'init' and there is no init: expected flow, ddpm or a checkpoint to start from"
+            )
+        return load_scheduler(resolve_checkpoint(recipe.init))
+    scheduler = new_scheduler(recipe.scheduler)
+    if recipe.lora.rank:
+        of_init = load_scheduler(resolve_checkpoint(recipe.init))
+        ours, theirs = (NoiseTable.from_scheduler(each, "cpu") for each in (scheduler, of_init))
+        if ours.flow != theirs.flow or not torch.equal(ours.noise_scale, theirs.noise_scale):
+            raise InputError(
+                f"scheduler is {recipe.scheduler!r}, and {recipe.init!r} with its adapters is used with another:"
+                " expected 'init'"
+            )
+    return scheduler
 
 
 def new_scheduler(name: str) -> Any:

@@ -32,7 +32,7 @@ from nova_video.training.transformer import (
     Variant,
     draw_latents,
     make_model,
-    new_scheduler,
+    make_scheduler,
 )
 
 ENCODE = 256  # clips that go through the autoencoder together
@@ -67,7 +67,7 @@ class WorldTask(TransformerTask):
         self.grid = (CANVAS // stride, CANVAS // stride)
         self.data, self.pools = recipe.data, Pools(recipe.data, recipe.seed, self.make_rows)
         frames = (max(recipe.data.frames) - 1) // 4 + 1
-        super().__init__(replace(recipe, model=size), model, new_scheduler(recipe.scheduler), device, frames)
+        super().__init__(replace(recipe, model=size), model, make_scheduler(recipe), device, frames)
 
     # Samples ------------------------------------------------------------------------------------------------------
 

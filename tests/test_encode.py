@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nova_video import cli, media
+from nova_video import cli, loading, media
 from nova_video.data import dataset as dataset_module
 from nova_video.data import encode as encode_module
 from nova_video.data import stages as stages_module
@@ -27,6 +27,8 @@ from nova_video.data.sources import SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item
 from nova_video.errors import InputError
 from nova_video.loading import load_autoencoder
+from nova_video.training.recipe import DatasetRecipe, DatasetTransformerRecipe, LogRecipe, ModelRecipe
+from nova_video.training.trainer import train
 
 Encode = Callable[..., tuple[int, str, str]]
 SIZE = (64, 96)  # of the tiny checkpoint
@@ -281,6 +283,47 @@ def test_run_again(source: Path, tmp_path: Path, encode: Encode, tiny_checkpoint
     assert code == 2
     assert f"{clips} has changed since {output} was begun: it had 9 files, now 10: expected the same" in err
     assert content(output) == before
+
+
+@pytest.mark.usefixtures("no_card")
+def test_names_hold_in_every_directory(
+    source: Path, tmp_path: Path, encode: Encode, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dataset encoded by a checkpoint that was named from where it lies: a run elsewhere finds its parts, and samples
+    with its tokenizer. One whose names are as older versions wrote them is gone on with."""
+    output, arguments = tmp_path / "dataset", ["--frames", 5, "--size", "96x64"]
+    named = ["--model", tiny_checkpoint.name]
+    monkeypatch.chdir(tiny_checkpoint.parent)
+    assert encode(source, output, *arguments, *named)[0] == 0
+    info = DatasetInfo.load(output)
+    assert info.autoencoder == info.text_encoder == str(tiny_checkpoint.resolve())
+    replace(info, autoencoder="tiny", text_encoder="tiny/text_encoder").save(output)
+    assert encode(source, output, *arguments, *named)[0] == 0
+    assert DatasetInfo.load(output) == info
+    replace(info, text_encoder=f"{tiny_checkpoint}/text_encoder").save(output)
+    monkeypatch.chdir(tmp_path)
+    recipe = DatasetTransformerRecipe(
+        steps=1,
+        device="cpu",
+        output="run",
+        scheduler="flow",
+        model=ModelRecipe(("vit_d1w64", "vit_d1w64", "mlp_d1w64"), 4, True, 8, 4),
+        dataset=DatasetRecipe("dataset", batch=1, held_out=0.0, workers=0),
+        log=LogRecipe(every=1, validate_every=0, sample_every=1, checkpoint_every=0),
+    )
+    train(recipe)
+    info.save(output)
+    train(replace(recipe, output="again"))
+    assert (tmp_path / "again" / "model" / "samples.png").is_file()
+
+
+def test_names_of_the_hub_stay(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "snapshot_download", lambda *args, **options: str(tiny_checkpoint))
+    asked = replace(settings(tmp_path, tmp_path, tiny_checkpoint), model="BAAI/nova", text="BAAI/nova")
+    info = encode_module.describe_dataset(asked)
+    assert (info.autoencoder, info.text_encoder, info.text_dim) == ("BAAI/nova", "BAAI/nova", 32)
+    info = encode_module.describe_dataset(replace(asked, model="emoji", text="emoji"))
+    assert (info.autoencoder, info.text_encoder) == ("emoji", "sentence-transformers/all-MiniLM-L6-v2")
 
 
 def test_wrong_input(source: Path, tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """The encoding stages with networks: batches give what single clips give, and both stages travel between processes."""
 
 import pickle
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from nova_video.data.encoders import (
     EncodeLatents,
     EncodeText,
     autoencoder_info,
+    check_text_parts,
     fingerprint,
     same_text_encoder,
     text_names,
@@ -171,6 +174,43 @@ def test_text_encoders_are_the_same_by_their_weights(
         assert same_text_encoder(str(folder), str(tiny_checkpoint)) is expected, name
     (tmp_path / "half" / "model.safetensors").write_bytes(b"x")
     assert same_text_encoder(str(tmp_path / "half"), str(tiny_checkpoint)) is None
+
+
+def test_text_encoders_are_checked_without_their_weights(
+    tiny_checkpoint: Path, tiny_text_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of this machine, in its cache of the hub too; what is not in there is fetched."""
+    loaded: list[str] = []
+    monkeypatch.setattr(encoders_module, "load_text_model", lambda name, dtype: loaded.append(name))
+    assert check_text_parts(str(tiny_checkpoint)) == check_text_parts(str(tiny_text_encoder)) == 32
+    assert check_text_parts("emoji") == 384
+
+    def damaged(change: Callable[[Path], object]) -> str:
+        folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / f"{len(list(tmp_path.iterdir()))}"))
+        change(folder)
+        with pytest.raises(InputError) as error:
+            check_text_parts(str(folder))
+        return str(error.value).removeprefix(f"{folder}/")
+
+    weights = "text_encoder/model.safetensors"
+    assert damaged(lambda folder: (folder / weights).unlink()).startswith("text_encoder: has no weights")
+    assert damaged(lambda folder: (folder / weights).write_bytes(b"x")).startswith(f"{weights}: corrupt or truncated")
+    assert "cannot load the text encoder" in damaged(lambda folder: (folder / "text_encoder/config.json").unlink())
+    assert "cannot load the tokenizer" in damaged(lambda folder: (folder / "tokenizer/tokenizer.json").unlink())
+    with pytest.raises(InputError, match="there is no text encoder folder /gone"):
+        check_text_parts("/gone")
+    assert not loaded
+
+    def not_there(*names: str, **options: object) -> str:
+        raise OSError
+
+    monkeypatch.setattr(loading, "snapshot_download", not_there)  # it is no checkpoint
+    monkeypatch.setattr(encoders_module, "text_width", lambda name: 32)
+    monkeypatch.setattr(encoders_module, "load_tokenizer", lambda name: None)
+    for has in (None, tiny_text_encoder / "config.json", tiny_checkpoint / "tokenizer" / "config.json"):
+        monkeypatch.setattr(encoders_module, "try_to_load_from_cache", lambda name, file, has=has: has and str(has))
+        assert check_text_parts("one/encoder") == 32
+    assert loaded == ["one/encoder", "one/encoder"]  # nothing of it was here, or no weights
 
 
 def test_wrong_checkpoints_are_named(tiny_text_encoder: Path) -> None:

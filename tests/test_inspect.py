@@ -172,6 +172,20 @@ def test_wrong_shards_are_named(copy: Path, capsys: pytest.CaptureFixture[str]) 
     assert (copy / "a.png").exists()
 
 
+def test_an_autoencoder_that_is_gone_can_be_named(
+    copy: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace(DatasetInfo.load(copy), autoencoder="gone").save(copy)
+    command = ["data", "inspect", str(copy), "--device", "cpu", "-o", str(tmp_path / "a.png")]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"nova: {copy}/dataset.json names the autoencoder: model 'gone' not found: expected ")
+    assert error.endswith("; --model names another\n")
+    assert main([*command, "--model", "lost"]) == 2
+    assert capsys.readouterr().err.startswith("nova: model 'lost' not found: expected ")
+    assert main([*command, "--model", DatasetInfo.load(made).autoencoder]) == 0
+
+
 def test_shards_in_the_wrong_place_are_named(copy: Path) -> None:
     there = Path(dataset.shard_url(copy, CLIP, "00000-00000"))
     there.with_name("00000-00009.parquet").write_bytes(there.read_bytes())

@@ -42,9 +42,8 @@ def resolve_checkpoint(
     name_or_path: str | Path, *, revision: str | None = None, token: str | None = None, local_files_only: bool = False
 ) -> Path:
     """The folder of a checkpoint: the one in the package ("emoji"), a local folder, or a download from the hub."""
-    packaged = PACKAGED_MODELS / str(name_or_path)
-    if isinstance(name_or_path, str) and re.fullmatch(r"[\w-]+", name_or_path) and packaged.is_dir():
-        return packaged
+    if isinstance(name_or_path, str) and _is_packaged(name_or_path):
+        return PACKAGED_MODELS / name_or_path
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
@@ -70,6 +69,17 @@ def resolve_checkpoint(
             f"model {name_or_path!r}: no such folder here, and not to be had from the hub: {reason}"
         ) from None
     return Path(place)
+
+
+def lasting_name(name: str) -> str:
+    """What names the same checkpoint or text encoder from any working directory: a local folder's whole path, any other
+    name as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() and not _is_packaged(name) else name
+
+
+def _is_packaged(name: str) -> bool:
+    return re.fullmatch(r"[\w-]+", name) is not None and (PACKAGED_MODELS / name).is_dir()
 
 
 def _packaged_names() -> str:

@@ -19,14 +19,14 @@ from typing import Any
 from nova_video.ahead import run_ahead
 from nova_video.data.card import write_card
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample, shard_url, write_file, write_shard
-from nova_video.data.encoders import EncodeLatents, EncodeText, autoencoder_info, text_names
+from nova_video.data.encoders import EncodeLatents, EncodeText, autoencoder_info, same_text_encoder, text_names
 from nova_video.data.sources import Source, SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected
 from nova_video.errors import InputError
-from nova_video.loading import read_json, resolve_checkpoint
+from nova_video.loading import lasting_name, read_json, resolve_checkpoint
 from nova_video.media import check_writable
 from nova_video.settings import CheckpointSettings, check_local, check_number
-from nova_video.text.encoders import find_text_encoder
+from nova_video.text.encoders import text_width
 
 SHARD_BYTES = 256 << 20  # a group's samples of a bucket are split into shards of about so many
 TOGETHER = 16 << 20  # pixels that wait for the encoders here: several forward passes, so that few are part full
@@ -167,13 +167,13 @@ def describe_dataset(settings: EncodeSettings) -> DatasetInfo:
         raise InputError(f"frames is {lengths}, and the autoencoder of {settings.model} takes pictures: expected 1")
     source, decode = settings.source, settings.decode
     return DatasetInfo(
-        autoencoder=settings.model,
+        autoencoder=lasting_name(settings.model),
         fingerprint=found.fingerprint,
         latent_channels=found.latent_channels,
         spatial_stride=found.spatial_stride,
         temporal_stride=found.temporal_stride,
-        text_encoder=None if settings.text is None else text_names(settings.text)[0],
-        text_dim=None if settings.text is None else _text_width(settings.text),
+        text_encoder=None if settings.text is None else _text_noted(settings.text),
+        text_dim=None if settings.text is None else text_width(text_names(settings.text)[0]),
         settings={
             "source": source.place,
             "caption_column": source.caption_column,
@@ -234,17 +234,11 @@ def model_text(model: str) -> str | None:
     return model if named else None
 
 
-def _text_width(text: str) -> int:
-    """Of its features, from its config alone."""
-    from transformers import AutoConfig
-
+def _text_noted(text: str) -> str:
+    """The text encoder's own name if it has one; where it is a folder, what was asked for: a checkpoint brings the
+    tokenizer too."""
     name = text_names(text)[0]
-    try:
-        width: int = AutoConfig.from_pretrained(find_text_encoder(name)).hidden_size
-    except Exception as error:  # transformers raises many kinds for a missing, foreign or corrupt folder
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"text encoder {name!r}: cannot be loaded: {said}") from None
-    return width
+    return lasting_name(text) if Path(name).is_dir() else name
 
 
 # The folder ----------------------------------------------------------------------------------------------------------
@@ -267,8 +261,11 @@ def check_output(output: Path, info: DatasetInfo, source: Source) -> None:
     there = DatasetInfo.load(output)
     was = {name: value for name, value in asdict(there).items() if name != "settings"} | there.settings
     now = {name: value for name, value in asdict(info).items() if name != "settings"} | info.settings
+    same = {"autoencoder": there.fingerprint == info.fingerprint}  # whatever they are called
+    if there.text_encoder is not None and info.text_encoder is not None:
+        same["text_encoder"] = same_text_encoder(there.text_encoder, info.text_encoder) is True
     for name, value in now.items():
-        if was.get(name) != value:
+        if was.get(name) != value and not same.get(name):
             raise InputError(
                 f"{output} was encoded with {name} {_shown(was.get(name))}, got {_shown(value)}: expected the same, or"
                 " another folder"

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nova_video.autoencoders.base import VideoAutoencoder
-from nova_video.data.dataset import first_sentence
+from nova_video.data.dataset import first_sentence, join
 from nova_video.devices import choose_device
 from nova_video.errors import InputError
 from nova_video.loading import (
@@ -38,7 +39,14 @@ from nova_video.loading import (
     resolve_checkpoint,
 )
 from nova_video.settings import CheckpointSettings
-from nova_video.text.encoders import encode_batch, find_text_encoder, load_text_encoder
+from nova_video.text.encoders import (
+    encode_batch,
+    find_text_encoder,
+    load_text_encoder,
+    load_text_model,
+    load_tokenizer,
+    text_width,
+)
 
 # Pixels that go through the autoencoder together, at least one clip: on a GPU what keeps it busy (a clip of 17 frames
 # of 480x768 is 6 M), on a CPU what stays near its caches.
@@ -66,6 +74,18 @@ class AutoencoderInfo:
     spatial_stride: int
     temporal_stride: int
     """1: it takes pictures alone."""
+
+
+@contextmanager
+def given_or_named(given: str | None, place: str | Path, what: str, flag: str) -> Iterator[None]:
+    """Around opening what was given, or else what the dataset at `place` names: then an error says so, and which flag
+    names another."""
+    try:
+        yield
+    except InputError as error:
+        if given:
+            raise
+        raise InputError(f"{join(place, 'dataset.json')} names the {what}: {error}; {flag} names another") from None
 
 
 def autoencoder_info(model: str) -> AutoencoderInfo:
@@ -114,6 +134,8 @@ def text_names(model: str, fetch: bool = False) -> tuple[str, str | None]:
             folder = resolve_checkpoint(model, local_files_only=not fetch)
         except InputError:  # no checkpoint: a text encoder's name
             return model, None
+    if folder.name == "text_encoder" and folder.is_dir():  # a checkpoint's, as older datasets name it
+        folder = folder.parent
     if (folder / "text_encoder").is_dir():
         tokenizer = folder / "tokenizer"
         return str(folder / "text_encoder"), str(tokenizer) if tokenizer.is_dir() else None
@@ -123,6 +145,24 @@ def text_names(model: str, fetch: bool = False) -> tuple[str, str | None]:
             raise InputError(f"{model}: has no text_encoder/ and names no text encoder: expected the name of one")
         return named, None
     return model, None
+
+
+def check_text_parts(name: str) -> int:
+    """The width of the features of a text encoder named as for `text_names`. Raises InputError where it cannot be
+    opened; of weights that are on this machine the headers alone are read, others are fetched."""
+    encoder, tokenizer = text_names(name, fetch=True)
+    load_tokenizer(tokenizer or encoder)
+    width = text_width(encoder)
+    folder = _text_folder(encoder)
+    try:
+        if folder is not None:
+            read_shapes(find_weights(folder, TRANSFORMERS_WEIGHTS).files)
+            return width
+    except InputError:  # which may just not be fetched yet
+        if Path(find_text_encoder(encoder)).is_dir():
+            raise
+    load_text_model(encoder, torch.float16)
+    return width
 
 
 def same_text_encoder(one: str, other: str) -> bool | None:

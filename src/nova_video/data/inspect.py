@@ -25,7 +25,7 @@ from nova_video.data.dataset import (
     read_footer,
 )
 from nova_video.data.encode import decode_settings, read_records, source_settings
-from nova_video.data.encoders import DecodeLatents, autoencoder_info
+from nova_video.data.encoders import DecodeLatents, autoencoder_info, given_or_named
 from nova_video.data.sheets import Entry, draw_sheet
 from nova_video.data.sources import Source, open_source
 from nova_video.data.stages import Clip, Decode
@@ -192,7 +192,9 @@ def compare_samples(
     """Random samples of the shards, decoded. `sources` is where the dataset was made from, if not where that was."""
     info = DatasetInfo.load(place)
     name = model or info.autoencoder
-    if (found := autoencoder_info(name).fingerprint) != info.fingerprint:
+    with given_or_named(model, place, "autoencoder", "--model"):
+        found = autoencoder_info(name).fingerprint
+    if found != info.fingerprint:
         raise InputError(
             f"the autoencoder of {name} is {found}: expected {info.fingerprint}, which {name_of(place)} was encoded by"
         )

@@ -13,7 +13,7 @@ from textwrap import shorten
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nova_video.errors import InputError
 
@@ -69,6 +69,16 @@ def load_text_model(
             f"the text encoder {place} has weights of a wrong shape: {sorted(report['mismatched_keys'])[0]}"
         )
     return model.to(device).eval().requires_grad_(False)
+
+
+def text_width(name: str) -> int:
+    """Of a text encoder's features, from its config alone."""
+    place = find_text_encoder(name)
+    try:
+        width: int = AutoConfig.from_pretrained(place).hidden_size
+    except Exception as error:  # as above
+        raise InputError(f"cannot load the text encoder {_where(name, place)}: {_first_line(error)}") from error
+    return width
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

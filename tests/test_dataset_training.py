@@ -25,6 +25,7 @@ from nova_video.data.encoders import autoencoder_info
 from nova_video.errors import InputError
 from nova_video.loading import load_transformer
 from nova_video.pipeline import NovaPipeline
+from nova_video.training import dataset_task
 from nova_video.training import log as log_module
 from nova_video.training import trainer as trainer_module
 from nova_video.training.checkpoint import Average, newest_checkpoint
@@ -166,6 +167,56 @@ def test_another_text_encoder_is_refused(
     bare = write_dataset(tmp_path / "bare", tiny_checkpoint, {CLIPS: 4}, text=False)
     DatasetTask(replace(recipe, text_encoder=str(other), dataset=replace(recipe.dataset, path=str(bare))), CPU)
     assert not caplog.records
+
+
+def test_what_the_dataset_names_is_looked_for_before_the_first_step(
+    recipe: DatasetTransformerRecipe,
+    dataset: Path,
+    tiny_checkpoint: Path,
+    tiny_text_encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also what is needed at the first sheet or for the exported model alone. Flags name another place."""
+    place = Path(shutil.copytree(dataset, tmp_path / "moved"))
+    recipe = replace(recipe, dataset=replace(recipe.dataset, path=str(place)))
+    sheets = replace(recipe, log=replace(recipe.log, sample_every=6))
+    info = DatasetInfo.load(place)
+    replace(info, autoencoder="tiny", text_encoder="/gone/encoder").save(place)
+
+    def said(recipe: DatasetTransformerRecipe) -> str:
+        with pytest.raises(InputError) as error:
+            train(recipe)
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        return str(error.value).removeprefix(f"{place}/")
+
+    message = said(recipe)
+    assert message.startswith("dataset.json names the autoencoder: model 'tiny' not found: expected 'emoji', an")
+    assert message.endswith("; --autoencoder names another")
+    assert said(replace(recipe, autoencoder="lost")).startswith("model 'lost' not found: expected")
+    gone = "there is no text encoder folder /gone/encoder"
+    expected = f"dataset.json names the text encoder: {gone}; --text-encoder names another"
+    recipe, sheets = (replace(each, autoencoder=str(tiny_checkpoint)) for each in (recipe, sheets))
+    assert said(recipe) == said(sheets) == expected
+    assert said(replace(recipe, text_encoder="/lost")) == "there is no text encoder folder /lost"
+    DatasetTask(replace(sheets, text_encoder=str(tiny_text_encoder)), CPU)
+
+    monkeypatch.setattr(dataset_task, "check_text_parts", lambda name: 16)
+    replace(info, text_encoder="some/encoder").save(place)
+    DatasetTask(recipe, CPU)  # which names it in its model and opens it never
+    assert f"'some/encoder' makes features 16 wide: expected 32, as {place} holds; --text" in said(sheets)
+
+
+def test_adapters_need_the_text_encoder_of_their_checkpoint_for_samples_alone(
+    recipe: DatasetTransformerRecipe, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    bare = Path(shutil.copytree(tiny_checkpoint, tmp_path / "bare"))
+    shutil.rmtree(bare / "text_encoder")
+    recipe = replace(recipe, init=str(bare), lora=LoraRecipe(rank=2))
+    DatasetTask(recipe, CPU)
+    expected = f"init = {str(bare)!r}, which samples are made with: {bare}: has no text_encoder/ and names no text"
+    with pytest.raises(InputError, match=re.escape(expected)):
+        train(replace(recipe, log=replace(recipe.log, sample_every=6)))
 
 
 def test_every_sample_may_draw_its_own_mask_ratio(recipe: DatasetTransformerRecipe) -> None:
@@ -595,6 +646,35 @@ def test_what_goes_wrong_in_a_worker_is_one_line(
         assert len(str(found.value)) < 500
         assert str(found.value).startswith(f"{folder}/data/{CLIPS.name}: unreadable shard (")
         write_dataset(folder, tiny_checkpoint, {CLIPS: 2})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_row_that_cannot_be_read_costs_no_step(
+    workers: int, recipe: DatasetTransformerRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was learned before it is saved, and the run goes on from there when it is mended."""
+    recipe = replace(recipe, dataset=replace(recipe.dataset, workers=workers, image_share=0.0))
+    recipe = replace(recipe, log=replace(recipe.log, checkpoint_every=5))
+    train(recipe)
+    stopped = replace(recipe, output=str(tmp_path / "stopped"))
+    read: list[str] = []
+
+    def to_sample(row: Any) -> Any:
+        read.append(row["source"])
+        if len(read) > 5:  # in this process
+            raise InputError("a row is damaged")
+        return as_it_was(row)
+
+    as_it_was = stream.to_sample
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="^a row is damaged$"):
+        patched.setattr(stream, "to_sample", to_sample)
+        train(stopped)
+    saved = newest_checkpoint(tmp_path / "stopped" / "checkpoints")
+    assert saved is not None
+    assert saved.name in ("step-00000002.safetensors", "step-00000003.safetensors", "step-00000004.safetensors")
+    train(stopped)
+    for name, value in final_state(recipe.output).items():
+        assert torch.equal(value, final_state(stopped.output)[name]), name
 
 
 def test_sizes_without_rows_to_learn_from_are_left_out(

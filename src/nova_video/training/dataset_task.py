@@ -30,10 +30,17 @@ from nova_video.data.dataset import (
     read_columns,
     read_rows,
 )
-from nova_video.data.encoders import autoencoder_info, load_frozen_autoencoder, same_text_encoder, text_names
+from nova_video.data.encoders import (
+    autoencoder_info,
+    check_text_parts,
+    given_or_named,
+    load_frozen_autoencoder,
+    same_text_encoder,
+    text_names,
+)
 from nova_video.data.sheets import Entry, draw_sheet
 from nova_video.errors import InputError
-from nova_video.loading import resolve_checkpoint
+from nova_video.loading import HUB_ID, resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel
 from nova_video.settings import CheckpointSettings, Defaults
 from nova_video.text.encoders import encode_batch, load_text_encoder
@@ -114,7 +121,9 @@ class DatasetTask(TransformerTask):
         self.learned = self._learned(recipe.dataset, 1)
         self.largest = max(self.shards, key=lambda bucket: (bucket.frames, bucket.height * bucket.width))
         name = recipe.autoencoder or info.autoencoder
-        if (found := autoencoder_info(name).fingerprint) != info.fingerprint:
+        with given_or_named(recipe.autoencoder, recipe.dataset.path, "autoencoder", "--autoencoder"):
+            found = autoencoder_info(name).fingerprint
+        if found != info.fingerprint:
             raise InputError(
                 f"autoencoder = {name!r} has weights {found}, and {recipe.dataset.path} was encoded by"
                 f" {info.autoencoder!r} with {info.fingerprint}: expected the same"
@@ -129,6 +138,8 @@ class DatasetTask(TransformerTask):
         model, resolved = make_model(recipe, Material(info.latent_channels, info.spatial_stride, width, size, names))
         if info.text_encoder and info.text_dim:
             check_text_encoder(recipe, info.text_encoder)
+        if self.text_name and info.text_dim and not recipe.lora.rank:
+            check_text_is_there(recipe, info, self.text_name)
         frames = self.latent_frames(self.largest)
         if frames > 1 and resolved.video_base_frames == 1:
             raise InputError(
@@ -400,6 +411,18 @@ def check_text_encoder(recipe: DatasetTransformerRecipe, stored: str) -> None:
     if not anew and (known := _text_of(recipe.init)) is not None:
         field = f"init = {recipe.init!r} has learned from the text encoder {known!r}"
         _check_same(field, known, stored, place, "expected the same, or 'text_embed' in `fresh`")
+
+
+def check_text_is_there(recipe: DatasetTransformerRecipe, info: DatasetInfo, name: str) -> None:
+    """Training has the dataset's features. Samples take the text encoder itself, and the exported model links to it or
+    names it: of the hub, where there are no samples, it may be out of reach."""
+    if not recipe.log.sample_every and HUB_ID.fullmatch(name) and not Path(name).is_dir():
+        return
+    place = recipe.dataset.path
+    with given_or_named(None if name == info.text_encoder else name, place, "text encoder", "--text-encoder"):
+        width = check_text_parts(name)
+        if width != info.text_dim:
+            raise InputError(f"{name!r} makes features {width} wide: expected {info.text_dim}, as {place} holds")
 
 
 def _check_same(field: str, name: str, stored: str, place: str, expected: str) -> None:

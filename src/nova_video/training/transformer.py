@@ -15,8 +15,9 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from nova_video.autoencoders import scale_latents
+from nova_video.data.encoders import check_text_parts
 from nova_video.errors import InputError
-from nova_video.loading import load_scheduler, load_transformer, resolve_checkpoint
+from nova_video.loading import lasting_name, load_scheduler, load_transformer, resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel, mask_ratios
 from nova_video.model.vit import Block
 from nova_video.pipeline import NovaPipeline
@@ -85,6 +86,8 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         self.loss_names = ("loss", "loss_t2i", "loss_i2i")
         self.loss_names += tuple(f"loss_time_{i}" for i in range(TIME_BINS))
         self.loss_names += tuple(f"loss_frame_{i}" for i in range(frames if frames > 1 else 0))
+        if recipe.lora.rank and (recipe.log.sample_every or recipe.log.score_every):
+            check_text_of_init(recipe.init)
         freeze(model, recipe.frozen)
         if recipe.lora.rank:
             add_lora(model, recipe.lora)
@@ -198,7 +201,15 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         half.half().save_pretrained(folder / "transformer")
         copy.deepcopy(vae).half().save_pretrained(folder / "vae")
         self.scheduler.save_pretrained(folder / "scheduler")
-        CheckpointSettings(text_encoder, self.defaults).save(folder)
+        CheckpointSettings(text_encoder and lasting_name(text_encoder), self.defaults).save(folder)
+
+
+def check_text_of_init(init: str) -> None:
+    """Adapters are sampled with all that the checkpoint has."""
+    try:
+        check_text_parts(init)
+    except InputError as error:
+        raise InputError(f"init = {init!r}, which samples are made with: {error}") from None
 
 
 # Making the model -----------------------------------------------------------------------------------------------------

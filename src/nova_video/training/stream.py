@@ -92,7 +92,10 @@ class Rows:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"pass": self.number, "rows": None if self.rows is None else self.rows.state_dict()}
+        place = self.place
+        if place is None and self.rows is not None:
+            place = self.rows.state_dict()
+        return {"pass": self.number, "rows": place}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.number, self.place = state["pass"], state["rows"]
@@ -104,14 +107,18 @@ class Stream(TorchDataset):
     def __init__(self, rows: Sequence[Rows], batch: int) -> None:
         self.rows = {str(each.micro): each for each in rows}
         self.batch = batch
+        self.before: dict[str, Any] | None = None  # the state before samples that are being put together
 
     def __iter__(self) -> Iterator["Loaded"]:
         samples = [iter(rows) for rows in self.rows.values()]
         while True:
-            yield collate([sample for each in samples for sample in islice(each, self.batch)])
+            self.before = self.state_dict()
+            loaded = collate([sample for each in samples for sample in islice(each, self.batch)])
+            self.before = None
+            yield loaded
 
     def state_dict(self) -> dict[str, Any]:
-        return {MICRO: {micro: rows.state_dict() for micro, rows in self.rows.items()}}
+        return self.before or {MICRO: {micro: rows.state_dict() for micro, rows in self.rows.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for micro, rows in self.rows.items():

@@ -129,13 +129,24 @@ def train(recipe: Recipe) -> Path:
             if processes.greatest(short)[0] and not short and stepper.graphs is not None:
                 stepper.graphs.release()  # all record the same steps
 
+        def save() -> None:
+            tensors, places = gather_state(task.model, average, optimizer), processes.gather(task.places())
+            if processes.is_main:
+                now = Progress(step, spent, micro_batches, places)
+                save_checkpoint(output / "checkpoints", now, tensors, recipe.log.keep)
+
         if newest is not None and any(missed := processes.greatest(*log.missed(looks_due()))):
             look_at(Looks(*map(bool, missed)))
         while not last:
             rate = learning_rate(recipe.optimizer, step, done())
             set_rate(optimizer, rate)
             variant = random.Random(f"{recipe.seed}-{step}").choices(variants, shares)[0]
-            stepper.step(step, variant)
+            try:
+                stepper.step(step, variant)
+            except InputError:  # of the data, of which nothing was learned yet
+                if processes.count == 1 and step > progress.step and recipe.log.checkpoint_every:
+                    save()  # alone: others may wait for this process elsewhere
+                raise
             step += 1
             since.flops += flops(variant) * micro_batches
             since.samples += samples(variant) * micro_batches
@@ -156,12 +167,7 @@ def train(recipe: Recipe) -> Path:
                 stepper.check(step, output)
             paused = time.monotonic()
             if saves:  # before anything is looked at, which may fail or take long
-                tensors, places = gather_state(task.model, average, optimizer), processes.gather(task.places())
-                if processes.is_main:
-                    save_checkpoint(
-                        output / "checkpoints", Progress(step, spent, micro_batches, places), tensors, recipe.log.keep
-                    )
-                del tensors
+                save()
             if any(looks := looks_due()) and not stopped:
                 look_at(looks)
             since.seconds += time.monotonic() - paused  # rates are those of steps

@@ -125,14 +125,26 @@ def load_text_parts(
     checkpoint: Path, torch_dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
     """text_encoder/ and tokenizer/, each None where there is no such folder."""
-    encoder, tokenizer = checkpoint / "text_encoder", checkpoint / "tokenizer"
+    encoder, tokenizer = text_folder(checkpoint, "text_encoder"), text_folder(checkpoint, "tokenizer")
     model = None
-    if encoder.is_dir():
+    if encoder is not None:
         read_json(encoder / "config.json")
         stored = read_shapes(find_weights(encoder, TRANSFORMERS_WEIGHTS).files)
         model = load_text_model(str(encoder), torch_dtype)
         _check_text_keys(encoder, stored, model)
-    return model, load_tokenizer(str(tokenizer)) if tokenizer.is_dir() else None
+    return model, None if tokenizer is None else load_tokenizer(str(tokenizer))
+
+
+def text_folder(checkpoint: Path, name: str) -> Path | None:
+    """text_encoder/ or tokenizer/, None where there is none. In a trained checkpoint it may be a link, which is to lead
+    somewhere."""
+    folder = checkpoint / name
+    if folder.is_symlink() and not folder.exists():
+        raise InputError(
+            f"{folder} is a link to {folder.readlink()}, which is not there: expected that folder, or a copy of it in"
+            " the link's place"
+        )
+    return folder if folder.is_dir() else None
 
 
 def _check_text_keys(folder: Path, stored: Iterable[str], model: PreTrainedModel) -> None:

@@ -460,7 +460,13 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             raise InputError(f"the checkpoint has no {missing}: expected prompt_embeds instead of a prompt")
         with _PREPARING:
             if self._named_text_parts is None:
-                self._named_text_parts = load_text_encoder(name, self.transformer.dtype)
+                try:
+                    self._named_text_parts = load_text_encoder(name, self.transformer.dtype)
+                except InputError as error:
+                    raise InputError(
+                        f"{error}; the checkpoint's nova.json names it: expected another name there, or text_encoder/"
+                        " and tokenizer/ beside it"
+                    ) from None
             tokenizer, encoder = self._named_text_parts
             return tokenizer, encoder.to(self.execution_device)
 

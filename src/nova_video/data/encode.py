@@ -23,7 +23,7 @@ from nova_video.data.encoders import EncodeLatents, EncodeText, autoencoder_info
 from nova_video.data.sources import Source, SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected
 from nova_video.errors import InputError
-from nova_video.loading import lasting_name, read_json, resolve_checkpoint
+from nova_video.loading import lasting_name, read_json, resolve_checkpoint, text_folder
 from nova_video.media import check_writable
 from nova_video.settings import CheckpointSettings, check_local, check_number
 from nova_video.text.encoders import text_width
@@ -230,7 +230,7 @@ def model_size(model: str) -> tuple[tuple[int, int], bool] | None:
 def model_text(model: str) -> str | None:
     """The checkpoint itself if it has or names a text encoder."""
     folder = resolve_checkpoint(model)
-    named = (folder / "text_encoder").is_dir() or CheckpointSettings.load(folder).text_encoder is not None
+    named = text_folder(folder, "text_encoder") is not None or CheckpointSettings.load(folder).text_encoder is not None
     return model if named else None
 
 

@@ -37,6 +37,7 @@ from nova_video.loading import (
     read_json,
     read_shapes,
     resolve_checkpoint,
+    text_folder,
 )
 from nova_video.settings import CheckpointSettings
 from nova_video.text.encoders import (
@@ -136,9 +137,9 @@ def text_names(model: str, fetch: bool = False) -> tuple[str, str | None]:
             return model, None
     if folder.name == "text_encoder" and folder.is_dir():  # a checkpoint's, as older datasets name it
         folder = folder.parent
-    if (folder / "text_encoder").is_dir():
-        tokenizer = folder / "tokenizer"
-        return str(folder / "text_encoder"), str(tokenizer) if tokenizer.is_dir() else None
+    if (encoder := text_folder(folder, "text_encoder")) is not None:
+        tokenizer = text_folder(folder, "tokenizer")
+        return str(encoder), None if tokenizer is None else str(tokenizer)
     if (folder / "transformer").is_dir():
         named = CheckpointSettings.load(folder).text_encoder
         if named is None:

@@ -275,6 +275,34 @@ def test_a_run_makes_a_checkpoint_that_opens(recipe: DatasetTransformerRecipe, t
     assert kept.model == ModelRecipe(("vit_d2w64", "vit_d4w64", "mlp_d2w64"), 4, False, 8, 4, (64, 96))
 
 
+def test_the_card_tells_of_its_own_run(recipe: DatasetTransformerRecipe, dataset: Path) -> None:
+    """Also when the command is given once more, and beside sheets of a run that had come further."""
+    recipe = replace(recipe, log=LogRecipe(every=2, validate_every=6, sample_every=6, checkpoint_every=6))
+    folder = train(recipe)
+    card = (folder / "README.md").read_text()
+    names = [line.split(" | ")[0] for line in card.split("## Numbers")[1].splitlines() if line.count("|") == 3]
+    assert names[2:] == ["| loss", "| loss t2i", "| loss i2i", "| held out loss", "| held out loss wrong caption"]
+    counts = {
+        bucket: sum(not is_held_out(f"clips/{bucket.name}-{number}.mp4", 0.2) for number in range(count))
+        for bucket, count in ((SMALL, 8), (CLIPS, 12), (PICTURES, 10))
+    }
+    assert 0 < sum(counts.values()) < 30
+    said = ", ".join(f"{count} of {bucket.name}" for bucket, count in counts.items())
+    assert f"Learned from {sum(counts.values())} samples of `{dataset}` that were not held out ({said}:" in card
+    alone = DatasetTask(replace(recipe, dataset=replace(recipe.dataset, image_share=0.0)), CPU).learned_from()
+    assert PICTURES.name not in alone
+
+    sheets, sample = Path(recipe.output) / "sheets", folder / "samples.png"
+    (sheets / "step-00000009.png").write_bytes(b"of another run")
+    train(recipe)
+    assert (folder / "README.md").read_text() == card
+    assert sample.read_bytes() == (sheets / "step-00000006.png").read_bytes()
+    (sheets / "step-00000006.png").unlink()
+    train(replace(recipe, log=replace(recipe.log, sample_every=0)))
+    assert (folder / "README.md").read_text() == card.replace("![Samples](samples.png)\n\n", "") != card
+    assert not sample.exists()
+
+
 def test_a_model_can_be_taken_elsewhere(
     recipe: DatasetTransformerRecipe,
     tiny_checkpoint: Path,
@@ -367,6 +395,10 @@ def test_adapters_are_trained_saved_and_loaded(recipe: DatasetTransformerRecipe,
     assert not (folder / "transformer").exists()
     kept = load_file(newest_checkpoint(Path(recipe.output) / "checkpoints"))
     assert {name for name in kept if "lora" not in name} == set()
+    adapters = sum(value.numel() for value in load_file(folder / "pytorch_lora_weights.safetensors").values()) / 1e6
+    own = sum(value.numel() for value in load_transformer(tiny_checkpoint).parameters()) / 1e6
+    said = f"\nLoRA adapters of {adapters:.4g} M parameters for the NOVA transformer of `{recipe.init}`, whose"
+    assert f"{said} {own:.4g} M stayed as they were.\n" in (folder / "README.md").read_text()
 
     def picture(lora: Path | None) -> torch.Tensor:
         pipe = NovaPipeline.from_pretrained(tiny_checkpoint)

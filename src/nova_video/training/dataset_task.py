@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.nn import functional
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nova_video.data.dataset import (
+    READERS,
     Bucket,
     DatasetInfo,
     Sample,
@@ -380,9 +382,19 @@ class DatasetTask(TransformerTask):
         return draw_sheet(self.recipe.name, f"made from captions of {self.recipe.dataset.path}", entries)
 
     def learned_from(self) -> str:
-        rows = {bucket.name: sum(shard.rows for shard in shards) for bucket, shards in self.shards.items()}
+        data = self.recipe.dataset
+
+        def rows_of(shard: Shard) -> int:
+            sources = read_columns(shard.url, ("source",))["source"]
+            return sum(not is_held_out(source, data.held_out) for source in sources)
+
+        buckets = dict.fromkeys(variant.size.bucket for variant, share in zip(*self.variants(), strict=True) if share)
+        with ThreadPoolExecutor(READERS) as pool:
+            rows = {bucket.name: sum(pool.map(rows_of, self.shards[bucket])) for bucket in buckets}
         sizes = ", ".join(f"{count} of {name}" for name, count in rows.items())
-        return f"{sum(rows.values())} samples of `{self.recipe.dataset.path}` ({sizes}: frames x height x width)"
+        return (
+            f"{sum(rows.values())} samples of `{data.path}` that were not held out ({sizes}: frames x height x width)"
+        )
 
     def export(self, model: NOVATransformer3DModel, folder: Path) -> None:
         if self.text_name is None or self.recipe.lora.rank:

@@ -65,15 +65,18 @@ def test_known_times() -> None:
     assert network.share_seconds(1e9, 16) == pytest.approx(5e-6 + 14e-6 + 10e-6 + 15 / 16 * 1e9 / 50e9)
     assert network.reduce_seconds(1e9, 2) == pytest.approx(5e-6 + 2 * 2e-6 + 1e9 / 100e9)
     assert network.reduce_seconds(1e9, 32) == pytest.approx(5e-6 + 2 * (7 * 2e-6 + 2 * 20e-6) + 2 * 31 / 32 / 50)
+    assert network.replicas_seconds(1e9, 32) == pytest.approx(5e-6 + 2 * 2 * 20e-6 + 2 * 3 / 4 * 8 / 50)
+    assert network.replicas_seconds(1e9, 8) == 0
 
 
 def test_bytes_that_are_sent() -> None:
-    """With no time for hops, a step of DDP sends 8 bytes a value, and of FSDP2 6."""
-    bare = Network(link=100e9, machine=100e9, ring=(0.0, 0.0), tree=(0.0, 0.0), start=0.0)
+    """With no time for hops, a step of DDP sends 8 bytes a value; FSDP2 6 within a machine, and 1 out of it."""
+    bare = Network(link=100e9, machine=800e9, ring=(0.0, 0.0), tree=(0.0, 0.0), start=0.0)
     for gpus in GPUS:
-        share = LARGE.values * (gpus - 1) / gpus / 100e9
-        assert ddp(LARGE, gpus, bare).sending == pytest.approx(8 * share)
-        assert fsdp(LARGE, gpus, bare).sending == pytest.approx(6 * share)
+        machines = gpus // 8
+        assert ddp(LARGE, gpus, bare).sending == pytest.approx(8 * LARGE.values * (gpus - 1) / gpus / 100e9)
+        sent = 6 * 7 / 8 + (machines - 1) / machines
+        assert fsdp(LARGE, gpus, bare).sending == pytest.approx(sent * LARGE.values / 100e9)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)

@@ -1,6 +1,7 @@
-"""Two processes (gloo) train as one does: DDP and FSDP2, and a run goes on with another number of them."""
+"""Two or four processes (gloo) train as one does: DDP and FSDP2, and a run goes on with another number of them."""
 
 import json
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -50,15 +51,27 @@ def alone(recipe: DatasetTransformerRecipe) -> DatasetTransformerRecipe:
     return recipe
 
 
-def launch(recipe: DatasetTransformerRecipe, launcher: list[str]) -> None:
+def launch(recipe: DatasetTransformerRecipe, launcher: list[str], machines: int = 1) -> None:
+    """By so many launchers, each of which is a machine to the others."""
     path = Path(recipe.output + ".toml")
     path.write_text(recipe_toml(recipe))
     command = [sys.executable, "-m", *launcher, "-m", "nova_video", "train", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    launched = [subprocess.Popen(command, **pipes) for _ in range(machines)]
+    for process in launched:
+        said = process.communicate(timeout=500)[1]
+        assert process.returncode == 0, said[-3000:]
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def of_two_machines() -> list[str]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", "test"]
+    return ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", *meet]
 
 
 def logged(recipe: DatasetTransformerRecipe, name: str) -> list[float]:
@@ -112,6 +125,25 @@ def test_two_processes_add_up_micro_batches(
     two = replace(one, strategy=strategy, output=str(tmp_path / "two"))
     launch(two, TORCHRUN)
     check_same(one, two)
+
+
+def test_machines_shard_and_reduce_between_them(
+    recipe: DatasetTransformerRecipe, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    """Two of two processes each: four halves of the model, and a run that another number goes on with."""
+    clips = write_dataset(tmp_path / "clips", tiny_checkpoint, {CLIPS: 16, PICTURES: 16})
+    one = replace(
+        recipe, micro_batches=4, dataset=replace(recipe.dataset, path=str(clips)), output=str(tmp_path / "one")
+    )
+    train(one)
+    four = replace(one, strategy="fsdp", output=str(tmp_path / "four"))
+    launch(four, of_two_machines(), machines=2)
+    check_same(one, four)
+    assert "(FSDP2 in machines of 2)" in (Path(four.output) / "model" / "README.md").read_text()
+    for path in sorted((Path(four.output) / "checkpoints").iterdir())[1:]:
+        path.unlink()
+    launch(four, TORCHRUN)
+    check_same(one, four)
 
 
 def test_two_processes_train_adapters_as_one_does(recipe: DatasetTransformerRecipe) -> None:

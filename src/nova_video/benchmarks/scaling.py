@@ -73,6 +73,14 @@ class Network:
         hops = 2 * ((min(gpus, self.node) - 1) * self.tree[0] + math.log2(self.machines(gpus)) * self.tree[1])
         return self.start + hops + 2 * size * (gpus - 1) / gpus / self.rate(gpus)
 
+    def replicas_seconds(self, size: float, gpus: int) -> float:
+        """An all-reduce of `size` bytes among one GPU of each machine, where all GPUs of a machine do so at once."""
+        machines = self.machines(gpus)
+        if machines == 1:
+            return 0.0
+        hops = 2 * math.log2(machines) * self.tree[1]
+        return self.start + hops + 2 * size * (machines - 1) / machines / (self.machine / self.node)
+
 
 INFINIBAND = Network()
 ETHERNET = Network("one 100 Gb/s Ethernet adapter for each machine", machine=0.9 * 12.5e9)
@@ -157,10 +165,12 @@ def ddp(model: Model, gpus: int, network: Network, work: float | None = None, mi
 
 def fsdp(model: Model, gpus: int, network: Network, work: float | None = None, micro: float = 1) -> Step:
     """Weights in bfloat16, gathered part by part in the first forward pass of a step; gradients in float32, scattered
-    in its last backward pass. Otherwise as `ddp`."""
+    in its last backward pass: both within a machine. Between machines each shard of the gradients is all-reduced.
+    Otherwise as `ddp`."""
     work = model.seconds if work is None else work
-    gather = network.share_seconds(HALF * model.values / model.parts, gpus)
-    scatter = network.share_seconds(FLOAT * model.values / model.parts, gpus)
+    here, part = min(gpus, network.node), model.values / model.parts
+    gather = network.share_seconds(HALF * part, here)
+    scatter = network.share_seconds(FLOAT * part, here) + network.replicas_seconds(FLOAT * part / here, gpus)
     gathers, scatters = model.parts * gather, model.parts * scatter
     waiting = max(gather, gathers - work / 3) + max(scatter, scatters - 2 / 3 * work)
     return Step(micro * work, gathers + scatters, waiting)
@@ -187,22 +197,27 @@ def tables(rows: Sequence[Measured] = ()) -> dict[str, str]:
 
 def volume_table(found: Sequence[Model]) -> str:
     """GB that each GPU sends in a step, of so many that (n - 1) / n is about 1."""
-    columns = ("model", "values, M", "DDP: all-reduce, GB", "FSDP2: all-gather, GB", "reduce-scatter, GB", "in all, GB")
+    columns = (
+        "model", "values, M", "DDP: all-reduce, GB", "FSDP2: all-gather, GB", "reduce-scatter, GB",
+        "all-reduce between machines, GB", "in all, GB",
+    )  # fmt: skip
     rows = []
     for model in found:
         gradients, weights = FLOAT * model.values / 1e9, HALF * model.values / 1e9
-        sent = (2 * gradients, weights, gradients, weights + gradients)
+        between = 2 * gradients / INFINIBAND.node
+        sent = (2 * gradients, weights, gradients, between, weights + gradients + between)
         rows.append([model.name, f"{model.values / 1e6:.0f}", *(f"{size:.2f}" for size in sent)])
     return markdown(columns, rows)
 
 
 def memory_table(found: Sequence[Model]) -> str:
     """GiB of weights, gradients, optimizer and average on each GPU; the activations come on top. Under FSDP2 the
-    shares of them, and what is gathered of the weights."""
-    columns = ("model", "DDP, GiB", *(f"FSDP2 on {gpus}, GiB" for gpus in GPUS))
+    shares of them within a machine, and what is gathered of the weights."""
+    shared = (PAIR, INFINIBAND.node)
+    columns = ("model", "DDP, GiB", *(f"FSDP2 on machines of {gpus}, GiB" for gpus in shared))
     rows = []
     for model in found:
-        sizes = (STATE, *(STATE / gpus + HALF for gpus in GPUS))
+        sizes = (STATE, *(STATE / gpus + HALF for gpus in shared))
         rows.append([model.name, *(short(size * model.values / 2**30) for size in sizes)])
     return markdown(columns, rows)
 

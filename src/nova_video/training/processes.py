@@ -1,7 +1,8 @@
 """Who trains together: the processes of a run, what each of them has of the model, and what they agree on.
 
 accelerate reads what `accelerate launch` or torchrun put into the environment. The model is whole on each process (DDP)
-or sharded over all of them (FSDP2, torch's `fully_shard`: a few blocks at a time, on any device). Used by `trainer.py`.
+or sharded over those of a machine (FSDP2, torch's `fully_shard`: a few blocks at a time, on any device). Used by
+`trainer.py`.
 """
 
 import contextlib
@@ -33,6 +34,15 @@ CALLS_BEFORE_GRAPHS = 11
 """Steps of several processes that come first: DDP times its first ten, and what times itself cannot be recorded."""
 
 PATIENCE = timedelta(hours=2)  # with a process that samples, scores or saves while the others wait
+
+
+def sharing(count: int) -> int:
+    """How many of `count` processes share a model: those of a machine where each machine has several, else all.
+
+    Launchers put the number of a machine's processes into the environment.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    return here if here > 1 and count % here == 0 else count
 
 
 class LossModule(nn.Module):
@@ -101,11 +111,20 @@ class Processes:
         return replicated
 
     def _shard(self, module: LossModule) -> nn.Module:
-        """What is gathered of the weights stays until the last backward pass of a step: in bf16, 2 bytes a value."""
+        """What is gathered of the weights stays until the last backward pass of a step: in bf16, 2 bytes a value.
+
+        Several machines each have all shards (hybrid sharding): between them go gradients alone, of each shard.
+        """
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if self.half:
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        mesh = init_device_mesh(self.device.type, (self.count,))
+        together = sharing(self.count)
+        whole = self.count == together
+        mesh = init_device_mesh(
+            self.device.type,
+            (together,) if whole else (self.count // together, together),
+            mesh_dim_names=("shard",) if whole else ("replicate", "shard"),
+        )
         shard = partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         blocks = getattr(module.model, "_no_split_modules", None) or []
         for part in module.model.modules():

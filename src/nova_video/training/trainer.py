@@ -46,7 +46,7 @@ from nova_video.training.flops import device_peak
 from nova_video.training.graphs import CudaRecorder, StepGraphs, tensors_of
 from nova_video.training.log import Log, Looks
 from nova_video.training.pool import fill_seed
-from nova_video.training.processes import CALLS_BEFORE_GRAPHS, Processes
+from nova_video.training.processes import CALLS_BEFORE_GRAPHS, Processes, sharing
 from nova_video.training.recipe import (
     AutoencoderRecipe,
     DatasetTransformerRecipe,
@@ -450,7 +450,9 @@ def describe_devices(processes: Processes) -> str:
         name = torch.cuda.get_device_name(processes.device)
     else:
         name = f"{torch.get_num_threads()} CPU threads"
-    kind = "FSDP2" if processes.sharded else "DDP"
+    kind, together = "DDP", sharing(processes.count)
+    if processes.sharded:
+        kind = "FSDP2" if together == processes.count else f"FSDP2 in machines of {together}"
     return name if processes.count == 1 else f"{processes.count} x {name} ({kind})"
 
 

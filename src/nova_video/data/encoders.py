@@ -86,7 +86,8 @@ def given_or_named(given: str | None, place: str | Path, what: str, flag: str) -
     except InputError as error:
         if given:
             raise
-        raise InputError(f"{join(place, 'dataset.json')} names the {what}: {error}; {flag} names another") from None
+        said = f"{join(place, 'dataset.json')} names the {what}: {str(error).rstrip('.')}"
+        raise InputError(f"{said}; {flag} names another") from None
 
 
 def autoencoder_info(model: str) -> AutoencoderInfo:

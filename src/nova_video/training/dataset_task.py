@@ -9,7 +9,6 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,6 @@ from torch.nn import functional
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nova_video.data.dataset import (
-    READERS,
     Bucket,
     DatasetInfo,
     Sample,
@@ -383,18 +381,11 @@ class DatasetTask(TransformerTask):
 
     def learned_from(self) -> str:
         data = self.recipe.dataset
-
-        def rows_of(shard: Shard) -> int:
-            sources = read_columns(shard.url, ("source",))["source"]
-            return sum(not is_held_out(source, data.held_out) for source in sources)
-
         buckets = dict.fromkeys(variant.size.bucket for variant, share in zip(*self.variants(), strict=True) if share)
-        with ThreadPoolExecutor(READERS) as pool:
-            rows = {bucket.name: sum(pool.map(rows_of, self.shards[bucket])) for bucket in buckets}
+        rows = {bucket.name: sum(shard.rows for shard in self.shards[bucket]) for bucket in buckets}
         sizes = ", ".join(f"{count} of {name}" for name, count in rows.items())
-        return (
-            f"{sum(rows.values())} samples of `{data.path}` that were not held out ({sizes}: frames x height x width)"
-        )
+        held_out = f", but for {100 * data.held_out:g}% of their sources" if data.held_out else ""
+        return f"{sum(rows.values())} samples of `{data.path}` ({sizes}: frames x height x width){held_out}"
 
     def export(self, model: NOVATransformer3DModel, folder: Path) -> None:
         if self.text_name is None or self.recipe.lora.rank:

@@ -94,9 +94,7 @@ def train(recipe: Recipe) -> Path:
         log.say(f"{progress.micro_batches} micro batches a step have become {micro_batches}: the data start anew")
     started = time.monotonic()
     task.prepare(progress.step)
-    with StopSignal(
-        processes.is_main
-    ) as stop:  # from before there are processes that read, which do not end well half made
+    with StopSignal(processes.is_main) as stop:  # from before there are readers, which do not end well half made
         task.open_data(own, micro_batches, progress.data if progress.micro_batches == micro_batches else {})
         log.say(f"samples ready after {time.monotonic() - started:.1f} s")
         processes.wait()  # all have compared the recipe before, and can train with this one

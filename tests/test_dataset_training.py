@@ -283,7 +283,10 @@ def test_the_card_tells_of_its_own_run(recipe: DatasetTransformerRecipe, dataset
     names = [line.split(" | ")[0] for line in card.split("## Numbers")[1].splitlines() if line.count("|") == 3]
     assert names[2:] == ["| loss", "| loss t2i", "| loss i2i", "| held out loss", "| held out loss wrong caption"]
     said = f"8 of {SMALL.name}, 12 of {CLIPS.name}, 10 of {PICTURES.name}: frames x height x width"
-    assert f"Learned from 30 samples of `{dataset}` ({said}), but for 20% of their sources." in card
+    places = ((SMALL, 8), (CLIPS, 12), (PICTURES, 10))
+    out = sum(is_held_out(f"clips/{at.name}-{i}.mp4", 0.2) for at, count in places for i in range(count))
+    assert out
+    assert f"Learned from 30 samples of `{dataset}` ({said}), but for {out}, which were held out." in card
     alone = DatasetTask(replace(recipe, dataset=replace(recipe.dataset, image_share=0.0)), CPU).learned_from()
     assert PICTURES.name not in alone
 
@@ -408,6 +411,9 @@ def test_adapters_are_trained_saved_and_loaded(recipe: DatasetTransformerRecipe,
         train(replace(recipe, init="", scheduler="flow"))
     with pytest.raises(InputError, match=r"lora.alpha is 8.0, and .* was begun with 4.0: expected the same"):
         train(replace(recipe, lora=LoraRecipe(rank=2, alpha=8.0), steps=7))
+    for rank in (0, 4):
+        with pytest.raises(InputError, match=f"lora.rank is {rank}, and .* was begun with 2: expected the same"):
+            train(replace(recipe, lora=LoraRecipe(rank=rank, alpha=4.0 if rank else 0.0), steps=7))
     with pytest.raises(InputError, match="lora.rank is 2: expected no frozen"):
         replace(recipe, frozen=("text_embed",))
     with pytest.raises(InputError, match="lora.targets are given and lora.rank is 0"):
@@ -689,9 +695,22 @@ def test_an_interrupt_while_readers_start_only_asks(
         opened(self, *how)
 
     monkeypatch.setattr(DatasetTask, "open_data", interrupted)
-    folder = train(replace(recipe, log=replace(recipe.log, checkpoint_every=100)))
-    assert (folder / "transformer").is_dir()
+    with pytest.raises(KeyboardInterrupt, match="^stopped at step 1 "):
+        train(replace(recipe, log=replace(recipe.log, checkpoint_every=100)))
+    assert (Path(recipe.output) / "model" / "transformer").is_dir()
     assert newest_checkpoint(Path(recipe.output) / "checkpoints").name == "step-00000001.safetensors"
+
+
+@pytest.mark.parametrize("share", [0.2, 0.01])
+def test_what_is_validated_on(share: float, recipe: DatasetTransformerRecipe, caplog: pytest.LogCaptureFixture) -> None:
+    """Clips of the first size of which two with different captions are held out; that there are none is said once."""
+    recipe = replace(recipe, dataset=replace(recipe.dataset, held_out=share), log=replace(recipe.log, validate_every=2))
+    task = DatasetTask(recipe, CPU)
+    assert len({(sample.bucket, sample.source) for sample in task.held_out}) == len(task.held_out)
+    assert len({sample.bucket for sample in task.held_out}) == (share == 0.2)
+    train(recipe)
+    assert len(logged(recipe, "held_out_loss")) == (3 if share == 0.2 else 0)
+    assert caplog.text.count("nothing to validate on: too few of 30 sources are held out") == (share != 0.2)
 
 
 def test_what_goes_wrong_in_a_worker_is_one_line(

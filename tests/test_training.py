@@ -353,11 +353,10 @@ def lines_of(recipe: TransformerRecipe) -> list[dict[str, float]]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
 
 
-def test_checkpoints_are_logged_at(transformer_recipe: TransformerRecipe) -> None:
-    """So that means are of the same steps, wherever a run goes on from."""
+def test_means_are_of_the_same_steps_wherever_a_run_goes_on_from(transformer_recipe: TransformerRecipe) -> None:
     recipe = replace(transformer_recipe, log=replace(LOG, every=4, keep=3))
     train(recipe)
-    assert [line["step"] for line in lines_of(recipe)] == [2, 4, 6]
+    assert [line["step"] for line in lines_of(recipe)] == [4, 6]
     before = lines_of(recipe)
     for path in sorted((Path(recipe.output) / "checkpoints").glob("*"))[1:]:
         path.unlink()
@@ -394,7 +393,7 @@ def test_a_run_that_is_asked_to_stop_looks_later(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    recipe = replace(transformer_recipe, log=replace(LOG, validate_every=2, sample_every=3))
+    recipe = replace(transformer_recipe, log=replace(LOG, validate_every=2, sample_every=3, checkpoint_every=0))
     train(recipe)
     stopped = replace(recipe, output=str(tmp_path / "stopped"))
     draw = WorldTask.draw
@@ -408,7 +407,8 @@ def test_a_run_that_is_asked_to_stop_looks_later(
 
     with monkeypatch.context() as patched:
         patched.setattr(WorldTask, "draw", stop)
-        train(stopped)
+        with pytest.raises(KeyboardInterrupt, match="^stopped at step 3 after .* s, all saved: the same"):
+            train(stopped)
     said = capfd.readouterr()
     assert "asked to stop: the run ends after a step" in said.err
     assert "stopped at step 3" in said.out
@@ -418,9 +418,8 @@ def test_a_run_that_is_asked_to_stop_looks_later(
     for each in (recipe, stopped):
         sheets = sorted((Path(each.output) / "sheets").iterdir())
         assert [path.name for path in sheets] == ["step-00000003.png", "step-00000006.png"]
-    held_out = [[line for line in lines_of(each) if "held_out_loss" in line] for each in (recipe, stopped)]
-    assert held_out[0] == held_out[1]
-    assert [line["step"] for line in held_out[0]] == [2, 4, 6]
+    assert lines_of(stopped) == lines_of(recipe)
+    assert [line["step"] for line in lines_of(recipe) if "held_out_loss" in line] == [2, 4, 6]
 
 
 def test_rates_are_those_of_steps(transformer_recipe: TransformerRecipe, monkeypatch: pytest.MonkeyPatch) -> None:

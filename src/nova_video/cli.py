@@ -81,7 +81,7 @@ def run_train(args: Train) -> None:
     from nova_video.training.trainer import train
 
     folder = train(recipe)
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if _speaks():
         print(folder)
 
 
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[type(command)](command)
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        return _complain(str(stop) or "interrupted", INTERRUPTED)
+        return _complain(str(stop) or "interrupted", INTERRUPTED) if _speaks() else INTERRUPTED
     except InputError as error:
         return _complain(str(error))
     except ModuleNotFoundError as error:
@@ -143,6 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _complain(f"the device is out of memory: ask for fewer frames or a smaller size ({error})")
     return 0
+
+
+def _speaks() -> bool:
+    """Of several processes one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _complain(message: str, code: int = BAD_INPUT) -> int:

@@ -1,9 +1,12 @@
 """Two or four processes (gloo) train as one does: DDP and FSDP2, and a run goes on with another number of them."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +156,27 @@ def test_two_processes_train_adapters_as_one_does(recipe: DatasetTransformerReci
     launch(two, TORCHRUN)
     check_same(one, two)
     assert (Path(two.output) / "model" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_processes_stop_together_soon(recipe: DatasetTransformerRecipe) -> None:
+    """Long before they would log: who started them waits for half a minute."""
+    long = replace(recipe, steps=100_000, output=f"{recipe.output}-long")
+    long = replace(long, log=replace(recipe.log, every=10_000, checkpoint_every=10_000))
+    path = Path(long.output + ".toml")
+    path.write_text(recipe_toml(long))
+    command = [sys.executable, "-m", *TORCHRUN, "-m", "nova_video", "train", str(path)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in run.stdout or ():
+        if "samples ready" in line:
+            break
+    time.sleep(5)
+    os.killpg(run.pid, signal.SIGINT)
+    said = "".join(run.communicate(timeout=60))
+    assert run.returncode
+    assert said.count("all saved: the same command goes on") == 1
+    newest = newest_checkpoint(Path(long.output) / "checkpoints")
+    assert newest is not None
+    assert newest.stem < "step-00010000"
 
 
 def test_a_run_goes_on_with_another_number_of_processes(alone: DatasetTransformerRecipe) -> None:

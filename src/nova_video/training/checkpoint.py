@@ -33,6 +33,8 @@ class Progress:
     """Of every step so far."""
     data: dict[str, Any] = field(default_factory=dict)
     """Place in the data (JSON), of each micro batch."""
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Of each number that is logged as a mean, the sum and the count since it was logged last."""
 
 
 class Average:

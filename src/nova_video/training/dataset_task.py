@@ -229,6 +229,9 @@ class DatasetTask(TransformerTask):
         data, own = self.recipe.dataset, list(micro)
         if count > 1:
             self.learned = self._learned(data, count)
+        if self.recipe.log.validate_every and 0 in own and not self.held_out:
+            lacking = "nothing to validate on: too few of %d sources are held out, by dataset.held_out"
+            log.warning(lacking, len({row.source for row in self.probe}))
         how, before = self._how_read(), places.get("how") or {}
         if places and (differs := [name for name in how if how[name] != before.get(name)]):
             said = [f"{name} is {how[name]}, it was {before.get(name)}" for name in differs if name != "shards"]
@@ -323,10 +326,12 @@ class DatasetTask(TransformerTask):
 
     @cached_property
     def held_out(self) -> list[Sample]:
-        """Of the rows that were looked through, those of one size whose sources are not trained on."""
+        """Of the rows that were looked through, those of the first size that has two captions whose sources are not
+        trained on."""
         share = self.recipe.dataset.held_out
-        found = [row for row in self.probe if is_held_out(row.source, share)]
-        found = [row for row in found if row.bucket == found[0].bucket][:HELD_OUT]
+        rows = [row for row in self.probe if is_held_out(row.source, share)]
+        sizes = [[row for row in rows if row.bucket == bucket] for bucket in dict.fromkeys(row.bucket for row in rows)]
+        found = next((size for size in sizes if len({row.caption for row in size}) > 1), [])[:HELD_OUT]
         by_shard = itertools.groupby(found, lambda row: row.url)
         return [sample for url, rows in by_shard for sample in read_rows(url, [row.number for row in rows])]
 
@@ -337,8 +342,7 @@ class DatasetTask(TransformerTask):
         The distance between them is what the model knows of the prompt.
         """
         samples = self.held_out
-        if len({sample.caption for sample in samples}) < 2:
-            log.warning("nothing to validate on: expected more sources, or a larger dataset.held_out")
+        if not samples:
             return {}
         generator = torch.Generator(self.device).manual_seed(self.seed)
         told_whole = torch.zeros(len(samples), dtype=torch.bool)
@@ -384,7 +388,10 @@ class DatasetTask(TransformerTask):
         buckets = dict.fromkeys(variant.size.bucket for variant, share in zip(*self.variants(), strict=True) if share)
         rows = {bucket.name: sum(shard.rows for shard in self.shards[bucket]) for bucket in buckets}
         sizes = ", ".join(f"{count} of {name}" for name, count in rows.items())
-        held_out = f", but for {100 * data.held_out:g}% of their sources" if data.held_out else ""
+        held_out = f", but for about {100 * data.held_out:g}%, which were held out" if data.held_out else ""
+        if len(self.probe) < PROBED:  # all are known
+            out = sum(is_held_out(row.source, data.held_out) for row in self.probe if row.bucket in buckets)
+            held_out = f", but for {out}, which were held out" if out else ""
         return f"{sum(rows.values())} samples of `{data.path}` ({sizes}: frames x height x width){held_out}"
 
     def export(self, model: NOVATransformer3DModel, folder: Path) -> None:

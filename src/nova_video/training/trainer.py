@@ -60,12 +60,16 @@ from nova_video.training.recipe import (
 from nova_video.training.task import LossParts, Task
 
 BAD_STEPS = 10  # in a row, which end a run
+PATIENCE = 2.0  # seconds, about, between which several processes agree on whether to stop
 
 AnyTask = Task[Any, Any, Any]
 
 
 def train(recipe: Recipe) -> Path:
-    """Train to the end and return the folder of the exported model. Goes on from the output's newest checkpoint."""
+    """Train to the end and return the folder of the exported model. Goes on from the output's newest checkpoint.
+
+    Raises KeyboardInterrupt when it was asked to stop by SIGINT or SIGTERM, with a checkpoint and the model written.
+    """
     processes = Processes(recipe)
     log = Log(recipe, processes.is_main)
     output = Path(recipe.output)
@@ -80,9 +84,11 @@ def train(recipe: Recipe) -> Path:
     newest = newest_checkpoint(output / "checkpoints")
     progress = Progress(micro_batches=0)
     if newest is not None:
-        progress = load_checkpoint(newest, task.model, average, optimizer)
-        log.say(f"going on from {newest} at step {progress.step}")
+        log.say(f"going on from {newest}")
         compare_recipes(output / "recipe.toml", recipe, log)
+        progress = load_checkpoint(newest, task.model, average, optimizer)
+        if progress.step > recipe.steps:
+            log.say(f"the run is at step {progress.step} already: nothing is left of {recipe.steps} steps")
     elif (output / "model" / CARD).exists():
         raise InputError(f"{output} has a finished model and no checkpoint to go on from: expected another output")
     log.start(progress.step)
@@ -102,6 +108,7 @@ def train(recipe: Recipe) -> Path:
             with atomic_path(output / "recipe.toml") as aside:
                 aside.write_text(recipe_toml(recipe))
         stepper = Stepper(task, module, optimizer, average, recipe, processes, own)
+        stepper.go_on(progress.sums)
         variants, shares = task.variants()
         flops, samples = cache(task.flops), cache(task.samples)
         peak = device_peak(torch.cuda.get_device_name(), torch.bfloat16) if task.on_gpu else None
@@ -109,14 +116,15 @@ def train(recipe: Recipe) -> Path:
         step, spent = progress.step, progress.seconds
         clock = time.monotonic() - spent
         since = Work(step, spent)
+        met, meet = (step, spent), step + 1  # when all processes have agreed on the time, and will do so next
 
         def done() -> float:
             return max(step / recipe.steps, spent / recipe.seconds if recipe.seconds else 0.0)
 
-        last, stopped = done() >= 1, False
+        finished, stopped = done() >= 1, False
 
         def due(every: int) -> bool:
-            return bool(every) and (last or step % every == 0)
+            return bool(every) and (finished or step % every == 0)
 
         def looks_due() -> Looks:
             return Looks(due(recipe.log.validate_every), due(recipe.log.sample_every), due(recipe.log.score_every))
@@ -129,42 +137,43 @@ def train(recipe: Recipe) -> Path:
 
         def save() -> None:
             tensors, places = gather_state(task.model, average, optimizer), processes.gather(task.places())
+            sums = stepper.so_far()
             if processes.is_main:
-                now = Progress(step, spent, micro_batches, places)
+                now = Progress(step, spent, micro_batches, places, sums)
                 save_checkpoint(output / "checkpoints", now, tensors, recipe.log.keep)
 
         if newest is not None and any(missed := processes.greatest(*log.missed(looks_due()))):
             look_at(Looks(*map(bool, missed)))
-        while not last:
+        while not (finished or stopped):
             rate = learning_rate(recipe.optimizer, step, done())
             set_rate(optimizer, rate)
             variant = random.Random(f"{recipe.seed}-{step}").choices(variants, shares)[0]
             try:
                 stepper.step(step, variant)
             except InputError:  # of the data, of which nothing was learned yet
-                if processes.count == 1 and step > progress.step and recipe.log.checkpoint_every:
+                if processes.count == 1 and step > progress.step:
                     save()  # alone: others may wait for this process elsewhere
                 raise
             step += 1
             since.flops += flops(variant) * micro_batches
             since.samples += samples(variant) * micro_batches
-            if processes.count == 1 or step % max(1, recipe.log.every) == 0:  # time and wish to stop are agreed on
+            if processes.count == 1 or step >= meet:  # time and wish to stop are agreed on
                 spent, asked = processes.greatest(time.monotonic() - clock, stop.asked)
                 stopped = bool(asked)
-            last = done() >= 1 or stopped
-            saves = due(recipe.log.checkpoint_every)
-            logs = due(recipe.log.every) or (saves and bool(recipe.log.every))  # a run that goes on has no other means
-            if logs:
+                a_step = (spent - met[1]) / (step - met[0])
+                met, meet = (step, spent), step + max(1, int(PATIENCE / max(a_step, 1e-6)))
+            finished = done() >= 1
+            if due(recipe.log.every):
                 numbers = stepper.numbers()  # waits for the device
                 spent = processes.greatest(time.monotonic() - clock)[0]
                 numbers |= {"lr": rate}
                 numbers |= since.rates(step, spent, None if peak is None else peak * processes.count)
                 since = Work(step, spent)
                 log.write(step, spent, numbers)
-            if processes.count == 1 or logs:  # several see it at the same step
+            if processes.count == 1 or due(recipe.log.every):  # several see it at the same step
                 stepper.check(step, output)
             paused = time.monotonic()
-            if saves:  # before anything is looked at, which may fail or take long
+            if due(recipe.log.checkpoint_every) or stopped:  # before it is looked at, which may fail or take long
                 save()
             if any(looks := looks_due()) and not stopped:
                 look_at(looks)
@@ -179,9 +188,12 @@ def train(recipe: Recipe) -> Path:
             (model_folder / "recipe.toml").write_text(recipe_toml(recipe))
             ended = Progress(step, spent, micro_batches)
             write_card(model_folder, task, describe_devices(processes), ended, log.newest)
-    log.say(f"{'stopped' if stopped else 'finished'} at step {step} after {spent:.0f} s: {model_folder}")
+    ended_how = f"{'stopped' if stopped else 'finished'} at step {step} after {spent:.0f} s"
+    log.say(f"{ended_how}: {model_folder}")
     log.finish()
     processes.wait()
+    if stopped:  # whoever waits for a model is told that this is not the last one
+        raise KeyboardInterrupt(f"{ended_how}, all saved: the same command goes on")
     return model_folder
 
 
@@ -192,9 +204,9 @@ def compare_recipes(path: Path, recipe: Recipe, log: Log) -> None:
     except InputError as error:  # of another version, or gone
         log.say(f"what has changed in the recipe is not known: {error}")
         return
-    needed: tuple[str, ...] = ()  # where checkpoints hold some of the weights alone
+    needed: tuple[str, ...] = ("lora.rank",)
     if isinstance(recipe, TransformerRun) and (recipe.lora.rank or recipe.frozen):
-        needed = ("init", "lora.alpha")
+        needed += ("init", "lora.alpha")  # where checkpoints hold some of the weights alone
         if set(changed.get("lora.alpha", ())) == {0, recipe.lora.rank}:  # which mean the same
             del changed["lora.alpha"]
     for key, (was, now) in changed.items():
@@ -386,6 +398,18 @@ class Stepper:
         self.bad[0] = 0
         return means | ({"skipped_steps": float(skipped)} if skipped else {})
 
+    def so_far(self) -> dict[str, tuple[float, float]]:
+        """What the next numbers are the means of: sums and counts, over all processes."""
+        sums = self.sums.clone()
+        self.processes.add_up(sums)
+        return {name: (total, count) for name, (total, count) in zip(self.names, sums.tolist(), strict=True) if count}
+
+    def go_on(self, sums: dict[str, tuple[float, float]]) -> None:
+        """From what was `so_far` when the run was interrupted."""
+        if self.processes.is_main:  # they are of all processes
+            for row, name in enumerate(self.names):
+                self.sums[row] = torch.tensor(sums.get(name, (0.0, 0.0)), dtype=self.sums.dtype)
+
     def check(self, step: int, output: Path) -> None:
         """Stop a run whose last ten steps were skipped, with the newest batch saved.
 
@@ -458,6 +482,7 @@ class StopSignal:
     """Turns the first SIGINT or SIGTERM into a wish to stop after the current step, with everything saved."""
 
     def __init__(self, says: bool = True) -> None:
+        """`says`: this is the process that does."""
         self.asked, self.says = False, says
 
     def __enter__(self) -> "StopSignal":

@@ -356,7 +356,7 @@ class DatasetTransformerRecipe(TransformerRun):
     autoencoder: str = ""
     """Checkpoint whose autoencoder encoded the dataset; empty: the one that the dataset names."""
     text_encoder: str = ""
-    """Empty: the one of `init`, or that the dataset names."""
+    """Empty: the one that the dataset names, else that of `init`."""
     scheduler: Literal["flow", "ddpm", "init"] = "init"
     dataset: DatasetRecipe = field(default_factory=DatasetRecipe)
 

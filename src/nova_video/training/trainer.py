@@ -60,7 +60,7 @@ from nova_video.training.recipe import (
 from nova_video.training.task import LossParts, Task
 
 BAD_STEPS = 10  # in a row, which end a run
-PATIENCE = 2.0  # seconds, about, between which several processes agree on whether to stop
+AGREE_EVERY = 2.0  # seconds, about: several processes agree on the time and on whether to stop
 
 AnyTask = Task[Any, Any, Any]
 
@@ -161,7 +161,7 @@ def train(recipe: Recipe) -> Path:
                 spent, asked = processes.greatest(time.monotonic() - clock, stop.asked)
                 stopped = bool(asked)
                 a_step = (spent - met[1]) / (step - met[0])
-                met, meet = (step, spent), step + max(1, int(PATIENCE / max(a_step, 1e-6)))
+                met, meet = (step, spent), step + max(1, int(AGREE_EVERY / max(a_step, 1e-6)))
             finished = done() >= 1
             if due(recipe.log.every):
                 numbers = stepper.numbers()  # waits for the device

@@ -36,7 +36,7 @@ from nova_video.training.graphs import StepGraphs
 from nova_video.training.log import Log
 from nova_video.training.loss import Losses, NoiseTable, draw
 from nova_video.training.pool import Pool, Rows, fill_seed
-from nova_video.training.processes import sharing
+from nova_video.training.processes import model_shards
 from nova_video.training.recipe import (
     AutoencoderRecipe,
     DataRecipe,
@@ -308,10 +308,10 @@ def test_learning_rate_warms_up_and_falls() -> None:
 def test_processes_of_a_machine_share_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them where a machine has one alone, or no launcher has said what it has."""
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert sharing(16) == 16
+    assert model_shards(16) == 16
     for here, together in (("8", 8), ("16", 16), ("1", 16), ("5", 16)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-        assert sharing(16) == together
+        assert model_shards(16) == together
 
 
 def test_only_matrices_decay() -> None:

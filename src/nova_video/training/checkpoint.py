@@ -100,7 +100,7 @@ def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, Tensor]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, part, {"progress": json.dumps(asdict(progress))})
-            share(part)
+            make_readable(part)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -109,7 +109,7 @@ def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, Tensor]
     return path
 
 
-def share(path: Path) -> None:
+def make_readable(path: Path) -> None:
     """Let others read it as they may read new files: safetensors makes its own for their owner alone."""
     mask = os.umask(0)
     os.umask(mask)

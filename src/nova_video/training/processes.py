@@ -36,8 +36,8 @@ CALLS_BEFORE_GRAPHS = 11
 PATIENCE = timedelta(hours=2)  # with a process that samples, scores or saves while the others wait
 
 
-def sharing(count: int) -> int:
-    """How many of `count` processes share a model: those of a machine where each machine has several, else all.
+def model_shards(count: int) -> int:
+    """Over how many of `count` processes a model is sharded: those of a machine where each has several, else all.
 
     Launchers put the number of a machine's processes into the environment.
     """
@@ -118,7 +118,7 @@ class Processes:
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if self.half:
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        together = sharing(self.count)
+        together = model_shards(self.count)
         whole = self.count == together
         mesh = init_device_mesh(
             self.device.type,

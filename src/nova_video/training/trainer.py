@@ -36,9 +36,9 @@ from nova_video.training.checkpoint import (
     Progress,
     gather_state,
     load_checkpoint,
+    make_readable,
     newest_checkpoint,
     save_checkpoint,
-    share,
     whole,
     writing,
 )
@@ -46,7 +46,7 @@ from nova_video.training.flops import device_peak
 from nova_video.training.graphs import CudaRecorder, StepGraphs, tensors_of
 from nova_video.training.log import Log, Looks
 from nova_video.training.pool import fill_seed
-from nova_video.training.processes import CALLS_BEFORE_GRAPHS, Processes, sharing
+from nova_video.training.processes import CALLS_BEFORE_GRAPHS, Processes, model_shards
 from nova_video.training.recipe import (
     AutoencoderRecipe,
     DatasetTransformerRecipe,
@@ -278,7 +278,7 @@ def export(task: AnyTask, model: nn.Module, folder: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
             task.export(model, part)
             for path in part.rglob("*.safetensors"):
-                share(path)
+                make_readable(path)
             move_into(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -472,7 +472,7 @@ def describe_devices(processes: Processes) -> str:
         name = torch.cuda.get_device_name(processes.device)
     else:
         name = f"{torch.get_num_threads()} CPU threads"
-    kind, together = "DDP", sharing(processes.count)
+    kind, together = "DDP", model_shards(processes.count)
     if processes.sharded:
         kind = "FSDP2" if together == processes.count else f"FSDP2 in machines of {together}"
     return name if processes.count == 1 else f"{processes.count} x {name} ({kind})"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import nova_video.model
+from nova_video.model.denoiser import DenoiserBlock
 from nova_video.model.norm import norm_of
 
 INTERPRETED = """
@@ -90,12 +91,61 @@ def test_gradients_come_from_the_kernel(half: bool, frozen: tuple[str, ...], mon
                 assert (ours - theirs).norm() <= (1e-2 if half else 1e-5) * theirs.norm()
 
 
+def denoiser_gradients(block: DenoiserBlock, compiled: bool, half: bool, shape: tuple[int, ...]) -> list[Tensor]:
+    """Of a block's output, by what it is given and by its weights."""
+    device = block.norm2.weight.device
+    torch.manual_seed(1)
+    leaves = [torch.randn(shape, device=device, requires_grad=True) for _ in range(2)]
+    given = torch.randn(shape, device=device)
+    block.zero_grad()
+    call = torch.compile(
+        block, backend="inductor" if device.type == "cuda" else "aot_eager", fullgraph=True, dynamic=True
+    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        x, active = (leaf.to(torch.bfloat16) if half else leaf for leaf in leaves)
+        out = (call if compiled else block)(x, None, active)
+    out.backward(given.to(out.dtype))
+    found = [out.float(), *(leaf.grad for leaf in leaves), *(weight.grad for weight in block.parameters())]
+    assert all(isinstance(value, Tensor) for value in found)
+    return found  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_gradients_of_the_denoiser(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By our formulas, in compiled blocks, as by autograd."""
+    monkeypatch.setattr("nova_video.model.norm.takes_kernels", lambda x: torch.compiler.is_compiling())
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    block = DenoiserBlock(32)
+    for weight in block.parameters():
+        nn.init.normal_(weight, std=0.3)
+    for shape in ((2, 7, 32), (3, 5, 32)):
+        exact = denoiser_gradients(block, False, False, shape)
+        ours, theirs = (denoiser_gradients(block, compiled, half, shape) for compiled in (True, False))
+        for by_us, by_torch, right in zip(ours, theirs, exact, strict=True):
+            assert by_us.dtype == by_torch.dtype
+            off, allowed = (by_us - right).norm(), (by_torch - right).norm()
+            assert off <= (1.2 * allowed + 1e-3 * right.norm() if half else 1e-5 * right.norm())
+
+
 def test_elsewhere_it_is_torch_s() -> None:
     x, linear, norm = torch.randn(5, 7), nn.Linear(7, 9), nn.LayerNorm(9)
     torch.compiler.reset()
     compiled = torch.compile(norm_of, backend="eager", fullgraph=True)
     assert torch.equal(norm_of(norm, linear, x), norm(linear(x)))
     assert torch.equal(compiled(norm, linear, x), norm(linear(x)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_gradients_of_the_denoiser() -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    block = DenoiserBlock(1024).cuda()
+    for shape in ((2, 700, 1024), (3, 43, 1024)):
+        exact = denoiser_gradients(block, False, False, shape)
+        ours, theirs = (denoiser_gradients(block, compiled, True, shape) for compiled in (True, False))
+        for by_us, by_torch, right in zip(ours, theirs, exact, strict=True):
+            assert (by_us - right).norm() <= 1.2 * (by_torch - right).norm() + 1e-3 * right.norm()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

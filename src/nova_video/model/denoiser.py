@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nova_video.model.embeddings import timestep_frequencies
+from nova_video.model.norm import add_gated, modulate
 from nova_video.model.patches import PatchEmbed
 
 
@@ -52,13 +52,11 @@ class AdaLayerNorm(nn.Module):
         super().__init__()
         self.chunks = chunks
         self.proj = nn.Linear(width, chunks * width)
-        self.width = width
 
     def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (B, S, width) and its modulation -> normalised x, and the gate or None."""
         scale, shift, *gate = modulation.chunk(self.chunks, dim=-1)
-        out = torch.addcmul(shift, functional.layer_norm(x, (self.width,), eps=1e-6), 1 + scale)
-        return out.to(x.dtype), gate[0] if gate else None  # under autocast norms are float32
+        return modulate(x, scale, shift, 1e-6), gate[0] if gate else None
 
 
 class DenoiserBlock(nn.Module):
@@ -74,7 +72,7 @@ class DenoiserBlock(nn.Module):
             modulation = self.norm1.proj(active)
         y, gate = self.norm1(x, modulation)
         assert gate is not None
-        return torch.addcmul(x, gate, self.norm2(self.proj(y)).to(x.dtype))
+        return add_gated(x, gate, self.norm2, self.proj(y))
 
 
 class Denoiser(nn.Module):

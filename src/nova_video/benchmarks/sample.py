@@ -10,9 +10,9 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from nova_video.devices import choose_device, choose_dtype
 from nova_video.errors import InputError
 from nova_video.generation import FrameReady, Generation, LatentPreview
 from nova_video.loading import load_scheduler, outline_component, resolve_checkpoint
-from nova_video.model import NOVATransformer3DModel
+from nova_video.model import NOVATransformer3DModel, flash
 from nova_video.pipeline import NovaPipeline
 from nova_video.request import GenerateRequest
 from nova_video.sampling.shortcuts import PRESETS
@@ -327,7 +327,7 @@ def versions() -> dict[str, str]:
     }
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
-    with suppress(PackageNotFoundError):
+    if torch.cuda.is_available() and flash.loads(torch.device("cuda")):
         found["flash-attn-4"] = version("flash-attn-4")
     return found
 

@@ -24,7 +24,7 @@ PAIR = 2  # also GPUs, of one machine
 MFU = 0.45  # where no step is recorded
 FLOAT, HALF = 4, 2  # bytes
 STATE = 5 * FLOAT  # bytes of a value: weight, gradient, AdamW's two moments, averaged weight
-BUCKET = 25 * 2**20  # bytes of gradients that DDP sends together (torch's bucket_cap_mb)
+BUCKET = 25 * 2**20  # bytes of gradients that DDP sends together between machines, and last within one
 SHORT_LEN = 32  # tokens of the caption's first sentence
 PAPER = {name: 384 if size.num_frames > 1 else 1024 for name, size in SIZES.items()}  # samples of a step
 

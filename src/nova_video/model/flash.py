@@ -29,11 +29,12 @@ allowed = True
 @torch.compiler.assume_constant_result
 def installed(device: torch.device) -> bool:
     """Whether the package is there, has kernels for this GPU and may be taken."""
-    return allowed and _installed(device)
+    return allowed and loads(device)
 
 
 @cache
-def _installed(device: torch.device) -> bool:
+def loads(device: torch.device) -> bool:
+    """Whether the package is there and has kernels for this GPU."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(device)[0] not in CAPABILITIES:
         return False
     try:

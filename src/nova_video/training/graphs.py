@@ -63,10 +63,9 @@ class CudaRecorder:
     memory, cuBLAS's workspace) serves all calls; and backward passes in its own thread, whose memory is of the pool.
     """
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
-        """`stream`: that to record from, if there is one that modules were made on."""
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = stream or torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.MemPool()
         self._recorded = False
 
@@ -123,11 +122,10 @@ class StepGraphs:
     reads nothing else that changes but tensors that stay where they are.
     """
 
-    def __init__(self, recorder: Recorder, agree: Callable[[bool], bool] | None = None, calls: int = 1) -> None:
+    def __init__(self, recorder: Recorder, agree: Callable[[bool], bool] | None = None) -> None:
         """`agree` tells whether something holds for all processes, where several take a step together: they record the
-        same steps. So many `calls` come before the first recording."""
+        same steps."""
         self.recorder, self.agree = recorder, agree
-        self.calls = calls
         self.recording = True
         """Whether more are recorded: others are called every time."""
         self._inputs: dict[Hashable, Any] = {}  # by layout: the batch that steps read
@@ -149,7 +147,7 @@ class StepGraphs:
         for name, value in tensors_of(given).items():
             value.copy_(tensors[name])  # in the order of the stream: after the step before
         key, call = (variant, layout), partial(work, given)
-        if key in self._called and key not in self._replays and self.recording and self.calls <= 0:
+        if key in self._called and key not in self._replays and self.recording:
             self._record(key, call)
         if key in self._replays:
             self._replays[key]()
@@ -158,7 +156,6 @@ class StepGraphs:
             if self._replays and not self._all(not stays):
                 self._replays.clear()
             self._called.add(key)
-            self.calls -= 1
 
     def release(self) -> None:
         """Let go of the recordings, and of the memory for steps: all are recorded anew when they come up again."""

@@ -1,8 +1,8 @@
 """Who trains together: the processes of a run, what each of them has of the model, and what they agree on.
 
-accelerate reads what `accelerate launch` or torchrun put into the environment. The model is whole on each process (DDP)
-or sharded over those of a machine (FSDP2, torch's `fully_shard`: a few blocks at a time, on any device). Used by
-`trainer.py`.
+accelerate reads what `accelerate launch` or torchrun put into the environment. The model is whole on each process (DDP,
+distributed data parallel) or sharded over those of a machine (FSDP2, torch's `fully_shard`: a few blocks at a time, on
+any device). Used by `trainer.py`.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from nova_video.devices import choose_device
 from nova_video.errors import InputError
@@ -30,8 +29,13 @@ BLOCKS_TOGETHER = 4
 """Under FSDP2: their weights are gathered, and their gradients scattered, with one call. Large messages use more of a
 network; and each call takes processor time, where steps are not CUDA graphs."""
 
-CALLS_BEFORE_GRAPHS = 11
-"""Steps of several processes that come first: DDP times its first ten, and what times itself cannot be recorded."""
+TOGETHER = 25 * 2**20
+"""Bytes of gradients that DDP sends with one call, at least."""
+
+SHARE = 2
+"""Between GPUs of one machine DDP sends the first part of what is to come, so large, with one call: sending takes less
+than computing there, but products, which are made for all multiprocessors, take up to twice as long beside it. Between
+machines sending can take longer than computing, and begins as soon as it can."""
 
 PATIENCE = timedelta(hours=2)  # with a process that samples, scores or saves while the others wait
 
@@ -57,6 +61,62 @@ class LossModule(nn.Module):
         return self.task.loss(variant, batch)
 
 
+class Replicated(nn.Module):
+    """A module that each process has whole (DDP): gradients are averaged over all while a backward pass goes on.
+
+    They are sent from where they are. torch's DistributedDataParallel copies each to a place it has for them, which it
+    sends from in parts of one size, and needs to find out which weights a step leaves out: here all processes take
+    steps of one kind, which leave out the same.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, share: float) -> None:
+        """Gradients are sent once they are this `share` of what is not sent yet, and `TOGETHER`."""
+        super().__init__()
+        self.module, self.share = module, share
+        self.sends = True
+        """Whether the next backward pass sends: the last one of a step."""
+        self.averages = device.type == "cuda"  # NCCL does, gloo sums
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.total = self.left = sum(parameter.nbytes for parameter in trained)  # bytes, and those that are not sent
+        self.ready = 0  # bytes that wait
+        self.waiting: list[Tensor] = []
+        self.sent: list[Tensor] = []
+        self.calls: list[Any] = []
+        for value in module.state_dict().values():
+            dist.broadcast(value, 0)
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(self._ready)
+
+    def forward(self, *given: Any) -> Any:
+        return self.module(*given)
+
+    def _ready(self, parameter: Tensor) -> None:
+        if self.sends and parameter.grad is not None:
+            self.waiting.append(parameter.grad)
+            self.ready += parameter.grad.nbytes
+            if self.ready >= max(TOGETHER, self.share * self.left):
+                self._send()
+
+    def _send(self) -> None:
+        how: Any = dist.AllreduceCoalescedOptions()
+        how.reduceOp = dist.ReduceOp.AVG if self.averages else dist.ReduceOp.SUM
+        group: Any = dist.group.WORLD
+        self.calls.append(group.allreduce_coalesced(self.waiting, how))
+        self.sent += self.waiting
+        self.left -= self.ready
+        self.waiting, self.ready = [], 0
+
+    def finish(self) -> None:
+        """After the backward pass: all gradients are averages."""
+        if self.waiting:
+            self._send()
+        for call in self.calls:
+            call.wait()
+        if not self.averages:
+            torch._foreach_div_(self.sent, dist.get_world_size())
+        self.calls, self.sent, self.left = [], [], self.total
+
+
 class Processes:
     """This process among those of the run; a run of one process is the common case."""
 
@@ -72,8 +132,6 @@ class Processes:
         by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         self.sharded = self.count > 1 and (recipe.strategy == "fsdp" or (recipe.strategy == "auto" and by_launcher))
         self.cuda_graph = recipe.cuda_graph and recipe.micro_batches in (0, self.count)
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        """That steps are recorded from as CUDA graphs."""
         self.half = recipe.precision in ("bf16", "fp8") or (recipe.precision == "auto" and self.device.type == "cuda")
 
     @property
@@ -96,19 +154,9 @@ class Processes:
         module = LossModule(task)
         if self.count == 1:
             return module
-        return self._shard(module) if self.sharded else self._replicate(module)
-
-    def _replicate(self, module: LossModule) -> nn.Module:
-        # Blocks are compiled one by one, and their gradients sent as they come: dynamo need not cut blocks up for that.
-        torch._dynamo.config.optimize_ddp = False
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        unused = not module.task.reaches_all()
-        with torch.cuda.stream(self.stream if self.records(module.task) else None):  # a recording is of one stream
-            replicated = DistributedDataParallel(
-                module, device_ids=ids, find_unused_parameters=unused, gradient_as_bucket_view=True
-            )
-        replicated._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # of the steps after `CALLS_BEFORE_GRAPHS`: none
-        return replicated
+        if self.sharded:
+            return self._shard(module)
+        return Replicated(module, self.device, 1 / SHARE if model_shards(self.count) == self.count else 0)
 
     def _shard(self, module: LossModule) -> nn.Module:
         """What is gathered of the weights stays until the last backward pass of a step: in bf16, 2 bytes a value.
@@ -136,12 +184,8 @@ class Processes:
 
     def records(self, task: Task[Any, Any, Any]) -> bool:
         """Whether steps can be CUDA graphs, with the exchange of gradients in them: those of one micro batch on each
-        process.
-
-        Not where DDP has to find out which weights a step left out: that goes by the processor.
-        """
-        known = self.count == 1 or self.sharded or task.reaches_all()
-        return self.cuda_graph and task.on_gpu and task.capturable and known
+        process."""
+        return self.cuda_graph and task.on_gpu and task.capturable
 
     @contextlib.contextmanager
     def accumulating(self, module: nn.Module, last: bool) -> Iterator[None]:
@@ -149,11 +193,11 @@ class Processes:
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(last)
             module.set_reshard_after_backward(last)
-        if isinstance(module, DistributedDataParallel) and not last:
-            with module.no_sync():
-                yield
-        else:
-            yield
+        if isinstance(module, Replicated):
+            module.sends = last
+        yield
+        if isinstance(module, Replicated) and last:
+            module.finish()
 
     def greatest(self, *numbers: float) -> list[float]:
         """The largest of each number over all processes."""

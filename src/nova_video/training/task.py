@@ -79,10 +79,6 @@ class Task(ABC, Generic[M, V, B]):
     def loss(self, variant: V, batch: B) -> LossParts:
         """A batch's losses; "loss" is the one to minimise, a scalar."""
 
-    def reaches_all(self) -> bool:
-        """Whether the gradients of every variant's loss reach every weight that is trained."""
-        return True
-
     def flops(self, variant: V) -> float:
         """Useful operations of one micro batch, forward and backward; 0: not known."""
         return 0.0

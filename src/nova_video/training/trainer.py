@@ -46,7 +46,7 @@ from nova_video.training.flops import device_peak
 from nova_video.training.graphs import CudaRecorder, StepGraphs, tensors_of
 from nova_video.training.log import Log, Looks
 from nova_video.training.pool import fill_seed
-from nova_video.training.processes import CALLS_BEFORE_GRAPHS, Processes, model_shards
+from nova_video.training.processes import Processes, model_shards
 from nova_video.training.recipe import (
     AutoencoderRecipe,
     DatasetTransformerRecipe,
@@ -321,8 +321,8 @@ class Stepper:
         capture = processes.records(task) and len(own) == 1
         self.graphs: StepGraphs | None = None
         if capture:
-            several = (processes.all_agree, CALLS_BEFORE_GRAPHS) if processes.count > 1 else ()
-            self.graphs = StepGraphs(CudaRecorder(task.device, processes.stream), *several)
+            agree = processes.all_agree if processes.count > 1 else None
+            self.graphs = StepGraphs(CudaRecorder(task.device), agree)
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
         device = task.device
         self.autocast = torch.autocast(

@@ -172,13 +172,6 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
             )
         return step_flops(self.model, self.samples(variant), frames, grid, visible, self.recipe.loss_repeat)
 
-    def reaches_all(self) -> bool:
-        """But for the mixer, which single frames have nothing for."""
-        trained = self.model.video_encoder.mixer is not None and any(
-            weight.requires_grad for weight in self.model.video_encoder.mixer.parameters()
-        )
-        return not trained or all(self.shape(variant)[0] > 1 for variant in self.variants()[0])
-
     # What it becomes ----------------------------------------------------------------------------------------------
 
     def open(self, folder: Path) -> NovaPipeline:

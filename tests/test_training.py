@@ -128,7 +128,7 @@ def test_overrides_reach_nested_keys() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('kind = "transformer"\nstepz = 3', "unknown key 'stepz'"),
+        ('kind = "transformer"\nstepz = 3', "unknown key 'stepz' (is it steps?); expected one of name, "),
         ('kind = "transformer"\n[optimizer]\nlearning = 3', "unknown key 'learning'"),
         ('kind = "transformer"\nsteps = "many"', "steps is 'many', expected int"),
         ('kind = "gan"', "kind is 'gan', expected one of autoencoder, transformer"),

@@ -8,6 +8,7 @@ import dataclasses
 import tomllib
 import typing
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -428,7 +429,8 @@ def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
     known = typing.get_type_hints(kind)
     for key in values:
         if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}; expected one of {', '.join(known)}")
+            near = "".join(f" (is it {name}?)" for name in get_close_matches(key, known, 1))
+            raise InputError(f"{where}: unknown key {key!r}{near}; expected one of {', '.join(known)}")
     return kind(**{key: _convert(known[key], value, f"{where}: {key}") for key, value in values.items()})
 
 

@@ -116,7 +116,7 @@ def test_sets_are_padded_with_a_token_of_their_own() -> None:
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
 def test_modulations_in_chunks(at_once: int) -> None:
     denoiser = open_model("text-to-video").image_decoder
-    condition, times = torch.randn(2, 3, denoiser.norm.width), torch.randn(5, denoiser.norm.width)
+    condition, times = torch.randn(2, 3, denoiser.norm.proj.in_features), torch.randn(5, denoiser.norm.proj.in_features)
     modulations = Modulations(denoiser, condition, times)
     modulations.chunk = at_once
     for step in range(5):

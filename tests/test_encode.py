@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
@@ -262,7 +263,8 @@ def test_run_again(source: Path, tmp_path: Path, encode: Encode, tiny_checkpoint
     clips = Path(shutil.copytree(source, tmp_path / "clips"))
     first = encode(clips, output, "--frames", 9)
     before = content(output)
-    assert encode(clips, output, "--frames", 9) == first
+    again = encode(clips, output, "--frames", 9)
+    assert again == (0, first[1].removesuffix("\n") + "; all was there, nothing was encoded\n", first[2])
     assert content(output) == before
     for changed, expected in [
         (
@@ -278,11 +280,71 @@ def test_run_again(source: Path, tmp_path: Path, encode: Encode, tiny_checkpoint
         code, out, err = encode(clips, output, *changed)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert expected in err
+    caption = min(clips.glob("*.txt"))
+    was = caption.read_text()
+    caption.write_text(f"{was} again")
+    code, _, err = encode(clips, output, "--frames", 9)
+    assert code == 2
+    assert f"{clips} has changed since {output} was begun: files or captions have other sizes: expected" in err
+    caption.write_text(was)
+    assert encode(clips, output, "--frames", 9) == again
     (clips / "new.txt").write_text("the apple")
     code, _, err = encode(clips, output, "--frames", 9)
     assert code == 2
     assert f"{clips} has changed since {output} was begun: it had 9 files, now 10: expected the same" in err
     assert content(output) == before
+
+
+def test_lost_shards_are_made_anew(
+    source: Path, tmp_path: Path, encode: Encode, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the records say; and what no shard can be read from counts as lost."""
+    output = tmp_path / "dataset"
+    encode(source, output, "--frames", 9, "--group", 1)
+    whole = content(output)
+    first, second = sorted(output.glob("data/*/*.parquet"))[:2]
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:100])
+    code, out, _ = encode(source, output, "--frames", 9, "--group", 1)
+    assert code == 0
+    assert "nothing was encoded" not in out
+    assert "shards of 2 groups are lost or damaged, and made anew" in caplog.text
+    assert content(output) == whole
+
+
+def test_two_runs_do_not_write_to_one_place(source: Path, tmp_path: Path, encode: Encode) -> None:
+    output = tmp_path / "dataset"
+    held = "import sys; from pathlib import Path; from nova_video.media import alone_in\n"
+    held += "with alone_in(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", held, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        code, out, err = encode(source, output, "--frames", 9)
+        assert (code, out) == (2, "")
+        assert err == f"nova: {output}: another process is writing there: expected it to end first\n"
+        assert not (output / "dataset.json").exists()
+        other.kill()
+    assert encode(source, output, "--frames", 9)[0] == 0
+
+
+def test_a_source_is_the_same_however_it_is_typed(
+    source: Path, tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "dataset"
+    monkeypatch.chdir(source.parent)
+    code, first, _ = encode(Path(source.name), output, "--frames", 9)
+    assert code == 0
+    assert DatasetInfo.load(output).settings["source"] == str(source)
+    for typed in (f"../{source.parent.name}/{source.name}", str(source), f"file://{source}"):
+        assert encode(typed, output, "--frames", 9)[:2] == (
+            0,
+            first.rstrip() + "; all was there, nothing was encoded\n",
+        )
+    code, _, err = encode(f"file://{source}", source / "within", "--frames", 9)
+    assert code == 2
+    assert f"{source / 'within'} is in the source {source}: expected a folder outside of it" in err
 
 
 @pytest.mark.usefixtures("no_card")

@@ -154,6 +154,7 @@ def test_text_encoders_are_the_same_by_their_weights(
         ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2", True),  # in the same package
         ("a/phi-2", "b/phi-2", None),
         ("microsoft/phi-2", "google/t5-small", False),
+        ("sentence-transformers/all-MiniLM-L12-v2", "emoji", False),  # of which one alone is here
         ("microsoft/phi-2", str(tiny_text_encoder), None),
         (str(tmp_path / "gone"), str(tiny_text_encoder), None),
         (str(tmp_path / "gone"), "microsoft/phi-2", None),

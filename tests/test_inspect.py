@@ -194,7 +194,7 @@ def test_shards_in_the_wrong_place_are_named(copy: Path) -> None:
         f"{copy}: group 00000-00009 is not finished: run the same `nova encode` again",
     ]
     there.unlink()
-    assert f"{copy}: group 00000-00000 has 0 rows in 5x64x64: expected 4" in problems(copy)
+    assert any("group 00000-00000 has 0 rows in 5x64x64: expected 4, which" in problem for problem in problems(copy))
     moved = Path(dataset.shard_url(copy, Bucket(5, 64, 96), "00000-00009"))
     moved.parent.mkdir()
     there.with_name("00000-00009.parquet").rename(moved)

@@ -123,12 +123,13 @@ KINDS = [make_txt, make_json, make_csv, make_jsonl, make_tar, make_parquet, make
 @pytest.mark.parametrize("make", KINDS)
 def test_every_kind_gives_the_same(make: Callable[[Path], str], tmp_path: Path) -> None:
     """Bytes with their captions, in one order; each is found again by its name; groups go through all of a part."""
-    source = opened(make(tmp_path / "source"), group=2, split="test")
+    options = {"group": 2} | ({"split": "test"} if make is make_saved else {})
+    source = opened(make(tmp_path / "source"), **options)
     items = list(source.items())
     assert sorted((read_bytes(item), read_caption(item)) for item in items) == [
         (content(name), CAPTIONS[name]) for name in NAMES
     ]
-    again = opened(make(tmp_path / "source"), group=2, split="test")
+    again = opened(make(tmp_path / "source"), **options)
     assert list(again.items()) == items
     assert again.content == source.content
     for item in items:
@@ -235,7 +236,34 @@ def test_patterns(tmp_path: Path) -> None:
     ]
     make_tar(tmp_path)
     assert [item.source for item in opened(f"{tmp_path}/*1.tar").items()] == ["part-01.tar/b.png"]
-    assert len(list(opened(f"{tmp_path}/part-{{00..09}}.tar").items())) == 3  # those that are there
+    assert len(list(opened(f"{tmp_path}/part-{{00..02}}.tar").items())) == 3
+    with pytest.raises(InputError, match=r"tar: there is no part-03.tar, part-04.tar: expected all that it names"):
+        opened(f"{tmp_path}/part-{{00..04}}.tar")
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    """To files and folders; each folder once, though links lead round in a circle."""
+    fill(tmp_path / "elsewhere" / "deep", {"b.png": content("b.png"), "b.txt": "b"})
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "clips")
+    clips = fill(tmp_path / "clips", {"a.png": content("a.png"), "a.txt": "a"})
+    (clips / "linked").symlink_to(tmp_path / "elsewhere")
+    (clips / "twice").symlink_to(tmp_path / "elsewhere")
+    items = list(opened(clips).items())
+    assert [item.source for item in items] == ["a.png", "linked/deep/b.png"]
+    assert [read_caption(item) for item in items] == ["a", "b"]
+
+
+def test_options_that_a_source_does_not_have(tmp_path: Path) -> None:
+    for make, options, expected in [
+        (make_txt, {"split": "test"}, "split is 'test', and .* has no splits: expected none to be named"),
+        (make_txt, {"media_column": "video"}, "media_column is 'video', and .* has no columns"),
+        (make_tar, {"media_column": "video"}, "media_column is 'video', and .* has no columns"),
+        (make_parquet, {"split": "test"}, "split is 'test', and .* has no splits"),
+    ]:
+        with pytest.raises(InputError, match=expected):
+            opened(make(tmp_path / make.__name__), **options)
+    with pytest.raises(InputError, match="zip://clips::/x/a.zip: is in an archive: expected a folder of media"):
+        opened("zip://clips::/x/a.zip")
 
 
 def test_named_columns(tmp_path: Path) -> None:
@@ -317,7 +345,7 @@ def test_configurations_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             opened("hf://owner/name", config=wrong)
         said = "hf://owner/name: has the configurations first, second: name one of them with --config"
         assert str(error.value) == said
-    with pytest.raises(InputError, match="config is 'first', and .* has no configurations: expected hf://OWNER/NAME"):
+    with pytest.raises(InputError, match="config is 'first', and .* has no configurations .hf://OWNER/NAME has."):
         opened(tmp_path / "first", config="first")
 
 

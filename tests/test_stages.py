@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
@@ -355,6 +356,25 @@ def test_a_file_that_breaks_off_gives_what_it_has(beyond: int, expected: str, tm
         assert np.array_equal(one.frames, other.frames)
     assert isinstance(last, Rejected)
     assert last.reason.startswith(expected)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "libx264"), ("a.webm", "libvpx")])
+def test_matroska_that_breaks_off(name: str, codec: str, tmp_path: Path) -> None:
+    """It tells seconds, and no number of frames."""
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8)
+        (stream.height, stream.width), stream.pix_fmt = SIZE, "yuv420p"
+        for pixels in np.random.default_rng(0).integers(0, 255, (40, *SIZE, 3), np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode())
+    item = Item(name, "a", str(path))
+    whole, data = clips(item), path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    *kept, last = Decode(settings())(item)
+    assert 0 < len(kept) < len(whole)
+    assert isinstance(last, Rejected)
+    assert re.fullmatch(r"breaks off: has 2\.\d+ of the 5\.00 seconds that it tells, which are kept", last.reason)
 
 
 def test_titles_in_any_encoding(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def run_encode(args: Encode) -> None:
     pictures = sum(summary.clips.values()) - clips
     rejected = f", {summary.rejected} rejected (rejected.jsonl)" if summary.rejected else ""
     counts = [_count(count, what) for count, what in ((clips, "clip"), (pictures, "picture")) if count]
-    print(f"{args.output}: {' and '.join(counts)} from {_count(summary.items, 'source')}{rejected}")
+    nothing = "" if summary.encoded else "; all was there, nothing was encoded"
+    print(f"{args.output}: {' and '.join(counts)} from {_count(summary.items, 'source')}{rejected}{nothing}")
 
 
 def run_data_inspect(args: DataInspect) -> None:

@@ -5,6 +5,8 @@ the exception: its mp4 grows in place, and plays while it does. A png, webp or g
 Legend: F frames, H W pixels.
 """
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -60,6 +62,23 @@ def check_writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: the folder is not writable ({error.strerror})") from error
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Writes to a folder, which is made if need be, without another process that does so too: raises if there is one.
+
+    The lock goes with the process, however that ends, and is not handed on to those that it starts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise InputError(f"{folder}: another process is writing there: expected it to end first") from None
+            log.warning("%s: whether another process writes there cannot be told: %s", folder, error.strerror)
+        yield
 
 
 @contextmanager

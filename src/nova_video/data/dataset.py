@@ -328,7 +328,7 @@ def list_shard_urls(place: str | Path) -> dict[Bucket, list[str]]:
     for path in sorted(filesystem.find(data, maxdepth=2) if filesystem.isdir(data) else ()):  # a name is no pattern
         folder, name = path.rsplit("/", 2)[-2:]
         if path.removesuffix(f"/{folder}/{name}") == data and name.endswith(".parquet") and not name.startswith("."):
-            url = path if _is_local(filesystem) else filesystem.unstrip_protocol(path)
+            url = path if is_local(filesystem) else filesystem.unstrip_protocol(path)
             try:
                 found.setdefault(Bucket.parse(folder), []).append(url)
             except InputError as error:
@@ -395,6 +395,13 @@ def open_place(place: str | Path) -> tuple["AbstractFileSystem", str]:
     return filesystem, path
 
 
+def local_path(place: str | Path) -> Path | None:
+    """A place as a whole path; None where it is elsewhere. It may be a pattern."""
+    if "://" not in str(place):
+        return Path(os.path.abspath(place))
+    return Path(str(place).removeprefix("file://")) if str(place).startswith("file:///") else None
+
+
 def join(place: str | Path, *parts: str) -> str:
     return "/".join([str(place).rstrip("/"), *parts])
 
@@ -415,10 +422,10 @@ def write_file(place: str | Path, data: Any) -> None:
     try:
         with filesystem.open(aside, "wb") as file:
             file.write(data)
-            if _is_local(filesystem):
+            if is_local(filesystem):
                 file.flush()
                 os.fsync(file.fileno())
-        if _is_local(filesystem):
+        if is_local(filesystem):
             os.replace(aside, path)
         else:
             filesystem.mv(aside, path)
@@ -430,7 +437,7 @@ def write_file(place: str | Path, data: Any) -> None:
         raise
 
 
-def _is_local(filesystem: "AbstractFileSystem") -> bool:
+def is_local(filesystem: "AbstractFileSystem") -> bool:
     return "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,))
 
 

@@ -8,9 +8,11 @@ the records in `progress/`.
 
 import hashlib
 import json
+import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,13 +20,24 @@ from typing import Any
 
 from nova_video.ahead import run_ahead
 from nova_video.data.card import write_card
-from nova_video.data.dataset import Bucket, DatasetInfo, Sample, shard_url, write_file, write_shard
+from nova_video.data.dataset import (
+    READERS,
+    Bucket,
+    DatasetInfo,
+    Sample,
+    list_shard_urls,
+    local_path,
+    read_footer,
+    shard_url,
+    write_file,
+    write_shard,
+)
 from nova_video.data.encoders import EncodeLatents, EncodeText, autoencoder_info, same_text_encoder, text_names
 from nova_video.data.sources import Source, SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected
 from nova_video.errors import InputError
 from nova_video.loading import lasting_name, read_json, resolve_checkpoint, text_folder
-from nova_video.media import check_writable
+from nova_video.media import alone_in, check_writable
 from nova_video.settings import CheckpointSettings, check_local, check_number
 from nova_video.text.encoders import text_width
 
@@ -32,6 +45,8 @@ SHARD_BYTES = 256 << 20  # a group's samples of a bucket are split into shards o
 TOGETHER = 16 << 20  # pixels that wait for the encoders here: several forward passes, so that few are part full
 AHEAD = 8  # clips that are decoded ahead of the encoders here
 PROGRESS = "progress"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,8 +120,21 @@ def encode_dataset(settings: EncodeSettings, tell: Callable[[Done], None] = lamb
     source = open_source(settings.source)
     check_output(settings.output, info, source)
     stages = None if settings.ray is not None else Stages.load(settings)  # a wrong name ends here
+    with alone_in(settings.output):
+        check_output(settings.output, info, source)  # another run may have been there
+        return _encode(settings, info, source, stages, tell, began)
+
+
+def _encode(
+    settings: EncodeSettings,
+    info: DatasetInfo,
+    source: Source,
+    stages: "Stages | None",
+    tell: Callable[[Done], None],
+    began: float,
+) -> Summary:
     prepare_output(settings.output, info, source)
-    records = read_records(settings.output)
+    records = whole_records(settings.output)
     before = sum(record.items for record in records.values())
     done = Done(before, sum(sum(r.shards.values()) for r in records.values()), _rejections(records), source.total)
     tell(done)
@@ -175,7 +203,7 @@ def describe_dataset(settings: EncodeSettings) -> DatasetInfo:
         text_encoder=None if settings.text is None else _text_noted(settings.text),
         text_dim=None if settings.text is None else text_width(text_names(settings.text)[0]),
         settings={
-            "source": source.place,
+            "source": str(local_path(source.place) or source.place),
             "caption_column": source.caption_column,
             "media_column": source.media_column,
             "config": source.config,
@@ -249,7 +277,7 @@ def check_output(output: Path, info: DatasetInfo, source: Source) -> None:
     if output.is_file():
         raise InputError(f"{output} is a file: expected a folder to write")
     place = Path(info.settings["source"])
-    if place.is_dir() and output.resolve().is_relative_to(place.resolve()):
+    if place.is_dir() and output.resolve().is_relative_to(place.resolve()):  # a URL is no folder here
         raise InputError(f"{output} is in the source {place}: expected a folder outside of it")
     check_writable(next(path for path in (output, *output.absolute().parents) if path.is_dir()))
     if not output.exists():
@@ -262,6 +290,7 @@ def check_output(output: Path, info: DatasetInfo, source: Source) -> None:
     was = {name: value for name, value in asdict(there).items() if name != "settings"} | there.settings
     now = {name: value for name, value in asdict(info).items() if name != "settings"} | info.settings
     same = {"autoencoder": there.fingerprint == info.fingerprint}  # whatever they are called
+    same["source"] = local_path(str(was.get("source"))) == place  # older datasets have it as it was typed
     if there.text_encoder is not None and info.text_encoder is not None:
         same["text_encoder"] = same_text_encoder(there.text_encoder, info.text_encoder) is True
     for name, value in now.items():
@@ -270,11 +299,16 @@ def check_output(output: Path, info: DatasetInfo, source: Source) -> None:
                 f"{output} was encoded with {name} {_shown(was.get(name))}, got {_shown(value)}: expected the same, or"
                 " another folder"
             )
-    noted = output / PROGRESS / "source.json"
-    if noted.exists() and (before := read_json(noted)) != _content(source):
+    noted, now = output / PROGRESS / "source.json", _content(source)
+    before = read_json(noted) if noted.exists() else {}
+    if differing := [name for name, value in before.items() if value != now[name]]:  # older ones have no sizes
+        if "count" in differing:
+            what = f"it had {before['count']} files, now {now['count']}"
+        else:
+            what = "files have other names" if "digest" in differing else "files or captions have other sizes"
         raise InputError(
-            f"{info.settings['source']} has changed since {output} was begun: it had {before.get('count')} files, now"
-            f" {len(source.content)}: expected the same, or another folder for the dataset"
+            f"{info.settings['source']} has changed since {output} was begun: {what}: expected the same, or another"
+            " folder for the dataset"
         )
 
 
@@ -291,6 +325,36 @@ def read_records(output: Path) -> dict[str, Record]:
     """Of all finished groups, in their order."""
     paths = sorted(path for path in (output / PROGRESS).glob("*.json") if path.name != "source.json")
     return {path.stem: Record(**read_json(path)) for path in paths}
+
+
+def whole_records(output: Path) -> dict[str, Record]:
+    """Of the groups whose shards are all there: the others are done again."""
+    shards = [url for urls in list_shard_urls(output).values() for url in urls]
+    with ThreadPoolExecutor(READERS) as pool:
+        rows = dict(zip(shards, pool.map(_rows, shards), strict=True))
+    found: Counter[tuple[str, str]] = Counter()
+    for url, number in rows.items():
+        found[group_of(url), Path(url).parent.name] += number
+    records = read_records(output)
+    lost = [
+        group for group, record in records.items() if any(found[group, name] != n for name, n in record.shards.items())
+    ]
+    if lost:
+        log.warning("%s: shards of %d groups are lost or damaged, and made anew: %s", output, len(lost), lost[0])
+    return {group: record for group, record in records.items() if group not in lost}
+
+
+def _rows(url: str) -> int:
+    """Of a shard, 0 if it cannot be read."""
+    try:
+        return read_footer(url)[0]
+    except InputError:
+        return 0
+
+
+def group_of(url: str) -> str:
+    """The group of a shard: further shards of it are numbered after its name."""
+    return "-".join(Path(url).stem.split("-")[:2])
 
 
 def finish_group(output: Path, group: str, results: Iterable[ItemResult], fingerprint: str) -> None:
@@ -331,7 +395,8 @@ def _shards(samples: list[Sample]) -> Iterator[list[Sample]]:
 def _content(source: Source) -> dict[str, Any]:
     """What the source is made of, to find out whether it has changed."""
     digest = hashlib.sha256("\n".join(source.content).encode()).hexdigest()
-    return {"count": len(source.content), "digest": digest}
+    sizes = hashlib.sha256(" ".join(map(str, source.sizes)).encode()).hexdigest()
+    return {"count": len(source.content), "digest": digest, "sizes": sizes}
 
 
 def _rejections(records: dict[str, Record]) -> int:

@@ -175,7 +175,7 @@ def same_text_encoder(one: str, other: str) -> bool | None:
         return True
     places = [_text_folder(first), _text_folder(second)]
     if places[0] is None or places[1] is None:
-        ids = places == [None, None] and HUB_ID.fullmatch(first) and HUB_ID.fullmatch(second)
+        ids = all(HUB_ID.fullmatch(name) and not Path(name).is_dir() for name in (first, second))
         return False if ids and PurePath(first).name.lower() != PurePath(second).name.lower() else None
     try:
         return places[0].resolve() == places[1].resolve() or _same_weights(places[0], places[1])

@@ -24,7 +24,7 @@ from nova_video.data.dataset import (
     list_shard_urls,
     read_footer,
 )
-from nova_video.data.encode import decode_settings, read_records, source_settings
+from nova_video.data.encode import decode_settings, group_of, read_records, source_settings
 from nova_video.data.encoders import DecodeLatents, autoencoder_info, given_or_named
 from nova_video.data.sheets import Entry, draw_sheet
 from nova_video.data.sources import Source, open_source
@@ -162,10 +162,10 @@ def _check_records(place: str | Path, urls: Sequence[tuple[Bucket, str]], rows: 
     expected = Counter({(group, name): n for group, record in records.items() for name, n in record.shards.items()})
     found: Counter[tuple[str, str]] = Counter()
     for bucket, url in urls:
-        group = "-".join(Path(url).stem.split("-")[:2])  # further shards of a group are numbered after that
-        found[group, bucket.name] += rows[url]
+        found[group_of(url), bucket.name] += rows[url]
     wrong = [
-        f"group {group} has {found[group, name]} rows in {name}: expected {expected[group, name]}"
+        f"group {group} has {found[group, name]} rows in {name}: expected {expected[group, name]}, which the same"
+        " `nova encode` makes anew"
         for group, name in sorted(expected)
         if found[group, name] != expected[group, name]
     ]

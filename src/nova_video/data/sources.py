@@ -12,6 +12,7 @@ Every place is a path or a URL that fsspec opens.
 import csv
 import io
 import json
+import os
 import re
 import tarfile
 from abc import ABC, abstractmethod
@@ -21,7 +22,7 @@ from itertools import groupby, islice
 from pathlib import PurePosixPath
 from typing import Any
 
-from nova_video.data.dataset import join, open_place, read_file
+from nova_video.data.dataset import is_local, join, open_place, read_file
 from nova_video.data.stages import MEDIA, VIDEOS, Item, caption_from, clean_caption
 from nova_video.errors import InputError
 from nova_video.settings import check_number
@@ -31,6 +32,7 @@ TEXTS = (".txt", ".json")
 TABLES = ("metadata.csv", "metadata.jsonl")
 HUB = re.compile(r"hf://(?:datasets/)?([\w-][\w.-]*(?:/[\w-][\w.-]*)?)/?")
 CONFIGS = re.compile(r"(?:available configs|not found\. Available): \[(.+?)\]")  # of what `datasets` says
+SPLIT = "train"
 PEEKED = 16  # items that are looked into before the work
 HEADERS = 1 << 16  # bytes that are read at once where a tar is elsewhere: its members are asked for by themselves
 ROWS = 1024  # of a saved dataset, in a part
@@ -50,7 +52,7 @@ class SourceSettings:
     """Column of a table, or key of JSON files; None: caption."""
     media_column: str | None = None
     """Of a Hugging Face dataset; None: the only one that holds media."""
-    split: str = "train"
+    split: str = SPLIT
     """Of a Hugging Face dataset that has several."""
     group: int = 256
     """Items of a group: their samples are written together."""
@@ -60,10 +62,19 @@ class SourceSettings:
     def __post_init__(self) -> None:
         check_number("group", self.group, 1, integer=True)
         object.__setattr__(self, "place", self.place.rstrip("/") or self.place)  # the same place, and known as that
+        first, chained, _ = self.place.partition("::")
+        if chained and "://" in first:  # what is in it would be named without the rest
+            raise InputError(f"{self.place}: is in an archive: expected {WHAT_THERE_IS}, none of them in another file")
 
     @property
     def caption(self) -> str:
         return self.caption_column or CAPTION
+
+    def check_no(self, **options: str) -> None:
+        """Raises for an option that is given, and that the source does not have: {its field: what it has none of}."""
+        for name, what in options.items():
+            if (value := getattr(self, name)) not in (None, SPLIT):
+                raise InputError(f"{name} is {value!r}, and {self.place} has no {what}: expected none to be named")
 
 
 class Source(ABC):
@@ -73,8 +84,16 @@ class Source(ABC):
     total: int | None = None
     """Items of all parts, where that is known."""
 
+    files: Sequence[str] = ()
+    """All that are read."""
+
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of all local files, -1 where there is none."""
+        return [os.path.getsize(file) if os.path.isfile(file) else -1 for file in self.files if "://" not in file]
 
     @property
     @abstractmethod
@@ -123,8 +142,7 @@ def open_source(settings: SourceSettings) -> Source:
     place = settings.place
     if place.startswith("hf://") and (match := HUB.fullmatch(place)) is not None:
         return TableSource(settings, _load_hub(match[1], settings), f"hf://datasets/{match[1]}")
-    if settings.config is not None:
-        raise InputError(f"config is {settings.config!r}, and {place} has no configurations: expected hf://OWNER/NAME")
+    settings.check_no(config="configurations (hf://OWNER/NAME has)")
     system, root = open_place(place)
     try:
         if system.isdir(root):
@@ -132,8 +150,11 @@ def open_source(settings: SourceSettings) -> Source:
         if system.isfile(root):
             urls = [_url(system, root)]
         else:
-            patterns = expand_braces(root)
-            urls = [_url(system, path) for pattern in patterns for path in _matches(system, pattern)]
+            found = {pattern: _matches(system, pattern) for pattern in expand_braces(root)}
+            urls = [_url(system, path) for paths in found.values() for path in paths]
+            if urls and (missing := [pattern for pattern, paths in found.items() if not paths]):
+                names = [pattern.rpartition("/")[2] for pattern in missing]
+                raise InputError(f"{place}: there is no {_some(names)}: expected all that it names")
     except InputError:
         raise
     except Exception as error:  # file systems elsewhere have errors of their own
@@ -166,12 +187,13 @@ def _matches(system: Any, pattern: str) -> list[str]:
 
 def _open_folder(settings: SourceSettings, system: Any, root: str) -> Source:
     place = settings.place
-    names = sorted(path[len(root.rstrip("/")) + 1 :] for path in system.find(root))
+    found = _walk(root) if is_local(system) else system.find(root)
+    names = sorted(path[len(root.rstrip("/")) + 1 :] for path in found)
     names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
     if "dataset.json" in names and any(name.startswith("data/") for name in names):
         raise InputError(f"{place}: is a dataset that `nova encode` wrote: expected {WHAT_THERE_IS}")
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names):
-        return TableSource(settings, _load_saved(place, settings.split), place)
+        return TableSource(settings, _load_saved(settings), place)
     media = [name for name in names if _suffix(name) in MEDIA]
     packed = {kind: [name for name in names if _suffix(name) == kind] for kind in (".tar", ".parquet")}
     kinds = [*(["media"] if media else []), *(f"{kind} files" for kind, found in packed.items() if found)]
@@ -183,21 +205,33 @@ def _open_folder(settings: SourceSettings, system: Any, root: str) -> Source:
     return FolderSource(settings, _url(system, root), names, media)
 
 
+def _walk(root: str) -> Iterator[str]:
+    """All files in a local folder and those in it, links to folders too: each folder once, whatever leads to it."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (f"{folder.rstrip('/')}/{name}" for name in files)
+
+
 def _open_files(settings: SourceSettings, urls: list[str]) -> Source:
     kinds = {_suffix(url) for url in urls}
     if kinds == {".tar"}:
         return TarSource(settings, urls)
     if kinds == {".parquet"}:
         base = settings.place if _suffix(settings.place) != ".parquet" else settings.place.rpartition("/")[0]
-        return TableSource(settings, _load_parquet(urls), base, _short_names(urls))
+        settings.check_no(split="splits")
+        return TableSource(settings, _load_parquet(urls), base, urls)
     found = next(url for url in urls if _suffix(url) not in (".tar", ".parquet") or len(kinds) > 1)
     raise InputError(f"{settings.place}: got the file {found}: expected {WHAT_THERE_IS}")
 
 
 def _url(system: Any, path: str) -> str:
     """What opens a path again: itself if it is local."""
-    local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
-    return path if local else system.unstrip_protocol(path)
+    return path if is_local(system) else system.unstrip_protocol(path)
 
 
 def _suffix(name: str) -> str:
@@ -226,6 +260,7 @@ class FolderSource(Source):
 
     def __init__(self, settings: SourceSettings, root: str, names: list[str], media: list[str]) -> None:
         super().__init__(settings)
+        settings.check_no(media_column="columns", split="splits")
         self.root = root
         tables = [name for name in names if name in TABLES]
         if len(tables) > 1:
@@ -233,6 +268,10 @@ class FolderSource(Source):
         found = self._listed(tables[0], media) if tables else self._beside(names, media)
         self._items = {item.source: item for item in sorted(found, key=lambda item: item.source)}
         self.total = len(self._items)
+        self.files = [
+            *(join(root, table) for table in tables),
+            *(url for item in self._items.values() for url in (item.url, item.caption_url) if url is not None),
+        ]
 
     @property
     def content(self) -> list[str]:
@@ -390,7 +429,8 @@ class TarSource(Source):
 
     def __init__(self, settings: SourceSettings, urls: list[str]) -> None:
         super().__init__(settings)
-        self.urls = urls
+        settings.check_no(media_column="columns", split="splits")
+        self.urls = self.files = urls
         self.parts = len(urls)
         self._names = _short_names(urls)
         self._check()
@@ -490,10 +530,10 @@ class TableSource(Source):
     """A dataset that `datasets` opens: streamed Parquet, local or remote, or what save_to_disk wrote. Media are bytes,
     paths or both, as its Image and Video columns hold them, never decoded by it."""
 
-    def __init__(self, settings: SourceSettings, table: Any, base: str, names: Sequence[str] = ()) -> None:
-        """Relative paths in the table are below `base`; `names` of the files that it is read from."""
+    def __init__(self, settings: SourceSettings, table: Any, base: str, files: Sequence[str] = ()) -> None:
+        """Relative paths in the table are below `base`; `files` that it is read from."""
         super().__init__(settings)
-        self.base, self.names = base, names
+        self.base, self.files = base, files
         self.streamed = not hasattr(table, "__len__")
         features = table.features or table._resolve_features().features
         self.media, self.caption = self._columns(features)
@@ -510,7 +550,8 @@ class TableSource(Source):
 
     @property
     def content(self) -> list[str]:
-        return [self.media, self.caption, f"{self.parts} parts", f"{self.total} rows", *self.names]
+        names = _short_names(list(self.files))
+        return [self.media, self.caption, f"{self.parts} parts", f"{self.total} rows", *names]
 
     def read(self, part: int, start: int = 0) -> Iterator[Item]:
         if self.streamed:
@@ -592,13 +633,15 @@ def _load_hub(name: str, settings: SourceSettings) -> Any:
     )
 
 
-def _load_saved(place: str, split: str) -> Any:
+def _load_saved(settings: SourceSettings) -> Any:
+    place, split = settings.place, settings.split
     table = _loaded(place, lambda datasets: datasets.load_from_disk(place))
-    if isinstance(table, dict):
-        if split not in table:
-            raise InputError(f"{place}: has no split {split!r}, it has {_some(list(table))}: name one with --split")
-        table = table[split]
-    return table
+    if not isinstance(table, dict):
+        settings.check_no(split="splits")
+        return table
+    if split not in table:
+        raise InputError(f"{place}: has no split {split!r}, it has {_some(list(table))}: name one with --split")
+    return table[split]
 
 
 def _loaded(place: str, load: Any) -> Any:

@@ -17,6 +17,7 @@ Legend: F frames, H W pixels.
 import io
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -330,14 +331,16 @@ class Decode:
         aspect = float(stream.sample_aspect_ratio or 1)  # of one pixel, width to height
         detector = _content_detector(self.settings.threshold) if self.settings.cuts else None
         damaged = decodable = 0
+        end = 0.0  # of the last frame, in seconds
 
         def decoded() -> Iterator[tuple[int, Timed[av.VideoFrame]]]:
             """Frames with the numbers of their scenes. A damaged one is left out with those after it, which are made
             from it, up to a frame that stands by itself; there a new scene begins."""
-            nonlocal damaged, decodable
+            nonlocal damaged, decodable, end
             scene, whole = 0, True
             for number, frame in enumerate(container.decode(stream)):
                 decodable = number + 1
+                end = (number / rate if frame.time is None else frame.time) + 1 / rate
                 if frame.is_corrupt or not (whole or frame.key_frame):
                     damaged += 1
                     whole = False
@@ -354,6 +357,8 @@ class Decode:
             raise _UnfitError(
                 f"breaks off: has {decodable} of the {stream.frames} frames that it tells, which are kept"
             )
+        if not stream.frames and end < COMPLETE * (told := _told_seconds(container, stream)):
+            raise _UnfitError(f"breaks off: has {end:.2f} of the {told:.2f} seconds that it tells, which are kept")
 
     def _animation_clips(self, item: Item, picture: Image.Image) -> Iterator[Clip]:
         """An animated gif, webp or png: one scene."""
@@ -495,6 +500,17 @@ def _open_video(item: Item, stack: ExitStack) -> "av.container.InputContainer":
         system, path = open_place(item.url)
         file = stack.enter_context(system.open(path, "rb"))
     return stack.enter_context(av.open(file, "r", metadata_errors="replace"))  # titles in any encoding
+
+
+def _told_seconds(container: "av.container.InputContainer", stream: av.VideoStream) -> float:
+    """How long a video is by what its file says, 0 if that is nothing. Matroska tells it in a tag, as 00:00:05.250, or
+    of sound and pictures together."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "").strip("\0 ")):
+        hours, minutes, seconds = map(float, match.groups())
+        return 3600 * hours + 60 * minutes + seconds
+    return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0
 
 
 def _video_pixels(frame: av.VideoFrame, aspect: float) -> NDArray[np.uint8]:

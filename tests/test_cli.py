@@ -671,6 +671,22 @@ def test_faults_of_our_own_are_not_hidden(run: Run, monkeypatch: pytest.MonkeyPa
         run("train", "x.toml")
 
 
+def test_a_process_that_others_left(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, as what happened is said by another; in a run of one process it would be a fault."""
+
+    def left(args: object) -> None:
+        raise RuntimeError("[pair.cc:538] Connection closed by peer [127.0.0.1]:55555")
+
+    monkeypatch.setitem(cli.COMMANDS, cli.Train, left)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        cli.main(["train", "recipe.toml"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", "recipe.toml"]) == 1
+    assert capsys.readouterr().err == "nova: another process of this run has ended; what it said tells why\n"
+
+
 def test_interrupted_while_writing(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         Path(str(_[1])).write_bytes(b"half a clip")

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -414,6 +415,10 @@ def test_adapters_are_trained_saved_and_loaded(recipe: DatasetTransformerRecipe,
     for rank in (0, 4):
         with pytest.raises(InputError, match=f"lora.rank is {rank}, and .* was begun with 2: expected the same"):
             train(replace(recipe, lora=LoraRecipe(rank=rank, alpha=4.0 if rank else 0.0), steps=7))
+    with pytest.raises(
+        InputError, match=r"lora.targets is \('attn.qkv',\), and .* was begun with \(\): expected the same"
+    ):
+        train(replace(recipe, lora=LoraRecipe(rank=2, alpha=4.0, targets=("attn.qkv",)), steps=7))
     with pytest.raises(InputError, match="lora.rank is 2: expected no frozen"):
         replace(recipe, frozen=("text_embed",))
     with pytest.raises(InputError, match="lora.targets are given and lora.rank is 0"):
@@ -548,6 +553,35 @@ def test_processes_record_the_same_steps() -> None:
         InputError, match="operation not permitted when stream is capturing; expected cuda_graph = false"
     ):
         failing("a", {}, lambda batch: None)
+
+
+def test_what_is_not_begun_leaves_nothing(recipe: DatasetTransformerRecipe, tmp_path: Path) -> None:
+    """A dataset without text features and a model that names no text encoder; and none at all."""
+    other = write_dataset(tmp_path / "no-text", Path(recipe.init), {PICTURES: 4}, text=False)
+    info = DatasetInfo.load(other)
+    replace(info, text_encoder=None).save(other)
+    for place, expected in (
+        (other, "no-text has no text features: expected a text_encoder that makes them"),
+        (tmp_path / "none", "none: has no dataset.json"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            train(replace(recipe, init="", scheduler="flow", dataset=replace(recipe.dataset, path=str(place))))
+    assert not Path(recipe.output).exists()
+
+
+def test_two_runs_do_not_write_to_one_place(recipe: DatasetTransformerRecipe) -> None:
+    """Whichever process it is; and a run that has ended, however it did, is in no one's way."""
+    held = "import sys; from pathlib import Path; from nova_video.media import alone_in\n"
+    held += "with alone_in(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", held, recipe.output]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"{recipe.output}: another process is writing there: expected it to end"):
+            train(recipe)
+        assert [path.name for path in Path(recipe.output).iterdir()] == [".lock"]
+        other.kill()
+    train(replace(recipe, steps=2))
 
 
 def test_which_weights_a_step_reaches(recipe: DatasetTransformerRecipe) -> None:
@@ -836,7 +870,7 @@ def test_a_full_disk_leaves_the_last_model(recipe: DatasetTransformerRecipe, sam
     with longest_file(largest // 2), pytest.raises(InputError, match=said):
         train(more)
     assert content(folder) == before
-    assert not list(folder.parent.glob(".*"))
+    assert not list(folder.parent.glob(".*.part"))
     train(more)
     after = content(folder)
     assert after.keys() - {"samples.png"} == before.keys()
@@ -853,7 +887,7 @@ def test_a_full_disk_leaves_the_log(recipe: DatasetTransformerRecipe) -> None:
     with longest_file(len(before) // 4), pytest.raises(InputError, match="metrics.jsonl could not be written: "):
         Log(recipe, True).start(4)
     assert path.read_bytes() == before
-    assert not list(path.parent.glob(".*"))
+    assert not list(path.parent.glob(".*.part"))
 
 
 def test_fp8_names_its_package(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

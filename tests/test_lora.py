@@ -131,6 +131,13 @@ def test_targets_are_linear_layers(tiny_checkpoint: Path, target: str) -> None:
         add_lora(new_model(tiny_checkpoint), LoraRecipe(rank=4, targets=("mlp.fc1", target)))
 
 
+def test_a_rank_is_bounded_by_the_layers(tiny_checkpoint: Path) -> None:
+    model = new_model(tiny_checkpoint)
+    full = min(model.video_encoder.blocks[0].mlp.fc1.weight.shape)
+    with pytest.raises(InputError, match=f"lora.rank is {full + 1}: expected at most {full}, the full rank of mlp.fc1"):
+        add_lora(model, LoraRecipe(rank=full + 1, targets=("mlp.fc1",)))
+
+
 @torch.no_grad()
 def test_fused_weights_come_back_to_the_last_bit(tiny_checkpoint: Path) -> None:
     model = new_model(tiny_checkpoint).bfloat16()

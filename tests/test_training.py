@@ -410,7 +410,7 @@ def test_a_run_that_is_asked_to_stop_looks_later(
         with pytest.raises(KeyboardInterrupt, match="^stopped at step 3 after .* s, all saved: the same"):
             train(stopped)
     said = capfd.readouterr()
-    assert "asked to stop: the run ends after a step" in said.err
+    assert "asked to stop: the run ends after this step" in said.err
     assert "stopped at step 3" in said.out
     assert newest_checkpoint(tmp_path / "stopped" / "checkpoints").name == "step-00000003.safetensors"
     assert not list((tmp_path / "stopped" / "sheets").iterdir())
@@ -453,6 +453,7 @@ def test_others_can_read_what_is_written(transformer_recipe: TransformerRecipe) 
 def test_damaged_lines_are_left_out(transformer_recipe: TransformerRecipe, capsys: pytest.CaptureFixture[str]) -> None:
     """Such as zeros, which a machine that lost its power may leave."""
     log = Log(transformer_recipe, writes=True)
+    log.output.mkdir()
     path = log.output / "metrics.jsonl"
     whole = [json.dumps({"step": step, "seconds": 1.0, "loss": 1.0 / step, "lr": 1.0}) + "\n" for step in (1, 2, 3)]
     path.write_bytes(b"".join([whole[0].encode(), b"\0\0\xff\n", b"[1]\n", whole[1].encode(), whole[2].encode()[:-1]]))
@@ -511,6 +512,7 @@ def test_steps_make_room_for_a_look_at_the_model(
 
     task: Any = SimpleNamespace(export=lambda model, folder: folder.mkdir(), validate=validate, sheet=sheet)
     log = Log(transformer_recipe, writes=True)
+    log.start(0)
     look_once = partial(look, task, nn.Identity(), Looks(True, True, False), log, 1, 1.0, graphs)
     if recorded and helps:
         assert look_once()

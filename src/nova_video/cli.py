@@ -7,6 +7,7 @@ Ctrl-C is exit code 130. Results go to stdout, all else to stderr.
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ from nova_video.cli_evaluate import run_evaluate_beyond, run_evaluate_drift, run
 from nova_video.cli_generate import run_edit, run_generate
 from nova_video.errors import InputError
 
-BAD_INPUT, INTERRUPTED = 2, 130
+LEFT_ALONE, BAD_INPUT, INTERRUPTED = 1, 2, 130
 EXTRAS = {  # package -> the extra that brings it
     "tensorboard": "train",
     "torchdata": "train",
@@ -139,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except RuntimeError as error:
+        if _left_alone(error):
+            return _complain("another process of this run has ended; what it said tells why", LEFT_ALONE)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         return _complain(f"the device is out of memory: ask for fewer frames or a smaller size ({error})")
@@ -148,6 +151,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _speaks() -> bool:
     """Of several processes one does."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _left_alone(error: RuntimeError) -> bool:
+    """Of several processes, one that others closed their connections to."""
+    return (
+        os.environ.get("WORLD_SIZE", "1") != "1"
+        and re.search("Connection (closed|reset) by peer", str(error)) is not None
+    )
 
 
 def _complain(message: str, code: int = BAD_INPUT) -> int:

@@ -132,6 +132,8 @@ class DatasetTask(TransformerTask):
         self.text_name = recipe.text_encoder or info.text_encoder or _text_of(recipe.init)
         self._text: tuple[Any, Any] | None = None
         self.probe = list(itertools.islice(self._facts(), PROBED))
+        if self.text_name is None and not info.text_dim:
+            raise InputError(f"{recipe.dataset.path} has no text features: expected a text_encoder that makes them")
         width = info.text_dim or self._text_parts(device)[1].config.hidden_size
         names = f"{recipe.dataset.path} and text_encoder = {self.text_name!r}"
         size = (self.largest.height, self.largest.width)

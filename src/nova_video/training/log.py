@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from nova_video.errors import InputError
-from nova_video.media import atomic_path
+from nova_video.media import atomic_path, check_writable
 from nova_video.training.checkpoint import writing
 from nova_video.training.recipe import Recipe
 
@@ -50,15 +50,16 @@ class Log:
             raise InputError(f"trackers has {absent[0]!r}, which is not installed: pip install {package}")
         if not writes:
             return
-        try:
-            (self.output / "sheets").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"output folder {self.output} cannot be written: {error.strerror}") from error
+        there = next(path for path in (self.output, *self.output.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise InputError(f"output folder {self.output} cannot be written: {there} is a file")
+        check_writable(there)
 
     def start(self, step: int) -> None:
         """Go on from `step`: what an interrupted run logged past it is dropped."""
         if not self.writes:
             return
+        (self.output / "sheets").mkdir(parents=True, exist_ok=True)
         path = self.output / "metrics.jsonl"
         lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         kept: list[str] = []

@@ -34,6 +34,9 @@ def add_lora(model: NOVATransformer3DModel, recipe: LoraRecipe) -> list[nn.Param
             raise InputError(
                 f"lora.targets has {target!r}: expected how names of linear layers end, such as {LORA_TARGETS[0]!r}"
             )
+        full = min(min(module.in_features, module.out_features) for module in found)
+        if recipe.rank > full:
+            raise InputError(f"lora.rank is {recipe.rank}: expected at most {full}, the full rank of {target}")
     model.requires_grad_(False)
     model.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha or recipe.rank, target_modules=list(targets)))
     return [

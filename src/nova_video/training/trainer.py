@@ -16,6 +16,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nova_video.errors import InputError
-from nova_video.media import atomic_path
+from nova_video.media import alone_in, atomic_path
 from nova_video.model.attention import allow_kernels, allowed_kernels
 from nova_video.settings import AttentionKernels
 from nova_video.training.autoencoder import AutoencoderTask
@@ -72,11 +73,16 @@ def train(recipe: Recipe) -> Path:
     """
     processes = Processes(recipe)
     log = Log(recipe, processes.is_main)
-    output = Path(recipe.output)
     choose_kernels(recipe.attention_kernels)
     torch.manual_seed(recipe.seed)
     task = make_task(recipe, processes.device)
-    recipe = task.recipe
+    with alone_in(log.output) if processes.is_main else nullcontext():
+        return _train(task, processes, log)
+
+
+def _train(task: AnyTask, processes: Processes, log: Log) -> Path:
+    """The same, of what it needs."""
+    recipe, output = task.recipe, log.output
     looked_at = copy.deepcopy(task.model).eval().requires_grad_(False)  # holds averaged weights now and then
     module = processes.spread(task)
     optimizer = make_optimizer(task.model, recipe.optimizer, processes.device)
@@ -204,9 +210,9 @@ def compare_recipes(path: Path, recipe: Recipe, log: Log) -> None:
     except InputError as error:  # of another version, or gone
         log.say(f"what has changed in the recipe is not known: {error}")
         return
-    needed: tuple[str, ...] = ("lora.rank",)
+    needed: tuple[str, ...] = ("lora.rank", "frozen")
     if isinstance(recipe, TransformerRun) and (recipe.lora.rank or recipe.frozen):
-        needed += ("init", "lora.alpha")  # where checkpoints hold some of the weights alone
+        needed += ("init", "lora.alpha", "lora.targets")  # where checkpoints hold some of the weights alone
         if set(changed.get("lora.alpha", ())) == {0, recipe.lora.rank}:  # which mean the same
             del changed["lora.alpha"]
     for key, (was, now) in changed.items():
@@ -252,8 +258,10 @@ def look(
     if looks.sample or looks.score:
         works.append(lambda: export(task, model, folder))
     if looks.sample:
+        works.append(lambda: log.say(f"step {step}: drawing samples"))
         works.append(lambda: log.picture(step, task.sheet(model, folder)))
     if looks.score:
+        works.append(lambda: log.say(f"step {step}: scoring {task.recipe.log.score_clips} clips"))
         works.append(lambda: log.write(step, spent, task.score(folder, task.recipe.log.score_clips)))
     short = False
     for work in works:
@@ -495,7 +503,7 @@ class StopSignal:
         self.asked = True
         signal.signal(number, self.before[signal.Signals(number)])
         if self.says:  # not by what may be in the middle of printing
-            os.write(2, b"asked to stop: the run ends after a step, all saved; asked again, it ends at once\n")
+            os.write(2, b"asked to stop: the run ends after this step or sheet, all saved; asked again, at once\n")
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():

@@ -1,6 +1,7 @@
 """The command: files with records for right input, one line and exit code 2 for wrong, nothing left when stopped."""
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -669,6 +670,21 @@ def test_faults_of_our_own_are_not_hidden(run: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(cli.COMMANDS, cli.Train, faulty)
     with pytest.raises(RuntimeError, match="a fault"):
         run("train", "x.toml")
+
+
+def test_libraries_that_say_it_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they log is not said a second time."""
+    heard: list[str] = []
+    library, plain = logging.getLogger("a_library"), logging.getLogger("another")
+    monkeypatch.setattr(library, "handlers", [logging.NullHandler()])
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: heard.append(record.getMessage()))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    monkeypatch.setitem(cli.COMMANDS, cli.Train, lambda args: None)
+    assert cli.main(["train", "recipe.toml"]) == 0
+    for logger, text in ((library, "said"), (library.getChild("part"), "said too"), (plain, "to be said")):
+        logger.warning(text)
+    assert heard == ["to be said"]
 
 
 def test_a_process_that_others_left(

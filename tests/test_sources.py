@@ -458,7 +458,26 @@ def test_a_table_that_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(TableSource, "_item", fail)
     items = list(source.items())
     assert [item.source for item in items[:2]] == [item.source for item in whole[:2]]
-    assert (len(items), items[2].problem, items[2].last) == (3, "cannot be read on after row 1: gone", True)
+    assert (len(items), items[2].problem, items[2].last) == (3, "1.parquet cannot be read on after row 1: gone", True)
+
+
+def test_a_damaged_table_is_not_all(tmp_path: Path) -> None:
+    """Wherever it stands among them, the others are read."""
+    for place in ("00-damaged.parquet", "zz-damaged.parquet"):
+        folder = tmp_path / place
+        make_parquet(folder)
+        count = len(list(opened(folder).items()))
+        whole = min(folder.rglob("*.parquet")).read_bytes()
+        (folder / place).write_bytes(whole[: len(whole) // 2])
+        items = list(opened(folder).items())
+        wrong = [item for item in items if item.problem is not None]
+        assert (len(items), len(wrong)) == (count + 1, 1)
+        assert str(wrong[0].problem).startswith(f"{place} cannot be read on after row 0: ")
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / "a.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"a\.parquet: cannot be opened as a Hugging Face dataset: "):
+        opened(only)
 
 
 # Wrong input ---------------------------------------------------------------------------------------------------------

@@ -121,6 +121,8 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of `nova` with these arguments."""
     logging.basicConfig(format="nova: %(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_unsaid)
     logging.getLogger("nova_video").setLevel(logging.INFO)  # what takes long is said
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
@@ -146,6 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _complain(f"the device is out of memory: ask for fewer frames or a smaller size ({error})")
     return 0
+
+
+def _unsaid(record: logging.LogRecord) -> bool:
+    """Not what a library has a handler for."""
+    logger: logging.Logger | None = logging.getLogger(record.name)
+    while logger is not None and logger.name != "root":
+        if logger.handlers:
+            return False
+        logger = logger.parent
+    return True
 
 
 def _speaks() -> bool:

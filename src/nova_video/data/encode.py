@@ -299,11 +299,11 @@ def check_output(output: Path, info: DatasetInfo, source: Source) -> None:
                 f"{output} was encoded with {name} {_shown(was.get(name))}, got {_shown(value)}: expected the same, or"
                 " another folder"
             )
-    noted, now = output / PROGRESS / "source.json", _content(source)
-    before = read_json(noted) if noted.exists() else {}
-    if differing := [name for name, value in before.items() if value != now[name]]:  # older ones have no sizes
+    noted, there_is = output / PROGRESS / "source.json", _content(source)
+    there_was = read_json(noted) if noted.exists() else {}  # of an older version without sizes
+    if differing := [name for name, value in there_was.items() if value != there_is[name]]:
         if "count" in differing:
-            what = f"it had {before['count']} files, now {now['count']}"
+            what = f"it had {there_was['count']} files, now {there_is['count']}"
         else:
             what = "files have other names" if "digest" in differing else "files or captions have other sizes"
         raise InputError(

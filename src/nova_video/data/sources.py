@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby, islice
 from pathlib import PurePosixPath
 from typing import Any
@@ -91,10 +92,10 @@ class Source(ABC):
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Bytes of all local files, -1 where there is none."""
-        return [os.path.getsize(file) if os.path.isfile(file) else -1 for file in self.files if "://" not in file]
+        return [_size(file) for file in self.files if "://" not in file]
 
     @property
     @abstractmethod
@@ -132,6 +133,13 @@ class Source(ABC):
             waiting = replace(item, group=group_name(part, number // size), index=number % size)
         if waiting is not None:
             yield replace(waiting, last=True, final=True)
+
+
+def _size(file: str) -> int:
+    try:
+        return os.path.getsize(file)
+    except OSError:
+        return -1
 
 
 def group_name(part: int, group: int) -> str:

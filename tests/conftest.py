@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,16 @@ def camera_clips() -> Path:
         shutil.rmtree(CAMERA_CLIPS, ignore_errors=True)
         part.rename(CAMERA_CLIPS)
     return CAMERA_CLIPS
+
+
+@contextmanager
+def another_process_writes(folder: Path) -> Iterator[None]:
+    """Until it is killed."""
+    program = "import sys; from pathlib import Path; from nova_video.media import alone_in\n"
+    program += "with alone_in(Path(sys.argv[1])): print('there', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "there\n"
+        yield
+        other.kill()

@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from conftest import another_process_writes
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
 from nova_video.data.encode import model_text
 from nova_video.data.encoders import autoencoder_info, text_names
@@ -571,16 +571,10 @@ def test_what_is_not_begun_leaves_nothing(recipe: DatasetTransformerRecipe, tmp_
 
 def test_two_runs_do_not_write_to_one_place(recipe: DatasetTransformerRecipe) -> None:
     """Whichever process it is; and a run that has ended, however it did, is in no one's way."""
-    held = "import sys; from pathlib import Path; from nova_video.media import alone_in\n"
-    held += "with alone_in(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", held, recipe.output]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
+    with another_process_writes(Path(recipe.output)):
         with pytest.raises(InputError, match=f"{recipe.output}: another process is writing there: expected it to end"):
             train(recipe)
         assert [path.name for path in Path(recipe.output).iterdir()] == [".lock"]
-        other.kill()
     train(replace(recipe, steps=2))
 
 

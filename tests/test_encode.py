@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import another_process_writes
 from nova_video import cli, loading, media
 from nova_video.data import dataset as dataset_module
 from nova_video.data import encode as encode_module
@@ -314,18 +314,11 @@ def test_lost_shards_are_made_anew(
 
 def test_two_runs_do_not_write_to_one_place(source: Path, tmp_path: Path, encode: Encode) -> None:
     output = tmp_path / "dataset"
-    held = "import sys; from pathlib import Path; from nova_video.media import alone_in\n"
-    held += "with alone_in(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", held, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
+    with another_process_writes(output):
         code, out, err = encode(source, output, "--frames", 9)
         assert (code, out) == (2, "")
         assert err == f"nova: {output}: another process is writing there: expected it to end first\n"
         assert not (output / "dataset.json").exists()
-        other.kill()
     assert encode(source, output, "--frames", 9)[0] == 0
 
 

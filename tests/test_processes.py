@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,3 +55,18 @@ def test_gradients_are_sent_in_parts(
     averaged = [weight.grad for weight in trained]
     expected = torch.autograd.grad(layers(x).sum(), trained)
     torch.testing.assert_close(averaged, list(expected))
+
+
+@pytest.mark.parametrize(("here", "share"), [(None, 1 / 2), (4, 1 / 2), (2, 0), (1, 0)])
+def test_between_machines_sending_begins_at_once(
+    here: int | None, share: float, group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where each machine has one GPU."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if here is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    alone = processes.Processes.__new__(processes.Processes)
+    alone.count, alone.sharded, alone.device = 4, False, torch.device("cpu")
+    module = alone.spread(SimpleNamespace(model=nn.Linear(2, 2)))  # type: ignore[arg-type]
+    assert isinstance(module, Replicated)
+    assert module.share == share

@@ -34,7 +34,6 @@ TEXTS = (".txt", ".json")
 TABLES = ("metadata.csv", "metadata.jsonl")
 HUB = re.compile(r"hf://(?:datasets/)?([\w-][\w.-]*(?:/[\w-][\w.-]*)?)/?")
 CONFIGS = re.compile(r"(?:available configs|not found\. Available): \[(.+?)\]")  # of what `datasets` says
-SPLIT = "train"
 PEEKED = 16  # items that are looked into before the work
 HEADERS = 1 << 16  # bytes that are read at once where a tar is elsewhere: its members are asked for by themselves
 ROWS = 1024  # of a saved dataset, in a part
@@ -54,7 +53,7 @@ class SourceSettings:
     """Column of a table, or key of JSON files; None: caption."""
     media_column: str | None = None
     """Of a Hugging Face dataset; None: the only one that holds media."""
-    split: str = SPLIT
+    split: str = "train"
     """Of a Hugging Face dataset that has several."""
     group: int = 256
     """Items of a group: their samples are written together."""
@@ -75,7 +74,7 @@ class SourceSettings:
     def check_no(self, **options: str) -> None:
         """Raises for an option that is given, and that the source does not have: {its field: what it has none of}."""
         for name, what in options.items():
-            if (value := getattr(self, name)) not in (None, SPLIT):
+            if (value := getattr(self, name)) != getattr(SourceSettings, name):  # its default
                 raise InputError(f"{name} is {value!r}, and {self.place} has no {what}: expected none to be named")
 
 

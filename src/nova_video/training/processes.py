@@ -41,12 +41,14 @@ PATIENCE = timedelta(hours=2)  # with a process that samples, scores or saves wh
 
 
 def model_shards(count: int) -> int:
-    """Over how many of `count` processes a model is sharded: those of a machine where each has several, else all.
-
-    Launchers put the number of a machine's processes into the environment.
-    """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    """Over how many of `count` processes a model is sharded: those of a machine where each has several, else all."""
+    here = on_this_machine(count)
     return here if here > 1 and count % here == 0 else count
+
+
+def on_this_machine(count: int) -> int:
+    """How many of `count` processes: launchers put it into the environment."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count))
 
 
 class LossModule(nn.Module):
@@ -156,7 +158,7 @@ class Processes:
             return module
         if self.sharded:
             return self._shard(module)
-        return Replicated(module, self.device, 1 / SHARE if model_shards(self.count) == self.count else 0)
+        return Replicated(module, self.device, 1 / SHARE if on_this_machine(self.count) == self.count else 0)
 
     def _shard(self, module: LossModule) -> nn.Module:
         """What is gathered of the weights stays until the last backward pass of a step: in bf16, 2 bytes a value.

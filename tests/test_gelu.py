@@ -13,23 +13,30 @@ from nova_video.model.gelu import gelu_of
 INTERPRETED = """
 import torch
 from torch.nn import functional
-from nova_video.model.gelu_kernel import BLOCK, COLUMNS, ROWS, TOGETHER, gelu_backward_kernel, gelu_kernel
+from nova_video.model import gelu_kernel as kernels
 
 torch.manual_seed(0)
 numbers = 3 * torch.randn(150, 700)  # parts of programs' rows and columns
 numbers[5, :7] = torch.tensor([0.0, -0.0, 1e-6, -30.0, 30.0, 1e4, -1e4])
-for x in (numbers, numbers.half()):
+bias = torch.randn(700)
+bias[:7] = 0
+for x, biased in ((numbers, False), (numbers, True), (numbers.half(), True)):
     given, out, to_x = torch.randn_like(x), torch.empty_like(x), torch.empty_like(x)
-    gelu_kernel[(-(-x.numel() // BLOCK),)](x, out, x.numel(), BLOCK)
-    grid = (-(-x.shape[0] // ROWS), -(-x.shape[1] // COLUMNS))
-    sums = torch.full((grid[0], x.shape[1]), torch.nan)
-    gelu_backward_kernel[grid](x, given, to_x, sums, *x.shape, ROWS, COLUMNS, TOGETHER)
-    exact = x.double().requires_grad_()
+    rows, columns = x.shape
+    across = -(-columns // kernels.COLUMNS)
+    sizes = biased, kernels.COLUMNS, kernels.TOGETHER
+    kernels.gelu_kernel[(-(-rows // kernels.TOGETHER), across)](x, bias, out, rows, columns, *sizes)
+    each = 16 * kernels.TOGETHER_BACK
+    across = -(-columns // kernels.COLUMNS_BACK)
+    sums = torch.full((-(-rows // each), columns), torch.nan)
+    sizes = rows, each, columns, biased, kernels.COLUMNS_BACK, kernels.TOGETHER_BACK, kernels.STAGES
+    kernels.gelu_backward_kernel[(len(sums), across)](x, bias, given, to_x, sums, *sizes)
+    exact = (x.float() + biased * bias).double().requires_grad_()
     result = functional.gelu(exact)
     result.backward(given.double())
     rounding = 2e-7 if x.dtype == torch.float32 else 1e-3
     off = (out - result).abs()
-    assert (off <= rounding * x.abs().clamp(min=1)).all(), off.max()
+    assert (off <= rounding * exact.abs().clamp(min=1)).all(), off.max()
     off = (to_x - exact.grad).abs()
     assert (off <= 2 * rounding * given.abs().clamp(min=1)).all(), off.max()
     assert torch.allclose(sums.sum(0).double(), exact.grad.sum(0), rtol=1e-4, atol=1e-4)  # not of what was rounded

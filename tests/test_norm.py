@@ -16,20 +16,20 @@ from nova_video.model.norm import norm_of
 INTERPRETED = """
 import torch
 from torch.nn import functional
-from nova_video.model.norm_kernel import ROWS, STAGES, TOGETHER, norm_backward_kernel
+from nova_video.model.norm_kernel import STAGES, TOGETHER, norm_backward_kernel
 
 torch.manual_seed(0)
-for rows, columns in ((2 * ROWS + 5, 24), (3, 32)):
+each = 8 * TOGETHER
+for rows, columns, biased in ((2 * each + 5, 24, True), (3, 32, True), (each, 17, False)):
     for dtype in (torch.float32, torch.float16):
         x = (0.5 + 2 * torch.randn(rows, columns)).to(dtype)
-        given = torch.randn_like(x)
-        weight = 1 + torch.randn(columns)
-        programs = -(-rows // ROWS)
+        given, bias, weight = torch.randn_like(x), torch.randn(columns), 1 + torch.randn(columns)
+        programs = -(-rows // each)
         to_x, parts = torch.empty_like(x), torch.full((programs, 3, columns), torch.nan)
-        sizes = ROWS, 32, TOGETHER, STAGES
-        norm_backward_kernel[(programs,)](x, weight, given, to_x, parts, rows, columns, 1e-5, *sizes)
-        before = torch.zeros(columns, dtype=torch.float64, requires_grad=True)
-        shift = torch.zeros_like(before).requires_grad_()
+        sizes = rows, each, columns, 1e-5, biased, 32, TOGETHER, STAGES
+        norm_backward_kernel[(programs,)](x, bias, weight, given, to_x, parts, *sizes)
+        before = (biased * bias.double()).requires_grad_()
+        shift = torch.zeros(columns, dtype=torch.float64, requires_grad=True)
         exact, scale = x.double().requires_grad_(), weight.double().requires_grad_()
         functional.layer_norm(exact + before, (columns,), scale, shift, 1e-5).backward(given.double())
         rounding = 1e-5 if dtype == torch.float32 else 4e-3
@@ -49,11 +49,11 @@ def test_the_kernel_is_exact() -> None:
     assert run.returncode == 0, run.stderr
 
 
-def reference(x: Tensor, weight: Tensor, to_out: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor, bias: Tensor | None, weight: Tensor, to_out: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """What the kernel gives, of one part, by torch."""
-    mean, given = x.float().mean(-1, keepdim=True), to_out.float()
-    slope = (x.float().var(-1, correction=0, keepdim=True) + eps).rsqrt()
-    normal, scaled = (x.float() - mean) * slope, given * weight.float()
+    before, given = x.float() if bias is None else x.float() + bias.float(), to_out.float()
+    slope = (before.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    normal, scaled = (before - before.mean(-1, keepdim=True)) * slope, given * weight.float()
     to_x = (scaled - scaled.mean(-1, keepdim=True) - normal * (scaled * normal).mean(-1, keepdim=True)) * slope
     sums = [value.flatten(0, -2).sum(0) for value in (to_x, given * normal, given)]
     return to_x.to(x.dtype), torch.stack(sums).unsqueeze(0)

@@ -1,8 +1,8 @@
 """The GELU of the encoders' blocks: x Phi(x), the exact one.
 
 In blocks compiled for a GPU it is a pair of Triton kernels: the erf of torch takes 37 instructions a number, which last
-longer than reading and writing it, and ours takes 25. In training they also sum up the gradient of the bias before it,
-for which everything would be read once more. Everywhere else it is torch's.
+longer than reading and writing it, and ours takes 25. In training they also add the bias before it, which would be cast
+first, and sum up its gradient, for which everything would be read once more. Everywhere else it is torch's.
 """
 
 from torch import Tensor, nn

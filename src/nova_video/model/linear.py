@@ -1,7 +1,8 @@
 """The linear layers of the encoders' blocks, as compiled blocks are trained with them on a GPU.
 
 Autocast makes the gradient of a weight in bf16 and casts it: here it has the weight's type as it is summed up, and is
-neither rounded nor moved twice. And the kernels of `gelu.py` and `norm.py` sum up that of the bias before, in passing.
+neither rounded nor moved twice. And the kernels of `gelu.py` and `norm.py` add the bias before them, and sum up its
+gradient, in passing.
 """
 
 from typing import Any, TypeGuard
@@ -22,17 +23,17 @@ def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:
     if not (takes_kernels(x) and is_trained(linear)):
         out: Tensor = linear(x)
         return out
-    return Linear.of(linear, x, sums_bias=True)
+    return multiply(x, linear.weight, linear.bias)
 
 
 def apply_apart(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """linear(x), and its bias if that learns: its gradient has to come from who was given it here.
+    """linear(x) without its bias, and the bias, which whoever is given both adds.
 
-    None of any other layer, such as one that adapters have wrapped: that looks after its own.
+    Of any layer that does not learn, or that adapters have wrapped, all of linear(x) and None.
     """
     if not is_trained(linear):
         return linear(x), None
-    return Linear.of(linear, x, sums_bias=False), linear.bias
+    return multiply(x, linear.weight, None), linear.bias
 
 
 def is_trained(linear: nn.Module) -> TypeGuard[nn.Linear]:
@@ -42,24 +43,25 @@ def is_trained(linear: nn.Module) -> TypeGuard[nn.Linear]:
     return linear.weight.requires_grad and linear.bias.requires_grad
 
 
-class Linear(torch.autograd.Function):
-    """A linear layer: x (..., C), weight (C', C), bias (C',) -> (..., C'). Its bias has a gradient if `sums_bias`."""
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., C), weight (C', C), bias (C',) -> (..., C'), in autocast's type if it is on."""
+    kind = x.device.type
+    x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype)
+    out: Tensor = Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return out
 
-    @classmethod
-    def of(cls, linear: nn.Linear, x: Tensor, sums_bias: bool) -> Tensor:
-        kind = x.device.type
-        x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else linear.weight.dtype)
-        out: Tensor = cls.apply(x, linear.weight, linear.bias, sums_bias)  # type: ignore[no-untyped-call]
-        return out
+
+class Linear(torch.autograd.Function):
+    """`multiply`, in the type of x."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, sums_bias: bool) -> Tensor:
-        return functional.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, sums_bias = inputs
-        ctx.bias = bias.dtype if sums_bias else None
+        x, weight, bias = inputs
+        ctx.bias = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight)
 
     @staticmethod
@@ -68,7 +70,7 @@ class Linear(torch.autograd.Function):
         rows = to_out.flatten(0, -2)
         to_weight = product(rows.t(), x.flatten(0, -2), weight.dtype)
         to_bias = None if ctx.bias is None else rows.sum(0, dtype=torch.float32).to(ctx.bias)
-        return to_out @ weight.to(to_out.dtype), to_weight, to_bias, None
+        return to_out @ weight.to(to_out.dtype), to_weight, to_bias
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

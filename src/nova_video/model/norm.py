@@ -22,7 +22,8 @@ def norm_of(norm: nn.LayerNorm, linear: nn.Module, x: Tensor) -> Tensor:
     """norm(linear(x)), x (..., C) -> (..., C')."""
     if not (takes_kernels(x) and torch.is_grad_enabled()):
         return norm(linear(x))
-    result: Tensor = Norm.apply(*apply_apart(linear, x), norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
+    out, bias = apply_apart(linear, x)
+    result: Tensor = Norm.apply(out, bias, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -48,23 +49,23 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor, eps: float) -> Tensor:
-        """x (..., C), to which a `bias` (C,) was added without a gradient; weight and shift (C,) -> as x. Computed in
-        float32, as under autocast."""
-        return cast(functional.layer_norm(x.float(), x.shape[-1:], weight.float(), shift.float(), eps), x.dtype)
+        """LN(x + bias), x (..., C), bias (C,) or None, weight and shift (C,) -> as x. Computed in float32, as under
+        autocast."""
+        before = x.float() if bias is None else x.float() + bias.float()
+        return cast(functional.layer_norm(before, x.shape[-1:], weight.float(), shift.float(), eps), x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *summed, ctx.eps = inputs
-        ctx.types = [None if value is None else value.dtype for value in summed]
-        ctx.save_for_backward(x, summed[1])
+        x, bias, weight, shift, ctx.eps = inputs
+        ctx.types = [None if value is None else value.dtype for value in (bias, weight, shift)]
+        ctx.save_for_backward(x, bias, weight)
 
     @staticmethod
     def backward(ctx: Any, to_out: Tensor) -> tuple[Tensor | None, ...]:
         from nova_video.model import norm_kernel
 
-        x, weight = ctx.saved_tensors
-        to_x, parts = norm_kernel.norm_backward(x, weight, to_out, ctx.eps)
-        sums = [None if kind is None else sums.to(kind) for kind, sums in zip(ctx.types, parts.sum(0), strict=True)]
+        to_x, parts = norm_kernel.norm_backward(*ctx.saved_tensors, to_out, ctx.eps)
+        sums = [None if kind is None else total.to(kind) for kind, total in zip(ctx.types, parts.sum(0), strict=True)]
         return to_x, *sums, None
 
 

@@ -40,8 +40,11 @@ def compile_blocks(model: NOVATransformer3DModel, backend: str = "inductor") -> 
     And the norm behind the denoiser's: on all noise draws of all tokens, uncompiled, it moves more memory than they.
     """
     compile_every_variant()
-    decoder = model.image_decoder
-    for part in (*model.video_encoder.blocks, *model.image_encoder.blocks, *decoder.blocks, decoder.norm):
+    # else inductor copies a sum for a kernel of ours, and sums up again for who reads it next
+    options = {"triton_kernel_default_layout_constraint": "flexible_layout"} if backend == "inductor" else None
+    for block in (*model.video_encoder.blocks, *model.image_encoder.blocks):
+        block.compile(dynamic=True, backend=backend, options=options)
+    for part in (*model.image_decoder.blocks, model.image_decoder.norm):
         part.compile(dynamic=True, backend=backend)
 
 

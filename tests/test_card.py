@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
+from nova_video import fonts
 from nova_video.data import card, dataset, sheets
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample
 from nova_video.data.encoders import DecodeLatents, EncodeLatents, autoencoder_info
@@ -113,6 +115,22 @@ def test_moments_are_decoded_to_the_frames_they_stand_for() -> None:
         assert decoded.shape == frames.shape
         assert decoded.dtype == np.uint8
         assert np.abs(decoded.astype(float) - frames).mean() < 12
+
+
+def test_letters_that_one_font_lacks_come_from_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fonts there are the first that has all of them, else the one with most; any for no letters."""
+
+    class Font:
+        def __init__(self, letters: str) -> None:
+            self.letters = letters
+
+        def getmask(self, letter: str) -> NDArray[np.uint8]:
+            return np.full((2, 2), ord(letter) % 255 if letter in self.letters else 255, np.uint8)
+
+    plain, wide, widest = Font("abc"), Font("abü"), Font("abcüß日")
+    monkeypatch.setattr(fonts, "_fonts", lambda size: [plain, wide, widest])
+    found = [fonts.font_for(text, 12) for text in ("a b", "aü", "cü", "日本", "", "xyz")]
+    assert found == [plain, wide, widest, widest, plain, plain]
 
 
 def test_sheets_hold_every_entry() -> None:

@@ -387,7 +387,40 @@ def test_frozen_parts_stay_and_fresh_ones_start_anew(recipe: DatasetTransformerR
     assert after["image_decoder.blocks.0.proj.fc1.weight"].shape[0] == 96
 
 
-def test_adapters_are_trained_saved_and_loaded(recipe: DatasetTransformerRecipe, tiny_checkpoint: Path) -> None:
+def test_a_model_of_another_autoencoder(
+    recipe: DatasetTransformerRecipe, tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """May learn the dataset's latents, which is said; adapters may not, which are used with its own."""
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.5 * value for name, value in load_file(weights).items()}, weights)
+    said = (
+        f"init = '{other}' has an autoencoder with weights {autoencoder_info(str(other)).fingerprint}, and .* was enc"
+    )
+    with pytest.raises(InputError, match=f"{said}.*: expected the same, since adapters are sampled with the former"):
+        train(replace(recipe, init=str(other), lora=LoraRecipe(rank=2)))
+    folder = train(replace(recipe, init=str(other), steps=1))
+    [warning] = [record.getMessage() for record in caplog.records if "an autoencoder" in record.getMessage()]
+    assert re.match(f"{said}.*: the model has to learn other latents than it knows", warning)
+    assert autoencoder_info(str(folder)).fingerprint == autoencoder_info(str(tiny_checkpoint)).fingerprint
+
+
+def test_a_wandb_run_is_that_of_its_folder(tmp_path: Path) -> None:
+    """However often it is resumed; another folder of the same name, or a new one in its place, has another."""
+    folders = [tmp_path / name / "runs" / "finetune" for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    first, second = map(log_module.run_id, folders)
+    assert first != second
+    assert log_module.run_id(folders[0]) == first
+    shutil.rmtree(folders[0])
+    folders[0].mkdir()
+    assert log_module.run_id(folders[0]) != first
+
+
+def test_adapters_are_trained_saved_and_loaded(
+    recipe: DatasetTransformerRecipe, tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     recipe = replace(recipe, lora=LoraRecipe(rank=2, alpha=4.0), optimizer=OptimizerRecipe(lr=1e-2, warmup=0, ema=0.0))
     folder = train(replace(recipe, log=replace(recipe.log, sample_every=6)))
     assert {path.name for path in folder.iterdir()} >= {"pytorch_lora_weights.safetensors", "README.md", "recipe.toml"}
@@ -408,6 +441,11 @@ def test_adapters_are_trained_saved_and_loaded(recipe: DatasetTransformerRecipe,
         return torch.as_tensor(pipe("a whale", generator=torch.Generator().manual_seed(0), **how).images)
 
     assert not torch.allclose(picture(folder), picture(None), atol=1e-3)
+    assert "was trained beside" not in caplog.text
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    NovaPipeline.from_pretrained(other).load_lora_weights(folder)
+    said = f"adapter {folder} was trained beside {tiny_checkpoint}, and is used with {other}"
+    assert caplog.records[-1].getMessage() == said
     with pytest.raises(InputError, match="lora.rank is 2 and there is no init"):
         train(replace(recipe, init="", scheduler="flow"))
     with pytest.raises(InputError, match=r"lora.alpha is 8.0, and .* was begun with 4.0: expected the same"):

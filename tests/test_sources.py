@@ -6,12 +6,15 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from nova_video.data import dataset as dataset_module
+from nova_video.data import sources as sources_module
 from nova_video.data import stages as stages_module
 from nova_video.data.sources import Source, SourceSettings, TableSource, expand_braces, open_source
 from nova_video.data.stages import Item, read_bytes, read_caption
@@ -383,14 +386,13 @@ def test_problems_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_problems_of_a_table(tmp_path: Path) -> None:
-    table = "file_name,caption\na.mp4,an a\nb.mp4,a b\n,nothing\nc.xyz,a c\nsub/../d.mp4,\n"
+    table = "file_name,caption\na.mp4,an a\nb.mp4,a b\n,nothing\nc.xyz,a c\nsub/../d.mp4,a d\n../e.mp4,an e\n"
     source = opened(fill(tmp_path, {"a.mp4": "", "d.mp4": "", "c.xyz": "", "metadata.csv": table}))
     assert problems(source) == {
         "b.mp4": "is in metadata.csv, but there is no such file",
         "metadata.csv:3": "its row has no file_name",
         "c.xyz": "is in metadata.csv, but .xyz is no known format",
-        "d.mp4": "no caption: it is not in metadata.csv",
-        "sub/../d.mp4": "is in metadata.csv, but there is no such file",
+        "../e.mp4": "is in metadata.csv, but is not below the folder: expected a path in it, or a whole one",
     }
 
 
@@ -415,6 +417,56 @@ def test_problems_of_tars(tmp_path: Path) -> None:
     good = [item.source for item in opened(tmp_path).items() if item.problem is None]
     assert good[:2] == ["a.tar/0.mp4", "a.tar/1.mp4"]
     assert good[-1] == "b.tar/3.jpg"
+
+
+def test_what_is_said_of_tars_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not said to be damaged, and what a server sends too much of is not taken for a member."""
+    write_tar(tmp_path / "a.tar", {"0.mp4": b"0" * 40, "0.txt": b"a"})
+    [item] = opened(tmp_path / "a.tar").items()
+    monkeypatch.setattr(stages_module, "_patiently", lambda url, read: (tmp_path / "a.tar").read_bytes())
+    with pytest.raises(Exception, match="its server gives files only as a whole: expected one that answers range"):
+        read_bytes(item)
+
+    class Whole(io.BytesIO):
+        def read(self, *args: Any) -> bytes:
+            raise ValueError("The HTTP server doesn't appear to support range requests. Open with block_size=0")
+
+    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "open", lambda self, *args, **named: Whole())
+    message = "a.tar: the tar cannot be fetched: its server gives files only as a whole: expected one that .* requests$"
+    with pytest.raises(InputError, match=message):
+        opened(tmp_path / "a.tar")
+
+
+def test_names_on_web_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are listed as they stand in URLs, and are known and looked up by what they mean."""
+    names = ["a b/häse.png", "100%.png", "#1.png", "plain.png"]
+    rows = "\n".join(json.dumps({"file_name": name, "caption": f"this is {name}"}) for name in names)
+    fill(tmp_path, {**{name: content(name) for name in names}, "metadata.jsonl": rows})
+
+    class Web(fsspec.AbstractFileSystem):  # type: ignore[misc]
+        protocol = ("http", "https")
+
+        def isdir(self, path: str) -> bool:
+            return True
+
+        def find(self, path: str, **_: Any) -> list[str]:
+            files = (file for file in tmp_path.rglob("*") if file.is_file())
+            return [f"{path}/{quote(str(file.relative_to(tmp_path)))}" for file in files]
+
+        def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+            return (tmp_path / unquote(path.removeprefix("http://host/clips/"))).read_bytes()[start:end]
+
+        def unstrip_protocol(self, name: str) -> str:
+            return name
+
+    for module in (sources_module, dataset_module, stages_module):
+        monkeypatch.setattr(module, "open_place", lambda place: (Web(), place))
+    items = list(opened("http://host/clips").items())
+    assert {item.source: (item.problem, item.caption) for item in items} == {
+        name: (None, f"this is {name}") for name in names
+    }
+    assert all(read_bytes(item) == content(item.source) for item in items)
+    assert {item.url for item in items} >= {"http://host/clips/100%25.png", "http://host/clips/a%20b/h%C3%A4se.png"}
 
 
 def test_the_first_of_two_members_of_a_name_counts(tmp_path: Path) -> None:

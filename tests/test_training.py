@@ -130,6 +130,9 @@ def test_overrides_reach_nested_keys() -> None:
     [
         ('kind = "transformer"\nstepz = 3', "unknown key 'stepz' (is it steps?); expected one of name, "),
         ('kind = "transformer"\n[optimizer]\nlearning = 3', "unknown key 'learning'"),
+        ('kind = "transformer"\n[datset]\npath = "x"', "unknown key 'datset' (is it dataset?)"),
+        ('kind = "transformer"\n[optimizer]\nbetas = [0.9]', "betas is [0.9], expected a list of 2"),
+        ('kind = "transformer"\nvisible = 3', "visible is 3, expected a list"),
         ('kind = "transformer"\nsteps = "many"', "steps is 'many', expected int"),
         ('kind = "gan"', "kind is 'gan', expected one of autoencoder, transformer"),
         ('kind = "transformer"\nscheduler = "euler"', "expected one of 'flow', 'ddpm'"),

@@ -4,6 +4,7 @@
 it away; of several, `set_adapters` says which are used and how much. What is not here is the library's `LoraBaseMixin`.
 """
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,23 @@ from typing import Any
 from diffusers.loaders.lora_base import LoraBaseMixin
 
 from nova_video.errors import InputError
-from nova_video.loading import load_adapter
+from nova_video.loading import lasting_name, load_adapter
 from nova_video.memory import Turn
 from nova_video.model import NOVATransformer3DModel
-from nova_video.model.lora import Unfused, adapted_layers, adapter_names, fuse, require_peft, save_lora, unfuse
+from nova_video.model.lora import (
+    LORA_BASE,
+    Unfused,
+    adapted_layers,
+    adapter_names,
+    fuse,
+    require_peft,
+    save_lora,
+    unfuse,
+)
 
 COMPONENTS = ("transformer",)
+
+log = logging.getLogger(__name__)
 
 
 class AdapterMixin(LoraBaseMixin):
@@ -25,6 +37,7 @@ class AdapterMixin(LoraBaseMixin):
 
     _lora_loadable_modules = ["transformer"]
     transformer: NOVATransformer3DModel
+    config: Any
     _unfused: dict[str, Unfused] | None = None
     """The weights before adapters were added to them; None: none is."""
     _fp8: Any
@@ -62,6 +75,12 @@ class AdapterMixin(LoraBaseMixin):
             raise InputError(f"adapter {pretrained_model_name_or_path}: no LoRA that peft can make: {reason}") from None
         self.transformer.eval()
         self.transformer.set_adapters([name], [scale])
+        learned = (adapter.settings or {}).get(LORA_BASE)
+        here = getattr(self.config, "_name_or_path", None)
+        if learned and here and learned not in (here, lasting_name(here)):
+            log.warning(
+                "adapter %s was trained beside %s, and is used with %s", pretrained_model_name_or_path, learned, here
+            )
         return name
 
     def unload_lora_weights(self) -> None:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from nova_video.fonts import font_for
 
 PAGE, MARGIN, GUTTER = 1360, 40, 40  # pixels: width of a page, its border, between columns
 COLUMNS = 2
@@ -59,8 +61,8 @@ def _header(title: str, subtitle: str) -> Image.Image:
     page = Image.new("RGB", (PAGE, MARGIN + TITLE + 68), PAPER)
     brush = ImageDraw.Draw(page)
     for line in _fit(title, TITLE, PAGE - 2 * MARGIN, 1):
-        brush.text((MARGIN, MARGIN - 6), line, INK, _font(TITLE))
-    brush.text((MARGIN, MARGIN + TITLE + 6), subtitle, FAINT, _font(TEXT))
+        brush.text((MARGIN, MARGIN - 6), line, INK, font_for(line, TITLE))
+    brush.text((MARGIN, MARGIN + TITLE + 6), subtitle, FAINT, font_for(subtitle, TEXT))
     rule = MARGIN + TITLE + 38
     brush.line((MARGIN, rule, PAGE - MARGIN, rule), RULE)
     return page
@@ -120,14 +122,15 @@ def _block(picture: Image.Image, entry: Entry) -> Image.Image:
     """A picture with round corners, caption and note under it, and room below."""
     caption = _fit(entry.caption, TEXT, picture.width, LINES)
     note = _fit(entry.note, SMALL, picture.width, LINES)
-    lines = [(line, INK, TEXT, 21) for line in caption] + [(line, FAINT, SMALL, 17) for line in note]
+    lines = [(line, INK, font_for(entry.caption, TEXT), 21) for line in caption]
+    lines += [(line, FAINT, font_for(entry.note, SMALL), 17) for line in note]
     height = picture.height + 8 + sum(step for *_, step in lines) + BELOW
     block = Image.new("RGB", (picture.width, height), PAPER)
     block.paste(picture, (0, 0), _round_mask(picture.size))
     brush = ImageDraw.Draw(block)
     down = picture.height + 8
-    for line, colour, size, step in lines:
-        brush.text((0, down), line, colour, _font(size))
+    for line, colour, font, step in lines:
+        brush.text((0, down), line, colour, font)
         down += step
     return block
 
@@ -141,7 +144,7 @@ def _round_mask(size: tuple[int, int]) -> Image.Image:
 
 def _fit(text: str, size: int, width: int, lines: int) -> list[str]:
     """The text in at most so many lines; dots stand for what does not fit."""
-    font = _font(size)
+    font = font_for(text, size)
     words = " ".join(text.split()).split(" ")
     made: list[str] = []
     while words and len(made) < lines:
@@ -159,10 +162,6 @@ def _fit(text: str, size: int, width: int, lines: int) -> list[str]:
 
 def _scaled(frame: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
 
 
 def _total(blocks: Sequence[Image.Image]) -> int:

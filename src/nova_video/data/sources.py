@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import os
+import posixpath
 import re
 import tarfile
 from abc import ABC, abstractmethod
@@ -23,9 +24,10 @@ from functools import cached_property
 from itertools import groupby, islice
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import quote, unquote
 
 from nova_video.data.dataset import is_local, join, open_place, read_file
-from nova_video.data.stages import MEDIA, VIDEOS, Item, caption_from, clean_caption
+from nova_video.data.stages import MEDIA, NO_RANGES, VIDEOS, Item, caption_from, clean_caption
 from nova_video.errors import InputError, first_line
 from nova_video.settings import check_number
 
@@ -37,6 +39,7 @@ CONFIGS = re.compile(r"(?:available configs|not found\. Available): \[(.+?)\]") 
 PEEKED = 16  # items that are looked into before the work
 HEADERS = 1 << 16  # bytes that are read at once where a tar is elsewhere: its members are asked for by themselves
 ROWS = 1024  # of a saved dataset, in a part
+DAMAGED_TAR = "the tar cannot be read on"
 WHAT_THERE_IS = (
     "a folder of media with captions (.txt or .json beside each, or metadata.csv or .jsonl), .tar or .parquet files, a"
     " folder written by save_to_disk, or hf://OWNER/NAME"
@@ -210,7 +213,10 @@ def _open_folder(settings: SourceSettings, system: Any, root: str) -> Source:
     for found in packed.values():
         if found:
             return _open_files(settings, [_url(system, f"{root.rstrip('/')}/{name}") for name in found])
-    return FolderSource(settings, _url(system, root), names, media)
+    root = _url(system, root)
+    if root.startswith(("http://", "https://")):  # which lists names as they stand in URLs
+        names, media = [unquote(name) for name in names], [unquote(name) for name in media]
+    return FolderSource(settings, root, names, media)
 
 
 def _walk(root: str) -> Iterator[str]:
@@ -277,7 +283,7 @@ class FolderSource(Source):
         self._items = {item.source: item for item in sorted(found, key=lambda item: item.source)}
         self.total = len(self._items)
         self.files = [
-            *(join(root, table) for table in tables),
+            *(self._url(table) for table in tables),
             *(url for item in self._items.values() for url in (item.url, item.caption_url) if url is not None),
         ]
 
@@ -293,8 +299,11 @@ class FolderSource(Source):
             raise InputError(f"{self.settings.place}: has no {source}")
         return self._items[source]
 
+    def _url(self, name: str) -> str:
+        return join(self.root, quote(name) if self.root.startswith(("http://", "https://")) else name)
+
     def _item(self, name: str) -> Item:
-        return Item(name, url=join(self.root, name))
+        return Item(name, url=self._url(name))
 
     def _beside(self, names: list[str], media: list[str]) -> Iterable[Item]:
         """Each with the .txt or .json of its stem, the .json first if a key is named."""
@@ -329,7 +338,7 @@ class FolderSource(Source):
             if beside is None:
                 yield replace(self._item(name), problem="no caption: there is no .txt or .json of its name beside it")
             else:
-                yield replace(self._item(name), caption_url=join(self.root, beside), caption_key=self.settings.caption)
+                yield replace(self._item(name), caption_url=self._url(beside), caption_key=self.settings.caption)
         stems = {_stem(name) for name in media}
         for orphan in texts:
             if _stem(orphan) not in stems:
@@ -340,7 +349,7 @@ class FolderSource(Source):
         keys: set[str] = set()
         for text in texts[:PEEKED]:
             try:
-                values = json.loads(read_file(join(self.root, text)))
+                values = json.loads(read_file(self._url(text)))
             except (OSError, ValueError):
                 return
             if not isinstance(values, dict) or self.settings.caption in values:
@@ -351,7 +360,7 @@ class FolderSource(Source):
 
     def _listed(self, table: str, media: list[str]) -> Iterable[Item]:
         """Those of a table with columns for file and caption."""
-        where = join(self.root, table)
+        where = self._url(table)
         rows = _read_csv(where) if table.endswith(".csv") else _read_json_lines(where)
         columns = {key: None for row in rows for key in row}
         for column in (FILE_NAME, self.settings.caption):
@@ -375,7 +384,7 @@ class FolderSource(Source):
                 yield Item(f"{table}:{number}", problem=f"its row has no {FILE_NAME}")
                 continue
             elsewhere = _is_elsewhere(name)
-            name = name if elsewhere else str(PurePosixPath(name))
+            name = name if elsewhere else posixpath.normpath(name)
             if name in listed:
                 yield Item(f"{table}:{number}", problem=f"{name} has a row before this one")
                 continue
@@ -383,8 +392,12 @@ class FolderSource(Source):
             item = Item(name, clean_caption(row.get(self.settings.caption)), name) if elsewhere else self._item(name)
             item = replace(item, caption=clean_caption(row.get(self.settings.caption)))
             if not elsewhere and name not in there:
-                known = _suffix(name) in MEDIA
-                reason = "there is no such file" if known else f"{_suffix(name) or 'no extension'} is no known format"
+                if name.startswith("../"):
+                    reason = "is not below the folder: expected a path in it, or a whole one"
+                elif _suffix(name) in MEDIA:
+                    reason = "there is no such file"
+                else:
+                    reason = f"{_suffix(name) or 'no extension'} is no known format"
                 item = replace(item, problem=f"is in {table}, but {reason}")
             yield item
         for name in there - listed:
@@ -467,8 +480,11 @@ class TarSource(Source):
                     item = replace(item, problem="the tar has it twice, and not one behind the other")
                 seen.add(item.source)
                 yield item
-        except Exception as error:  # of the tar or of where it is
-            yield Item(name, problem=f"the tar cannot be read on: {_said(error)}")
+        except tarfile.TarError as error:
+            yield Item(name, problem=f"{DAMAGED_TAR}: {first_line(error)}")
+        except Exception as error:  # of where it is
+            whole = "range requests" in str(error)
+            yield Item(name, problem=f"the tar cannot be fetched: {NO_RANGES if whole else _said(error)}")
 
     def _members(self, part: int) -> Iterator[tuple[str, tarfile.TarInfo, bytes | None]]:
         """Name, header and, of captions, content."""
@@ -507,8 +523,9 @@ class TarSource(Source):
         else:
             raise InputError(f"{place}: is empty: its {self.parts} tar files have no members")
         problems = [item.problem for item in found]
-        if all(problem is not None and problem.startswith("the tar") for problem in problems):
-            raise InputError(f"{self._names[part]}: {problems[0]}: expected a tar file, not compressed")
+        if all(problem is not None and problem.startswith("the tar ") for problem in problems):
+            hint = ": expected a tar file, not compressed" if str(problems[0]).startswith(DAMAGED_TAR) else ""
+            raise InputError(f"{self._names[part]}: {problems[0]}{hint}")
         if all(problem is not None and problem.startswith("a caption") for problem in problems):
             raise InputError(f"{self._names[part]}: has captions and no media: expected 000.mp4 or .jpg with 000.txt")
         if all(problem is not None and problem.startswith("no caption") for problem in problems):

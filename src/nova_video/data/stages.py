@@ -56,6 +56,7 @@ COMPLETE = 0.9  # of the frames that a file tells of: with fewer, it is said to 
 CUT_SIDE = 256  # pixels: cuts are looked for in frames of at most this width
 STANDSTILL = 2.0  # seconds a frame may last within a scene: timestamps that jump are no stillness
 DURATION = 0.1  # seconds a frame of an animated picture is shown if it does not say
+NO_RANGES = "its server gives files only as a whole: expected one that answers range requests"
 TRIES, WAIT = 3, 1.0  # of reading from elsewhere: how often, and seconds before the second time
 
 
@@ -224,7 +225,10 @@ def read_bytes(item: Item) -> bytes:
     if item.data is not None:
         return item.data
     stop = None if item.size is None else item.offset + item.size
-    return _patiently(item.url, lambda system, path: system.cat_file(path, start=item.offset, end=stop))
+    data = _patiently(item.url, lambda system, path: system.cat_file(path, start=item.offset, end=stop))
+    if item.size is not None and len(data) > item.size:
+        raise _UnfitError(NO_RANGES)
+    return data
 
 
 def read_caption(item: Item) -> str:

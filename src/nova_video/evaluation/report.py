@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +15,7 @@ from nova_video.evaluation.beyond import BeyondReport
 from nova_video.evaluation.drift import ENDS, MEASURES, DriftReport
 from nova_video.evaluation.emoji import EmojiReport
 from nova_video.evaluation.rates import Rate
+from nova_video.fonts import font_for
 from nova_video.media import atomic_path, check_writable
 
 SHEET_FRAMES = 6  # of each clip, evenly spread
@@ -120,11 +121,12 @@ def contact_sheet(samples: list[Sample], frames: int = SHEET_FRAMES) -> Image.Im
     shown = min(frames, max(len(sample.frames) for sample in samples))
     width, height = max(shown, SHEET_FRAMES) * SHEET_SIDE + SHEET_GAP, 2 * LINE + SHEET_SIDE + SHEET_GAP
     sheet = Image.new("RGB", (SHEET_COLUMNS * width + SHEET_GAP, rows * height + SHEET_GAP), PAPER)
-    brush, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    brush = ImageDraw.Draw(sheet)
     for number, sample in enumerate(samples):
         left, top = SHEET_GAP + number // rows * width, SHEET_GAP + number % rows * height
-        brush.text((left, top), sample.caption, fill=INK, font=font)
-        brush.text((left, top + LINE), f"seen: {sample.seen}", fill=GOOD if sample.right else BAD, font=font)
+        brush.text((left, top), sample.caption, fill=INK, font=font_for(sample.caption, 12))
+        seen = f"seen: {sample.seen}"
+        brush.text((left, top + LINE), seen, fill=GOOD if sample.right else BAD, font=font_for(seen, 12))
         picks = np.linspace(0, len(sample.frames) - 1, min(shown, len(sample.frames))).round().astype(int)
         for column, index in enumerate(picks.tolist()):
             frame = Image.fromarray(sample.frames[index]).resize((SHEET_SIDE - 2, SHEET_SIDE - 2))

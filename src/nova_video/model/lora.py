@@ -24,6 +24,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."
 LORA_METADATA = "lora_adapter_metadata"
 """Key of a file's metadata with peft's settings as JSON, each with the prefix in front of its name."""
+LORA_BASE = "base_model_name_or_path"
+"""One of these settings: the checkpoint that an adapter was trained beside."""
 LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 """Attention and MLP of every block of both encoders. The denoiser's are proj.fc1 and proj.fc2."""
 SUFFIXES = (".lora_A.weight", ".lora_B.weight")
@@ -76,7 +78,9 @@ def lora_state_dict(
     """The tensors of the adapter `name`. `state`: the whole state dict, where the model has only parts."""
     from peft import get_peft_model_state_dict
 
-    found: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=state, adapter_name=name)
+    found: dict[str, Tensor] = get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=name, save_embedding_layers=False
+    )
     return found
 
 
@@ -97,8 +101,10 @@ def save_lora(
     folder: Path,
     name: str = "default",
     state: Mapping[str, Tensor] | None = None,
+    base: str | None = None,
 ) -> Path:
-    """Write pytorch_lora_weights.safetensors, which `NovaPipeline.load_lora_weights` opens; `state` as above."""
+    """Write pytorch_lora_weights.safetensors, which `NovaPipeline.load_lora_weights` opens; `state` as above, `base`
+    names the checkpoint that the model is of."""
     tensors = {
         LORA_PREFIX + key: value.detach().cpu().contiguous()
         for key, value in lora_state_dict(model, name, state).items()
@@ -107,6 +113,8 @@ def save_lora(
         LORA_PREFIX + key: sorted(value) if isinstance(value, set) else value
         for key, value in model.peft_config[name].to_dict().items()
     }
+    if base is not None:
+        settings[f"{LORA_PREFIX}{LORA_BASE}"] = base
     metadata = {"format": "pt", LORA_METADATA: json.dumps(settings, indent=2, sort_keys=True, default=str)}
     folder.mkdir(parents=True, exist_ok=True)
     path, aside = folder / LORA_FILE, folder / f".{LORA_FILE}"

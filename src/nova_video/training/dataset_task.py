@@ -138,6 +138,8 @@ class DatasetTask(TransformerTask):
         names = f"{recipe.dataset.path} and text_encoder = {self.text_name!r}"
         size = (self.largest.height, self.largest.width)
         model, resolved = make_model(recipe, Material(info.latent_channels, info.spatial_stride, width, size, names))
+        if recipe.init:
+            check_autoencoder_of_init(recipe, info)
         if info.text_encoder and info.text_dim:
             check_text_encoder(recipe, info.text_encoder)
         if self.text_name and info.text_dim and not recipe.lora.rank:
@@ -423,6 +425,22 @@ def check_text_encoder(recipe: DatasetTransformerRecipe, stored: str) -> None:
     if not anew and (known := _text_of(recipe.init)) is not None:
         field = f"init = {recipe.init!r} has learned from the text encoder {known!r}"
         _check_same(field, known, stored, place, "expected the same, or 'text_embed' in `fresh`")
+
+
+def check_autoencoder_of_init(recipe: DatasetTransformerRecipe, info: DatasetInfo) -> None:
+    """A model learns another autoencoder's latents anew; adapters are sampled with the autoencoder of `init`."""
+    if not (resolve_checkpoint(recipe.init) / "vae").is_dir():
+        return
+    own = autoencoder_info(recipe.init).fingerprint
+    if own == info.fingerprint:
+        return
+    said = (
+        f"init = {recipe.init!r} has an autoencoder with weights {own}, and {recipe.dataset.path} was encoded by"
+        f" {info.autoencoder!r} with {info.fingerprint}"
+    )
+    if recipe.lora.rank:
+        raise InputError(f"{said}: expected the same, since adapters are sampled with the former")
+    log.warning("%s: the model has to learn other latents than it knows, and goes with the latter", said)
 
 
 def check_text_is_there(recipe: DatasetTransformerRecipe, info: DatasetInfo, name: str) -> None:

@@ -5,6 +5,7 @@ Only the main process writes. Used by `trainer.py`.
 
 import json
 import math
+import uuid
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,6 +135,14 @@ def make_tracker(name: str, output: Path, run: str, step: int) -> GeneralTracker
     options: dict[str, Any] = {"logging_dir": output} if kind.requires_logging_directory else {}
     if name in ("wandb", "trackio"):
         options |= {"name": run, "resume": "allow"}
-    if name == "wandb":  # one run, however often it is resumed
-        options |= {"dir": str(output), "id": "-".join(output.resolve().parts[-2:])}
+    if name == "wandb":
+        options |= {"dir": str(output), "id": run_id(output)}
     return kind(PROJECT, **options)
+
+
+def run_id(output: Path) -> str:
+    """One for each output folder, however often its run is resumed; removed with it."""
+    path = output / "wandb-id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:16])
+    return path.read_text().strip()

@@ -388,7 +388,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(f"recipe {path}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    found: type[Any] = DatasetTransformerRecipe if "dataset" in values else KINDS[kind]
+    encoded = any(get_close_matches(key, ("dataset",), cutoff=0.8) for key in values)  # or a slip of the pen
+    found: type[Any] = DatasetTransformerRecipe if encoded else KINDS[kind]
     recipe: Recipe = _build(found, values, f"recipe {path}")
     if not overrides:
         return recipe
@@ -445,7 +446,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         kinds = arguments[:1] * len(value) if isinstance(value, list) and arguments[-1] is Ellipsis else arguments
         if not isinstance(value, list) or len(kinds) != len(value):
-            raise InputError(f"{where} is {value!r}, expected a list{'' if kinds else f' of {len(arguments)}'}")
+            several = "" if arguments[-1:] == (Ellipsis,) else f" of {len(arguments)}"
+            raise InputError(f"{where} is {value!r}, expected a list{several}")
         return tuple(_convert(each, item, where) for each, item in zip(kinds, value, strict=True))
     if origin is Literal:
         if value not in arguments:

@@ -187,7 +187,7 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         """Write a whole checkpoint but for the text encoder, which `nova.json` names, weights in fp16; or the adapters
         alone."""
         if self.recipe.lora.rank:
-            save_lora(model, folder)
+            save_lora(model, folder, base=lasting_name(self.recipe.init))
             return
         half = NOVATransformer3DModel.from_config(model.config)
         half.load_state_dict(model.state_dict())

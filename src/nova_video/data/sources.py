@@ -39,6 +39,7 @@ CONFIGS = re.compile(r"(?:available configs|not found\. Available): \[(.+?)\]") 
 PEEKED = 16  # items that are looked into before the work
 HEADERS = 1 << 16  # bytes that are read at once where a tar is elsewhere: its members are asked for by themselves
 ROWS = 1024  # of a saved dataset, in a part
+WEB = ("http://", "https://")
 DAMAGED_TAR = "the tar cannot be read on"
 WHAT_THERE_IS = (
     "a folder of media with captions (.txt or .json beside each, or metadata.csv or .jsonl), .tar or .parquet files, a"
@@ -214,7 +215,7 @@ def _open_folder(settings: SourceSettings, system: Any, root: str) -> Source:
         if found:
             return _open_files(settings, [_url(system, f"{root.rstrip('/')}/{name}") for name in found])
     root = _url(system, root)
-    if root.startswith(("http://", "https://")):  # which lists names as they stand in URLs
+    if root.startswith(WEB):  # it lists names as they stand in URLs
         names, media = [unquote(name) for name in names], [unquote(name) for name in media]
     return FolderSource(settings, root, names, media)
 
@@ -300,7 +301,7 @@ class FolderSource(Source):
         return self._items[source]
 
     def _url(self, name: str) -> str:
-        return join(self.root, quote(name) if self.root.startswith(("http://", "https://")) else name)
+        return join(self.root, quote(name) if self.root.startswith(WEB) else name)
 
     def _item(self, name: str) -> Item:
         return Item(name, url=self._url(name))

@@ -1,0 +1,41 @@
+"""The versions in constraints.txt cover every package that the extras install."""
+
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = ("train", "data", "eval", "demo", "docs", "lowmem", "dev")  # `flash` is for Hopper and Blackwell GPUs
+
+
+def installed_packages() -> dict[str, str]:
+    """Name -> version of what this package's extras need, followed through the requirements of each."""
+    found: dict[str, str] = {}
+    left = [("nova-video", extra) for extra in EXTRAS]
+    done = set(left)
+    while left:
+        name, extra = left.pop()
+        for line in metadata.requires(name) or []:
+            needed = Requirement(line)
+            if needed.marker is not None and not needed.marker.evaluate({"extra": extra}):
+                continue
+            key = canonicalize_name(needed.name)
+            if key.startswith(("nvidia-", "cuda-", "triton")):
+                continue  # torch asks for exact versions of these itself
+            found[key] = metadata.version(key)
+            for item in [(key, ""), *((key, extra) for extra in needed.extras)]:
+                if item not in done:
+                    done.add(item)
+                    left.append(item)
+    return found
+
+
+def test_constraints_pin_every_package() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines if not line.startswith("#")}
+    found = installed_packages()
+    assert len(found) > 80
+    versions = {name: version.split("+")[0] for name, version in found.items()}  # 2.13.0+cpu is 2.13.0
+    assert versions == {name: pins.get(name) for name in versions}

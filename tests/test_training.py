@@ -198,7 +198,7 @@ def test_wrong_recipes_are_refused_by_name(text: str, message: str, tmp_path: Pa
 def test_recipes_in_another_encoding(tmp_path: Path) -> None:
     path = tmp_path / "latin.toml"
     path.write_bytes('name = "f\xeate"'.encode("latin-1"))
-    with pytest.raises(InputError, match="latin.toml: is not UTF-8"):
+    with pytest.raises(InputError, match="latin.toml is not a text file in UTF-8, line 1"):
         load_recipe(path)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from nova_video.arguments import MODEL, Edit, Generate, Making
 from nova_video.console import checkpoint_defaults, load_pipeline
 from nova_video.errors import InputError
+from nova_video.io.text import read_text
 from nova_video.jobs import NOTES, Job, carry_out, check_output, check_state, make_record, output_path, progress
 from nova_video.script import with_script
 
@@ -145,10 +146,7 @@ def _prompts(args: Generate) -> list[str]:
     """The sentences of the command line, then those of the file; or else that of the clip to go on from."""
     prompts = list(args.prompt)
     if args.prompts is not None:
-        try:
-            lines = args.prompts.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{args.prompts} is not a text file in UTF-8") from error
+        lines = read_text(args.prompts).split("\n")
         prompts += [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise InputError(f"{args.prompts} is empty, expected one sentence a line")

@@ -17,7 +17,6 @@ A key is a flag, with underscores; paths start from the current folder, as those
 second on, its motion and guidance until another scene has one. A sentence outside the scenes is the one at second 0.
 """
 
-import tomllib
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from nova_video.arguments import Generate
 from nova_video.errors import InputError
+from nova_video.io.text import read_toml
 
 NOT_IN_SCRIPTS = ("prompts", "prompt_at", "motion_at", "guidance_at", "script", "resume")  # the scenes are for three
 KEYS = {
@@ -57,12 +57,7 @@ def with_script(typed: Generate) -> Generate:
 
 def read_script(path: Path) -> Generate:
     """The settings in a TOML file."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a text file in UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path} is not TOML: {error}") from error
+    values = read_toml(path)
     scenes = values.pop("scene", [])
     if not isinstance(scenes, list) or not all(isinstance(scene, dict) for scene in scenes):
         raise InputError(f"{path}: scene is {scenes!r}: expected tables, each headed by [[scene]]")

@@ -5,7 +5,6 @@ resolved recipe is saved beside the weights it made.
 """
 
 import dataclasses
-import tomllib
 import typing
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -14,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from nova_video.data.words import MOTIONS
 from nova_video.errors import InputError
+from nova_video.io.text import read_toml
 from nova_video.settings import AttentionKernels, Defaults, check_local, check_number
 
 T = TypeVar("T")
@@ -377,14 +377,11 @@ KINDS: dict[str, type[Recipe]] = {"autoencoder": AutoencoderRecipe, "transformer
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe of a TOML file, with command-line overrides such as ["--optimizer.lr", "3e-4"] on top."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        what = error.strerror or error if isinstance(error, OSError) else f"is not UTF-8 ({error.reason})"
-        raise InputError(f"recipe {path}: {what}; expected a TOML file such as recipes/tiny.toml") from error
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"recipe {path} is not TOML: {error}") from error
+        values = read_toml(Path(path))
+    except InputError as error:
+        is_absent = isinstance(error.__cause__, OSError)
+        hint = "; expected a TOML file such as recipes/tiny.toml" if is_absent else ""
+        raise InputError(f"recipe {error}{hint}") from None
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(f"recipe {path}: kind is {kind!r}, expected one of {', '.join(KINDS)}")

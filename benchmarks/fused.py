@@ -35,7 +35,7 @@ from nova_video.sampling.fused import (
     launched_early,
     rank_tiles,
 )
-from nova_video.sampling.guidance import combine
+from nova_video.sampling.guidance import Guidance, combine, pass_weights
 
 PASSES, SCALE, CHANNELS, PATCH, CONDITION = 2, 5.0, 4, 2, 1024
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -110,7 +110,7 @@ class Loop:
             self.start,
             self.fresh,
             self.schedule.rows,
-            self.scales,
+            pass_weights(Guidance(SCALE), self.start.device),
             PASSES,
             self.schedule.clip,
             layout,
@@ -138,7 +138,7 @@ def one_step(
     clip: float | None,
 ) -> Tensor:
     output = denoiser.predict(x.to(modulations[0].dtype).repeat(PASSES, 1, 1), modulations)
-    _, guided = combine(output, PASSES, scales[0], scales[1])
+    guided = combine(output, PASSES, scales[0], scales[1]).guided()
     return linear_step(x, guided, row, clip, noise)
 
 

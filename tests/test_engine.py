@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 from torch import Tensor
 
+from nova_video.model.denoiser import Denoiser, DenoiserBlock
+from nova_video.model.vit import Attention
 from nova_video.sampling.context import Context
 from nova_video.sampling.diffusion import request_scheduler
 from nova_video.sampling.engine import (
@@ -25,7 +27,7 @@ from nova_video.sampling.engine import (
     pad_set,
 )
 from nova_video.sampling.generate import generate_sets
-from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.guidance import Guidance, Prediction
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
 from nova_video.sampling.timing import Stopwatch
 from test_sampling import DDPM_CONFIG, GUIDANCES, close, make_state, open_model, open_scheduler
@@ -100,6 +102,67 @@ def test_a_slower_way_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
         run("text-to-video", fast, make_state(open_model("text-to-video"), embeds(), Guidance(4.0)), scheduler)
     (record,) = caplog.records
     assert record.message.startswith("EulerAncestralDiscreteScheduler draws random numbers as it steps")
+
+
+class Halved(Denoiser):
+    def predict(self, noisy: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        return super().predict(noisy, modulations) / 2
+
+
+class HalvedBlock(DenoiserBlock):
+    def forward(self, *args: Any) -> Tensor:
+        return super().forward(*args) / 2
+
+
+class HalvedAttention(Attention):
+    def forward(self, *args: Any) -> Tensor:
+        return super().forward(*args) / 2
+
+
+@dataclass(frozen=True)
+class HalvedGuidance(Guidance):
+    def combine(self, outputs: Tensor, passes: int) -> Prediction:
+        return super().combine(outputs / 2, passes)
+
+
+def set_class(part: str, kind: type[Any]) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        model.get_submodule(part).__class__ = kind
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "guidance", "said"),
+    [
+        (set_class("image_decoder", Halved), Guidance(4.0), "image_decoder (Halved) is a class of its own"),
+        (set_class("image_decoder.blocks.0", HalvedBlock), Guidance(4.0), "image_decoder (HalvedBlock) is a class"),
+        (set_class("image_encoder.blocks.2.attn", HalvedAttention), Guidance(4.0), "image_encoder (HalvedAttention)"),
+        (set_class("video_encoder.blocks.0.attn", HalvedAttention), Guidance(4.0), "video_encoder (HalvedAttention)"),
+        (None, HalvedGuidance(4.0), "HalvedGuidance is a guidance of its own"),
+    ],
+)
+def test_a_class_of_its_own_is_called(
+    change: Callable[[Any], None] | None, guidance: Guidance, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The fast way steps aside for what it would not call, and one line in the log says so."""
+    SAID.clear()
+    model, scheduler = open_model("text-to-video"), open_scheduler("text-to-video")
+
+    def made(engine: Callable[[Any], Engine], guidance: Guidance = guidance) -> Tensor:
+        state = make_state(model, embeds(), guidance, frames=2)
+        for _ in generate_sets(model, request_scheduler(scheduler, None), state, engine(model)):
+            pass
+        return state.latents()
+
+    stock = made(PlainEngine, Guidance(4.0))
+    if change is not None:
+        change(model)
+    plain, quick = made(PlainEngine), made(fast)
+    close(quick, plain)
+    assert (quick - stock).abs().max() > 1e-2
+    (record,) = caplog.records
+    assert said in record.message
 
 
 def test_sets_are_padded_with_a_token_of_their_own() -> None:

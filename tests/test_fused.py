@@ -17,20 +17,22 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from nova_video.model.denoiser import Denoiser
+from nova_video.model.denoiser import Denoiser, DenoiserBlock
 from nova_video.sampling import fused
 from nova_video.sampling.diffusion import Schedule, linear_step, predicted_data, request_scheduler
 from nova_video.sampling.fused import (
     Layout,
     Tile,
+    blocks_of,
     bytes_read,
     denoise_fused,
+    foreign_denoiser_part,
     launched_early,
     rank_tiles,
     run_fused,
     supports,
 )
-from nova_video.sampling.guidance import Guidance, combine
+from nova_video.sampling.guidance import Guidance, pass_weights
 
 WIDTH, CHANNELS, PATCH, DEPTH, STEPS = 48, 3, 2, 2, 3
 ROUNDING = 1e-4  # of the largest value, in float32
@@ -69,7 +71,7 @@ class Loop:
         self.start = torch.randn(batch, size, values, device=DEVICE)
         self.fresh = torch.randn(STEPS, batch, size, values, device=DEVICE)
         self.rows = torch.randn(STEPS, 8, device=DEVICE)
-        self.scales = torch.tensor([2.5, 1.5], device=DEVICE)
+        self.guidance = Guidance(2.5 if passes > 1 else 1.0, image_scale=1.5 if passes == 3 else 0.0)
         self.times = torch.tensor([900.0, 500.0, 100.0], device=DEVICE)
         self.features = torch.randn(passes * batch, size, 16, device=DEVICE).to(dtype)
 
@@ -84,7 +86,7 @@ class Loop:
             self.start,
             self.fresh,
             self.rows,
-            self.scales,
+            pass_weights(self.guidance, DEVICE),
             self.passes,
             clip,
             layout,
@@ -99,7 +101,7 @@ class Loop:
             count = passes[step] if passes else self.passes
             noisy = x.to(self.dtype).repeat(count, 1, 1)
             output = self.denoiser.predict(noisy, [modulation[step][: len(noisy)] for modulation in modulations])
-            _, guided = combine(output, count, self.scales[0], self.scales[1])
+            guided = self.guidance.combine(output, count).guided()
             data = None if before is None else predicted_data(x, guided, row)
             x = linear_step(x, guided, row, clip, self.fresh[step] if step < len(self.fresh) else None, before)
             before = data
@@ -157,7 +159,7 @@ def test_guidance_can_end_early(cls: Any) -> None:
         fresh=loop.fresh,
         rows=schedule.rows,
         times=loop.denoiser.embed_times(loop.times),
-        scales=loop.scales,
+        weights=pass_weights(loop.guidance, DEVICE),
     )
     before = torch.zeros_like(loop.start) if schedule.multistep else None
     assert far(result, loop.plain(schedule.clip, (2, 1, 1), before)) < ROUNDING
@@ -223,6 +225,28 @@ def test_supports_says_where() -> None:
         assert supports(denoiser, 10, 2)
         assert not supports(denoiser, fused.MAX_ROWS + 1, 2)
         assert not supports(Denoiser(DEPTH, 40, 16, CHANNELS, PATCH).cuda(), 10, 2)  # width is no multiple of 16
+
+
+class Other(Denoiser):
+    pass
+
+
+class OtherBlock(DenoiserBlock):
+    pass
+
+
+def test_kernels_take_the_very_classes_they_were_written_for() -> None:
+    denoiser = Denoiser(DEPTH, WIDTH, 16, CHANNELS, PATCH)
+    assert foreign_denoiser_part(denoiser) is None
+    assert len(blocks_of(denoiser)) == DEPTH
+    other = Other(DEPTH, WIDTH, 16, CHANNELS, PATCH)
+    assert foreign_denoiser_part(other) is other
+    for block in (OtherBlock(WIDTH), torch.nn.Identity()):
+        denoiser.blocks[1] = block
+        assert foreign_denoiser_part(denoiser) is block
+        assert not supports(denoiser, 10, 2)
+        with pytest.raises(TypeError, match="expected DenoiserBlock"):  # never dropped without a word
+            blocks_of(denoiser)
 
 
 @pytest.mark.parametrize("width", [320, 768, 1024, 1280, 1536])

@@ -15,19 +15,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nova_video.errors import InputError
-from nova_video.model import NOVATransformer3DModel, patchify, random_order, set_sizes, unpatchify
+from nova_video.model import NOVATransformer3DModel, masking, patchify, random_order, set_sizes, unpatchify
 from nova_video.model.patches import gather_tokens
 from nova_video.sampling.context import Context
 from nova_video.sampling.diffusion import Schedule, ddpm_row, linear_step, predicted_data, request_scheduler
 from nova_video.sampling.generate import generate_sets
-from nova_video.sampling.guidance import Guidance, combine, renorm_ratio
+from nova_video.sampling.guidance import Guidance, combine, pass_weights, renorm_ratio
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.shortcuts import EXACT, Shortcuts
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
+from nova_video.training.loss import NoiseTable, draw, draw_per_sample
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 CASES = [("text-to-image", "generate"), ("text-to-image", "generate_noguidance")]
 CASES += [("text-to-video", "generate"), ("rotary-flow", "generate")]
+CASES += [("published-flow", f"generate_image_guidance_{name}") for name in ("renorm", "trunc", "renorm_trunc")]
+CASES += [("published-video", "generate_image_guidance_renorm")]
 
 DDPM_CONFIG = CONFORMANCE / "text-to-video" / "scheduler"
 CPU = torch.device("cpu")
@@ -112,7 +115,12 @@ def test_reference_latents(folder: str, name: str) -> None:
     state = make_state(
         model,
         embeds,
-        Guidance(case["guidance_scale"]),
+        Guidance(
+            case["guidance_scale"],
+            case.get("guidance_trunc", 0.0),
+            case.get("guidance_renorm", 1.0),
+            case.get("image_guidance_scale", 0.0),
+        ),
         frames=expected.shape[2],
         grid=(expected.shape[3], expected.shape[4]),
         sets=case["num_inference_steps"],
@@ -203,11 +211,13 @@ class PlainSampler:
                 guided = outputs[1] + guidance.scale * (cond - outputs[1])
             elif t >= guidance.trunc and len(outputs) == 3:
                 null, image = outputs[1:]
-                guided = null + guidance.scale * (cond - image) + guidance.image_scale * (image - null)
+                guided = null + guidance.scale * (cond - image)
             guided = torch.where(inside, guided, noisy)
             if guidance.renorm < 1:
                 ratio = cond.flatten(1).norm(dim=1) / guided.flatten(1).norm(dim=1)
                 guided = guided * ratio.clamp(guidance.renorm, 1)[:, None, None]
+            if t >= guidance.trunc and len(outputs) == 3:
+                guided = guided + guidance.image_scale * (image - null)
             output = unpatchify(guided, 2, self.grid)
             x = self.scheduler.step(output, t, x, generator=self.generator, return_dict=False)[0]
         return x
@@ -220,6 +230,7 @@ GUIDANCES = [
     Guidance(4.0, renorm=0.3),
     Guidance(4.0, trunc=400.0, renorm=0.3),
     Guidance(4.0, image_scale=1.5),
+    Guidance(4.0, renorm=0.3, image_scale=1.5),
     Guidance(4.0, trunc=400.0, renorm=0.3, image_scale=1.5),
 ]
 
@@ -253,15 +264,24 @@ def test_modes_differ() -> None:
 def test_combine_closed_forms() -> None:
     cond, null, image = (torch.randn(2, 3, 4) for _ in range(3))
     one = combine(cond, 1, 1.0)
-    assert torch.equal(one[0], cond)
-    assert torch.equal(one[1], cond)
-    got, guided = combine(torch.cat([cond, null]), 2, 3.0)
-    assert torch.equal(got, cond)
-    torch.testing.assert_close(guided, 3 * cond - 2 * null)
-    _, guided = combine(torch.cat([cond, null, image]), 3, 3.0, 2.0)
-    torch.testing.assert_close(guided, 3 * cond - null - image)
-    _, same = combine(torch.cat([cond, null]).half(), 2, 3.0)
-    assert same.dtype == torch.float32
+    assert torch.equal(one.cond, cond)
+    assert torch.equal(one.guided(), cond)
+    two = combine(torch.cat([cond, null]), 2, 3.0)
+    assert torch.equal(two.cond, cond)
+    torch.testing.assert_close(two.guided(), 3 * cond - 2 * null)
+    three = combine(torch.cat([cond, null, image]), 3, 3.0, 2.0)
+    torch.testing.assert_close(three.guided(), 3 * cond - null - image)
+    half = torch.full((2, 1, 1), 0.5)  # of the prompt's part alone: the history's is added as it is
+    torch.testing.assert_close(three.guided(half), 0.5 * (null + 3 * (cond - image)) + 2 * (image - null))
+    assert combine(torch.cat([cond, null]).half(), 2, 3.0).guided().dtype == torch.float32
+
+
+@pytest.mark.parametrize("guidance", [Guidance(1.0), Guidance(3.0), Guidance(3.0, image_scale=2.0)])
+def test_pass_weights_are_the_formula(guidance: Guidance) -> None:
+    outputs = torch.randn(guidance.passes, 5, 4)  # a batch of one
+    weights = pass_weights(guidance, CPU)
+    expected = guidance.combine(outputs, guidance.passes).guided()
+    torch.testing.assert_close((weights[:, None, None] * outputs).sum(0, keepdim=True), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_passes() -> None:
@@ -376,6 +396,19 @@ def test_own_generators_make_samples_independent() -> None:
     together = run(model, scheduler, make_state(model, embeds, Guidance(4.0), generators=both))
     alone = make_state(model, embeds[1:], Guidance(4.0), generators=[torch.Generator().manual_seed(5)])
     close(together[1:], run(model, scheduler, alone))
+
+
+def test_training_and_sampling_draw_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens in raster order, by one change: sampling reveals so, and training hides so."""
+    monkeypatch.setattr(masking, "random_order", lambda uniform: torch.arange(uniform.shape[1]).repeat(len(uniform), 1))
+    model, scheduler = open_model("rotary-flow"), open_scheduler("rotary-flow")
+    state = make_state(model, [torch.randn(5, 32)], Guidance(1.0), frames=1)
+    run(model, scheduler, state)
+    assert state.order[0].tolist() == list(range(24))
+    table = NoiseTable.from_scheduler(scheduler, CPU)
+    for draws in (draw(table, 2, 24, 16, 6, 1), draw_per_sample(table, [6, 6], 24, 16, 1)):
+        assert draws.visible_ids.tolist() == [list(range(6))] * 2
+        assert draws.hidden_ids.tolist() == [list(range(6, 24))] * 2
 
 
 def test_sets_in_turn() -> None:

@@ -122,4 +122,4 @@ class Denoiser(nn.Module):
 
     def forward(self, noisy: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
         """noisy (B, S, P), timestep (B,) or (B, S), condition from `project_condition` -> prediction (B, S, P)."""
-        return self.denoise_under(noisy, self.time_cond_embed(timestep, condition))
+        return self.predict(noisy, self.modulations(self.time_cond_embed(timestep, condition)))

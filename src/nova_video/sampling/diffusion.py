@@ -22,11 +22,11 @@ from torch import Tensor
 
 from nova_video.errors import InputError
 from nova_video.model.patches import gather_tokens, scatter_tokens
-from nova_video.sampling.guidance import Guidance, renorm_ratio
+from nova_video.sampling.guidance import Guidance, Prediction, renorm_ratio
 from nova_video.sampling.random import FrameNoise
 
-Predict = Callable[[int, Tensor], tuple[Tensor, Tensor]]
-"""At step k, noisy tokens (B, S, P) -> the conditional and the guided prediction, both (B, S, P) float32."""
+Predict = Callable[[int, Tensor], Prediction]
+"""At step k, noisy tokens (B, S, P) -> their prediction."""
 
 
 def request_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
@@ -69,11 +69,11 @@ class Schedule:
         scheduler.set_timesteps(num_steps)
         timesteps = tuple(float(t) for t in scheduler.timesteps)
         rows, clip, noisy = None, None, (False,) * len(timesteps)
-        if isinstance(scheduler, DDPMScheduler):
+        if type(scheduler) is DDPMScheduler:
             rows = torch.tensor([ddpm_row(scheduler, t) for t in scheduler.timesteps], dtype=torch.float32)
             clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
             noisy = tuple(t > 0 for t in timesteps)
-        elif isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.stochastic_sampling:
+        elif type(scheduler) is FlowMatchEulerDiscreteScheduler and not scheduler.config.stochastic_sampling:
             steps = scheduler.sigmas.double().diff().tolist()
             rows = torch.tensor([row(0.0, dt, 0.0, 1.0, 1.0) for dt in steps], dtype=torch.float32)
         elif is_linear_solver(scheduler):
@@ -134,7 +134,7 @@ def ddpm_row(scheduler: DDPMScheduler, t: Tensor) -> tuple[float, ...]:
 
 def is_linear_solver(scheduler: Any) -> bool:
     """DPM-Solver++ (arXiv 2211.01095) of first or second order, as an ordinary differential equation's solver."""
-    if not isinstance(scheduler, DPMSolverMultistepScheduler):
+    if type(scheduler) is not DPMSolverMultistepScheduler:  # a subclass may step otherwise: it does so itself
         return False
     config = scheduler.config
     return config.algorithm_type == "dpmsolver++" and config.solver_order <= 2 and not config.thresholding
@@ -227,20 +227,30 @@ def denoise_set(
     x, k = noise.start, torch.ones_like(noise.outside)
     before = torch.zeros_like(x) if schedule.multistep else None
     for i in range(len(schedule.timesteps)):
-        cond, output = predict(i, gather_tokens(x, ids) if whole else x)
+        prediction = predict(i, gather_tokens(x, ids) if whole else x)
         if whole:
-            cond, output = (scatter_tokens(x, ids, part) for part in (cond, output))  # (B, L, P)
-            output = output * renorm_ratio(cond, output, guidance.renorm)
-        elif guidance.renorm < 1:
+            prediction = in_whole_frame(prediction, x, ids)
+        ratio = None  # (B, 1, 1)
+        if guidance.renorm < 1:
+            outside = k.square() * noise.outside  # 0 for a whole frame
+            ratio = renorm_ratio(prediction.cond, prediction.prompted, guidance.renorm, outside)
+        if ratio is not None and not whole:
             assert schedule.rows is not None
-            ratio = renorm_ratio(cond, output, guidance.renorm, k.square() * noise.outside)  # (B, 1, 1)
-            output, k = output * ratio, k * (1 + schedule.rows[i, 1] * ratio)
+            k = k * (1 + schedule.rows[i, 1] * ratio)
+        output = prediction.guided(ratio)
         data = None
         if before is not None:
             assert schedule.rows is not None
             data = predicted_data(x, output, schedule.rows[i])
         x, before = take_step(schedule, i, x, output, noise, generators, before), data
     return gather_tokens(x, ids) if whole else x
+
+
+def in_whole_frame(prediction: Prediction, x: Tensor, ids: Tensor) -> Prediction:
+    """The prediction of the tokens `ids` (B, S) in the frame x (B, L, P): elsewhere every pass's is x itself."""
+    cond, prompted = (scatter_tokens(x, ids, part) for part in (prediction.cond, prediction.prompted))
+    history = prediction.history
+    return Prediction(cond, prompted, None if history is None else scatter_tokens(torch.zeros_like(x), ids, history))
 
 
 def take_step(

@@ -12,7 +12,7 @@ the frame, D width, P values of a token, K denoising steps.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -23,11 +23,11 @@ from nova_video.model import NOVATransformer3DModel, Positions
 from nova_video.model.denoiser import Denoiser
 from nova_video.model.embeddings import Rotary
 from nova_video.model.patches import gather_tokens
-from nova_video.model.transformer import ApplyBlock
-from nova_video.model.vit import Block
+from nova_video.model.transformer import ApplyBlock, ImageEncoder, VideoEncoder
+from nova_video.model.vit import Attention, Block, Mlp
 from nova_video.sampling.diffusion import Schedule, SetNoise, denoise_set, linear_step, predicted_data
-from nova_video.sampling.fused import run_fused, supports
-from nova_video.sampling.guidance import Guidance, combine
+from nova_video.sampling.fused import foreign_denoiser_part, run_fused, supports
+from nova_video.sampling.guidance import Guidance, Prediction, combine, pass_weights
 
 ROWS_AT_ONCE = 1 << 16  # tokens times steps whose modulations are computed together: bounds their memory
 SAID: set[str] = set()  # of `say_once`, in this process
@@ -120,25 +120,39 @@ class PlainEngine:
     ) -> Tensor:
         condition = self.model.project_features(features)  # (N * B, S, width), the same at every step
 
-        def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        def predict(i: int, x: Tensor) -> Prediction:
             passes = guidance.passes_at(schedule.timesteps[i])
             noisy = schedule.scaled(i, x).to(condition.dtype).repeat(passes, 1, 1)  # (n * B, S, P)
             timestep = torch.full((len(noisy),), schedule.timesteps[i], device=x.device)
             output = self.model.denoise(noisy, timestep, condition[: len(noisy)])
-            return combine(output, passes, guidance.scale, guidance.image_scale)
+            return guidance.combine(output, passes)
 
         return denoise_set(schedule, guidance, noise, ids, predict, list(generators))
 
 
 @dataclass(frozen=True, eq=False)
 class FastEngine:
-    """The same numbers to rounding, for speed."""
+    """The same numbers to rounding, for speed: for the very classes that it was written for.
+
+    A subclass may compute otherwise. A model with one, and a set under a guidance of another class, go the plain way.
+    """
 
     model: NOVATransformer3DModel
     runner: Runner
     _once: dict[object, Tensor] = field(default_factory=dict)
 
+    @cached_property
+    def plain(self) -> PlainEngine | None:
+        """The engine for a model with a part of another class; None where every part is known."""
+        part = foreign_part(self.model)
+        if part is None:
+            return None
+        say_once(f"{part} is a class of its own: it is computed by the plain loop, which is slower")
+        return PlainEngine(self.model)
+
     def context(self, condition: Tensor, tokens: Tensor, positions: Positions) -> Tensor:
+        if self.plain is not None:
+            return self.plain.context(condition, tokens, positions)
         rotary = positions.video_rotary
         inputs = {
             "text": condition,
@@ -155,6 +169,8 @@ class FastEngine:
     def features(
         self, condition: Tensor, embedded: Tensor, visible: Tensor, ids: Tensor, positions: Positions
     ) -> Tensor:
+        if self.plain is not None:
+            return self.plain.features(condition, embedded, visible, ids, positions)
         rotary = positions.image_rotary
         inputs = {
             "condition": condition,
@@ -177,11 +193,9 @@ class FastEngine:
         noise: SetNoise,
         generators: Sequence[torch.Generator],
     ) -> Tensor:
-        if schedule.draws:
-            name = type(schedule.scheduler).__name__
-            say_once(
-                f"{name} draws random numbers as it steps: its steps are those of the plain loop, which are slower"
-            )
+        if (slower := self._why_plain(schedule, guidance)) is not None:
+            if slower:
+                say_once(slower)
             return PlainEngine(self.model).denoise(features, ids, schedule, guidance, noise, generators)
         plain = guidance.renorm >= 1 and schedule.rows is not None
         size = ids.shape[1]
@@ -195,15 +209,19 @@ class FastEngine:
             "fresh": noise.fresh,
             "rows": schedule.rows,
             "times": self._times(schedule, features),
-            "scales": self._scales(guidance, features.device),
         }
         denoiser, compile = self.model.image_decoder, self.runner.compiled
+        fused = plain and self.runner.fused and supports(denoiser, features[..., 0].numel(), guidance.passes)
+        if fused:
+            inputs["weights"] = self._weights(guidance, features.device)
+        else:
+            inputs["scales"] = self._scales(guidance, features.device)
         denoise: Callable[..., Tensor]
         if not plain:
             inputs |= {"ids": ids, "outside": noise.outside}
             predict = compiled(guided_prediction) if compile else guided_prediction
             denoise = partial(run_any, denoiser, schedule, guidance, predict)
-        elif self.runner.fused and supports(denoiser, features[..., 0].numel(), guidance.passes):
+        elif fused:
             denoise = partial(run_fused, denoiser, schedule, guidance)
         else:
             denoise = partial(
@@ -213,6 +231,17 @@ class FastEngine:
             guidance.passes_at(t) for t in schedule.timesteps
         )  # scales are inputs: one graph serves them all
         return self.runner(("denoise", schedule.key, passes, guidance.renorm), denoise, inputs)[:, :size]
+
+    def _why_plain(self, schedule: Schedule, guidance: Guidance) -> str | None:
+        """What to say of a set that only the plain loop computes as asked; None for any other set."""
+        if self.plain is not None:
+            return ""  # said already
+        if schedule.draws:
+            name = type(schedule.scheduler).__name__
+            return f"{name} draws random numbers as it steps: its steps are those of the plain loop, which are slower"
+        if type(guidance) is not Guidance:
+            return f"{type(guidance).__name__} is a guidance of its own: its steps are those of the plain loop"
+        return None
 
     def _times(self, schedule: Schedule, like: Tensor) -> Tensor:
         """(K, width) embedded timesteps, once a request."""
@@ -226,6 +255,37 @@ class FastEngine:
         if guidance not in self._once:
             self._once[guidance] = torch.tensor([guidance.scale, guidance.image_scale], device=device)
         return self._once[guidance]
+
+    def _weights(self, guidance: Guidance, device: torch.device) -> Tensor:
+        """(N,) of the passes, once a request."""
+        key = ("weights", guidance)
+        if key not in self._once:
+            self._once[key] = pass_weights(guidance, device)
+        return self._once[key]
+
+
+def foreign_part(model: NOVATransformer3DModel) -> str | None:
+    """Name and class of a part that the fast way was not written for, or None.
+
+    Layers within blocks may be replaced (adapters, 8 bit weights): they are called, not read.
+    """
+    spatial, temporal, denoiser = model.image_encoder, model.video_encoder, model.image_decoder
+    parts = {
+        "transformer": (model, NOVATransformer3DModel),
+        "video_encoder": (temporal, VideoEncoder),
+        "image_encoder": (spatial, ImageEncoder),
+        "image_decoder": (denoiser, Denoiser),
+    }
+    for name, (part, known) in parts.items():
+        if type(part) is not known:
+            return f"{name} ({type(part).__name__})"
+    for name, encoder in (("video_encoder", temporal), ("image_encoder", spatial)):
+        for block in encoder.blocks:
+            for part, known in ((block, Block), (block.attn, Attention), (block.mlp, Mlp)):
+                if type(part) is not known:
+                    return f"a block of {name} ({type(part).__name__})"
+    found = foreign_denoiser_part(denoiser)
+    return None if found is None else f"a part of image_decoder ({type(found).__name__})"
 
 
 def say_once(what: str, why: str = "") -> None:
@@ -330,15 +390,15 @@ def guided_step(
 ) -> tuple[Tensor, Tensor | None]:
     """One step: x (B, S, P) float32 under the modulations of n passes -> the next x; and the data it predicted, where
     that of the step `before` is given."""
-    _, guided = guided_prediction(denoiser, x, modulations, scales, passes)
+    guided = guided_prediction(denoiser, x, modulations, scales, passes).guided()
     data = None if before is None else predicted_data(x, guided, row)
     return linear_step(x, guided, row, clip, noise, before), data
 
 
 def guided_prediction(
     denoiser: Denoiser, x: Tensor, modulations: list[Tensor], scales: Tensor, passes: int
-) -> tuple[Tensor, Tensor]:
-    """x (B, S, P) float32 under the modulations of n passes -> the conditional and the guided prediction."""
+) -> Prediction:
+    """x (B, S, P) float32 under the modulations of n passes -> their prediction."""
     output = denoiser.predict(torch.cat([x.to(modulations[0].dtype)] * passes), modulations)
     return combine(output, passes, scales[0], scales[1])
 
@@ -347,7 +407,7 @@ def run_any(
     denoiser: Denoiser,
     schedule: Schedule,
     guidance: Guidance,
-    prediction: Callable[..., tuple[Tensor, Tensor]],
+    prediction: Callable[..., Prediction],
     *,
     features: Tensor,
     ids: Tensor,
@@ -361,7 +421,7 @@ def run_any(
     """All steps of a set in any other way: `denoise_set` with the modulations computed beforehand."""
     modulations = Modulations(denoiser, denoiser.project_condition(features), times)
 
-    def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(i: int, x: Tensor) -> Prediction:
         passes = guidance.passes_at(schedule.timesteps[i])
         return prediction(denoiser, schedule.scaled(i, x), modulations.at(i, passes * len(x)), scales, passes)
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from nova_video.model.denoiser import Denoiser, DenoiserBlock
+from nova_video.model.denoiser import AdaLayerNorm, Denoiser, DenoiserBlock, Projection, TimeCondEmbed
+from nova_video.model.patches import PatchEmbed
 from nova_video.sampling.diffusion import Schedule
 from nova_video.sampling.guidance import Guidance
 
@@ -63,7 +64,13 @@ class Layout:
 
 
 def supports(denoiser: Denoiser, rows: int, passes: int) -> bool:
-    """Whether `denoise_fused` can run these weights, where they are, on `rows` = N * B * S rows."""
+    """Whether `denoise_fused` can run these weights, where they are, on `rows` = N * B * S rows.
+
+    The kernels read a denoiser's weights and call nothing of it, so that every part has to be of the very class they
+    were written for.
+    """
+    if foreign_denoiser_part(denoiser) is not None or type(denoiser.head) is not nn.Linear:
+        return False
     weight = denoiser.head.weight
     if importlib.util.find_spec("triton") is None or not weight.is_cuda or torch.version.hip is not None:
         return False
@@ -89,10 +96,10 @@ def run_fused(
     fresh: Tensor,
     rows: Tensor,
     times: Tensor,
-    scales: Tensor,
+    weights: Tensor,
 ) -> Tensor:
     """All steps of a set, start (B, S, P) -> values (B, S, P): for features (N * B, S, D), `rows` of `linear_step`, the
-    noise `fresh` of the steps that draw any, embedded `times` (K, width) and guidance's `scales` (2,)."""
+    noise `fresh` of the steps that draw any, embedded `times` (K, width) and the passes' `weights` (N,)."""
     condition = denoiser.project_condition(features)  # (N * B, S, width)
     passes = [guidance.passes_at(t) for t in schedule.timesteps]
     most = max(1, ROWS_AT_ONCE // condition[..., 0].numel())
@@ -110,7 +117,7 @@ def run_fused(
             x,
             fresh[drawn : drawn + draws],
             rows[first:last],
-            scales,
+            weights,
             passes[first],
             schedule.clip,
             before=before,
@@ -125,7 +132,7 @@ def denoise_fused(
     start: Tensor,
     fresh: Tensor,
     steps: Tensor,
-    scales: Tensor,
+    weights: Tensor,
     passes: int,
     clip: float | None = None,
     layout: Layout | None = None,
@@ -134,9 +141,10 @@ def denoise_fused(
     """Noise `start` (B, S, P) -> values (B, S, P), both float32, in K steps of `linear_step` on the guided prediction.
 
     `steps` (K, 8) are its rows, `clip` its bound, `fresh` (K', B, S, P) the noise of the first K' steps (none: K' = 0).
-    `modulations`: of each block (K, N * B, S, 3 width), of the last norm (K, N * B, S, 2 width). `scales` (2,) are
-    guidance's, of the prompt and of the history. `before` (B, S, P), of a multistep schedule, is the data that the step
-    before the first predicted, and becomes that of the last. All but weights and modulations are float32.
+    `modulations`: of each block (K, N * B, S, 3 width), of the last norm (K, N * B, S, 2 width). `weights` (N,) are the
+    passes' in the guided prediction (`pass_weights`), and unused for one pass. `before` (B, S, P), of a multistep
+    schedule, is the data that the step before the first predicted, and becomes that of the last. All but weights of
+    layers and modulations are float32.
     """
     from nova_video.sampling import fused_kernels as kernels
 
@@ -152,7 +160,7 @@ def denoise_fused(
     h = values.new_empty(fc2.splits, rows, width)  # the sums of fc2
     state = (values, x, y, h, values if before is None else before)
     multistep = before is not None
-    update = (steps.contiguous(), scales.contiguous(), fresh.contiguous() if len(fresh) else values, len(fresh))
+    update = (steps.contiguous(), weights.contiguous(), fresh.contiguous() if len(fresh) else values, len(fresh))
     modulations = tuple(modulation.contiguous() for modulation in modulations)
     blocks, ends = weights_of(denoiser)
     bound, clipped = (0.0, False) if clip is None else (float(clip), True)
@@ -211,7 +219,28 @@ def weights_of(denoiser: Denoiser) -> tuple[tuple[BlockWeights, ...], tuple[Tens
 
 
 def blocks_of(denoiser: Denoiser) -> list[DenoiserBlock]:
-    return [block for block in denoiser.blocks if isinstance(block, DenoiserBlock)]
+    """All blocks, typed. Raises TypeError for one of another class, which the kernels would not call."""
+    blocks = []
+    for block in denoiser.blocks:
+        if type(block) is not DenoiserBlock:
+            raise TypeError(f"a block is a {type(block).__name__}: expected DenoiserBlock, the kernels know no other")
+        blocks.append(block)
+    return blocks
+
+
+def foreign_denoiser_part(denoiser: Denoiser) -> nn.Module | None:
+    """A part of another class than the fast ways were written for: they would not call what it overrides."""
+    parts: list[tuple[nn.Module, type[nn.Module]]] = [
+        (denoiser, Denoiser),
+        (denoiser.patch_embed, PatchEmbed),
+        (denoiser.time_cond_embed, TimeCondEmbed),
+        (denoiser.norm, AdaLayerNorm),
+    ]
+    for block in denoiser.blocks:
+        if type(block) is not DenoiserBlock:
+            return block
+        parts += [(block.norm1, AdaLayerNorm), (block.proj, Projection), (block.norm2, nn.LayerNorm)]
+    return next((part for part, known in parts if type(part) is not known), None)
 
 
 # How products are cut -------------------------------------------------------------------------------------------------

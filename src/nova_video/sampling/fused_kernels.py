@@ -11,7 +11,7 @@ Legend: row = pass * tokens + token, R = passes * tokens rows; W width; P values
 inputs y and g (R, W) have the weights' dtype. All arithmetic outside the matrix products is float32. What belongs
 together travels as a tuple: `out` of a block is (fc2's bias, norm2's weight, norm2's bias), `ends` (head's weight and
 bias, embedding's weight and bias), `state` (values, x, y, h, the data that the step before predicted), `update` (rows
-of `linear_step`, guidance's scales, the noise of the first steps, how many these are).
+of `linear_step`, the passes' weights, the noise of the first steps, how many these are).
 """
 
 import triton
@@ -127,17 +127,14 @@ def turn_kernel(
     values, x, y, h, before = state
     noisy = read(values + token * VALUES, value, valid)  # (P,)
     if END:
-        rows_of_steps, scales, fresh, drawn = update
+        rows_of_steps, weights, fresh, drawn = update
         guided = predict(token, rows, x, h, branch, passes[0], to_values, columns, inside, WIDTH, SPLITS)
         if PASSES > 1:
-            second = tokens + token
-            null = predict(second, rows, x, h, branch, passes[1], to_values, columns, inside, WIDTH, SPLITS)
-            if PASSES == 2:
-                guided = null + tl.load(scales) * (guided - null)
-            else:
-                third = second + tokens
-                image = predict(third, rows, x, h, branch, passes[2], to_values, columns, inside, WIDTH, SPLITS)
-                guided = null + tl.load(scales) * (guided - image) + tl.load(scales + 1) * (image - null)
+            guided *= tl.load(weights)
+        for index in tl.static_range(1, PASSES):
+            row = index * tokens + token
+            output = predict(row, rows, x, h, branch, passes[index], to_values, columns, inside, WIDTH, SPLITS)
+            guided += tl.load(weights + index) * output
         numbers = rows_of_steps + step * 8  # as in `linear_step`
         data = tl.load(numbers + 5) * noisy + tl.load(numbers + 6) * guided
         if CLIP:

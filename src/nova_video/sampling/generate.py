@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nova_video.model import NOVATransformer3DModel, patchify, random_order, unpatchify
+from nova_video.model import NOVATransformer3DModel, masking, patchify, unpatchify
 from nova_video.model.patches import gather_tokens, scatter_tokens
 from nova_video.sampling.beside import beside
 from nova_video.sampling.context import REFERENCE_FRAMES, Statistics, hold_statistics
@@ -142,7 +142,7 @@ def open_frame(model: NOVATransformer3DModel, state: SamplingState, condition: T
     """The next frame, empty but for what is given of it. The first one draws the order of revelation, for all."""
     count = state.num_tokens
     if state.order is None:
-        state.order = random_order(state.random.uniform(state.batch, count, 1))
+        state.order = masking.random_order(state.random.uniform(state.batch, count, 1))
     values = model.patch_size**2 * state.noise.shape[1]
     frame = OpenFrame(
         condition,

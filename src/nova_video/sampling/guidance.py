@@ -5,9 +5,26 @@ with the history that u does without. Legend: B batch, N passes, S tokens of a s
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Prediction(NamedTuple):
+    """One step's prediction, in the parts that `guidance_renorm` treats differently: all (B, S, P) float32."""
+
+    cond: Tensor
+    """The conditional pass's own: c."""
+    prompted: Tensor
+    """The prompt's part of the guided one, which is rescaled to the norm of c."""
+    history: Tensor | None = None
+    """The history's part, which is added as it is; None without image guidance."""
+
+    def guided(self, ratio: Tensor | None = None) -> Tensor:
+        """The guided prediction e; `ratio` (B, 1, 1) is that of `renorm_ratio`, None for 1."""
+        prompted = self.prompted if ratio is None else self.prompted * ratio
+        return prompted if self.history is None else prompted + self.history
 
 
 @dataclass(frozen=True)
@@ -19,7 +36,7 @@ class Guidance:
     trunc: float = 0.0
     """Below this timestep only the conditional pass runs."""
     renorm: float = 1.0
-    """Below 1: least factor by which the prediction is scaled towards the conditional one's norm."""
+    """Below 1: least factor by which the prompt's part is scaled towards the conditional prediction's norm."""
     image_scale: float = 0.0
     """Of the history; above 0 there are three passes."""
 
@@ -31,27 +48,36 @@ class Guidance:
         """Passes that the denoiser runs at this timestep."""
         return 1 if timestep < self.trunc else self.passes
 
+    def combine(self, outputs: Tensor, passes: int) -> Prediction:
+        """Outputs (N * B, S, P) of `passes` passes -> the prediction of a step."""
+        return combine(outputs, passes, self.scale, self.image_scale)
 
-def combine(
-    outputs: Tensor, passes: int, scale: float | Tensor, image_scale: float | Tensor = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Outputs (N * B, S, P) of `passes` passes -> the conditional one c and the guided e, both (B, S, P) float32.
 
-    Two passes: e = u + scale (c - u). Three: e = u + scale (c - i) + image_scale (i - u).
+def combine(outputs: Tensor, passes: int, scale: float | Tensor, image_scale: float | Tensor = 0.0) -> Prediction:
+    """Outputs (N * B, S, P) of `passes` passes -> the prediction of a step.
+
+    Two passes: e = u + scale (c - u). Three: e = renorm(u + scale (c - i)) + image_scale (i - u), where renorm is the
+    factor of `renorm_ratio`.
     """
     cond, *others = outputs.float().chunk(passes)
     if not others:
-        return cond, cond
+        return Prediction(cond, cond)
     if len(others) == 1:
-        return cond, others[0] + scale * (cond - others[0])
+        return Prediction(cond, others[0] + scale * (cond - others[0]))
     null, image = others
-    return cond, null + scale * (cond - image) + image_scale * (image - null)
+    return Prediction(cond, null + scale * (cond - image), image_scale * (image - null))
 
 
-def renorm_ratio(cond: Tensor, guided: Tensor, least: float, outside: Tensor | float = 0.0) -> Tensor:
-    """clamp(||c|| / ||e||, least, 1) of each sample, (B, S, P) -> (B, 1, 1).
+def pass_weights(guidance: Guidance, device: torch.device) -> Tensor:
+    """(N,) weights of the passes in the guided prediction: without renorm, `combine` is linear in its outputs."""
+    units = torch.eye(guidance.passes, device=device).unsqueeze(1)  # (N, 1, N): each pass gives its own unit vector
+    return guidance.combine(units, guidance.passes).guided().flatten()
+
+
+def renorm_ratio(cond: Tensor, prompted: Tensor, least: float, outside: Tensor | float = 0.0) -> Tensor:
+    """clamp(||c|| / ||prompted||, least, 1) of each sample, (B, S, P) -> (B, 1, 1).
 
     `outside` (B, 1, 1) is the squared norm of what lies outside the set, the same in both: norms are of the full frame.
     """
-    c, e = (x.square().sum((1, 2), keepdim=True) + outside for x in (cond, guided))
+    c, e = (x.square().sum((1, 2), keepdim=True) + outside for x in (cond, prompted))
     return (c / e.clamp_min(torch.finfo(e.dtype).tiny)).sqrt().clamp(least, 1.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nova_video.errors import InputError
-from nova_video.model import NOVATransformer3DModel, Positions, mask_ratios, patchify
+from nova_video.model import NOVATransformer3DModel, Positions, mask_ratios, masking, patchify
 from nova_video.model.patches import gather_tokens
 from nova_video.model.transformer import ApplyBlock
 from nova_video.model.vit import Block
@@ -106,7 +106,7 @@ def draw_per_sample(
     device, frames = table.timestep.device, len(visible)
     most = min(tokens, -(-max(visible) // multiple) * multiple)
     least = min(visible) // multiple * multiple
-    order = torch.rand(frames, tokens, generator=generator, device=device).argsort(dim=-1)
+    order = masking.random_order(torch.rand(frames, tokens, 1, generator=generator, device=device))
     revealed = scored = None
     if most > least:
         counts = torch.tensor(visible, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -23,8 +23,8 @@ def test_unicode_is_read_by_its_mark(encoding: str, tmp_path: Path) -> None:
     ("data", "expected"),
     [
         ("one\ncafé".encode("cp1252"), "is not a text file in UTF-8, line 2 has the byte 0xe9: expected UTF-8, or"),
-        ("cafe".encode("utf-16-le"), "holds NUL characters and is no text: expected UTF-8"),
-        (b"\xff\xfea", "is not utf-16-le, as its byte order mark says"),
+        ("cafe".encode("utf-16-le"), "is not a text file, it holds NUL characters: expected UTF-8"),
+        (b"\xff\xfea", "is not a text file in utf-16-le, as its byte order mark says"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a Git LFS pointer"),
     ],
 )

@@ -40,12 +40,14 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         if mark:
-            raise ValueError(f"is not {encoding}, as its byte order mark says: {EXPECTED_TEXT}") from None
+            raise ValueError(
+                f"is not a text file in {encoding}, as its byte order mark says: {EXPECTED_TEXT}"
+            ) from None
         raise ValueError(
             f"is not a text file in UTF-8, line {line} has the byte 0x{data[error.start]:02x}: {EXPECTED_TEXT}"
         ) from None
     if "\0" in text:
-        raise ValueError(f"holds NUL characters and is no text: {EXPECTED_TEXT}")
+        raise ValueError(f"is not a text file, it holds NUL characters: {EXPECTED_TEXT}")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from PIL import Image
 from nova_video import cli, media
 from nova_video.arguments import parse
 from nova_video.errors import InputError
+from nova_video.jobs import name_of
 from nova_video.memory import LowMemory
 from nova_video.request import GenerateRequest
 from nova_video.sampling.shortcuts import PRESETS
@@ -178,6 +180,62 @@ def test_info(run: Run) -> None:
     assert run("info", "whale.mp4") == (0, "prompt    a whale\nseed      3\nguidance  4.0\n", "")
 
 
+def test_info_obeys_no_escape_sequence(run: Run) -> None:
+    """A record that comes from anyone is shown, whatever is in it, and what a terminal would obey is escaped."""
+    record = {
+        "prompt": "a \x1b[2J whale\r\u202e\n鲸",
+        "k\x07": [1, "x"],
+        "settings": {"motion": [[0, 1], [0.5, "\x9b"]]},
+    }
+    media.write_media(np.zeros((1, 8, 8, 3), np.uint8), "whale.png", 8, record)
+    code, out, err = run("info", "whale.png")
+    expected = ["prompt  a \\x1b[2J whale\\r\\u202e\\n鲸", "k\\x07   [1, 'x']"]
+    expected += ["motion  from 0 s: 1", "        from 0.5 s: \\x9b"]
+    assert (code, out.splitlines(), err) == (0, expected, "")
+    assert json.loads(run("info", "whale.png", "--json")[1]) == record
+
+
+def test_output_that_is_not_utf_8(tmp_path: Path) -> None:
+    """Letters that the terminal's encoding lacks are escaped, in help, results, errors and JSON."""
+    media.write_media(np.zeros((1, 8, 8, 3), np.uint8), tmp_path / "鲸.png", 8, {"prompt": "鲸"})
+    program = "import sys; from nova_video.cli import main; sys.exit(main(sys.argv[1:]))"
+    for encoding, arguments, expected in [
+        ("ascii", ["info", "鲸.png"], (0, b"prompt  \\u9cb8\n", b"")),
+        ("ascii", ["info", "鲸.png", "--json"], (0, b'{"prompt": "\\u9cb8"}\n', b"")),
+        ("cp1252", ["info", "鲸.mp4"], (2, b"", b"nova: there is no file \\u9cb8.mp4\n")),
+        ("cp932", ["--help"], (0, None, b"")),
+    ]:
+        command = [sys.executable, "-c", program, *arguments]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment, check=False)
+        assert (done.returncode, expected[1] and done.stdout.replace(b"\r", b""), done.stderr) == expected
+
+
+@pytest.mark.parametrize(
+    ("sentence", "name"),
+    [
+        ("A whale, moving left!", "a-whale-moving-left"),
+        ("NUL", "nul-clip"),
+        ("com1.", "com1-clip"),
+        ("...", "nova"),
+        ("一只鲸鱼" * 9, "一只鲸鱼" * 5),
+        ("../../etc/passwd", "etc-passwd"),
+    ],
+)
+def test_names_that_every_system_accepts(sentence: str, name: str) -> None:
+    assert name_of(sentence) == name
+
+
+def test_sentence_that_is_no_text(run: Run) -> None:
+    assert run("generate", "caf\udce9", "--model", "none") == (
+        2,
+        "",
+        "nova: the sentence is 'caf\\udce9': expected text in UTF-8 or in the terminal's encoding\n",
+    )
+    code, _, err = run("generate", "caf\udcc3\udca9", "--model", "none")  # UTF-8 where the terminal's encoding is ASCII
+    assert (code, "not found" in err) == (2, True)
+
+
 def test_a_reader_that_has_enough_is_no_fault(run: Run) -> None:
     media.write_media(np.zeros((2, 8, 8, 3), np.uint8), "whale.mp4", 8, {"prompt": "a whale"})
     command = subprocess.Popen(
@@ -191,8 +249,8 @@ def test_a_reader_that_has_enough_is_no_fault(run: Run) -> None:
 # Beyond one sentence and one clip
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Ctrl-C is pressed at this set."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+    """Ctrl-C is pressed at this set, or another signal comes."""
     from rich.progress import Progress
 
     sets = []
@@ -200,7 +258,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     def press(*_: object, **__: object) -> None:
         sets.append(1)
         if len(sets) == step:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(Progress, "update", press)
 
@@ -322,6 +380,19 @@ def test_state_and_resume(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.M
     assert run("generate", "--resume", "x.safetensors") == (0, "x.png\n", "")
     assert Path("x.png").read_bytes() == Path("whole.png").read_bytes()
     assert files() == ["whole.png", "x.png"]
+
+
+def test_sigterm_is_as_control_c(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ["--num-frames", 13, "--model", tiny_checkpoint, *QUICK]
+    for step, state, message in [
+        (1, [], "terminated"),
+        (6, ["--state", "my state"], "terminated, to go on: nova generate --resume 'my state'"),
+    ]:
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, step, signal.SIGTERM)
+            assert run("generate", "a whale", *state, *common) == (143, "", f"nova: {message}\n")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert files() == ["my state"]
 
 
 def test_live_and_resume(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

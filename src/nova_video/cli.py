@@ -1,15 +1,19 @@
 """The command `nova`: calls the library and presents. No tensor work, and no heavy import before a command runs.
 
 Each sub-command of `arguments.py` has its function in `COMMANDS`. Wrong input is one line on stderr and exit code 2;
-Ctrl-C is exit code 130. Results go to stdout, all else to stderr.
+Ctrl-C is exit code 130, SIGTERM 143. Results go to stdout, all else to stderr.
 """
 
+import contextlib
+import io
 import json
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +39,9 @@ from nova_video.cli_bench import run_bench_presets, run_bench_sample, run_bench_
 from nova_video.cli_data import run_data_inspect, run_encode
 from nova_video.cli_evaluate import run_evaluate_beyond, run_evaluate_drift, run_evaluate_emoji
 from nova_video.cli_generate import run_edit, run_generate
-from nova_video.errors import InputError
+from nova_video.errors import InputError, Terminated, printable
 
-LEFT_ALONE, BAD_INPUT, INTERRUPTED = 1, 2, 130
+LEFT_ALONE, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 EXTRAS = {  # package -> the extra that brings it
     "tensorboard": "train",
     "torchdata": "train",
@@ -55,6 +59,7 @@ EXTRAS = {  # package -> the extra that brings it
 def run_info(args: Info) -> None:
     """The record inside a file, one setting a line or as JSON."""
     from nova_video import media
+    from nova_video.timeline import is_timeline
 
     record = media.read_metadata(args.file)
     if args.json:
@@ -62,12 +67,19 @@ def run_info(args: Info) -> None:
         return
     settings = record.pop("settings", {})
     lines = {**record, **(settings if isinstance(settings, dict) else {})}
-    width = max(map(len, lines), default=0)
+    width = max(map(len, map(printable, lines)), default=0)
     for name, value in lines.items():
-        if isinstance(value, list):  # a timeline: (seconds, value) pairs
-            value = f"\n{'':<{width}}  ".join(f"from {at:g} s: {moment}" for at, moment in value)
-        if value is not None:
-            print(f"{name:<{width}}  {value}")
+        if value is None:
+            continue
+        first, *rest = _moments(value) if is_timeline(value) else [printable(value)]
+        print(f"{printable(name):<{width}}  {first}")
+        for line in rest:
+            print(f"{'':<{width}}  {line}")
+
+
+def _moments(timeline: Sequence[tuple[float, object]]) -> list[str]:
+    """One line for each value of a timeline, (seconds, value) pairs."""
+    return [f"from {at:g} s: {printable(moment)}" for at, moment in timeline]
 
 
 def run_train(args: Train) -> None:
@@ -120,16 +132,22 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of `nova` with these arguments."""
-    logging.basicConfig(format="nova: %(message)s", level=logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # letters that the terminal or file cannot hold
+    logging.basicConfig(level=logging.WARNING)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_unsaid)
+        handler.setFormatter(LogFormatter("nova: %(message)s"))
     logging.getLogger("nova_video").setLevel(logging.INFO)  # what takes long is said
     try:
-        command = parse(sys.argv[1:] if arguments is None else arguments)
-        COMMANDS[type(command)](command)
-        sys.stdout.flush()
+        with stopped_by_sigterm():
+            command = parse(sys.argv[1:] if arguments is None else arguments)
+            COMMANDS[type(command)](command)
+            sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        return _complain(str(stop) or "interrupted", INTERRUPTED) if _speaks() else INTERRUPTED
+        word, code = ("terminated", TERMINATED) if isinstance(stop, Terminated) else ("interrupted", INTERRUPTED)
+        return _complain(str(stop) or word, code) if _speaks() else code
     except InputError as error:
         return _complain(str(error))
     except ModuleNotFoundError as error:
@@ -148,6 +166,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _complain(f"the device is out of memory: ask for fewer frames or a smaller size ({error})")
     return 0
+
+
+class LogFormatter(logging.Formatter):
+    """One line for each message of ours, with nothing in it that a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.name.startswith("nova_video"):
+            return printable(text)
+        return "\n".join(map(printable, text.split("\n")))  # libraries' own lines
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises `Terminated` in the main thread of this process, so that files are put in order first."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    main_process = os.getpid()
+
+    def stop(number: int, _: object) -> None:
+        if os.getpid() == main_process:
+            raise Terminated
+        signal.signal(number, signal.SIG_DFL)  # a process that was forked from it ends as it would have
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _unsaid(record: logging.LogRecord) -> bool:
@@ -175,5 +224,5 @@ def _left_alone(error: RuntimeError) -> bool:
 
 def _complain(message: str, code: int = BAD_INPUT) -> int:
     """One line on stderr."""
-    print(f"nova: {' '.join(message.split())}", file=sys.stderr)
+    print(f"nova: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code

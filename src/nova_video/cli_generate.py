@@ -6,6 +6,7 @@ loaded.
 
 import contextlib
 import math
+import os
 import re
 import secrets
 from collections.abc import Callable, Sequence
@@ -100,20 +101,21 @@ def run_edit(args: Edit) -> None:
 
     if args.mask is None and args.strength is None and args.outpaint is None:
         raise InputError(f"nothing of {args.file} would be kept: expected --mask, --strength or --outpaint")
+    prompt = _text("the sentence", args.prompt)
     check_output(args.output)
     clip = _picture_or_clip(args.file)
     masks = None if args.mask is None else masks_of(read_masks(args.mask), clip)
     if args.outpaint is not None:
         clip, masks = enlarge(clip, masks, args.outpaint)
     request = replace(
-        _request(args, args.prompt, _seed(args)),
+        _request(args, prompt, _seed(args)),
         video=clip,
         mask_image=masks,
         strength=args.strength,
     )
     pipe = _pipeline(args)
     generation = pipe.start(request)
-    path = output_path(args.output, 0, [args.prompt], ".png" if len(clip) == 1 else ".mp4")
+    path = output_path(args.output, 0, [prompt], ".png" if len(clip) == 1 else ".mp4")
     given = {
         "edited": _name(args.file),
         "mask": _name(args.mask),
@@ -144,7 +146,7 @@ def _picture_or_clip(path: Path) -> "Clip":
 
 def _prompts(args: Generate) -> list[str]:
     """The sentences of the command line, then those of the file; or else that of the clip to go on from."""
-    prompts = list(args.prompt)
+    prompts = [_text("the sentence", prompt) for prompt in args.prompt]
     if args.prompts is not None:
         lines = read_text(args.prompts).split("\n")
         prompts += [line.strip() for line in lines if line.strip()]
@@ -155,6 +157,16 @@ def _prompts(args: Generate) -> list[str]:
     if not prompts:
         raise InputError('no sentence given, expected one such as: nova generate "a whale moving left"')
     return prompts
+
+
+def _text(name: str, typed: str) -> str:
+    """What was typed as a text: bytes that the terminal's encoding does not have are read as UTF-8."""
+    if not any("\ud800" <= letter <= "\udfff" for letter in typed):
+        return typed
+    try:
+        return os.fsencode(typed).decode()
+    except UnicodeError:
+        raise InputError(f"{name} is {typed!r}: expected text in UTF-8 or in the terminal's encoding") from None
 
 
 def _sentence_of(path: Path) -> str:
@@ -250,8 +262,9 @@ def _requests(args: Generate, prompts: Sequence[str]) -> "list[GenerateRequest]"
         reanchor_frames=args.reanchor_frames,
         hold_statistics=args.hold_statistics or 0.0,
     )
+    later = [(at, _text("--prompt-at", prompt)) for at, prompt in args.prompt_at]
     return [
-        replace(common, prompt=[(0.0, prompt), *args.prompt_at] if args.prompt_at else prompt, seed=seed + index)
+        replace(common, prompt=[(0.0, prompt), *later] if later else prompt, seed=seed + index)
         for index, prompt in enumerate(prompts)
     ]
 
@@ -263,7 +276,7 @@ def _request(args: Making, prompt: str, seed: int) -> "GenerateRequest":
     height, width = _size(args.size)
     return GenerateRequest(
         prompt=prompt,
-        negative_prompt=args.negative,
+        negative_prompt=None if args.negative is None else _text("--negative", args.negative),
         height=height,
         width=width,
         fps=args.fps,

@@ -1,7 +1,17 @@
-"""The one error for wrong input.
+"""The one error for wrong input, the one for SIGTERM, and text from files made fit for a terminal.
 
 Every door of the library (command line, pipeline, loading, recipes, data) raises it before slow work starts.
 """
+
+import re
+
+# Control characters of both blocks, line and paragraph separators, marks that turn the direction of text, halves of
+# surrogate pairs (bytes of a name that are no text), and the byte order mark.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM: everything is put in order as after Ctrl-C."""
 
 
 class InputError(ValueError):
@@ -14,3 +24,8 @@ def first_line(error: object) -> str:
     if not lines:
         return type(error).__name__
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def printable(text: object) -> str:
+    """Escape what a terminal would obey rather than show, as in the sequence that clears the screen."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))

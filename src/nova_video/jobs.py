@@ -6,6 +6,8 @@
 import contextlib
 import json
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nova_video.arguments import MODEL, Making
 from nova_video.console import progress_bar
-from nova_video.errors import InputError
+from nova_video.errors import InputError, Terminated
 
 if TYPE_CHECKING:
     from nova_video.generation import Generation, StepCallback
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHORTCUTS = ("solver", "last_steps", "guided_sets", "guidance_every", "fp8")  # the two others are in the numbers told
+LONGEST_NAME = 60  # bytes of a file's name that is made of a sentence
+WINDOWS_DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9¹²³]")  # names that Windows gives to no file
 NOTES = "nova generate"  # where the command's own notes are in a saved state
 
 
@@ -57,7 +61,7 @@ def output_path(output: Path | None, index: int, prompts: Sequence[str], suffix:
     number = f"{index + 1:0{len(str(len(prompts)))}d}"
     if output is not None and not output.is_dir():
         return output if len(prompts) == 1 else output.with_stem(f"{output.stem}-{number}")
-    name = re.sub(r"\W+", "-", prompts[index].lower()).strip("-")[:60].strip("-") or "nova"
+    name = name_of(prompts[index])
     if len(prompts) > 1:
         name = f"{number}-{name}"
     folder, again = output or Path(), 2
@@ -65,6 +69,15 @@ def output_path(output: Path | None, index: int, prompts: Sequence[str], suffix:
     while path.exists():  # a name that nobody chose must not replace a file
         path, again = folder / f"{name}-{again}{suffix}", again + 1
     return path
+
+
+def name_of(sentence: str) -> str:
+    """A file's name, without its extension, that every system accepts: the sentence's words, joined by hyphens."""
+    words = re.sub(r"\W+", "-", sentence.lower()).strip("-")
+    if sys.getfilesystemencoding() not in ("utf-8", "utf8"):
+        words = re.sub(r"[^a-z0-9_]+", "-", words).strip("-")
+    name = words.encode()[:LONGEST_NAME].decode(errors="ignore").strip("-") or "nova"
+    return f"{name}-clip" if WINDOWS_DEVICE.fullmatch(name) else name
 
 
 # How it was made ------------------------------------------------------------------------------------------------------
@@ -135,10 +148,12 @@ def carry_out(job: Job, on_step: "StepCallback") -> None:
             _write_live(job, on_step)
         else:
             _write(job, on_step)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if job.state is None or not job.state.exists():
             raise
-        raise KeyboardInterrupt(f"interrupted, to go on: nova generate --resume {job.state}") from None
+        word = "terminated" if isinstance(stop, Terminated) else "interrupted"
+        resume = shlex.join(["nova", "generate", "--resume", str(job.state)])
+        raise type(stop)(f"{word}, to go on: {resume}") from None
     if job.state is not None:
         job.state.unlink(missing_ok=True)
 

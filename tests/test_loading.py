@@ -12,14 +12,14 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nova_video import loading
+from nova_video import NovaPipeline, loading
 from nova_video.autoencoders import AutoencoderKLOpenSora
 from nova_video.errors import InputError
 from nova_video.loading import (
     load_autoencoder,
     load_scheduler,
-    load_text_parts,
     load_transformer,
+    read_text_encoder,
     resolve_checkpoint,
 )
 
@@ -118,12 +118,20 @@ def test_components_by_their_class_names() -> None:
 
 
 def test_text_parts(tiny_checkpoint: Path) -> None:
-    encoder, tokenizer = load_text_parts(tiny_checkpoint)
-    assert encoder is not None
-    assert tokenizer is not None
-    assert encoder.config.hidden_size == 32
-    assert tokenizer("a whale")["input_ids"]
-    assert load_text_parts(CONFORMANCE / "text-to-image") == (None, None)
+    pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
+    assert pipe.text_encoder.config.hidden_size == 32
+    assert pipe.tokenizer("a whale")["input_ids"]
+    bare = NovaPipeline.from_pretrained(CONFORMANCE / "text-to-image")
+    assert (bare.text_encoder, bare.tokenizer) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKLPublished", "AutoencoderKLOpenSora", None])
+@pytest.mark.parametrize(("model", "cls"), [("text-to-image", AutoencoderKL), ("text-to-video", AutoencoderKLOpenSora)])
+def test_an_autoencoder_is_known_by_its_weights(model: str, cls: type, name: str | None, tmp_path: Path) -> None:
+    shutil.copytree(CONFORMANCE / model / "vae", tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text()) | {"_class_name": name}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    assert type(load_autoencoder(tmp_path)) is cls
 
 
 def test_sharded_weights(checkpoint: Path) -> None:
@@ -166,6 +174,59 @@ def test_old_names_of_the_image_autoencoder_s_attention(checkpoint: Path) -> Non
     assert current is not None
     assert renamed is not None
     assert all(torch.equal(value, current.state_dict()[key]) for key, value in renamed.state_dict().items())
+
+
+# Parts from elsewhere -------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_given_as_they_are() -> None:
+    """Modules, as in diffusers: the base needs no part of that name, and None leaves an optional one out."""
+    base = CONFORMANCE / "text-to-image"
+    vae, transformer = load_autoencoder(base), load_transformer(base, torch.bfloat16)
+    flow = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    pipe = NovaPipeline.from_pretrained(base, transformer=transformer, vae=vae, scheduler=flow)
+    assert (pipe.transformer, pipe.vae, pipe.scheduler) == (transformer, vae, flow)
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert NovaPipeline.from_pretrained(base, vae=None).vae is None
+
+
+def test_parts_are_given_by_their_place(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A checkpoint that has the part, or the folder of the part alone."""
+    shutil.copytree(CONFORMANCE / "text-to-video" / "transformer", tmp_path / "trained")
+    pipe = NovaPipeline.from_pretrained(
+        CONFORMANCE / "text-to-image",
+        transformer=tmp_path / "trained",
+        vae=str(CONFORMANCE / "text-to-video"),
+        scheduler=CONFORMANCE / "rotary-flow",
+        text_encoder=tiny_checkpoint / "text_encoder",
+        tokenizer=tiny_checkpoint,
+    )
+    assert pipe.transformer.has_motion
+    assert isinstance(pipe.vae, AutoencoderKLOpenSora)
+    assert pipe.scheduler.shift == 3.0
+    assert len(pipe("a whale", num_frames=1, num_inference_steps=2, num_diffusion_steps=2).images) == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ({"transformer": None}, "transformer is None: expected NOVATransformer3DModel"),
+        ({"vae": torch.nn.Linear(1, 1)}, "vae is Linear: expected ModelMixin"),
+        ({"scheduler": 3}, "scheduler is int: expected SchedulerMixin"),
+        ({"transformer": "no-such-folder"}, "transformer: model 'no-such-folder' not found"),
+        ({"vae": CONFORMANCE / "rotary-flow"}, r"rotary-flow/config\.json not found"),
+    ],
+)
+def test_parts_that_are_none(parts: dict[str, object], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        NovaPipeline.from_pretrained(CONFORMANCE / "text-to-image", **parts)
+
+
+def test_half_of_the_text_parts_is_refused(tiny_checkpoint: Path) -> None:
+    """The other half is not taken from elsewhere without a word."""
+    pipe = NovaPipeline.from_pretrained("emoji", tokenizer=tiny_checkpoint)
+    with pytest.raises(InputError, match="has no text_encoder/"):
+        pipe("a whale")
 
 
 # Parts that do not ----------------------------------------------------------------------------------------------------
@@ -225,7 +286,7 @@ def test_pickled_text_encoder(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "text_encoder" / "model.safetensors").unlink()
     torch.save(tensors, tmp_path / "text_encoder" / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"pickled weights, pytorch_model\.bin"):
-        load_text_parts(tmp_path)
+        read_text_encoder(tmp_path / "text_encoder")
 
 
 def test_text_encoder_s_keys(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -233,10 +294,10 @@ def test_text_encoder_s_keys(tiny_checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "text_encoder" / "model.safetensors"
     rewrite(path, lambda t: t.update(surprise=torch.zeros(1)))
     with pytest.raises(InputError, match="extra keys surprise"):
-        load_text_parts(tmp_path)
+        read_text_encoder(tmp_path / "text_encoder")
     rewrite(path, lambda t: (t.pop("surprise"), t.pop("embeddings.word_embeddings.weight")))
     with pytest.raises(InputError, match=r"embeddings\.word_embeddings\.weight"):
-        load_text_parts(tmp_path)
+        read_text_encoder(tmp_path / "text_encoder")
 
 
 def test_no_weights(checkpoint: Path) -> None:
@@ -263,6 +324,7 @@ def test_config_of_another_class(checkpoint: Path) -> None:
     with pytest.raises(InputError, match="'UNet2DModel': expected NOVATransformer3DModel"):
         load_transformer(checkpoint)
     edit_config(checkpoint / "vae" / "config.json", _class_name="UNet2DModel")
+    rewrite(checkpoint / "vae" / WEIGHTS, lambda t: t.pop("encoder.conv_in.weight"))
     with pytest.raises(InputError, match="'UNet2DModel': expected AutoencoderKL or"):
         load_autoencoder(checkpoint)
 

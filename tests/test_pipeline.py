@@ -113,6 +113,8 @@ def test_signature() -> None:
             "guided_sets",
             "guidance_every",
             "fp8",
+            "disable_progress_bar",
+            "others",
         ),
     ]
     given = {name: p.default for name, p in parameters.items() if p.default not in (None, inspect.Parameter.empty)}
@@ -124,6 +126,7 @@ def test_signature() -> None:
         "output_type": "pil",
         "history_noise": 0.0,
         "hold_statistics": 0.0,
+        "disable_progress_bar": False,
     }
 
 
@@ -573,6 +576,15 @@ def test_progress_bar(flow: NovaPipeline, capsys: pytest.CaptureFixture[str]) ->
 # Wrong input ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_call_without_a_progress_bar(flow: NovaPipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    flow.set_progress_bar_config(disable=False)
+    try:
+        flow(prompt_embeds=[features()], output_type="latent", num_inference_steps=2, disable_progress_bar=True)
+    finally:
+        flow.set_progress_bar_config(disable=True)
+    assert capsys.readouterr().err == ""
+
+
 def test_text_without_a_text_encoder(flow: NovaPipeline) -> None:
     with pytest.raises(InputError, match="has no text_encoder/: expected prompt_embeds"):
         flow("a whale", output_type="latent")
@@ -597,6 +609,22 @@ def test_text_encoder_of_another_width(tiny_checkpoint: Path, tmp_path: Path) ->
         open_pipe(tmp_path / "wide")("a whale", output_type="latent", **QUICK)
 
 
+def test_the_null_prompt_is_an_empty_sentence(videos: NovaPipeline) -> None:
+    """It is encoded like any other; guided by itself it is what guidance off gives."""
+    steps: dict[str, Any] = {"num_frames": 1, "num_inference_steps": 2, "num_diffusion_steps": 2}
+    steps["output_type"] = "latent"
+    made = [videos("", guidance_scale=scale, generator=seeded(), **steps).images for scale in (1.0, 4.0)]
+    torch.testing.assert_close(made[0], made[1], rtol=1e-4, atol=1e-5)
+
+
+def test_no_code_of_a_checkpoint_is_run_on_request() -> None:
+    NovaPipeline.from_pretrained(CONFORMANCE / "rotary-flow", trust_remote_code=False)
+    with pytest.raises(InputError, match="trust_remote_code is True: expected False"):
+        NovaPipeline.from_pretrained(CONFORMANCE / "rotary-flow", trust_remote_code=True)
+    with pytest.raises(InputError, match="revison is no argument of from_pretrained: expected revision"):
+        NovaPipeline.from_pretrained(CONFORMANCE / "rotary-flow", revison="main")
+
+
 def test_autoencoder_of_other_channels(images: NovaPipeline) -> None:
     vae = AutoencoderKL(latent_channels=8, block_out_channels=[32], norm_num_groups=32)
     with pytest.raises(InputError, match="8 latent channels: expected the transformer's 4"):
@@ -606,7 +634,10 @@ def test_autoencoder_of_other_channels(images: NovaPipeline) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prompt": ""}, "prompt is ''"),
+        ({"prompt": 3}, "prompt is 3"),
+        ({"max_latent_length": 9}, r"max_latent_length is no argument .* num_frames = 4 \(n - 1\) \+ 1"),
+        ({"latents": torch.zeros(1)}, "latents is no argument of the pipeline: expected generator"),
+        ({"num_frame": 9}, "num_frame is no argument of the pipeline: expected num_frames"),
         ({"num_frames": 0}, "num_frames is 0"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"num_diffusion_steps": 0}, "num_diffusion_steps is 0"),

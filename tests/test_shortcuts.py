@@ -156,7 +156,7 @@ def test_fast_engine_takes_the_same_shortcuts(folder: str, guidance: Guidance, p
 
 # Requests -------------------------------------------------------------------------------------------------------------
 
-MODEL = Capabilities((64, 64), 8, False, True, 4, 32, 8, True, 1000)
+MODEL = Capabilities((64, 64), 8, 32, False, True, 4, 32, 8, True, 1000)
 
 
 def plan(**values: Any) -> Any:

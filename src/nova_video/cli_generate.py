@@ -156,6 +156,8 @@ def _prompts(args: Generate) -> list[str]:
         prompts = [_sentence_of(args.video)]
     if not prompts:
         raise InputError('no sentence given, expected one such as: nova generate "a whale moving left"')
+    if blank := [prompt for prompt in prompts if not prompt.strip()]:  # a variable of the shell that is not set
+        raise InputError(f"prompt is {blank[0]!r}: expected a sentence that is not empty")
     return prompts
 
 

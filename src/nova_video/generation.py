@@ -172,17 +172,19 @@ class Generation:
     # To the end -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def run(self, callback_on_step_end: StepCallback | None = None) -> GenerateResult:
+    def run(self, callback_on_step_end: StepCallback | None = None, show_progress: bool = True) -> GenerateResult:
         """All frames; of a generation that a stream has begun, those that it has not handed out."""
         if self.plan.num_frames is None:
             raise InputError("num_frames is inf: expected a whole number, or pipe.stream, which goes on without end")
         last: SetDone | None = None
         try:
-            with self.pipe.progress_bar(total=self.total_steps) as bar:
-                bar.update(self.state.step)
+            with self.pipe.progress_bar(total=self.total_steps) if show_progress else nullcontext() as bar:
+                if bar is not None:
+                    bar.update(self.state.step)
                 for done in self._sets(callback_on_step_end):
                     last = done
-                    bar.update()
+                    if bar is not None:
+                        bar.update()
             partial = None
             if not self.state.frames and last is not None:  # nothing is whole: the first frame as far as it is
                 partial = self._shown(last)["latents"]

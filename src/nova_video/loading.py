@@ -8,7 +8,8 @@ keys, so there is no converter. Only safetensors are read, and whatever is wrong
 import inspect
 import json
 import re
-from collections.abc import Collection, Container, Iterable
+import shlex
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,22 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSora
-from nova_video.errors import InputError
+from nova_video.errors import InputError, first_line
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_PREFIX, Adapter, check_adapter
-from nova_video.text.encoders import load_text_model, load_tokenizer
+from nova_video.text.encoders import UNUSED_WEIGHTS, load_text_model, load_tokenizer
 
 PACKAGED_MODELS = Path(__file__).parent / "models"
+AUTOENCODERS = (AutoencoderKL, AutoencoderKLOpenSora, AutoencoderKLCausalTiny)
 COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+OPTIONAL = ("vae", "text_encoder", "tokenizer")
+PART_CLASSES: dict[str, type] = {
+    "transformer": NOVATransformer3DModel,
+    "vae": ModelMixin,
+    "scheduler": SchedulerMixin,
+    "text_encoder": PreTrainedModel,
+    "tokenizer": PreTrainedTokenizerBase,
+}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
@@ -39,9 +49,17 @@ OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".
 
 
 def resolve_checkpoint(
-    name_or_path: str | Path, *, revision: str | None = None, token: str | None = None, local_files_only: bool = False
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    without: Container[str] = (),
 ) -> Path:
-    """The folder of a checkpoint: the one in the package ("emoji"), a local folder, or a download from the hub."""
+    """The folder of a checkpoint: the one in the package ("emoji"), a local folder, or a download from the hub.
+
+    Of the hub's, the parts named in `without` are left there.
+    """
     if isinstance(name_or_path, str) and _is_packaged(name_or_path):
         return PACKAGED_MODELS / name_or_path
     folder = Path(name_or_path).expanduser()
@@ -54,14 +72,15 @@ def resolve_checkpoint(
             f"model {str(name_or_path)!r} not found: expected {_packaged_names()}an existing folder or a hub id such as"
             " BAAI/nova-d48w1024-osp480"
         )
-    wanted = [f"{part}/*{suffix}" for part in COMPONENTS for suffix in (".json", ".safetensors", ".txt", ".model")]
+    suffixes = (".json", ".safetensors", ".txt", ".model")
+    wanted = [f"{part}/*{suffix}" for part in COMPONENTS if part not in without for suffix in suffixes]
     try:
         place = snapshot_download(
             name_or_path,
             revision=revision,
             token=token,
             local_files_only=local_files_only,
-            allow_patterns=[*wanted, "nova.json"],
+            allow_patterns=[*wanted, "nova.json", "model_index.json"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -88,51 +107,155 @@ def _packaged_names() -> str:
 
 
 def load_transformer(checkpoint: Path, torch_dtype: torch.dtype | None = None) -> NOVATransformer3DModel:
-    folder = _component_folder(checkpoint, "transformer")
-    _check_class(folder, ["NOVATransformer3DModel"])
-    model: NOVATransformer3DModel = load_component(NOVATransformer3DModel, folder, torch_dtype)
-    return model
+    return read_transformer(component_folder(checkpoint, "transformer"), torch_dtype)
 
 
 def load_autoencoder(checkpoint: Path, torch_dtype: torch.dtype | None = None) -> Any | None:
-    """The autoencoder that vae/config.json names, or None where there is no vae/.
-
-    An image autoencoder whose config says `force_upcast` overflows in float16 and stays in float32, as in diffusers'
-    pipelines for it.
-    """
+    """The autoencoder in vae/, or None where there is no vae/."""
     folder = checkpoint / "vae"
-    if not folder.is_dir():
-        return None
-    classes = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderKLOpenSora, AutoencoderKLCausalTiny)}
-    found = classes[_check_class(folder, classes)]
-    overflows = found is AutoencoderKL and read_json(folder / "config.json").get("force_upcast")
-    return load_component(found, folder, torch.float32 if overflows and torch_dtype is torch.float16 else torch_dtype)
+    return read_autoencoder(folder, torch_dtype) if folder.is_dir() else None
 
 
 def load_scheduler(checkpoint: Path) -> Any:
-    """One of diffusers' own schedulers, by the name in scheduler/scheduler_config.json."""
-    folder = _component_folder(checkpoint, "scheduler")
-    config = read_json(folder / "scheduler_config.json")
+    """One of diffusers' own schedulers."""
+    return read_scheduler(component_folder(checkpoint, "scheduler"))
+
+
+def check_parts(given: Mapping[str, Any]) -> None:
+    """Each part that stands in for a checkpoint's own is of its kind, a place to load it from, or None."""
+    for name, part in given.items():
+        if isinstance(part, (str, Path)) or (part is None and name in OPTIONAL):
+            continue
+        if not isinstance(part, PART_CLASSES[name]):
+            got = "None" if part is None else type(part).__name__
+            raise InputError(f"{name} is {got}: expected {PART_CLASSES[name].__name__}, or the folder of one")
+
+
+def load_parts(
+    checkpoint: Path, given: Mapping[str, Any], dtype_of: Callable[[str], torch.dtype | None]
+) -> dict[str, Any]:
+    """Every part by its name: the one in `given`, loaded where that is a place, or else the checkpoint's own."""
+    parts: dict[str, Any] = {}
+    for name in ("scheduler", "transformer", "vae", "text_encoder", "tokenizer"):  # the quickest to fail first
+        if name in given:
+            part = given[name]
+            parts[name] = _load_from(name, part, dtype_of(name)) if isinstance(part, (str, Path)) else part
+        elif name in OPTIONAL:
+            folder = text_folder(checkpoint, name)
+            parts[name] = None if folder is None else _read_part(name, folder, dtype_of(name))
+        else:
+            parts[name] = _read_part(name, component_folder(checkpoint, name), dtype_of(name))
+    return parts
+
+
+def _load_from(name: str, place: str | Path, torch_dtype: torch.dtype | None) -> Any:
+    """A part from a checkpoint that has it, by folder or hub id, or from the part's own folder."""
+    try:
+        folder = resolve_checkpoint(place, without=[other for other in COMPONENTS if other != name])
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    return _read_part(name, folder / name if (folder / name).is_dir() else folder, torch_dtype)
+
+
+def _read_part(name: str, folder: Path, torch_dtype: torch.dtype | None) -> Any:
+    if name == "tokenizer":
+        return load_tokenizer(str(folder))
+    if name == "scheduler":
+        return read_scheduler(folder)
+    read = {"transformer": read_transformer, "vae": read_autoencoder, "text_encoder": read_text_encoder}[name]
+    return read(folder, torch_dtype)
+
+
+def read_transformer(folder: Path, torch_dtype: torch.dtype | None = None) -> NOVATransformer3DModel:
+    """The transformer from its own folder."""
+    outline = outline_transformer(folder)
+    check_text_conditional(folder, read_shapes(find_weights(folder, DIFFUSERS_WEIGHTS).files))
+    model: NOVATransformer3DModel = load_component(outline, folder, torch_dtype)
+    return model
+
+
+def outline_transformer(folder: Path) -> NOVATransformer3DModel:
+    """The transformer of shapes alone: its config is read through the class, its weights are not.
+
+    The config names our class or, as the published ones, none.
+    """
+    path, expected = folder / "config.json", NOVATransformer3DModel.__name__
+    name = read_json(path).get("_class_name")
+    if name not in (None, expected):
+        raise InputError(f"{path}: _class_name is {name!r}: expected {expected}")
+    model: NOVATransformer3DModel = outline_component(NOVATransformer3DModel, folder)
+    return model
+
+
+def check_text_conditional(folder: Path, stored: Iterable[str]) -> None:
+    """The transformer's weights read a text. Those of class-conditional models have labels instead."""
+    if not any(key.startswith("text_embed.") for key in stored):
+        raise InputError(
+            f"{folder}: has no text_embed weights: expected a model of text to image or video; class-conditional ones"
+            " are not supported"
+        )
+
+
+def read_autoencoder(folder: Path, torch_dtype: torch.dtype | None = None) -> Any:
+    """The autoencoder from its own folder.
+
+    An image autoencoder overflows in float16 and stays in float32, as in diffusers' pipelines for it, unless its config
+    says `force_upcast` false. The published configs leave the key out, and diffusers' default is true.
+    """
+    outline = outline_autoencoder(folder)
+    overflows = isinstance(outline, AutoencoderKL) and outline.config.force_upcast
+    return load_component(outline, folder, torch.float32 if overflows and torch_dtype is torch.float16 else torch_dtype)
+
+
+def outline_autoencoder(folder: Path) -> Any:
+    """The autoencoder of shapes alone, of the class that its weights fit.
+
+    The class that the config names is tried first: a released config may bear another name, or none.
+    """
+    name = read_json(folder / "config.json").get("_class_name")
+    stored = read_shapes(find_weights(folder, DIFFUSERS_WEIGHTS).files)
+    problem = None
+    for cls in sorted(AUTOENCODERS, key=lambda cls: cls.__name__ != name):
+        try:
+            outline = outline_component(cls, folder)
+            check_weights(folder, outline, stored)
+        except InputError as error:
+            if cls.__name__ == name:
+                problem = error
+        else:
+            return outline
+    names = " or ".join(cls.__name__ for cls in AUTOENCODERS)
+    raise problem or InputError(
+        f"{folder / 'config.json'}: _class_name is {name!r}: expected {names}, and its weights fit none of these"
+    )
+
+
+def read_scheduler(folder: Path) -> Any:
+    """A scheduler of diffusers, by the name in its config or else in the checkpoint's model_index.json."""
+    path, index = folder / "scheduler_config.json", folder.parent / "model_index.json"
+    config = read_json(path)
     name = config.get("_class_name")
+    if name is None and index.is_file():
+        entry = read_json(index).get("scheduler")
+        name = entry[-1] if isinstance(entry, list) and entry else None
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
     if not isinstance(found, type) or not issubclass(found, SchedulerMixin):
-        raise InputError(f"{folder / 'scheduler_config.json'}: _class_name is {name!r}: expected a diffusers scheduler")
+        raise InputError(f"{path}: _class_name is {name!r}: expected a diffusers scheduler")
     scheduler: Any = found
-    return scheduler.from_config(config)
+    try:
+        return scheduler.from_config(config)
+    except Exception as error:  # of a value that the library does not know: it raises many kinds
+        raise InputError(f"{path}: no {name} can be made of it: {first_line(error)}") from None
 
 
-def load_text_parts(
-    checkpoint: Path, torch_dtype: torch.dtype | None = None
-) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
-    """text_encoder/ and tokenizer/, each None where there is no such folder."""
-    encoder, tokenizer = text_folder(checkpoint, "text_encoder"), text_folder(checkpoint, "tokenizer")
-    model = None
-    if encoder is not None:
-        read_json(encoder / "config.json")
-        stored = read_shapes(find_weights(encoder, TRANSFORMERS_WEIGHTS).files)
-        model = load_text_model(str(encoder), torch_dtype)
-        _check_text_keys(encoder, stored, model)
-    return model, None if tokenizer is None else load_tokenizer(str(tokenizer))
+def read_text_encoder(folder: Path, torch_dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The text encoder from its own folder. Its weights have no keys that the encoder does not know."""
+    read_json(folder / "config.json")
+    weights = find_weights(folder, TRANSFORMERS_WEIGHTS)
+    stored = read_shapes(weights.files)
+    model = load_text_model(str(folder), torch_dtype, variant=weights.variant)
+    _check_text_keys(folder, stored, model)
+    return model
 
 
 def text_folder(checkpoint: Path, name: str) -> Path | None:
@@ -148,11 +271,14 @@ def text_folder(checkpoint: Path, name: str) -> Path | None:
 
 
 def _check_text_keys(folder: Path, stored: Iterable[str], model: PreTrainedModel) -> None:
-    """No weights besides the encoder's, but for the language head of a model saved whole, which is not used."""
+    """No weights besides the encoder's, but for those of a larger model that are not used, such as a language head."""
     expected = set(model.state_dict())
     prefix = f"{model.base_model_prefix}."
-    unused = ("position_ids", "inv_freq", "lm_head.weight", "lm_head.bias")
-    extra = [key for key in stored if key.removeprefix(prefix) not in expected and not key.endswith(unused)]
+    extra = [
+        key
+        for key in stored
+        if key not in expected and key.removeprefix(prefix) not in expected and not UNUSED_WEIGHTS.search(key)
+    ]
     if extra:
         raise InputError(f"{folder}: weights do not fit {type(model).__name__}: extra keys {_some(extra)}")
 
@@ -200,17 +326,29 @@ def _find_adapter(name_or_path: str | Path, weight_name: str) -> Path:
         ) from None
 
 
-def load_component(cls: type[ModelMixin], folder: Path, torch_dtype: torch.dtype | None = None) -> Any:
-    """A diffusers model from its folder, every key and shape compared first; float32 unless a dtype is given."""
-    expected = {key: tuple(value.shape) for key, value in outline_component(cls, folder).state_dict().items()}
+def load_component(outline: ModelMixin, folder: Path, torch_dtype: torch.dtype | None = None) -> Any:
+    """The diffusers model of the outline, every key and shape compared first; float32 unless a dtype is given."""
     weights = find_weights(folder, DIFFUSERS_WEIGHTS)
-    stored = {_current_name(key, expected): shape for key, shape in read_shapes(weights.files).items()}
-    missing = [key for key in expected if key not in stored]
-    extra = [key for key in stored if key not in expected]
+    check_weights(folder, outline, read_shapes(weights.files))
+    try:
+        loaded = type(outline).from_pretrained(
+            str(folder), torch_dtype=torch_dtype, variant=weights.variant, use_safetensors=True, local_files_only=True
+        )
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        raise InputError(f"{folder}: {type(outline).__name__} cannot load it: {first_line(error)}") from None
+    return loaded.eval()
+
+
+def check_weights(folder: Path, outline: ModelMixin, stored: Mapping[str, Sequence[int]]) -> None:
+    """The keys and shapes in a folder's files are those of the model, or an InputError names those that are not."""
+    expected = {key: tuple(value.shape) for key, value in outline.state_dict().items()}
+    named = {_current_name(key, expected): tuple(shape) for key, shape in stored.items()}
+    missing = [key for key in expected if key not in named]
+    extra = [key for key in named if key not in expected]
     wrong = [
-        f"{key} {stored[key]} (expected {shape})"
+        f"{key} {named[key]} (expected {shape})"
         for key, shape in expected.items()
-        if key in stored and stored[key] != shape
+        if key in named and named[key] != shape
     ]
     problems = [
         f"{what} {_some(keys)}"
@@ -218,11 +356,7 @@ def load_component(cls: type[ModelMixin], folder: Path, torch_dtype: torch.dtype
         if keys
     ]
     if problems:
-        raise InputError(f"{folder}: weights do not fit {cls.__name__}: {'; '.join(problems)}")
-    loaded = cls.from_pretrained(
-        str(folder), torch_dtype=torch_dtype, variant=weights.variant, use_safetensors=True, local_files_only=True
-    )
-    return loaded.eval()
+        raise InputError(f"{folder}: weights do not fit {type(outline).__name__}: {'; '.join(problems)}")
 
 
 def outline_component(cls: type[ModelMixin], folder: Path) -> Any:
@@ -232,8 +366,9 @@ def outline_component(cls: type[ModelMixin], folder: Path) -> Any:
         known = inspect.signature(cls.__init__).parameters  # others are the library's to warn of, when it loads
         with torch.device("meta"):
             return cls.from_config({key: value for key, value in config.items() if key in known})
-    except (TypeError, ValueError, IndexError, KeyError) as error:
-        raise InputError(f"{folder / 'config.json'}: no {cls.__name__} can be made of it: {error}") from None
+    except Exception as error:  # of a value that the class does not expect: libraries raise many kinds
+        path = folder / "config.json"
+        raise InputError(f"{path}: no {cls.__name__} can be made of it: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -259,7 +394,11 @@ def find_weights(folder: Path, base: str) -> Weights:
             return Weights([single], variant)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
-        raise InputError(f"{folder}: has only pickled weights, {pickles[0]}: expected {base}.safetensors")
+        hint = f"; nova convert {shlex.quote(str(folder.parent))} -o NEW_FOLDER converts them"
+        raise InputError(
+            f"{folder}: has only pickled weights, {pickles[0]}: expected {base}.safetensors"
+            + (hint if base == DIFFUSERS_WEIGHTS else "")
+        )
     raise InputError(f"{folder}: has no weights: expected {base}.safetensors")
 
 
@@ -290,21 +429,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _component_folder(checkpoint: Path, name: str) -> Path:
+def component_folder(checkpoint: Path, name: str) -> Path:
+    """The folder of a part that a checkpoint must have."""
     folder = checkpoint / name
-    if not folder.is_dir():
+    if folder.is_dir():
+        return folder
+    if name == "scheduler" and (checkpoint / "transformer").is_dir():  # as the released trainer leaves it
+        where = shlex.quote(str(checkpoint))
         raise InputError(
-            f"{checkpoint}: has no {name}/: expected a checkpoint with transformer/ and scheduler/ at least"
+            f"{checkpoint}: has no scheduler/: expected a whole checkpoint; nova convert {where} --base MODEL -o"
+            " NEW_FOLDER makes one of it, with the other parts of the model that it was trained from"
         )
-    return folder
-
-
-def _check_class(folder: Path, expected: Collection[str]) -> str:
-    """The `_class_name` of a component's config, one of the expected."""
-    name = read_json(folder / "config.json").get("_class_name")
-    if not isinstance(name, str) or name not in expected:
-        raise InputError(f"{folder / 'config.json'}: _class_name is {name!r}: expected {' or '.join(expected)}")
-    return name
+    if (checkpoint / LORA_FILE).is_file():
+        raise InputError(
+            f"{checkpoint}: is an adapter, without {name}/: expected the model it was trained for, and the adapter as"
+            " --lora, or by load_lora_weights"
+        )
+    raise InputError(f"{checkpoint}: has no {name}/: expected a checkpoint with transformer/ and scheduler/ at least")
 
 
 def _current_name(key: str, expected: Container[str]) -> str:

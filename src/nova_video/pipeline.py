@@ -7,9 +7,11 @@ resolve, encode the text, encode what is given; `generation.py` samples and deco
 Legend: B pictures or clips of the call, F latent frames, h w latent grid, H W pixels, C latent channels, T text tokens.
 """
 
+import inspect
 import logging
 import threading
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,8 @@ from nova_video.autoencoders.base import VideoAutoencoder
 from nova_video.errors import InputError
 from nova_video.generation import GenerateResult, Generation, GivenPixels, StepCallback
 from nova_video.given import fit_frames, fit_masks, frames_at, known_tokens, masks_of, same_rate, to_pixels
-from nova_video.loading import (
-    load_autoencoder,
-    load_scheduler,
-    load_text_parts,
-    load_transformer,
-    resolve_checkpoint,
-)
+from nova_video.keywords import CALL_HINTS, OPEN_HINTS, refuse_keywords
+from nova_video.loading import check_parts, load_parts, resolve_checkpoint
 from nova_video.memory import LowMemory, Turn, enable_low_memory
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import adapter_names, adapter_state
@@ -51,6 +48,9 @@ from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.timeline import Timeline
 
 Generators = torch.Generator | Sequence[torch.Generator]
+
+FROM_CHECKPOINT = object()
+"""In `from_pretrained`: the part is the checkpoint's own."""
 
 _PREPARING = threading.Lock()  # two threads that share a pipeline load its named text encoder once, for one
 
@@ -102,6 +102,13 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         token: str | None = None,
         local_files_only: bool = False,
         low_memory: bool | torch.device | str | LowMemory = False,
+        transformer: Any = FROM_CHECKPOINT,
+        scheduler: Any = FROM_CHECKPOINT,
+        vae: Any = FROM_CHECKPOINT,
+        text_encoder: Any = FROM_CHECKPOINT,
+        tokenizer: Any = FROM_CHECKPOINT,
+        trust_remote_code: bool = False,
+        **others: Any,
     ) -> "NovaPipeline":
         """Open "emoji" (the model in the box), a local folder or a hub id; only its component folders count.
 
@@ -111,17 +118,35 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         With `low_memory` (True: on "cuda", or a GPU's name) parts stay in the processor's memory and take turns on the
         GPU, the text encoder layer by layer (`memory.py`). Such a pipeline is not to be moved. A `LowMemory` says more:
         the text encoder in 8 bits, frames decoded in tiles.
+
+        `transformer`, `scheduler`, `vae`, `text_encoder` and `tokenizer` replace the checkpoint's own parts: each is a
+        part as it is, or the folder of one. None leaves an optional one out. No code of a checkpoint is ever run.
         """
+        refuse_keywords("from_pretrained", others, OPEN_HINTS, inspect.signature(cls.from_pretrained).parameters)
+        if trust_remote_code:
+            raise InputError("trust_remote_code is True: expected False, since no code of a checkpoint is ever run")
         low = LowMemory.of(low_memory)
+        given = {
+            "transformer": transformer,
+            "scheduler": scheduler,
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "tokenizer": tokenizer,
+        }
+        given = {name: part for name, part in given.items() if part is not FROM_CHECKPOINT}
+        check_parts(given)
         folder = resolve_checkpoint(
-            pretrained_model_name_or_path, revision=revision, token=token, local_files_only=local_files_only
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+            without=tuple(given),
         )
         settings = CheckpointSettings.load(folder)
-        scheduler = load_scheduler(folder)
-        transformer = load_transformer(folder, _dtype_of("transformer", torch_dtype))
-        vae = load_autoencoder(folder, _dtype_of("vae", torch_dtype))
-        text_encoder, tokenizer = load_text_parts(folder, _dtype_of("text_encoder", torch_dtype))
-        pipe = cls(transformer, scheduler, vae, text_encoder, tokenizer, settings)
+        if "text_encoder" in given:
+            settings = replace(settings, text_encoder=None)  # the name of the one that is not used
+        parts = load_parts(folder, given, lambda part: _dtype_of(part, torch_dtype))
+        pipe = cls(**parts, settings=settings)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         if low is not None:
             enable_low_memory(pipe, low.device, low.text_encoder, low.tiled)
@@ -153,6 +178,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         return Capabilities(
             image_size=(config.image_size[0], config.image_size[1]),
             image_stride=config.image_stride,
+            size_multiple=self.transformer.size_multiple,
             any_size=config.rotary_pos_embed,
             video=video,
             temporal_stride=stride,
@@ -220,11 +246,14 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         guided_sets: float | None = None,
         guidance_every: int | None = None,
         fp8: bool | None = None,
+        disable_progress_bar: bool = False,
+        **others: Any,
     ) -> GenerateResult:
         """Generate. The arguments are those of `GenerateRequest`, explained there; None is the checkpoint's default.
 
         `generator` is one for the call or one for each picture, which then does not depend on its neighbours.
         """
+        refuse_keywords("the pipeline", others, CALL_HINTS, inspect.signature(self.__call__).parameters)
         request = GenerateRequest(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -262,7 +291,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             output_type=output_type,
         )
-        return self.generate(request, generator, callback_on_step_end)
+        return self.start(request, generator).run(callback_on_step_end, show_progress=not disable_progress_bar)
 
     def stream(
         self,
@@ -280,6 +309,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         decoded alone as soon as it exists, and the frame in hand as it fills in. `num_frames=math.inf` goes on without
         end. Closing the iterator, as leaving a loop over it does, stops.
         """
+        known = [field.name for field in fields(GenerateRequest)]
+        refuse_keywords("stream", [name for name in request if name not in known], CALL_HINTS, known)
         return self.start(GenerateRequest(prompt=prompt, **request), generator).stream(preview, callback_on_step_end)
 
     def generate(
@@ -455,7 +486,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         if self.text_encoder is not None and self.tokenizer is not None:
             return self.tokenizer, self.text_encoder
         name = self.settings.text_encoder
-        if name is None:
+        if name is None or self.text_encoder is not None or self.tokenizer is not None:
             missing = "text_encoder/" if self.text_encoder is None else "tokenizer/"
             raise InputError(f"the checkpoint has no {missing}: expected prompt_embeds instead of a prompt")
         with _PREPARING:

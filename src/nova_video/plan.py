@@ -33,6 +33,8 @@ class Capabilities:
     """Height and width it was made for, in pixels."""
     image_stride: int
     """Pixels of a latent's side."""
+    size_multiple: int
+    """Height and width are multiples of it, in pixels."""
     any_size: bool
     """Rotary positions: other sizes than its own."""
     video: bool
@@ -175,7 +177,7 @@ def _size(request: "GenerateRequest", model: Capabilities) -> tuple[int, int]:
     own = model.image_size
     height = own[0] if request.height is None else request.height
     width = own[1] if request.width is None else request.width
-    multiple = 4 * model.image_stride
+    multiple = model.size_multiple
     if height % multiple or width % multiple:
         raise InputError(f"size is {height}x{width}: expected height and width in multiples of {multiple}")
     if (height, width) != own and not model.any_size:

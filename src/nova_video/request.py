@@ -266,8 +266,8 @@ def _check_prompt(prompt: object) -> None:
     if not isinstance(several, Sequence) or not several:
         raise InputError(f"prompt is {prompt!r}: expected a sentence, a list of them, or (seconds, sentence) pairs")
     for text in [text for entry in several for text in Timeline.of("prompt", entry).values]:
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"prompt is {text!r}: expected a sentence that is not empty")
+        if not isinstance(text, str):
+            raise InputError(f"prompt is {text!r}: expected a sentence; an empty one is the null prompt")
 
 
 def _check_negative(prompt: object) -> None:

@@ -26,8 +26,8 @@ from nova_video.benchmarks.rows import PARTS, Row
 from nova_video.devices import choose_device, choose_dtype
 from nova_video.errors import InputError
 from nova_video.generation import FrameReady, Generation, LatentPreview
-from nova_video.loading import load_scheduler, outline_component, resolve_checkpoint
-from nova_video.model import NOVATransformer3DModel, flash
+from nova_video.loading import component_folder, load_scheduler, outline_transformer, resolve_checkpoint
+from nova_video.model import flash
 from nova_video.pipeline import NovaPipeline
 from nova_video.request import GenerateRequest
 from nova_video.sampling.shortcuts import PRESETS
@@ -187,8 +187,11 @@ def outline(config: str, size: tuple[int, int] | None) -> NovaPipeline:
         made = resized(SIZES[config], *size) if size else SIZES[config]
         return build(made, torch.device("meta"), torch.float32)
     folder = checkpoint(config)
-    model = outline_component(NOVATransformer3DModel, folder / "transformer")
-    return NovaPipeline(model, load_scheduler(folder), settings=CheckpointSettings.load(folder))
+    return NovaPipeline(
+        outline_transformer(component_folder(folder, "transformer")),
+        load_scheduler(folder),
+        settings=CheckpointSettings.load(folder),
+    )
 
 
 def check_work(configs: Sequence[str], asked: Asked) -> None:

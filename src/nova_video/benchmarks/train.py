@@ -297,7 +297,7 @@ def check_training(configs: Sequence[str], asked: AskedTraining) -> None:
         model = outline(config, asked.size).transformer
         if asked.frames is not None and asked.frames > 1 and not model.has_motion:
             raise InputError(f"frames is {asked.frames} and {config} makes pictures: expected 1")
-        cell = 2 * model.patch_size * model.config.image_stride
+        cell = model.size_multiple
         if asked.size is not None and (asked.size[0] % cell or asked.size[1] % cell):
             height, width = asked.size
             raise InputError(f"size is {height}x{width}: expected height and width in multiples of {cell}")

@@ -36,7 +36,7 @@ from nova_video.data.encoders import EncodeLatents, EncodeText, autoencoder_info
 from nova_video.data.sources import Source, SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected
 from nova_video.errors import InputError
-from nova_video.loading import lasting_name, read_json, resolve_checkpoint, text_folder
+from nova_video.loading import lasting_name, outline_transformer, read_json, resolve_checkpoint, text_folder
 from nova_video.media import alone_in, check_writable
 from nova_video.settings import CheckpointSettings, check_local, check_number
 from nova_video.text.encoders import text_width
@@ -247,12 +247,12 @@ def source_settings(noted: dict[str, Any]) -> SourceSettings:
 def model_size(model: str) -> tuple[tuple[int, int], bool] | None:
     """(H, W) in pixels that a checkpoint's transformer is made for, and whether its positions allow no other. None: it
     has no transformer."""
-    path = resolve_checkpoint(model) / "transformer" / "config.json"
-    if not path.is_file():
+    folder = resolve_checkpoint(model) / "transformer"
+    if not folder.is_dir():
         return None
-    config = read_json(path)
-    height, width = config["image_size"]
-    return (int(height), int(width)), not config["rotary_pos_embed"]
+    config = outline_transformer(folder).config
+    height, width = config.image_size
+    return (height, width), not config.rotary_pos_embed
 
 
 def model_text(model: str) -> str | None:

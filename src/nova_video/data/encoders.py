@@ -34,7 +34,7 @@ from nova_video.loading import (
     TRANSFORMERS_WEIGHTS,
     find_weights,
     load_autoencoder,
-    read_json,
+    outline_autoencoder,
     read_shapes,
     resolve_checkpoint,
     text_folder,
@@ -93,12 +93,12 @@ def given_or_named(given: str | None, place: str | Path, what: str, flag: str) -
 def autoencoder_info(model: str) -> AutoencoderInfo:
     """Of the checkpoint's autoencoder, from its files; no network is built."""
     folder = _autoencoder_folder(model)
-    config = read_json(folder / "config.json")
-    if config.get("_class_name") == "AutoencoderKL":
-        spatial, temporal = 2 ** (len(config["block_out_channels"]) - 1), 1
+    outline = outline_autoencoder(folder)
+    if isinstance(outline, AutoencoderKL):
+        spatial, temporal = 2 ** (len(outline.config.block_out_channels) - 1), 1
     else:
         spatial, temporal = VideoAutoencoder.spatial_stride, VideoAutoencoder.temporal_stride
-    return AutoencoderInfo(fingerprint(folder), config["latent_channels"], spatial, temporal)
+    return AutoencoderInfo(fingerprint(folder), outline.config.latent_channels, spatial, temporal)
 
 
 def fingerprint(folder: Path) -> str:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from nova_video.model.patches import token_positions
 
+TABLE_LEN = 512  # rows of the padding table, in every release
+
 
 def sinusoid(values: Tensor, frequencies: int = 128) -> Tensor:
     """[sin, cos] of `frequencies` frequencies 10000^(-i / frequencies): (...) -> (..., 2 * frequencies), float32."""
@@ -80,7 +82,7 @@ class TextEmbed(nn.Module):
     The null prompt of classifier-free guidance is a prompt of length 0: the padding table alone.
     """
 
-    def __init__(self, token_dim: int, token_len: int, width: int, table_len: int = 512) -> None:
+    def __init__(self, token_dim: int, token_len: int, width: int, table_len: int = TABLE_LEN) -> None:
         super().__init__()
         self.token_len = token_len
         self.proj = nn.Linear(token_dim, width)

@@ -11,6 +11,7 @@ predicted together, T condition tokens, C latent channels, D width, P = p * p * 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -23,6 +24,7 @@ from nova_video.errors import InputError
 from nova_video.model.attention import Mask, block_causal_mask
 from nova_video.model.denoiser import Denoiser, DenoiserBlock
 from nova_video.model.embeddings import (
+    TABLE_LEN,
     MaskEmbed,
     MotionEmbed,
     Rotary,
@@ -33,6 +35,7 @@ from nova_video.model.embeddings import (
 )
 from nova_video.model.patches import PatchEmbed, gather_tokens, token_positions
 from nova_video.model.vit import Block, CacheLayer, TemporalCache, heads_for_width, residual_stream
+from nova_video.settings import check_number
 
 ApplyBlock = Callable[..., Tensor]
 """Calls a block with what its `forward` takes."""
@@ -164,7 +167,33 @@ def parse_arch(name: str, kind: str) -> tuple[int, int]:
     match = re.fullmatch(rf"{kind}_d(\d+)w(\d+)", name)
     if match is None:
         raise InputError(f"arch entry {name!r}: expected {kind}_d<depth>w<width>, such as {kind}_d6w1024")
-    return int(match[1]), int(match[2])
+    depth, width = int(match[1]), int(match[2])
+    if depth < 1 or width < 1 or (kind == "vit" and width % 32):
+        raise InputError(f"arch entry {name!r}: expected a depth of 1 or more, and a width in multiples of 32 of a vit")
+    return depth, width
+
+
+def spatial_patch(image_stride: int) -> int:
+    """The side of a token of the spatial encoder, in latents."""
+    return 15 // image_stride + 1
+
+
+def check_config(config: Any) -> None:
+    """Every number of a transformer's config is in its bounds."""
+    for name in ("image_dim", "image_stride", "text_token_dim"):
+        check_number(name, getattr(config, name), 1, integer=True)
+    check_number("text_token_len", config.text_token_len, 1, integer=True, high=TABLE_LEN)
+    for name, length in (("image_size", 2), ("image_base_size", 2), ("video_base_size", 3)):
+        value = getattr(config, name)
+        if not isinstance(value, Sequence) or len(value) != length:
+            raise InputError(f"{name} is {value!r}: expected {length} whole numbers")
+        for number in value:
+            check_number(name, number, 1, integer=True)
+    if config.video_mixer_rank is not None:
+        check_number("video_mixer_rank", config.video_mixer_rank, -1, integer=True)
+    arch = config.arch
+    if not isinstance(arch, Sequence) or len(arch) != 3 or not all(isinstance(name, str) for name in arch):
+        raise InputError(f"arch is {arch!r}: expected three names, such as vit_d16w1024, vit_d32w1024, mlp_d6w1024")
 
 
 class NOVATransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -178,7 +207,7 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def __init__(
         self,
         image_dim: int = 4,
-        image_size: Sequence[int] = (512, 512),
+        image_size: int | Sequence[int] = (512, 512),
         image_stride: int = 8,
         text_token_dim: int = 2560,
         text_token_len: int = 256,
@@ -188,12 +217,18 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         rotary_pos_embed: bool = False,
         arch: Sequence[str] = ("vit_d16w1024", "vit_d32w1024", "mlp_d6w1024"),
     ) -> None:
+        """The released config's keys. A number as `image_size` is the side of a square."""
         super().__init__()
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.register_to_config(image_size=size)
+        check_config(self.config)
         (video_depth, width), (image_depth, image_width) = parse_arch(arch[0], "vit"), parse_arch(arch[1], "vit")
         if width != image_width:
             raise InputError(f"arch {arch[0]} and {arch[1]}: the two encoders need the same width")
         mlp_depth, mlp_width = parse_arch(arch[2], "mlp")
-        self.patch_size = 15 // image_stride + 1
+        self.patch_size = spatial_patch(image_stride)
+        if any(side % self.size_multiple for side in size):
+            raise InputError(f"image_size is {list(size)}: expected multiples of {self.size_multiple}")
         self.width = width
         self.has_motion = video_base_size[0] > 1
         self.text_embed = TextEmbed(text_token_dim, text_token_len, width)
@@ -229,6 +264,11 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def head_dim(self) -> int:
         """Channels of an attention head, the same in both encoders."""
         return self.width // heads_for_width(self.width)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width in pixels are multiples of it: the side of a token of the temporal encoder."""
+        return 2 * self.patch_size * int(self.config.image_stride)
 
     # Conditioning, once per call ----------------------------------------------------------------------------------
 

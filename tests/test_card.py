@@ -151,6 +151,35 @@ def test_sheets_hold_every_entry() -> None:
     draw_sheet("nothing", "", []).save(buffer, format="png")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "two\nlines\r\x1c\x1d\x1e\x85\u2028\u2029",
+        "\x00\x1b[31m\x7f\x9b\ud83d",
+        "لغة \u202eright to left\u2066 עברית",
+        "👩\u200d🚀 \U0010ffff\ue000\ufdd0",
+        "e" + "\u0301" * 3000,
+        "x" * 1_000_000,
+        "a " * 500_000,
+    ],
+)
+def test_any_text_is_drawn(text: str) -> None:
+    """Whatever names and captions hold, a page is made of it, and soon."""
+    frame = np.zeros((1, 40, 60, 3), np.uint8)
+    page = draw_sheet(text, text, [Entry(frame, text, text), Entry(np.repeat(frame, 2, 0), text, text)])
+    assert page.width == sheets.PAGE
+    assert page.height < 800
+
+
+def test_names_in_a_card_are_code(place: Path) -> None:
+    lines = [("`a`\u2028b\n.png", "no \x1b[1mcaption|"), ("c.png", "<b>")]
+    facts = card.gather(place)
+    facts.rejected = [{"source": source, "reason": reason} for source, reason in lines]
+    text = card.card("films", DatasetInfo.load(place), facts)
+    assert "| no \\x1b[1mcaption\\| | 1 | `` `a` b .png `` |\n" in text
+    assert "| <b> | 1 | `c.png` |\n" in text
+
+
 def test_frames_are_spread_from_first_to_last() -> None:
     assert sheets.spread(17, 5) == [0, 4, 8, 12, 16]
     assert sheets.spread(2, 4) == [0, 1] or len(sheets.spread(2, 4)) == 2

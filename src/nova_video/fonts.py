@@ -3,6 +3,7 @@
 Used by `data/sheets.py` and `evaluation/report.py`.
 """
 
+import unicodedata
 from functools import cache
 
 from PIL import ImageFont
@@ -16,12 +17,18 @@ SYSTEM = (  # as Pillow finds them by name: the widest first, of Linux, macOS an
     "DejaVuSans.ttf",
     "arial.ttf",
 )
+UNDRAWABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, lone surrogates, ends of lines
 NO_LETTER = "\uffff"  # every font draws it as a letter that it lacks
+
+
+def drawable(text: str) -> str:
+    """The text with a space for everything that has no shape, which the layout of letters refuses."""
+    return "".join(" " if unicodedata.category(letter) in UNDRAWABLE else letter for letter in text)
 
 
 def font_for(text: str, size: int) -> Font:
     """The first font that has all letters of the text; where none has, the one that has most."""
-    letters = frozenset(text) - {" "}
+    letters = frozenset(drawable(text)) - {" "}
     return max(_fonts(size), key=lambda font: sum(_has(font, letter) for letter in letters))
 
 

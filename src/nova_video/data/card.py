@@ -5,6 +5,7 @@ autoencoder gives them back. Both are made from what is on disk, so they can be 
 import json
 import math
 import random
+import re
 import statistics
 from bisect import bisect_left
 from collections import Counter
@@ -29,6 +30,7 @@ from nova_video.data.dataset import (
 )
 from nova_video.data.encoders import DecodeLatents
 from nova_video.data.sheets import Entry, draw_sheet
+from nova_video.io.text import printable
 
 SHEET_CLIPS, SHEET_PICTURES = 12, 10
 BARS, BAR = 10, 40  # of a histogram: bars at most, and letters of the longest
@@ -86,7 +88,7 @@ def write_card(place: str | Path, device: str = "auto") -> None:
 
 def name_of(place: str | Path) -> str:
     """What a dataset is called: the last part of its place."""
-    return str(place).rstrip("/").rsplit("/", 1)[-1]
+    return printable(str(place).rstrip("/").rsplit("/", 1)[-1])
 
 
 def describe(sample: Sample) -> str:
@@ -118,7 +120,7 @@ def gather(place: str | Path) -> Facts:
 def read_rejected(place: str | Path) -> list[dict[str, str]]:
     """The lines of rejected.jsonl; none where there is no such file."""
     try:
-        lines = read_file(join(place, "rejected.jsonl")).decode().splitlines()
+        lines = read_file(join(place, "rejected.jsonl")).decode().split("\n")  # names may hold other ends of lines
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines if line.strip()]
@@ -188,7 +190,7 @@ def card(name: str, info: DatasetInfo, facts: Facts) -> str:
             f"All are in `rejected.jsonl`{f'; {rest} more reasons are there' if rest > 0 else ''}.",
             _table(
                 ("reason", "times", "first"),
-                [(reason, f"{count:,}", f"`{example[reason]}`") for reason, count in reasons.most_common(REASONS)],
+                [(reason, f"{count:,}", _code(example[reason])) for reason, count in reasons.most_common(REASONS)],
             ),
         ]
     settings = {
@@ -215,7 +217,13 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return printable(" ".join(text.split())).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """A Markdown code span: its fence is longer than any row of backticks in the text."""
+    fence = "`" * (1 + max((len(row) for row in re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
 
 
 def _value(value: object) -> str:

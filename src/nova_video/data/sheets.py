@@ -1,13 +1,13 @@
 """Pages of clips and pictures to look at: strips of frames with their captions, alone or decoded under their source."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from nova_video.fonts import font_for
+from nova_video.fonts import drawable, font_for
 
 PAGE, MARGIN, GUTTER = 1360, 40, 40  # pixels: width of a page, its border, between columns
 COLUMNS = 2
@@ -16,6 +16,7 @@ PICTURE_HEIGHT = 190  # what the height of a row of pictures is near to
 GAP, CORNER, BELOW = 3, 8, 30  # between frames, of rounded corners, under each entry
 TITLE, TEXT, SMALL = 30, 15, 12  # sizes of letters
 LINES = 2  # that a caption may take
+MOST_LETTERS = 1000  # that are looked at: more than LINES hold in any font
 INK, FAINT, PAPER, RULE = "#24292F", "#6E7781", "#FFFFFF", "#D8DEE4"
 
 Frames = NDArray[np.uint8]
@@ -34,7 +35,9 @@ class Entry:
 
 
 def draw_sheet(title: str, subtitle: str, entries: Sequence[Entry]) -> Image.Image:
-    """Clips in two columns of strips, then pictures in rows."""
+    """Clips in two columns of strips, then pictures in rows. Any text can be drawn, whatever it holds."""
+    title, subtitle = _plain(title), _plain(subtitle)
+    entries = [replace(entry, caption=_plain(entry.caption), note=_plain(entry.note)) for entry in entries]
     clips = [entry for entry in entries if len(entry.frames) > 1]
     pictures = [entry for entry in entries if len(entry.frames) == 1]
     width = (PAGE - 2 * MARGIN - (COLUMNS - 1) * GUTTER) // COLUMNS
@@ -55,6 +58,11 @@ def draw_sheet(title: str, subtitle: str, entries: Sequence[Entry]) -> Image.Ima
 def spread(count: int, shown: int) -> list[int]:
     """`shown` of `count` frames, evenly spread from the first to the last."""
     return [round(index * (count - 1) / max(shown - 1, 1)) for index in range(min(shown, count))]
+
+
+def _plain(text: str) -> str:
+    """The beginning of a text in one line that can be drawn."""
+    return " ".join(drawable(text[:MOST_LETTERS]).split())
 
 
 def _header(title: str, subtitle: str) -> Image.Image:
@@ -145,7 +153,7 @@ def _round_mask(size: tuple[int, int]) -> Image.Image:
 def _fit(text: str, size: int, width: int, lines: int) -> list[str]:
     """The text in at most so many lines; dots stand for what does not fit."""
     font = font_for(text, size)
-    words = " ".join(text.split()).split(" ")
+    words = text.split(" ")
     made: list[str] = []
     while words and len(made) < lines:
         line = words.pop(0)

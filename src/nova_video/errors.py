@@ -18,6 +18,10 @@ class InputError(ValueError):
     """Wrong input, said in one line: what was given and what is expected."""
 
 
+class MediaError(InputError):
+    """A picture or clip that is not taken, and why; the caller adds the name of its file."""
+
+
 def first_line(error: object) -> str:
     """What an error of a library says first; the next line too, where that is what the first one announces."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

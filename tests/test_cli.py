@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import nova_video
 from nova_video import cli, media
 from nova_video.arguments import parse
 from nova_video.errors import InputError
@@ -551,9 +552,20 @@ def test_defaults_of_evaluate_are_the_library_s() -> None:
 
 
 WRONG: dict[str, tuple[list[str], str]] = {
-    "no command": ([], "expected one of {generate, edit, info, encode, train, evaluate, bench, data}"),
-    "unknown command": (["paint", "a whale"], "got: nova paint 'a whale'"),
-    "unknown option": (["generate", "a whale", "--sede", "3"], "unknown option --sede"),
+    "unknown command": (["paint", "a whale"], "unknown command paint: expected one of generate, edit, "),
+    "half a command": (["gen", "a whale"], "unknown command gen: expected generate\n"),
+    "misspelt command": (["generat", "a whale"], "unknown command generat: expected generate\n"),
+    "misspelt sub-command": (["bench", "sampel"], "unknown command sampel: expected sample\n"),
+    "sentence without a command": (["a whale"], "no command is given before 'a whale': expected one, as in: nova"),
+    "unknown option": (["generate", "a whale", "--xyzzy"], "--xyzzy: expected what nova generate --help lists"),
+    "misspelt option": (["generate", "a whale", "--sede=3"], "unknown option --sede: expected --seed\n"),
+    "half an option": (["generate", "a whale", "--num_fr", "3"], "unknown option --num-fr: expected --num-frames\n"),
+    "option with two meanings": (["generate", "a whale", "--steps", "3"], "expected --sets (sets of tokens that a fra"),
+    "sentence as an option": (["generate", "--prompt", "a whale"], "--prompt: expected the sentence in quotes"),
+    "misspelt option of a group": (["bench", "sample", "--config", "x", "--repeat", "1"], "expected --repeats\n"),
+    "one argument too many": (["info", "plain.png", "an owl"], "'an owl' is one too many: expected what nova info"),
+    "not a number by an alias": (["generate", "a whale", "--cfg", "x"], "--cfg is 'x': expected --cfg SCALE (got"),
+    "size twice": (["generate", "a whale", "--size", "8x8", "-W", "8"], "got --size with --width or --height"),
     "not a number": (["generate", "a whale", "--num-frames", "five"], "--num-frames"),
     "unknown choice": (["generate", "a whale", "--dtype", "float8"], "'float8'"),
     "unknown preset": (["generate", "a whale", "--preset", "turbo"], "Expected one of ('exact', 'balanced', 'fast')."),
@@ -652,7 +664,13 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "nothing to tell": (["info", "plain.png"], "plain.png carries no record"),
     "no recipe": (["train", "none.toml"], "none.toml"),
     "unknown recipe key": (["train", "bad.toml"], "stepz"),
-    "unknown recipe option": (["train", "good.toml", "--stepz", "3"], "stepz"),
+    "unknown recipe option": (["train", "good.toml", "--stepz", "3"], "unknown option --stepz: expected --steps\n"),
+    "unknown setting of a table": (["train", "good.toml", "--optimizer.lrr", "3"], "expected --optimizer.lr or "),
+    "setting without its table": (
+        ["train", "good.toml", "--lr", "3"],
+        "unknown option --lr: expected --optimizer.lr\n",
+    ),
+    "value too many": (["train", "good.toml", "--steps", "3", "4"], "argument '4' is one too many: expected a setting"),
     "no art": (["data", "emoji", "--art", "none", "--names", "none.json", "-o", "world"], "none"),
     "no world to evaluate on": (["evaluate", "emoji", "--data", "none"], "none"),
     "no clips to evaluate": (["evaluate", "emoji", "--num-clips", "0"], "num_clips is 0"),
@@ -677,6 +695,51 @@ def test_wrong_input(run: Run, case: str) -> None:
     assert err.count("\n") == 1
     assert message.lower() in err.lower()
     assert files() == before
+
+
+def test_words_of_other_tools_are_aliases() -> None:
+    for others, own in [
+        (["--num_inference_steps", "3", "--num-diffusion-steps", "2"], ["--sets", "3", "--diffusion-steps", "2"]),
+        (["--cfg", "3", "--negative-prompt", "red"], ["--guidance", "3", "--negative", "red"]),
+        (["--guidance-scale", "3", "--motion-flow", "4"], ["--guidance", "3", "--motion", "4"]),
+        (["--frames", "5", "--output-dir", "x"], ["--num-frames", "5", "-o", "x"]),
+        (["-W", "64", "-H", "32"], ["--width", "64", "--height", "32"]),
+    ]:
+        assert parse(["generate", "a whale", *others]) == parse(["generate", "a whale", *own])
+    typed, own = (parse(["evaluate", "emoji", flag, "3"]) for flag in ("--cfg-scale", "--guidance"))
+    assert typed == own
+
+
+def test_help_where_no_command_is_given(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["data"]):
+        with pytest.raises(SystemExit) as stop:
+            run(*arguments)
+        assert stop.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: {' '.join(['nova', *arguments])} [-h]")
+
+
+def test_version(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run("--version")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"nova-video {nova_video.__version__} (torch {torch.__version__}, diff")
+
+
+def test_help_of_a_recipe(run: Run) -> None:
+    """Every setting with its value, its default and what it means."""
+    Path("good.toml").write_text('kind = "transformer"\nsteps = 3\n[optimizer]\nlr = 0.1\n')
+    code, out, err = run("train", "good.toml", "--help")
+    assert (code, err) == (0, "")
+    assert "\n--steps 3  (default: 40000)\n    Optimizer steps of the run.\n" in out
+    assert "\n--optimizer.lr 0.1  (default: 0.0006)\n    Learning rate after the warm-up.\n" in out
+    Path("other.toml").write_text('kind = "transformer"\n[dataset]\npath = "x"\n')
+    Path("vae.toml").write_text('kind = "autoencoder"\n')
+    for recipe in ("other.toml", "vae.toml"):
+        out += run("train", recipe, "-h")[1]
+    lines = out.splitlines()
+    settings = [at for at, line in enumerate(lines) if line.startswith("--")]
+    assert len(settings) > 100
+    assert [lines[at] for at in settings if not lines[at + 1 : at + 2][0].startswith("    ")] == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -5,23 +5,25 @@ None stands for the checkpoint's own default.
 
 import contextlib
 import io
+import platform
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
 
-from nova_video.errors import InputError
+from nova_video.errors import InputError, unknown
 from nova_video.settings import AttentionKernels
 
 PARSE_ERROR = 2  # tyro's exit code
 RECORD = re.compile(r"^Error parsing \w\S*: ")  # before what a record says of itself, which names the field
-UNREADABLE = re.compile(r"Error parsing (--\S+): (?:Could not find valid parse|no type matching) .*\[(.*)\]")
+UNREADABLE = re.compile(r"Error parsing (-\S+): (?:Could not find valid parse|no type matching) .*\[(.*)\]")
 MODEL = "emoji"  # the model in the box
 OWN = "(default: the model's own)"
 AUTO = "(default: auto)"
@@ -41,6 +43,29 @@ Numbers = Annotated[
     UseAppendAction[tuple[tuple[float, float], ...]], arg(metavar="SECONDS VALUE", help_behavior_hint="(repeatable)")
 ]
 
+# Words of released scripts and of other tools for the same settings are aliases.
+Output = Annotated[Path | None, arg(aliases=["-o", "--output-dir"], metavar="FILE", help_behavior_hint="")]
+Sets = Annotated[int | None, arg(metavar="N", aliases=["--num-sets", "--num-inference-steps"], help_behavior_hint=OWN)]
+DiffusionSteps = Annotated[int | None, arg(metavar="N", aliases=["--num-diffusion-steps"], help_behavior_hint=OWN)]
+GuidanceScale = Annotated[
+    float | None, arg(metavar="SCALE", aliases=["--cfg", "--cfg-scale", "--guidance-scale"], help_behavior_hint=OWN)
+]
+Motion = Annotated[
+    float | None, arg(metavar="SCORE", aliases=["--motion-flow", "--motion-score"], help_behavior_hint=OWN)
+]
+
+# What has no flag of its own, or could mean several.
+MEANINGS = {
+    "--steps": "--sets (sets of tokens that a frame is made in) or --diffusion-steps (denoising steps of each set)",
+    "--prompt": "the sentence in quotes, without an option",
+    "--length": "--num-frames or --seconds",
+    "--duration": "--seconds",
+    "--precision": "--dtype",
+    "--checkpoint": "--model",
+    "--low-vram": "--low-memory",
+    "--cpu-offload": "--low-memory",
+}
+
 
 def one_of(literal: Any) -> PrimitiveConstructorSpec[Any]:
     """For `Literal[...] | None`: told nothing, tyro calls None a choice too, and lists them in any order."""
@@ -59,7 +84,7 @@ def one_of(literal: Any) -> PrimitiveConstructorSpec[Any]:
 class Making:
     """The flags of every command that makes something. None: not given."""
 
-    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE", help_behavior_hint="")] = None
+    output: Output = None
     """File to write (mp4, webp, gif or png), numbered if there are several sentences. If absent, named after it."""
     model: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=f"(default: {MODEL})")] = None
     """`emoji` (the model in the box), a checkpoint folder, or the name of a released checkpoint."""
@@ -69,19 +94,23 @@ class Making:
     """How much of it: 0 is the model without."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
     """Size in pixels, such as 768x480."""
+    width: Annotated[int | None, arg(metavar="PIXELS", aliases=["-W"], help_behavior_hint="")] = None
+    """Width in pixels, in place of --size."""
+    height: Annotated[int | None, arg(metavar="PIXELS", aliases=["-H"], help_behavior_hint="")] = None
+    """Height in pixels, in place of --size."""
     fps: Annotated[float | None, arg(metavar="N", help_behavior_hint=OWN)] = None
     """Frames per second, told to the model and written into the file."""
     seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """Fixes the result; the next sentence gets the next seed. Drawn at random if absent."""
-    sets: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
-    """Sets in which a frame's tokens are made: more is slower and finer."""
-    diffusion_steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    sets: Sets = None
+    """Sets in which a frame's tokens are made: more is slower and finer. Released scripts say --num-inference-steps."""
+    diffusion_steps: DiffusionSteps = None
     """Denoising steps of each set."""
-    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=OWN)] = None
+    guidance: GuidanceScale = None
     """How strictly to follow the sentence; 1 is off."""
-    motion: Annotated[float | None, arg(metavar="SCORE", help_behavior_hint=OWN)] = None
+    motion: Motion = None
     """How much to move, in pixels a frame."""
-    negative: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
+    negative: Annotated[str | None, arg(metavar="TEXT", aliases=["--negative-prompt"], help_behavior_hint="")] = None
     """What to stay away from."""
     preset: Annotated[Preset | None, one_of(Preset), arg(help_behavior_hint="(default: exact)")] = None
     """What may be lost for speed; the next five are parts of it."""
@@ -123,7 +152,7 @@ class Generate(Making):
     """One or several sentences, each in quotes; every one gives a file."""
     prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """A text file with one sentence a line."""
-    num_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    num_frames: Annotated[int | None, arg(metavar="N", aliases=["--frames"], help_behavior_hint=OWN)] = None
     """Frames, given ones included; 1 is a picture."""
     seconds: Annotated[float | None, arg(metavar="SECONDS", help_behavior_hint="")] = None
     """Length, in place of --num-frames; inf, with --live: until Ctrl-C."""
@@ -227,7 +256,8 @@ class Encode:
 
 @dataclass(frozen=True)
 class Train:
-    """Train what a recipe describes. Its settings can follow, as in nova train recipes/tiny.toml --optimizer.lr 1e-3"""
+    """Train what a recipe describes. Its settings can follow, as in nova train recipes/tiny.toml --optimizer.lr 1e-3;
+    nova train RECIPE --help lists them."""
 
     recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
     """A TOML file, or the name of one in recipes/."""
@@ -251,13 +281,13 @@ class Evaluating:
     """Combinations that were never trained on, or those that were."""
     batch_size: Annotated[int, arg(metavar="N")] = 25
     """Clips made at once."""
-    sets: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    sets: Sets = None
     """As for `nova generate`."""
-    diffusion_steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    diffusion_steps: DiffusionSteps = None
     """As for `nova generate`."""
-    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=OWN)] = None
+    guidance: GuidanceScale = None
     """As for `nova generate`."""
-    motion: Annotated[float | None, arg(metavar="SCORE", help_behavior_hint=OWN)] = None
+    motion: Motion = None
     """As for `nova generate`."""
     preset: Annotated[Preset | None, one_of(Preset), arg(help_behavior_hint="(default: exact)")] = None
     """As for `nova generate`."""
@@ -344,9 +374,9 @@ class BenchSample:
     """Pixel frames."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
     """Size in pixels; a released size is built for it."""
-    sets: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    sets: Sets = None
     """As for `nova generate`."""
-    diffusion_steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    diffusion_steps: DiffusionSteps = None
     """As for `nova generate`."""
     repeats: Annotated[int, arg(metavar="N")] = 5
     """Calls that count."""
@@ -381,13 +411,13 @@ class BenchPresets:
     """Which sentences, and their random numbers."""
     batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 250 on a GPU, else 25)")] = None
     """Clips made at once. Random numbers are drawn for a batch, so that other sizes give other clips."""
-    sets: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    sets: Sets = None
     """As for `nova generate`: of the exact way."""
-    diffusion_steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    diffusion_steps: DiffusionSteps = None
     """As for `nova generate`: of the exact way."""
-    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=OWN)] = None
+    guidance: GuidanceScale = None
     """As for `nova generate`."""
-    motion: Annotated[float | None, arg(metavar="SCORE", help_behavior_hint=OWN)] = None
+    motion: Motion = None
     """As for `nova generate`."""
     no_compile: bool = False
     """As for `nova generate`."""
@@ -519,22 +549,84 @@ Command = (
 )
 
 
+POSITIONAL = get_args(Positional[str])[1]
+GROUPS = {"evaluate": Benchmarks, "bench": Timings, "data": Worlds}
+
+
 def parse(arguments: Sequence[str]) -> Any:
     """One of the dataclasses above, or exit: code 0 for --help, 2 and one line for what cannot be understood."""
+    if arguments[:1] in (["--version"], ["-V"]):
+        print(versions())
+        raise SystemExit(0)
+    if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        return Train(Path(arguments[1]), tuple(arguments[2:]))  # what follows is the recipe's
+    arguments = _with_command(arguments)
     with one_line_errors(arguments):
         command, unknown = tyro.cli(
             Command,
             prog="nova",
             args=arguments,
-            description="Text in, video out.",
+            description="Text in, video out. nova --version prints the version.",
             return_unknown_args=True,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-    if isinstance(command, Train):
-        return Train(command.recipe, tuple(unknown))
     if unknown:
-        raise InputError(f"unknown option {unknown[0]}, see nova --help for what there is")
+        words = [word for word in arguments[:2] if not word.startswith("-")]
+        usage = " ".join(["nova", *words[: 2 if arguments[0] in GROUPS else 1], "--help"])
+        raise unknown_option(unknown[0], options_of(type(command)), usage)
     return command
+
+
+def versions() -> str:
+    """What a report of a fault should name."""
+    found = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
+    return f"nova-video {version('nova-video')} ({found}, python {platform.python_version()})"
+
+
+def names_of(commands: Any) -> list[str]:
+    """The sub-commands of a union of annotated dataclasses."""
+    return [name for command in get_args(commands) for part in get_args(command) if (name := getattr(part, "name", ""))]
+
+
+def _with_command(arguments: Sequence[str]) -> list[str]:
+    """The same, after a check of the sub-commands; help is asked for where none is given."""
+    arguments = list(arguments)
+    for depth, (group, commands) in enumerate([("nova", Command), *GROUPS.items()]):
+        if depth and arguments[:1] != [group]:
+            continue
+        place = min(depth, 1)
+        if len(arguments) == place:
+            return [*arguments, "--help"]
+        names, word = names_of(commands), arguments[place]
+        if word.startswith("-") or word in names:
+            continue
+        if " " in word.strip():
+            raise InputError(f"no command is given before {word!r}: expected one, as in: nova generate {word!r}")
+        raise unknown("command", word, names)
+    return arguments
+
+
+def options_of(command: type[Any]) -> list[str]:
+    """All options of a command, aliases too, as tyro names them."""
+    options = ["--help"]
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        if POSITIONAL in get_args(hint):
+            continue
+        settings = next((part for part in get_args(hint)[1:] if hasattr(part, "aliases")), None)
+        options.append("--" + (getattr(settings, "name", None) or name).replace("_", "-"))
+        options += getattr(settings, "aliases", None) or ()
+    return options
+
+
+def unknown_option(word: str, options: Sequence[str], usage: str) -> InputError:
+    """The error for what no option is, with what it may have meant; `usage` is the command that lists all."""
+    if not word.startswith("-"):
+        return InputError(f"argument {word!r} is one too many: expected what {usage} lists")
+    name = word.split("=")[0].replace("_", "-")
+    meant = MEANINGS.get(name)
+    if meant is not None and set(re.findall("--[a-z-]+", meant)) <= set(options):
+        return InputError(f"unknown option {name}: expected {meant}")
+    return unknown("option", name, options, f"what {usage} lists")
 
 
 @contextlib.contextmanager
@@ -553,9 +645,10 @@ def one_line_errors(arguments: Sequence[str]) -> Iterator[None]:
             lines, rules = lines[1:], [index - 1 for index in rules[1:]]
         rule = rules[0] if rules else len(lines)
         text = " ".join(" ".join(lines[:rule]).split("Got errors:")[0].split())
-        usage = next((line for line in lines[rule + 1 :] if line.startswith("--")), None)
+        usage = next((line for line in lines[rule + 1 :] if re.match(r"--?\w", line)), None)
         if usage is not None and (match := UNREADABLE.match(text)) is not None:
-            text = f"{match[1]} is {match[2]}: expected {usage}"
+            option = next((name for name in match[1].split("/") if name in arguments), match[1].split("/")[-1])
+            text = f"{option} is {match[2]}: expected {option} {usage.split(' ', 1)[1].split(', -')[0]}"
         text = RECORD.sub("", text)
         given = f"got: nova {shlex.join(arguments)}" if arguments else "got nothing"
         raise InputError(f"{text or 'cannot understand these arguments'} ({given})") from None

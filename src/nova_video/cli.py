@@ -89,6 +89,12 @@ def run_train(args: Train) -> None:
     path = args.recipe
     if not path.exists() and path.name == str(path):  # a bare name
         path = Path("recipes") / path.with_suffix(".toml")
+    if {"--help", "-h"} & set(args.overrides):
+        from nova_video.training.recipe_help import recipe_help
+
+        print(f"nova train {args.recipe} [SETTING VALUE ...]\n")
+        print(recipe_help(load_recipe(path)))
+        return
     with one_line_errors(["train", str(args.recipe), *args.overrides]):
         recipe = load_recipe(path, list(args.overrides))
     from nova_video.training.trainer import train

@@ -276,11 +276,13 @@ def _request(args: Making, prompt: str, seed: int) -> "GenerateRequest":
     from nova_video.request import GenerateRequest
 
     height, width = _size(args.size)
+    if args.size is not None and (args.width is not None or args.height is not None):
+        raise InputError("got --size with --width or --height: expected one way to say the size")
     return GenerateRequest(
         prompt=prompt,
         negative_prompt=None if args.negative is None else _text("--negative", args.negative),
-        height=height,
-        width=width,
+        height=args.height if height is None else height,
+        width=args.width if width is None else width,
         fps=args.fps,
         num_inference_steps=args.sets,
         num_diffusion_steps=args.diffusion_steps,

@@ -4,6 +4,8 @@ Every door of the library (command line, pipeline, loading, recipes, data) raise
 """
 
 import re
+from collections.abc import Collection
+from difflib import get_close_matches
 
 # Control characters of both blocks, line and paragraph separators, marks that turn the direction of text, halves of
 # surrogate pairs (bytes of a name that are no text), and the byte order mark.
@@ -20,6 +22,16 @@ class InputError(ValueError):
 
 class MediaError(InputError):
     """A picture or clip that is not taken, and why; the caller adds the name of its file."""
+
+
+def unknown(what: str, name: str, known: Collection[str], otherwise: str = "") -> InputError:
+    """The error for a name that is none of those known, with the nearest ones or else with `otherwise`, or all."""
+    words = {other.lstrip("-"): other for other in known}
+    near = [words[word] for word in get_close_matches(name.lstrip("-"), words, 2, cutoff=0.65)]
+    parts = [other for other in known if other.startswith(name) or other.endswith(f".{name.lstrip('-')}")]
+    near = parts or near
+    expected = " or ".join(near) or otherwise or f"one of {', '.join(known)}"
+    return InputError(f"unknown {what} {name}: expected {expected}")
 
 
 def first_line(error: object) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from nova_video.data.words import MOTIONS
-from nova_video.errors import InputError
+from nova_video.errors import InputError, unknown
 from nova_video.io.text import read_toml
 from nova_video.settings import AttentionKernels, Defaults, check_local, check_number
 
@@ -42,6 +42,7 @@ class DataRecipe:
     emphasized: tuple[str, ...] = ()
     """Motions that clips show `emphasis` times as often as the others."""
     emphasis: float = 1.0
+    """How many times as often."""
     window: int | None = None
     """Of longer clips a step shows so many frames, the first one and a stretch of the rest, as a bounded context does
     in sampling. Only the second half of them is learned: where the stretch begins, nothing tells the first ones."""
@@ -102,7 +103,9 @@ class OptimizerRecipe:
     """AdamW with a linear warm-up and a cosine down to `final` of the rate: `final = 1` keeps it constant."""
 
     lr: float = 6e-4
+    """Learning rate after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running means of gradients and of their squares."""
     weight_decay: float = 0.03
     """Of matrices; biases, norms and single tokens are not decayed."""
     warmup: int = 1000
@@ -140,6 +143,7 @@ class LogRecipe:
     score_every: int = 0
     """`nova evaluate emoji` on a few clips; for transformers trained in a world."""
     score_clips: int = 120
+    """Clips of a score."""
     checkpoint_every: int = 1000
     """Everything that is needed to go on."""
     keep: int = 2
@@ -157,12 +161,17 @@ class RunRecipe:
     """What every training run has."""
 
     name: str = "run"
+    """Name of the run for the trackers."""
     steps: int = 40000
+    """Optimizer steps of the run."""
     seconds: float = 0.0
     """End after this many seconds of training if that comes first, with the schedule fitted to it; 0: no limit."""
     seed: int = 0
+    """Fixes the order of the data and all random numbers."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     output: str = "runs/run"
+    """Folder of the checkpoints, the model, the log and the sheets."""
     cuda_graph: bool = True
     """Record the whole step as CUDA graphs, one for each variant that comes up twice: faster, in more memory (one micro
     batch a step on each GPU, and not with mask_ratio = "sample")."""
@@ -200,13 +209,18 @@ class AutoencoderRecipe(RunRecipe):
     """Trains `AutoencoderKLCausalTiny`."""
 
     kind: Literal["autoencoder"] = "autoencoder"
+    """What is trained."""
     data: DataRecipe = field(default_factory=DataRecipe)
     latent_channels: int = 16
+    """Channels of a latent."""
     l1: float = 1.0
+    """Weight of the absolute error of pixels."""
     mse: float = 2.0
+    """Weight of the squared error of pixels."""
     gradient: float = 2.0
     """Weight of the L1 distance of differences between neighbouring pixels."""
     kl: float = 1e-3
+    """Weight of the distance of the latents from a normal distribution."""
     foreground: float = 4.0
     """Pixels of the object weigh 1 + this."""
 
@@ -231,7 +245,9 @@ class ModelRecipe:
     video_mixer_rank: int | None = None
     """0: no mixer, below 0: full rank."""
     rotary_pos_embed: bool | None = None
+    """Rotary positions, which allow other sizes than `image_size`."""
     text_token_len: int | None = None
+    """Most tokens of a prompt."""
     video_base_frames: int | None = None
     """Latent frames of the temporal encoder's grid; above 1 the model has motion tokens."""
     image_size: tuple[int, int] | None = None
@@ -253,6 +269,7 @@ class LoraRecipe:
     """Low-rank adapters: with a rank above 0 they are what is trained, and the model's own weights stay."""
 
     rank: int = 0
+    """Rank of each adapter; 0: no adapters."""
     alpha: float = 0.0
     """Adapters are scaled by alpha / rank; 0: as large as the rank."""
     targets: tuple[str, ...] = ()
@@ -268,6 +285,7 @@ class TransformerRun(RunRecipe):
     """What all trainings of `NOVATransformer3DModel` have."""
 
     kind: Literal["transformer"] = "transformer"
+    """What is trained."""
     init: str = ""
     """Checkpoint (folder, hub id or `emoji`) whose transformer is started from; empty: from scratch."""
     fresh: tuple[str, ...] = ()
@@ -283,6 +301,7 @@ class TransformerRun(RunRecipe):
     visible: tuple[int, ...] = ()
     """Numbers of revealed tokens that batches are trained with; empty: the paper's truncated normal."""
     visible_probability: tuple[float, ...] = ()
+    """Share of the batches that each of these numbers gets."""
     mask_ratio: Literal["batch", "sample"] = "batch"
     """Whether all frames of a batch hide as many tokens (the paper), or every sample draws how many for itself."""
     mask_levels: int = 0
@@ -292,6 +311,7 @@ class TransformerRun(RunRecipe):
     loss_repeat: int = 2
     """Noise draws for each scored token."""
     prompt_dropout: float = 0.1
+    """Share of the samples whose prompt is replaced by the null prompt."""
     motion_dropout: float = 0.5
     """Share of the samples whose motion score is replaced by `defaults.motion_flow`, so that a call that gives none is
     no stranger than one that does."""
@@ -392,7 +412,14 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         return recipe
     import tyro
 
-    return tyro.cli(found, default=recipe, args=overrides, prog="nova train")
+    recipe, left = tyro.cli(found, default=recipe, args=overrides, prog="nova train", return_unknown_args=True)
+    if left and not left[0].startswith("-"):
+        raise InputError(f"argument {left[0]!r} is one too many: expected a setting and its value")
+    if left:
+        options = [f"--{key.replace('_', '-')}" for key in _flat(dataclasses.asdict(recipe))]
+        name = left[0].split("=")[0].replace("_", "-")
+        raise unknown("option", name, options, f"what nova train {path} --help lists")
+    return recipe
 
 
 def recipe_toml(recipe: Recipe) -> str:

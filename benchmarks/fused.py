@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nova_video.benchmarks.script import result_of, write_result
 from nova_video.model.denoiser import Denoiser
-from nova_video.sampling.diffusion import Schedule, linear_step, request_scheduler
+from nova_video.sampling.diffusion import Schedule, linear_step
 from nova_video.sampling.fused import (
     Layout,
     Tile,
@@ -36,6 +36,7 @@ from nova_video.sampling.fused import (
     rank_tiles,
 )
 from nova_video.sampling.guidance import Guidance, combine, pass_weights
+from nova_video.sampling.schedulers import request_scheduler
 
 PASSES, SCALE, CHANNELS, PATCH, CONDITION = 2, 5.0, 4, 2, 1024
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

@@ -15,7 +15,6 @@ from torch import Tensor
 from nova_video.model.denoiser import Denoiser, DenoiserBlock
 from nova_video.model.vit import Attention
 from nova_video.sampling.context import Context
-from nova_video.sampling.diffusion import request_scheduler
 from nova_video.sampling.engine import (
     SAID,
     DirectRunner,
@@ -28,6 +27,7 @@ from nova_video.sampling.engine import (
 )
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance, Prediction
+from nova_video.sampling.schedulers import request_scheduler
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
 from nova_video.sampling.timing import Stopwatch
 from test_sampling import DDPM_CONFIG, GUIDANCES, close, make_state, open_model, open_scheduler
@@ -101,7 +101,7 @@ def test_a_slower_way_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         run("text-to-video", fast, make_state(open_model("text-to-video"), embeds(), Guidance(4.0)), scheduler)
     (record,) = caplog.records
-    assert record.message.startswith("EulerAncestralDiscreteScheduler draws random numbers as it steps")
+    assert record.message.startswith("EulerAncestralDiscreteScheduler takes its steps itself")
 
 
 class Halved(Denoiser):

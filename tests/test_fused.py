@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nova_video.model.denoiser import Denoiser, DenoiserBlock
 from nova_video.sampling import fused
-from nova_video.sampling.diffusion import Schedule, linear_step, predicted_data, request_scheduler
+from nova_video.sampling.diffusion import Schedule, linear_step, predicted_data
 from nova_video.sampling.fused import (
     Layout,
     Tile,
@@ -33,6 +33,7 @@ from nova_video.sampling.fused import (
     supports,
 )
 from nova_video.sampling.guidance import Guidance, pass_weights
+from nova_video.sampling.schedulers import request_scheduler
 
 WIDTH, CHANNELS, PATCH, DEPTH, STEPS = 48, 3, 2, 2, 3
 ROUNDING = 1e-4  # of the largest value, in float32

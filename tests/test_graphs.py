@@ -12,11 +12,11 @@ from torch import Tensor
 
 from nova_video.sampling.beside import beside
 from nova_video.sampling.context import Context
-from nova_video.sampling.diffusion import request_scheduler
 from nova_video.sampling.engine import SAID, DirectRunner, FastEngine, Inputs, PlainEngine
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.graphs import CudaRecorder, GraphRunner, Recording, can_compile
 from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.schedulers import request_scheduler
 from nova_video.sampling.shortcuts import PRESETS, PresetName
 from nova_video.sampling.state import GivenFrame
 from test_engine import embeds

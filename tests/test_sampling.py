@@ -18,10 +18,11 @@ from nova_video.errors import InputError
 from nova_video.model import NOVATransformer3DModel, masking, patchify, random_order, set_sizes, unpatchify
 from nova_video.model.patches import gather_tokens
 from nova_video.sampling.context import Context
-from nova_video.sampling.diffusion import Schedule, ddpm_row, linear_step, predicted_data, request_scheduler
+from nova_video.sampling.diffusion import Schedule, ddpm_row, linear_step, predicted_data
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance, combine, pass_weights, renorm_ratio
 from nova_video.sampling.random import RandomState
+from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, request_scheduler
 from nova_video.sampling.shortcuts import EXACT, Shortcuts
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
 from nova_video.training.loss import NoiseTable, draw, draw_per_sample
@@ -382,10 +383,12 @@ def test_a_request_leaves_the_scheduler_alone() -> None:
 
 
 def test_schedulers_that_cannot_be_sampled_with() -> None:
-    with pytest.raises(InputError, match="fixed_large"):
-        request_scheduler(DDPMScheduler(variance_type="fixed_large"), None)
-    with pytest.raises(InputError, match="use_dynamic_shifting"):
-        request_scheduler(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), None)
+    for scheduler, message in (
+        (DDPMScheduler(variance_type="fixed_large"), "fixed_large"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_scheduler(scheduler, TrainedNoise.of(scheduler))
 
 
 def test_own_generators_make_samples_independent() -> None:

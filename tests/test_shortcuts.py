@@ -14,11 +14,12 @@ from nova_video.errors import InputError
 from nova_video.model import set_sizes
 from nova_video.plan import Capabilities, plan_as_json, plan_from_json
 from nova_video.request import GenerateRequest
-from nova_video.sampling.diffusion import Schedule, request_scheduler
+from nova_video.sampling.diffusion import Schedule
 from nova_video.sampling.engine import DirectRunner, FastEngine, PlainEngine
 from nova_video.sampling.fp8 import check_fp8
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.schedulers import request_scheduler
 from nova_video.sampling.shortcuts import EXACT, PRESETS, Shortcuts, second_order, shortcuts_of
 from nova_video.sampling.state import SamplingState
 from nova_video.settings import Defaults

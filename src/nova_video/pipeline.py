@@ -10,7 +10,7 @@ Legend: B pictures or clips of the call, F latent frames, h w latent grid, H W p
 import inspect
 import logging
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,17 @@ from nova_video.errors import InputError
 from nova_video.generation import GenerateResult, Generation, GivenPixels, StepCallback
 from nova_video.given import fit_frames, fit_masks, frames_at, known_tokens, masks_of, same_rate, to_pixels
 from nova_video.keywords import CALL_HINTS, OPEN_HINTS, refuse_keywords
-from nova_video.loading import check_parts, load_parts, resolve_checkpoint
+from nova_video.loading import check_parts, load_parts, load_scheduler, resolve_checkpoint
 from nova_video.memory import LowMemory, Turn, enable_low_memory
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import adapter_names, adapter_state
 from nova_video.plan import Capabilities, Plan
 from nova_video.request import GenerateRequest, Mask, Number, Picture, Prompt, Video
-from nova_video.sampling.diffusion import request_scheduler
 from nova_video.sampling.engine import DirectRunner, Engine, FastEngine, PlainEngine, say_once
 from nova_video.sampling.fp8 import check_fp8, with_fp8_blocks
 from nova_video.sampling.graphs import CudaRecorder, GraphRunner, can_compile
 from nova_video.sampling.random import RandomState
+from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, request_scheduler
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
 from nova_video.sampling.timing import Stopwatch, span
 from nova_video.saving import load_generation
@@ -71,7 +71,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         vae: Any | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        settings: CheckpointSettings | None = None,
+        settings: CheckpointSettings | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -82,7 +82,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
                 f"vae has {vae.config.latent_channels} latent channels: expected the transformer's "
                 f"{transformer.config.image_dim}"
             )
-        self.settings = settings or CheckpointSettings()
+        given = CheckpointSettings() if settings is None else settings
+        self.settings = CheckpointSettings.from_json(dict(given)) if isinstance(given, Mapping) else given
         self._named_text_parts: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
         self._graphs: dict[tuple[torch.device, bool], GraphRunner] = {}  # by device, and whether in 8 bits
         self._fp8: tuple[Hashable, NOVATransformer3DModel] | None = None  # and the weights it was made of
@@ -140,9 +141,11 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             revision=revision,
             token=token,
             local_files_only=local_files_only,
-            without=tuple(given),
+            without=[name for name in given if name != "scheduler"],
         )
         settings = CheckpointSettings.load(folder)
+        if "scheduler" in given and (folder / "scheduler").is_dir():
+            settings = replace(settings, noise=TrainedNoise.of(load_scheduler(folder)))
         if "text_encoder" in given:
             settings = replace(settings, text_encoder=None)  # the name of the one that is not used
         parts = load_parts(folder, given, lambda part: _dtype_of(part, torch_dtype))
@@ -165,6 +168,21 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         self.settings.save(Path(save_directory))
 
     @property
+    def settings(self) -> CheckpointSettings:
+        """What the checkpoint says of itself beside its weights. It goes where the parts go: `components` has it."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: CheckpointSettings) -> None:
+        self._settings = replace(settings, noise=settings.noise or TrainedNoise.of(self.scheduler))
+        self.register_to_config(settings=settings.as_json())  # for diffusers' own ways to open and copy pipelines
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """What another pipeline is made of, with the same parts and settings: `NovaPipeline(**pipe.components)`."""
+        return {**super().components, "settings": self.settings}
+
+    @property
     def defaults(self) -> Defaults:
         """What None means in a call."""
         return self.settings.defaults
@@ -184,11 +202,23 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             temporal_stride=stride,
             text_dim=config.text_token_dim,
             text_len=config.text_token_len,
-            shiftable=isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler),
+            shiftable=self.trained_noise.is_flow,
             max_diffusion_steps=self.scheduler.config.num_train_timesteps,
             latent_channels=config.image_dim,
             second_order=isinstance(self.scheduler, DDPMScheduler | FlowMatchEulerDiscreteScheduler),
         )
+
+    @property
+    def trained_noise(self) -> TrainedNoise:
+        """The noise schedule that the weights were trained with, whatever scheduler is there now."""
+        assert self.settings.noise is not None  # set with the settings
+        return self.settings.noise
+
+    def request_scheduler(self, flow_shift: float | None) -> Any:
+        """The scheduler for one request; InputError if it is not for what the weights were trained with."""
+        scheduler = self.scheduler
+        check_scheduler(scheduler, self.trained_noise)
+        return request_scheduler(scheduler, flow_shift if self.trained_noise.is_flow else None)
 
     def enable_vae_slicing(self) -> None:
         """Decode one picture or clip at a time."""
@@ -329,6 +359,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
     @torch.no_grad()
     def start(self, request: GenerateRequest, generator: Generators | None = None) -> Generation:
         """A request with its text and what it gives encoded, and nothing sampled: to run, stream or save."""
+        scheduler = self.request_scheduler(request.flow_shift)
         plan = request.resolve(self.defaults, self.capabilities)
         if plan.shortcuts.fp8:
             check_fp8(self.execution_device, self.transformer.dtype)
@@ -364,7 +395,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             self,
             plan,
             state,
-            request_scheduler(self.scheduler, plan.flow_shift),
+            scheduler,
             output_type=request.output_type,
             bare=plan.batch == 1 and request.is_single,
             seeds=tuple(g.initial_seed() for g in generators),

@@ -21,7 +21,6 @@ from nova_video.generation import Generation, GivenPixels
 from nova_video.model import NOVATransformer3DModel
 from nova_video.plan import plan_as_json, plan_from_json
 from nova_video.sampling.context import Statistics
-from nova_video.sampling.diffusion import request_scheduler
 from nova_video.sampling.generate import restore_context
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.random import RandomState
@@ -170,7 +169,7 @@ def load_generation(pipe: "NovaPipeline", path: Path) -> Generation:
         pipe,
         plan,
         state,
-        request_scheduler(pipe.scheduler, plan.flow_shift),
+        pipe.request_scheduler(plan.flow_shift),
         output_type=facts["output_type"],
         bare=facts["bare"],
         seeds=tuple(facts["seeds"]),

@@ -6,13 +6,16 @@ Defaults and their bounds are written here and nowhere else; `request.py` and `p
 import json
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from nova_video.errors import InputError
+
+if TYPE_CHECKING:
+    from nova_video.sampling.schedulers import TrainedNoise
 
 SETTINGS_FILE = "nova.json"
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")  # also as Path leaves one; C:/ is none
@@ -75,9 +78,9 @@ class Defaults:
     never."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if (value := getattr(self, field.name)) is not None or field.name != "context_frames":
-                check_setting(field.name, value)
+        for name, value in asdict(self).items():
+            if value is not None or name != "context_frames":
+                check_setting(name, value)
 
 
 def check_setting(name: str, value: object) -> None:
@@ -95,6 +98,8 @@ class CheckpointSettings:
     text_encoder: str | None = None
     """Looked up by name when a call needs it and the folder has no text_encoder/ of its own."""
     defaults: Defaults = Defaults()
+    noise: "TrainedNoise | None" = field(default=None, compare=False)
+    """The noise schedule that the weights were trained with; not in the file, since scheduler/ tells it."""
 
     @classmethod
     def load(cls, folder: Path) -> "CheckpointSettings":
@@ -106,25 +111,33 @@ class CheckpointSettings:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error})") from None
-        _check_keys(path, "", values, cls)
+        return cls.from_json(values, path)
+
+    @classmethod
+    def from_json(cls, values: object, path: str | Path = SETTINGS_FILE) -> "CheckpointSettings":
+        """Of what JSON holds; `path` is where errors say that it comes from."""
+        _check_keys(path, "", values, ["text_encoder", "defaults"])
+        assert isinstance(values, dict)
         name = values.get("text_encoder")
         if name is not None and not (isinstance(name, str) and name):
             raise InputError(f"{path}: text_encoder is {name!r}: expected the name of a text encoder")
         defaults = values.get("defaults", {})
-        _check_keys(path, "defaults.", defaults, Defaults)
+        _check_keys(path, "defaults.", defaults, [setting.name for setting in fields(Defaults)])
         try:
             return cls(name, Defaults(**defaults))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        named = {} if self.text_encoder is None else {"text_encoder": self.text_encoder}
+        return {**named, "defaults": asdict(self.defaults)}
+
     def save(self, folder: Path) -> None:
-        defaults = {field.name: getattr(self.defaults, field.name) for field in fields(Defaults)}
-        values = {"defaults": defaults} if self.text_encoder is None else vars(self) | {"defaults": defaults}
-        (folder / SETTINGS_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (folder / SETTINGS_FILE).write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
 
 
-def _check_keys(path: Path, prefix: str, values: object, record: type[Any]) -> None:
-    known = [field.name for field in fields(record)]
+def _check_keys(path: str | Path, prefix: str, values: object, known: list[str]) -> None:
     if not isinstance(values, dict):
         raise InputError(f"{path}: {prefix.rstrip('.') or 'the file'} is {values!r}: expected an object")
     for key in values:

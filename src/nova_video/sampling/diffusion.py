@@ -8,7 +8,6 @@ before it is denoised, in the order in which the steps use them; what is left is
 Legend: B batch, N guidance passes, L tokens of a frame, S tokens of the set, P values of a token, K steps.
 """
 
-import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -20,7 +19,6 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from nova_video.errors import InputError
 from nova_video.model.patches import gather_tokens, scatter_tokens
 from nova_video.sampling.guidance import Guidance, Prediction, renorm_ratio
 from nova_video.sampling.random import FrameNoise
@@ -29,29 +27,14 @@ Predict = Callable[[int, Tensor], Prediction]
 """At step k, noisy tokens (B, S, P) -> their prediction."""
 
 
-def request_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
-    """A copy of the checkpoint's scheduler for one request, which may count its steps in it."""
-    scheduler = copy.deepcopy(scheduler)
-    if isinstance(scheduler, DDPMScheduler):
-        config = scheduler.config
-        if config.variance_type != "fixed_small" or config.thresholding:
-            raise InputError(
-                f"scheduler: got variance_type {config.variance_type} and thresholding {config.thresholding}: "
-                "expected fixed_small and False"
-            )
-    if scheduler.config.get("use_dynamic_shifting"):
-        raise InputError("scheduler: got use_dynamic_shifting True: expected a fixed shift")
-    if flow_shift is not None:
-        scheduler.set_shift(flow_shift)
-    return scheduler
-
-
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """The steps in which every set of a request is denoised."""
 
     scheduler: Any
     """The request's own copy, standing at its first step."""
+    num_steps: int
+    """Steps in the scheduler's own counting: those of second order evaluate the model twice in a step."""
     timesteps: tuple[float, ...]
     rows: Tensor | None
     """(K, 8) float32: the steps of `linear_step`. None: the scheduler steps itself."""
@@ -80,7 +63,9 @@ class Schedule:
             rows = solver_rows(scheduler)
         scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
         multistep = rows is not None and isinstance(scheduler, DPMSolverMultistepScheduler)
-        return cls(scheduler, timesteps, None if rows is None else rows.to(device), clip, noisy, scale, multistep)
+        return cls(
+            scheduler, num_steps, timesteps, None if rows is None else rows.to(device), clip, noisy, scale, multistep
+        )
 
     @cached_property
     def key(self) -> tuple[object, ...]:
@@ -107,7 +92,7 @@ class Schedule:
     def begin(self) -> None:
         """Back to the first step, for the next set."""
         if self.rows is None:
-            self.scheduler.set_timesteps(len(self.timesteps))
+            self.scheduler.set_timesteps(self.num_steps)
 
 
 def ddpm_row(scheduler: DDPMScheduler, t: Tensor) -> tuple[float, ...]:

@@ -236,9 +236,9 @@ class FastEngine:
         """What to say of a set that only the plain loop computes as asked; None for any other set."""
         if self.plain is not None:
             return ""  # said already
-        if schedule.draws:
+        if schedule.rows is None:
             name = type(schedule.scheduler).__name__
-            return f"{name} draws random numbers as it steps: its steps are those of the plain loop, which are slower"
+            return f"{name} takes its steps itself: they are those of the plain loop, which are slower"
         if type(guidance) is not Guidance:
             return f"{type(guidance).__name__} is a guidance of its own: its steps are those of the plain loop"
         return None

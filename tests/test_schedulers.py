@@ -239,3 +239,9 @@ def test_scheduler_of_a_diffusion_checkpoint(tiny_checkpoint: Path) -> None:
     pipe.scheduler = FLOW
     with pytest.raises(InputError, match="expected one of DDPMScheduler"):
         pipe("a whale", output_type="latent")
+
+
+def test_a_scheduler_given_at_opening_is_held_against_the_checkpoint_s() -> None:
+    pipe = NovaPipeline.from_pretrained("emoji", scheduler=DDIMScheduler())
+    with pytest.raises(InputError, match="scheduler is DDIMScheduler: expected one of FlowMatchEuler"):
+        draw(pipe, 2)

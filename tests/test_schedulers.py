@@ -23,7 +23,7 @@ from torch import Tensor
 from nova_video import NovaPipeline
 from nova_video.errors import InputError
 from nova_video.sampling.diffusion import Schedule, SetNoise, denoise_set
-from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.guidance import Guidance, Prediction
 from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, request_scheduler
 
 CONFORMANCE = Path(__file__).parent / "conformance"
@@ -43,7 +43,7 @@ def two_sets(scheduler: Any, steps: int, start: Tensor, is_flow: bool) -> Tensor
     schedule = Schedule.of(scheduler, steps, torch.device("cpu"))
     table = DDPM.alphas_cumprod.double()
 
-    def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(i: int, x: Tensor) -> Prediction:
         time, x = schedule.timesteps[i], schedule.scaled(i, x)
         if is_flow:
             noise_scale = min(time / 1000, 0.9999)
@@ -56,7 +56,7 @@ def two_sets(scheduler: Any, steps: int, start: Tensor, is_flow: bool) -> Tensor
         data = MEAN + data_scale * DEVIATION**2 / variance * (x - data_scale * MEAN)
         noise = (x - data_scale * data) / noise_scale
         output = noise - data if is_flow else noise
-        return output, output
+        return Prediction(output, output)
 
     fresh = torch.randn(sum(schedule.noisy), 1, len(start), 1, generator=torch.Generator().manual_seed(1))
     noise = SetNoise(start.view(1, -1, 1) * schedule.start_scale, fresh, torch.zeros(1, 1, 1))

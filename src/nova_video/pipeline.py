@@ -144,7 +144,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             without=[name for name in given if name != "scheduler"],
         )
         settings = CheckpointSettings.load(folder)
-        if "scheduler" in given and (folder / "scheduler").is_dir():
+        if "scheduler" in given and "transformer" not in given and (folder / "scheduler").is_dir():
             settings = replace(settings, noise=TrainedNoise.of(load_scheduler(folder)))
         if "text_encoder" in given:
             settings = replace(settings, text_encoder=None)  # the name of the one that is not used

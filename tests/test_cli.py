@@ -21,6 +21,7 @@ import nova_video
 from nova_video import cli, media
 from nova_video.arguments import parse
 from nova_video.errors import InputError
+from nova_video.io.files import held
 from nova_video.jobs import name_of
 from nova_video.memory import LowMemory
 from nova_video.request import GenerateRequest
@@ -413,6 +414,27 @@ def test_live_and_resume(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.Mo
     assert np.array_equal(live[:17], whole[:17])
     assert np.abs(live.astype(int) - whole).mean() < 12
     assert files() == ["whole.mp4", "x.mp4"]
+
+
+def test_files_that_another_run_writes(run: Run, tiny_checkpoint: Path) -> None:
+    """They are refused before the model is loaded."""
+    common = ["generate", "a whale", "--model", tiny_checkpoint / "none"]
+    for name, flags in [("x.mp4", ["--live", "-o", "x.mp4"]), ("s", ["--state", "s"])]:
+        with held(Path(name)):
+            code, _, err = run(*common, *flags)
+            assert (code, err.count("\n")) == (2, 1)
+            assert f"{name} is being written by another process" in err
+    assert files() == []
+
+
+def test_failed_writes_name_the_file(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(media, "_write_mp4", full)
+    code, _, err = run("generate", "a whale", "--num-frames", 5, "--model", tiny_checkpoint, *QUICK)
+    assert (code, err) == (2, "nova: a-whale.mp4: No space left on device\n")
+    assert files() == []
 
 
 def test_resume_what_cannot_be(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

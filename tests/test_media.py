@@ -133,8 +133,10 @@ def test_wrong_frames(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def written_live(path: Path, frames: media.Frames, fps: float = 8, failure: BaseException | None = None) -> None:
-    with media.LiveWriter(path, fps, RECORD) as writer:
+def written_live(
+    path: Path, frames: media.Frames, fps: float = 8, failure: BaseException | None = None, restore: bool = True
+) -> None:
+    with media.LiveWriter(path, fps, RECORD, restore=restore) as writer:
         for frame in frames:
             writer.write(frame)
         if failure is not None:
@@ -209,6 +211,24 @@ def test_live_file_that_cannot_be_gone_on_with(tmp_path: Path, caplog: pytest.Lo
         writer.write(clip(1)[0])
     assert len(media.read_frames(tmp_path / "short.mp4")[0]) == 3
     assert "short.mp4 holds 2 of the 3 frames made so far" in caplog.text
+
+
+def test_live_over_an_existing_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The old file stays until there is a frame; after an error both are kept, after Ctrl-C only the new one."""
+    path = tmp_path / "clip.mp4"
+
+    def begun(failure: BaseException, restore: bool = True) -> dict[str, int]:
+        for file in tmp_path.iterdir():
+            file.unlink()
+        media.write_media(clip(2), path, 8, {})
+        with pytest.raises(type(failure)):
+            written_live(path, clip(5), 8, failure, restore)
+        return {file.name: len(media.read_frames(file)[0]) for file in tmp_path.iterdir()}
+
+    assert begun(RuntimeError()) == {"clip.mp4": 2, "clip-partial.mp4": 5}
+    assert "clip.mp4 is the file that was there before; what was made of the new one is" in caplog.text
+    assert begun(RuntimeError(), restore=False) == {"clip.mp4": 5, "clip-before.mp4": 2}
+    assert begun(KeyboardInterrupt()) == {"clip.mp4": 5}
 
 
 def test_live_file_without_frames(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ from nova_video.cli_bench import run_bench_presets, run_bench_sample, run_bench_
 from nova_video.cli_data import run_data_inspect, run_encode
 from nova_video.cli_evaluate import run_evaluate_beyond, run_evaluate_drift, run_evaluate_emoji
 from nova_video.cli_generate import run_edit, run_generate
-from nova_video.errors import InputError, Terminated, printable
+from nova_video.errors import InputError, Terminated
+from nova_video.io.text import printable
 
 LEFT_ALONE, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 EXTRAS = {  # package -> the extra that brings it
@@ -71,7 +72,7 @@ def run_info(args: Info) -> None:
     for name, value in lines.items():
         if value is None:
             continue
-        first, *rest = _moments(value) if is_timeline(value) else [printable(value)]
+        first, *rest = _moments(value) if is_timeline(value) else [printable(str(value))]
         print(f"{printable(name):<{width}}  {first}")
         for line in rest:
             print(f"{'':<{width}}  {line}")
@@ -79,7 +80,7 @@ def run_info(args: Info) -> None:
 
 def _moments(timeline: Sequence[tuple[float, object]]) -> list[str]:
     """One line for each value of a timeline, (seconds, value) pairs."""
-    return [f"from {at:g} s: {printable(moment)}" for at, moment in timeline]
+    return [f"from {at:g} s: {printable(str(moment))}" for at, moment in timeline]
 
 
 def run_train(args: Train) -> None:

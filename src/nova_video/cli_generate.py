@@ -18,10 +18,21 @@ from nova_video.arguments import MODEL, Edit, Generate, Making
 from nova_video.console import checkpoint_defaults, load_pipeline
 from nova_video.errors import InputError
 from nova_video.io.text import read_text
-from nova_video.jobs import NOTES, Job, carry_out, check_output, check_state, make_record, output_path, progress
+from nova_video.jobs import (
+    NOTES,
+    Job,
+    all_held,
+    carry_out,
+    check_output,
+    check_state,
+    make_record,
+    output_place,
+    progress,
+)
 from nova_video.script import with_script
 
 if TYPE_CHECKING:
+    from nova_video.generation import Generation, StepCallback
     from nova_video.given import Clip
     from nova_video.memory import LowMemory
     from nova_video.pipeline import NovaPipeline
@@ -35,7 +46,8 @@ WITH_RESUME = ("resume", "output", "state", "model", "device", "dtype", *SMALL, 
 def run_generate(args: Generate) -> None:
     """A file a sentence, or the one that an earlier run was stopped at."""
     if args.resume is not None:
-        return _resume(args, args.resume)
+        _resume(args, args.resume)
+        return
     args = args if args.script is None else with_script(args)
     prompts = _prompts(args)
     _check_flags(args, prompts)
@@ -43,26 +55,42 @@ def run_generate(args: Generate) -> None:
     if args.state is not None:
         check_state(args.state)
     requests = _requests(args, prompts)
-    pipe = _pipeline(args)
-    for request in requests:
-        request.resolve(pipe.defaults, pipe.capabilities)  # what is wrong with any is said before the first is made
-    with progress(len(requests)) as watch:
-        for index, request in enumerate(requests):
-            generation = pipe.start(request)
-            picture = generation.plan.num_frames == 1 and not args.live
-            path = output_path(args.output, index, prompts, ".png" if picture else ".mp4")
-            given = {
-                "image": _name(args.image),
-                "continue": _name(args.video),
-                "given_frames": None if args.video is None else generation.plan.given_frames,
-                "history_noise": args.history_noise,
-                "hold_statistics": args.hold_statistics,
-            }
-            record = make_record(args, request, generation, given)
-            notes = {"record": record, "output": str(path), "live": args.live}
-            generation.notes[NOTES] = notes | {"device": args.device, "dtype": args.dtype}
-            carry_out(Job(generation, path, record, args.live, args.state, args.json), watch(generation))
-    return None
+    with all_held(args.state, _file_of_live(args)):
+        pipe = _pipeline(args)
+        for request in requests:
+            request.resolve(pipe.defaults, pipe.capabilities)  # what is wrong with any is said before the first is made
+        with progress(len(requests)) as watch:
+            for index, request in enumerate(requests):
+                _generate_one(args, prompts, index, pipe, request, watch)
+
+
+def _generate_one(
+    args: Generate,
+    prompts: Sequence[str],
+    index: int,
+    pipe: "NovaPipeline",
+    request: "GenerateRequest",
+    watch: "Callable[[Generation], StepCallback]",
+) -> None:
+    generation = pipe.start(request)
+    picture = generation.plan.num_frames == 1 and not args.live
+    given = {
+        "image": _name(args.image),
+        "continue": _name(args.video),
+        "given_frames": None if args.video is None else generation.plan.given_frames,
+        "history_noise": args.history_noise,
+        "hold_statistics": args.hold_statistics,
+    }
+    record = make_record(args, request, generation, given)
+    with output_place(args.output, index, prompts, ".png" if picture else ".mp4") as path:
+        notes = {"record": record, "output": str(path), "live": args.live}
+        generation.notes[NOTES] = notes | {"device": args.device, "dtype": args.dtype}
+        carry_out(Job(generation, path, record, args.live, args.state, args.json), watch(generation))
+
+
+def _file_of_live(args: Generate) -> Path | None:
+    """The file that is named and that another process may be writing in place."""
+    return args.output if args.live and args.output is not None and not args.output.is_dir() else None
 
 
 def _resume(args: Generate, path: Path) -> None:
@@ -82,17 +110,18 @@ def _resume(args: Generate, path: Path) -> None:
     if args.state is not None:
         check_state(args.state)
     record = notes["record"]
-    pipe = load_pipeline(
-        args.model or record["model"],
-        args.device or notes["device"] or "auto",
-        args.dtype or notes["dtype"] or "auto",
-        _low_memory(args),
-        None if "lora" not in record else Path(record["lora"]),
-        record.get("lora_scale", 1.0),
-    )
-    generation = pipe.resume(path)
-    with progress(1) as watch:
-        carry_out(Job(generation, output, record, notes["live"], args.state or path, args.json), watch(generation))
+    with all_held(path, args.state, output if notes["live"] else None):
+        pipe = load_pipeline(
+            args.model or record["model"],
+            args.device or notes["device"] or "auto",
+            args.dtype or notes["dtype"] or "auto",
+            _low_memory(args),
+            None if "lora" not in record else Path(record["lora"]),
+            record.get("lora_scale", 1.0),
+        )
+        generation = pipe.resume(path)
+        with progress(1) as watch:
+            carry_out(Job(generation, output, record, notes["live"], args.state or path, args.json), watch(generation))
 
 
 def run_edit(args: Edit) -> None:
@@ -115,7 +144,6 @@ def run_edit(args: Edit) -> None:
     )
     pipe = _pipeline(args)
     generation = pipe.start(request)
-    path = output_path(args.output, 0, [prompt], ".png" if len(clip) == 1 else ".mp4")
     given = {
         "edited": _name(args.file),
         "mask": _name(args.mask),
@@ -123,7 +151,7 @@ def run_edit(args: Edit) -> None:
         "outpaint": args.outpaint,
     }
     record = make_record(args, request, generation, given)
-    with progress(1) as watch:
+    with progress(1) as watch, output_place(args.output, 0, [prompt], ".png" if len(clip) == 1 else ".mp4") as path:
         carry_out(Job(generation, path, record, as_json=args.json), watch(generation))
 
 

@@ -1,15 +1,10 @@
-"""The one error for wrong input, the one for SIGTERM, and text from files made fit for a terminal.
+"""The one error for wrong input, and the one for SIGTERM.
 
 Every door of the library (command line, pipeline, loading, recipes, data) raises it before slow work starts.
 """
 
-import re
 from collections.abc import Collection
 from difflib import get_close_matches
-
-# Control characters of both blocks, line and paragraph separators, marks that turn the direction of text, halves of
-# surrogate pairs (bytes of a name that are no text), and the byte order mark.
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
 class Terminated(KeyboardInterrupt):
@@ -40,8 +35,3 @@ def first_line(error: object) -> str:
     if not lines:
         return type(error).__name__
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
-def printable(text: object) -> str:
-    """Escape what a terminal would obey rather than show, as in the sequence that clears the screen."""
-    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))

@@ -10,12 +10,14 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nova_video.arguments import MODEL, Making
 from nova_video.console import progress_bar
 from nova_video.errors import InputError, Terminated
+from nova_video.io.files import held, reserved
 
 if TYPE_CHECKING:
     from nova_video.generation import Generation, StepCallback
@@ -56,19 +58,35 @@ def check_state(path: Path) -> None:
     check_writable(path.parent)
 
 
-def output_path(output: Path | None, index: int, prompts: Sequence[str], suffix: str) -> Path:
-    """The file of one sentence: the one asked for, numbered if there are several, or else named after the sentence."""
+@contextlib.contextmanager
+def all_held(*paths: Path | None) -> Iterator[None]:
+    """No other process writes these files, of which some may be none."""
+    with contextlib.ExitStack() as stack:
+        for path in dict.fromkeys(paths):
+            if path is not None:
+                stack.enter_context(held(path))
+        yield
+
+
+@contextlib.contextmanager
+def output_place(output: Path | None, index: int, prompts: Sequence[str], suffix: str) -> Iterator[Path]:
+    """The file of one sentence: the one asked for, numbered if there are several, or else named after the sentence.
+
+    A name that nobody chose replaces no file, and is held against other processes.
+    """
     number = f"{index + 1:0{len(str(len(prompts)))}d}"
     if output is not None and not output.is_dir():
-        return output if len(prompts) == 1 else output.with_stem(f"{output.stem}-{number}")
+        yield output if len(prompts) == 1 else output.with_stem(f"{output.stem}-{number}")
+        return
     name = name_of(prompts[index])
     if len(prompts) > 1:
         name = f"{number}-{name}"
-    folder, again = output or Path(), 2
-    path = folder / (name + suffix)
-    while path.exists():  # a name that nobody chose must not replace a file
-        path, again = folder / f"{name}-{again}{suffix}", again + 1
-    return path
+    for again in count(1):
+        path = (output or Path()) / (name + (f"-{again}" if again > 1 else "") + suffix)
+        with reserved(path) as free:
+            if free:
+                yield path
+                return
 
 
 def name_of(sentence: str) -> str:
@@ -186,7 +204,7 @@ def _write_live(job: Job, on_step: "StepCallback") -> None:
             newer.replace(job.state)
 
     frames: Any = generation.stream(callback_on_step_end=_saving(generation, newer, on_step, on_saved))
-    writer = LiveWriter(job.path, generation.plan.fps, job.record, keep=before)
+    writer = LiveWriter(job.path, generation.plan.fps, job.record, keep=before, restore=job.state is None)
     try:
         with contextlib.closing(frames), writer:
             for frame in frames:  # (H, W, 3) in [0, 1]

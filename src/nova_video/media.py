@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, ImageSequence, PngImagePlugin
 
 from nova_video.errors import InputError
+from nova_video.io.files import naming
 
 Frames = NDArray[np.uint8]  # (F, H, W, 3)
 
@@ -87,8 +88,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; renamed to it when the block ends well, removed when it does not."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path, temporary):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -130,9 +132,15 @@ class LiveWriter:
     well whatever ends the block, an error or Ctrl-C as well: it then holds the frames so far. While it grows, a frame
     is in the file as soon as the next one is written. With `keep`, it goes on behind the first so many frames of the
     file that is there, which are not encoded again.
+
+    Another file of that name stays until the new one is complete or is ended by Ctrl-C. If an error ends it, the old
+    file comes back and the new one gets another name; with `restore=False`, for a clip that is to be gone on with, it
+    is the old one that gets another name.
     """
 
-    def __init__(self, path: str | Path, fps: float, metadata: dict[str, Any], keep: int = 0) -> None:
+    def __init__(
+        self, path: str | Path, fps: float, metadata: dict[str, Any], keep: int = 0, restore: bool = True
+    ) -> None:
         self.path = Path(path)
         if self.path.suffix.lower() != ".mp4":
             raise InputError(f"cannot write {self.path} while it is made: its extension must be .mp4")
@@ -146,6 +154,8 @@ class LiveWriter:
         """In the file so far."""
         self._record = json.dumps(metadata)
         self._closed = False
+        self._restore = restore
+        self._old: Path | None = None  # the file that was there before
         self._size = (0, 0)
         self._container: av.container.OutputContainer | None = None
         self._stream: av.VideoStream | None = None
@@ -155,7 +165,16 @@ class LiveWriter:
         if self._closed:
             raise ValueError(f"{self.path} is closed")
         _check_frames(frame[None], self.fps)
+        with naming(self.path):
+            self._write(frame)
+        self.frames += 1
+
+    def _write(self, frame: NDArray[np.uint8]) -> None:
         if self._container is None or self._stream is None:
+            if not self._before and self.path.is_file() and self.path.stat().st_size:
+                old = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.old")
+                self.path.rename(old)
+                self._old = old
             self._container = av.open(str(self.path), "w", format="mp4", options=LIVE_CONTAINER)
             self._container.metadata["comment"] = self._record
             self._size = frame.shape[:2]
@@ -169,7 +188,6 @@ class LiveWriter:
             height, width = self._size
             raise InputError(f"a frame is {frame.shape[0]}x{frame.shape[1]}, expected {height}x{width} as the first")
         self._container.mux(self._later(_encode_h264(self._stream, frame)))
-        self.frames += 1
 
     def close(self) -> None:
         """Ends the file; nothing can be written after it."""
@@ -177,7 +195,7 @@ class LiveWriter:
         container, stream = self._container, self._stream
         self._container = self._stream = None
         if container is not None and stream is not None:
-            with container:
+            with naming(self.path), container:
                 container.mux(self._later(stream.encode()))
 
     def _later(self, packets: list[av.Packet]) -> list[av.Packet]:
@@ -192,8 +210,44 @@ class LiveWriter:
     def __enter__(self) -> "LiveWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        failed = kind is not None and issubclass(kind, Exception)
+        try:
+            self.close()
+        except Exception:
+            failed = True
+            raise
+        finally:
+            self._put_old_away(failed)
+
+    def _put_old_away(self, failed: bool) -> None:
+        """Delete the file that was there before or, after an error, keep both."""
+        old, self._old = self._old, None
+        if old is None:
+            return
+        if not failed:
+            old.unlink(missing_ok=True)
+            return
+        with naming(self.path, old):
+            if self._restore:
+                other = _free_name(self.path, "partial")
+                self.path.rename(other)
+                old.rename(self.path)
+                log.warning(
+                    "%s is the file that was there before; what was made of the new one is %s", self.path, other
+                )
+            else:
+                other = _free_name(self.path, "before")
+                old.rename(other)
+                log.warning(
+                    "%s is what was made of the new file; the one that was there before is %s", self.path, other
+                )
+
+
+def _free_name(path: Path, word: str) -> Path:
+    """A name beside a file that none has, such as clip-partial.mp4."""
+    tries = (f"-{word}{'' if number == 1 else f'-{number}'}" for number in count(1))
+    return next(other for end in tries if not (other := path.with_stem(f"{path.stem}{end}")).exists())
 
 
 def _read_packets(path: Path, count: int) -> list[av.Packet]:

@@ -410,6 +410,7 @@ def test_problems_of_tars(tmp_path: Path) -> None:
     assert found.pop("a.tar").startswith("the tar cannot be read on: ")
     assert found.pop("c.tar").startswith("the tar cannot be read on: ")
     assert found == {
+        "a.tar/2.mp4": "the tar breaks off in it: expected the whole file",
         "b.tar/0.mp4": "no caption: the tar has no .txt or .json of its name",
         "b.tar/1": "a caption without media: the tar has no picture or video of its name",
         "b.tar/2.mp4": "no caption: 2.json has no keys: expected the key caption",
@@ -477,7 +478,7 @@ def test_the_first_of_two_members_of_a_name_counts(tmp_path: Path) -> None:
             tar.addfile(info, io.BytesIO(b"abc"))
     found = [(item.source, item.problem) for item in opened(tmp_path).items()]
     assert found[:2] == [("a.tar/0.mp4", None), ("a.tar/1.mp4", None)]
-    assert found[2:] == [("a.tar/0.mp4", "the tar has it twice, and not one behind the other")]
+    assert found[2:] == [("a.tar/0.mp4", "the tar has it twice"), ("a.tar/0.txt", "the tar has it twice")]
 
 
 def test_problems_of_rows(tmp_path: Path) -> None:
@@ -567,7 +568,11 @@ WRONG: list[tuple[dict[str, bytes | str], dict[str, Any], str]] = [
     ),
     ({"a.mp4": "", "metadata.jsonl": "{"}, {}, "metadata.jsonl: line 1 is not JSON"),
     ({"a.mp4": "", "metadata.jsonl": "[1]"}, {}, "metadata.jsonl: line 1 is [1]: expected an object"),
-    ({"a.mp4": "", "metadata.csv": "", "metadata.jsonl": ""}, {}, "has metadata.csv and metadata.jsonl: expected one"),
+    (
+        {"a.mp4": "", "metadata.csv": "", "metadata.jsonl": ""},
+        {},
+        "metadata.csv: its folder has metadata.jsonl too: exp",
+    ),
     ({"a.mp4": "", "b.tar": ""}, {}, "holds media and .tar files: name one kind"),
     ({"a.tar": bytes(10240)}, {}, "is empty: its 1 tar files have no members"),
     ({"a.tar": b""}, {}, "a.tar: the tar cannot be read on: empty file"),

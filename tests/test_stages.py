@@ -324,7 +324,7 @@ def test_rejected(tmp_path: Path) -> None:
         ("a.json", b"{", "no caption: a.json cannot be read as its name says"),
         ("a.json", b'{"title": "a"}', "no caption: a.json has title: expected the key caption"),
         ("a.json", b'["a"]', "no caption: a.json is no object: expected the key caption"),
-        ("a.json", b'{"caption": 3}', "no caption: it is empty"),
+        ("a.json", b'{"caption": 3}', "no caption: caption is the number 3: expected text"),
         ("a.json", None, "no caption: there is no such file"),
     ],
 )

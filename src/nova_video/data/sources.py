@@ -9,29 +9,42 @@ item is its `problem`; what is wrong with the source as a whole is an InputError
 Every place is a path or a URL that fsspec opens.
 """
 
-import csv
-import io
-import json
 import os
 import posixpath
 import re
 import tarfile
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, islice
-from pathlib import PurePosixPath
+from itertools import islice
 from typing import Any
 from urllib.parse import quote, unquote
 
 from nova_video.data.dataset import is_local, join, open_place, read_file
-from nova_video.data.stages import MEDIA, NO_RANGES, VIDEOS, Item, caption_from, clean_caption
+from nova_video.data.sidecars import (
+    FILE_NAME,
+    MOST_TEXT,
+    Row,
+    Stem,
+    caption_from,
+    caption_text,
+    check_unicode,
+    kind_of,
+    read_table,
+    shorten,
+    stem,
+    suffix,
+)
+from nova_video.data.stages import MEDIA, NO_RANGES, VIDEOS, Item
 from nova_video.errors import InputError, first_line
+from nova_video.io.folders import A_FOLDER, walk
+from nova_video.io.text import LFS_POINTER, POINTED, decode_text, parse_json, printable
 from nova_video.settings import check_number
 
-CAPTION, FILE_NAME = "caption", "file_name"  # columns, unless others are named
+CAPTION = "caption"  # the column or key, unless another is named
 TEXTS = (".txt", ".json")
 TABLES = ("metadata.csv", "metadata.jsonl")
 HUB = re.compile(r"hf://(?:datasets/)?([\w-][\w.-]*(?:/[\w-][\w.-]*)?)/?")
@@ -39,8 +52,10 @@ CONFIGS = re.compile(r"(?:available configs|not found\. Available): \[(.+?)\]") 
 PEEKED = 16  # items that are looked into before the work
 HEADERS = 1 << 16  # bytes that are read at once where a tar is elsewhere: its members are asked for by themselves
 ROWS = 1024  # of a saved dataset, in a part
+LONGEST_NAME = 200  # letters of a name that is no file's, in a list of problems
 WEB = ("http://", "https://")
 DAMAGED_TAR = "the tar cannot be read on"
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 WHAT_THERE_IS = (
     "a folder of media with captions (.txt or .json beside each, or metadata.csv or .jsonl), .tar or .parquet files, a"
     " folder written by save_to_disk, or hf://OWNER/NAME"
@@ -74,6 +89,11 @@ class SourceSettings:
     @property
     def caption(self) -> str:
         return self.caption_column or CAPTION
+
+    @property
+    def order(self) -> Sequence[str]:
+        """Extensions of captions, the first one first: .json where its key is named."""
+        return TEXTS if self.caption_column is None else TEXTS[::-1]
 
     def check_no(self, **options: str) -> None:
         """Raises for an option that is given, and that the source does not have: {its field: what it has none of}."""
@@ -199,58 +219,74 @@ def _matches(system: Any, pattern: str) -> list[str]:
 
 def _open_folder(settings: SourceSettings, system: Any, root: str) -> Source:
     place = settings.place
-    found = _walk(root) if is_local(system) else system.find(root)
-    names = sorted(path[len(root.rstrip("/")) + 1 :] for path in found)
-    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    found = _files_below(system, root)
+    odd = {name: problem for name, problem in found.items() if problem is not None}
+    names = [name for name in found if name not in odd]
     if "dataset.json" in names and any(name.startswith("data/") for name in names):
         raise InputError(f"{place}: is a dataset that `nova encode` wrote: expected {WHAT_THERE_IS}")
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names):
         return TableSource(settings, _load_saved(settings), place)
-    media = [name for name in names if _suffix(name) in MEDIA]
-    packed = {kind: [name for name in names if _suffix(name) == kind] for kind in (".tar", ".parquet")}
-    kinds = [*(["media"] if media else []), *(f"{kind} files" for kind, found in packed.items() if found)]
-    if len(kinds) > 1:
-        raise InputError(f"{place}: holds {' and '.join(kinds)}: name one kind, such as {join(place, '*.tar')}")
-    for found in packed.values():
-        if found:
-            return _open_files(settings, [_url(system, f"{root.rstrip('/')}/{name}") for name in found])
+    kinds = {kind: [name for name in names if suffix(name) == kind] for kind in (".tar", ".parquet")}
+    packed = {kind: files for kind, files in kinds.items() if files}
+    has_media = any(suffix(name) in MEDIA for name in names)
+    there = ["media"] * has_media + [f"{kind} files" for kind in packed]
+    if len(there) > 1:
+        raise InputError(f"{place}: holds {' and '.join(there)}: name one kind, such as {join(place, '*.tar')}")
+    for files in packed.values():
+        return _open_files(settings, [_url(system, f"{root.rstrip('/')}/{name}") for name in files])
     root = _url(system, root)
     if root.startswith(WEB):  # it lists names as they stand in URLs
-        names, media = [unquote(name) for name in names], [unquote(name) for name in media]
-    return FolderSource(settings, root, names, media)
+        names = [unquote(name) for name in names]
+    return FolderSource(settings, root, names, odd)
 
 
-def _walk(root: str) -> Iterator[str]:
-    """All files in a local folder and those in it, links to folders too: each folder once, whatever leads to it."""
-    seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
+def _files_below(system: Any, root: str) -> dict[str, str | None]:
+    """Paths below a folder, in order, each with the reason why it cannot be read, if there is one.
+
+    Left out are hidden files and folders, and those that macOS adds to archives. Of what is no file, only the names of
+    media and captions count.
+    """
+    if is_local(system):
+        found = dict(walk(root))
+    else:
+        found = dict.fromkeys(path[len(root.rstrip("/")) + 1 :] for path in system.find(root))
+    kept = {}
+    for name, problem in sorted(found.items()):
+        if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
             continue
-        seen.add(real)
-        folders.sort()
-        yield from (f"{folder.rstrip('/')}/{name}" for name in files)
+        is_media = suffix(name) in MEDIA
+        if problem == A_FOLDER and not is_media:
+            continue
+        kept[name] = problem or (name_problem(name) if is_media or suffix(name) in TEXTS else None)
+    return kept
+
+
+def name_problem(name: str) -> str | None:
+    """Why a dataset cannot hold a file of that name."""
+    try:
+        check_unicode(name)
+    except ValueError:
+        return "its name is not UTF-8: expected one that is"
+    return None
 
 
 def _open_files(settings: SourceSettings, urls: list[str]) -> Source:
-    kinds = {_suffix(url) for url in urls}
+    kinds = {suffix(url) for url in urls}
     if kinds == {".tar"}:
         return TarSource(settings, urls)
     if kinds == {".parquet"}:
-        base = settings.place if _suffix(settings.place) != ".parquet" else settings.place.rpartition("/")[0]
+        base = settings.place if suffix(settings.place) != ".parquet" else settings.place.rpartition("/")[0]
         settings.check_no(split="splits")
         return TableSource(settings, _load_parquet(urls), base, urls)
-    found = next(url for url in urls if _suffix(url) not in (".tar", ".parquet") or len(kinds) > 1)
+    found = next(url for url in urls if suffix(url) not in (".tar", ".parquet") or len(kinds) > 1)
+    if suffix(found) in COMPRESSED:
+        raise InputError(f"{found}: is compressed: expected a folder of what is in it, or a .tar file")
     raise InputError(f"{settings.place}: got the file {found}: expected {WHAT_THERE_IS}")
 
 
 def _url(system: Any, path: str) -> str:
     """What opens a path again: itself if it is local."""
     return path if is_local(system) else system.unstrip_protocol(path)
-
-
-def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
 
 
 def _said(error: Exception) -> str:
@@ -261,7 +297,7 @@ def _said(error: Exception) -> str:
 
 
 def _some(names: Collection[str]) -> str:
-    shown = sorted(names)[:5]
+    shown = [shorten(name) for name in sorted(names)[:5]]
     return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -269,88 +305,101 @@ def _some(names: Collection[str]) -> str:
 
 
 class FolderSource(Source):
-    """Media files in a folder and all folders in it, with a caption beside each, or a table of captions."""
+    """Media files in a folder and all folders in it, with a caption beside each, or with tables of captions."""
 
     parts = 1
 
-    def __init__(self, settings: SourceSettings, root: str, names: list[str], media: list[str]) -> None:
+    def __init__(self, settings: SourceSettings, root: str, names: Collection[str], odd: Mapping[str, str]) -> None:
+        """`names` are files, and `odd` those that cannot be read, with the reason."""
         super().__init__(settings)
         settings.check_no(media_column="columns", split="splits")
-        self.root = root
-        tables = [name for name in names if name in TABLES]
-        if len(tables) > 1:
-            raise InputError(f"{settings.place}: has {' and '.join(tables)}: expected one of them")
-        found = self._listed(tables[0], media) if tables else self._beside(names, media)
-        self._items = {item.source: item for item in sorted(found, key=lambda item: item.source)}
+        self.root, self._odd = root, odd
+        self._media = [name for name in names if suffix(name) in MEDIA]
+        composed = {unicodedata.normalize("NFC", name): name for name in self._media}
+        self._there = composed | {name: name for name in self._media}  # as a table may spell it -> media
+        self._listed: set[str] = set()  # media that have a row in a table
+        tables = [name for name in names if posixpath.basename(name).lower() in TABLES]
+        tables.sort(key=lambda name: (name.count("/"), name))
+        items: list[Item] = []
+        read: list[str] = []
+        for table in tables:
+            try:
+                items += self._table_items(table, tables)
+                read.append(table)
+            except InputError as error:
+                if "/" not in table:
+                    raise
+                items.append(Item(table, problem=str(error).removeprefix(self._url(table)).lstrip(": ")))
+        by_folder = {_folder(table): table for table in read}
+        above = {name: _nearest(_folder(name), by_folder) for name in names}
+        items += [
+            self._rejected(name, f"no caption: it is not in {above[name]}")
+            for name in self._media
+            if above[name] and name not in self._listed
+        ]
+        media = [name for name in self._media if not above[name] and name not in self._listed]
+        texts = [name for name in names if suffix(name) in TEXTS and not above[name]]
+        if not items:
+            self._check_beside(names, media, texts)
+        items += self._beside(media, texts)
+        items += [self._rejected(name, problem) for name, problem in odd.items() if name not in self._listed]
+        self._items = sorted(items, key=lambda item: item.source)
+        self._by_name = {item.source: item for item in reversed(self._items)}
         self.total = len(self._items)
         self.files = [
             *(self._url(table) for table in tables),
-            *(url for item in self._items.values() for url in (item.url, item.caption_url) if url is not None),
+            *(url for item in self._items for url in (item.url, item.caption_url) if url),
         ]
 
     @property
     def content(self) -> list[str]:
-        return list(self._items)
+        return [item.source for item in self._items]
 
     def read(self, part: int, start: int = 0) -> Iterator[Item]:
-        return islice(self._items.values(), start, None)
+        return islice(self._items, start, None)
 
     def find(self, source: str) -> Item:
-        if source not in self._items:
+        if source not in self._by_name:
             raise InputError(f"{self.settings.place}: has no {source}")
-        return self._items[source]
+        return self._by_name[source]
 
     def _url(self, name: str) -> str:
         return join(self.root, quote(name) if self.root.startswith(WEB) else name)
 
-    def _item(self, name: str) -> Item:
-        return Item(name, url=self._url(name))
+    def _rejected(self, name: str, problem: str) -> Item:
+        return Item(printable(name) if name_problem(name) else name, problem=problem)
 
-    def _beside(self, names: list[str], media: list[str]) -> Iterable[Item]:
-        """Each with the .txt or .json of its stem, the .json first if a key is named."""
+    # Captions beside media
+
+    def _check_beside(self, names: Collection[str], media: Sequence[str], texts: Sequence[str]) -> None:
+        """Raises for a folder of which nothing can be encoded: no media, no captions, or none under the key."""
         place = self.settings.place
-        texts = {name for name in names if _suffix(name) in TEXTS}
-        named = {_stem(name) + _suffix(name): name for name in sorted(texts)}  # cameras and Windows write A.TXT
-        if not media:
+        if not media and not self._odd:
             if texts:
                 raise InputError(
                     f"{place}: has {len(texts)} captions and no media: expected a picture or video beside each, such as"
-                    f" {_stem(min(texts))}.mp4 for {min(texts)}"
+                    f" {stem(texts[0])}.mp4 for {texts[0]}"
                 )
             raise InputError(
                 f"{place}: is empty: expected {WHAT_THERE_IS}"
                 if not names
                 else f"{place}: holds no media ({_some(names)}): expected {WHAT_THERE_IS}"
             )
-        order = TEXTS if self.settings.caption_column is None else tuple(reversed(TEXTS))
-        captions = {
-            name: next((named[text] for suffix in order if (text := _stem(name) + suffix) in named), None)
-            for name in media
-        }
-        used = [text for text in captions.values() if text is not None]
-        if not used:
-            example = media[0]
+        stems = {stem(name) for name in media}
+        used = [text for text in texts if stem(text) in stems]
+        if media and not used and not self._odd:
             raise InputError(
                 f"{place}: has {len(media)} media files and no captions: expected a .txt or .json beside each"
-                f" ({_stem(example)}.txt for {example}), or metadata.csv with {FILE_NAME} and {self.settings.caption}"
+                f" ({stem(media[0])}.txt for {media[0]}), or metadata.csv with {FILE_NAME} and {self.settings.caption}"
             )
-        self._check_keys([text for text in used if _suffix(text) == ".json"])
-        for name, beside in captions.items():
-            if beside is None:
-                yield replace(self._item(name), problem="no caption: there is no .txt or .json of its name beside it")
-            else:
-                yield replace(self._item(name), caption_url=self._url(beside), caption_key=self.settings.caption)
-        stems = {_stem(name) for name in media}
-        for orphan in texts:
-            if _stem(orphan) not in stems:
-                yield Item(orphan, problem="a caption without media: nothing of its name is beside it")
+        self._check_keys([text for text in used if suffix(text) == ".json"])
 
     def _check_keys(self, texts: list[str]) -> None:
         """Raises if no JSON file looked into has the key."""
         keys: set[str] = set()
         for text in texts[:PEEKED]:
             try:
-                values = json.loads(read_file(self._url(text)))
+                values = parse_json(decode_text(read_file(self._url(text))))
             except (OSError, ValueError):
                 return
             if not isinstance(values, dict) or self.settings.caption in values:
@@ -359,50 +408,145 @@ class FolderSource(Source):
         if texts:
             raise InputError(_no_column(f"{self.settings.place}: {texts[0]}", "key", self.settings.caption, keys))
 
-    def _listed(self, table: str, media: list[str]) -> Iterable[Item]:
-        """Those of a table with columns for file and caption."""
-        where = self._url(table)
-        rows = _read_csv(where) if table.endswith(".csv") else _read_json_lines(where)
-        columns = {key: None for row in rows for key in row}
-        for column in (FILE_NAME, self.settings.caption):
-            if rows and column not in columns:
+    def _beside(self, media: Sequence[str], texts: Sequence[str]) -> Iterator[Item]:
+        """Media with the .txt or .json of their stem, and captions that have no media."""
+        stems: dict[str, Stem] = {}
+        for name in media:
+            stems.setdefault(stem(name), Stem()).media.append(name)
+        for name in (*texts, *(name for name in self._odd if suffix(name) in TEXTS)):
+            stems.setdefault(stem(name), Stem()).texts.append(name)
+        known = {stem(name) for name in self._odd}
+        for name, found in stems.items():
+            if found.media:
+                yield from self._stem_items(found)
+            elif name not in known:
+                for text in found.texts:
+                    yield self._rejected(text, "a caption without media: nothing of its name is beside it")
+
+    def _stem_items(self, found: Stem) -> Iterator[Item]:
+        owner = found.owner(VIDEOS)
+        try:
+            text = found.caption(self.settings.order)
+            if text is None:
+                raise ValueError("there is no .txt or .json of its name beside it")
+            if text in self._odd:
+                raise ValueError(f"{text} {self._odd[text]}")
+            yield Item(owner, url=self._url(owner), caption_url=self._url(text), caption_key=self.settings.caption)
+        except ValueError as error:
+            yield self._rejected(owner, f"no caption: {error}")
+        for name in found.media:
+            if name != owner:
+                yield self._rejected(name, shared_name(owner))
+
+    # Captions in tables
+
+    def _table_items(self, table: str, tables: Collection[str]) -> list[Item]:
+        """The items of a table's rows; raises InputError for a table that cannot be used at all."""
+        where, caption = self._url(table), self.settings.caption
+        if others := [name for name in tables if name != table and _folder(name) == _folder(table)]:
+            raise InputError(f"{where}: its folder has {posixpath.basename(others[0])} too: expected one of them")
+        found = read_table(read_file(where), where, (FILE_NAME, caption))
+        if not found.rows:
+            raise InputError(f"{where}: has no rows: expected {FILE_NAME} and {caption} of each file")
+        for column in (FILE_NAME, caption):
+            if column not in found.columns:
                 hint = "" if column == FILE_NAME else None
-                raise InputError(_no_column(where, "column", column, columns, hint))
-        if not rows:
-            raise InputError(f"{where}: has no rows: expected {FILE_NAME} and {self.settings.caption} of each file")
-        there = set(media)
-        if not there and not any(_is_elsewhere(str(row.get(FILE_NAME))) for row in rows):
+                raise InputError(_no_column(where, "column", column, found.columns, hint))
+        names = [row.values.get(FILE_NAME) for row in found.rows]
+        if not self._media and not self._odd and not any(_is_elsewhere(str(name)) for name in names):
             raise InputError(
-                f"{self.settings.place}: {table} has {len(rows)} captions, and there are no media: expected the files"
-                f" that it names, such as {rows[0].get(FILE_NAME)}"
+                f"{self.settings.place}: {table} has {len(names)} captions, and there are no media: expected the files"
+                f" that it names, such as {shorten(str(names[0]))}"
             )
-        if all(not clean_caption(row.get(self.settings.caption)) for row in rows):
-            raise InputError(f"{where}: the column {self.settings.caption} is empty: expected a caption in each row")
-        listed = set()
-        for number, row in enumerate(rows, start=1):
-            name = row.get(FILE_NAME)
-            if not isinstance(name, str) or not name:
-                yield Item(f"{table}:{number}", problem=f"its row has no {FILE_NAME}")
-                continue
-            elsewhere = _is_elsewhere(name)
-            name = name if elsewhere else posixpath.normpath(name)
-            if name in listed:
-                yield Item(f"{table}:{number}", problem=f"{name} has a row before this one")
-                continue
-            listed.add(name)
-            item = Item(name, clean_caption(row.get(self.settings.caption)), name) if elsewhere else self._item(name)
-            item = replace(item, caption=clean_caption(row.get(self.settings.caption)))
-            if not elsewhere and name not in there:
-                if name.startswith("../"):
-                    reason = "is not below the folder: expected a path in it, or a whole one"
-                elif _suffix(name) in MEDIA:
-                    reason = "there is no such file"
-                else:
-                    reason = f"{_suffix(name) or 'no extension'} is no known format"
-                item = replace(item, problem=f"is in {table}, but {reason}")
-            yield item
-        for name in there - listed:
-            yield replace(self._item(name), problem=f"no caption: it is not in {table}")
+        if all(row.problem is None and not row.values.get(caption) for row in found.rows):
+            raise InputError(f"{where}: the column {caption} is empty: expected a caption in each row")
+        return [self._row_item(table, row) for row in found.rows]
+
+    def _row_item(self, table: str, row: Row) -> Item:
+        """The item of a row; a problem has the row's number where it names no file."""
+        numbered = f"{table}:{row.number}"
+        value = row.values.get(FILE_NAME, "")
+        try:
+            if value == "":
+                raise ValueError(f"its row has no {FILE_NAME}")
+            if not isinstance(value, str):
+                raise ValueError(f"{FILE_NAME} is {kind_of(value)}: expected text")
+            if name_problem(value):
+                raise ValueError(f"{FILE_NAME} is {shorten(value)}: expected a name in UTF-8, without NUL")
+        except ValueError as error:
+            return Item(numbered, problem=row.problem or str(error))
+        name = self._resolve(table, value)
+        is_elsewhere = _is_elsewhere(name)
+        is_there = name in self._odd or self._there.get(name) == name
+        if row.problem is not None and not is_there:
+            return Item(numbered, problem=row.problem)
+        if name in self._listed:
+            return Item(numbered, problem=f"{shorten(name)} has a row before this one")
+        self._listed.add(name)
+        if not is_there and not is_elsewhere:
+            return Item(shorten(name, LONGEST_NAME), problem=f"is in {table}, but {_no_such_media(name)}")
+        try:
+            if row.problem is not None or name in self._odd:
+                raise ValueError(row.problem or self._odd[name])
+            return Item(name, self._row_caption(table, row), url=name if is_elsewhere else self._url(name))
+        except ValueError as error:
+            return self._rejected(name, str(error))
+
+    def _row_caption(self, table: str, row: Row) -> str:
+        """The caption of a row; ValueError for none, or for one that has swallowed the rows behind it."""
+        column = self.settings.caption
+        value = row.values.get(column, "")
+        try:
+            caption = caption_text(value)
+        except ValueError as error:
+            raise ValueError(f"no caption: the column {column} {error}") from None
+        for line in str(value).split("\n")[1:]:
+            name = self._resolve(table, re.split(r"[,;\t]", line)[0].strip(' "'))
+            if self._there.get(name) == name:
+                raise ValueError(f"no caption: it goes on over the row of {name}: expected its quote to be closed")
+        return caption
+
+    def _resolve(self, table: str, name: str) -> str:
+        """The path below the root that a table means; a URL or a whole path elsewhere stays."""
+        folder = _folder(table)
+        if name.startswith(f"{self.root}/"):
+            name, folder = name[len(self.root) + 1 :], ""
+        if _is_elsewhere(name):
+            return name
+        paths = [posixpath.normpath(posixpath.join(folder, path)) for path in (name, name.replace("\\", "/"))]
+        for path in paths:  # the second is what Windows means
+            if path in self._odd:
+                return path
+            for spelt in (path, unicodedata.normalize("NFC", path)):
+                if spelt in self._there:
+                    return self._there[spelt]
+        return paths[0]
+
+
+def _no_such_media(name: str) -> str:
+    """Why a path in a table is not that of media in the folder."""
+    if name.startswith("../"):
+        return "is not below the folder: expected a path in it, or a whole one"
+    if suffix(name) in MEDIA:
+        return "there is no such file"
+    return f"{shorten(suffix(name)) or 'no extension'} is no known format"
+
+
+def shared_name(owner: str) -> str:
+    """What is said of media whose caption belongs to other media."""
+    return f"no caption: {posixpath.basename(owner)} has the same name, and the caption: expected a name of its own"
+
+
+def _folder(name: str) -> str:
+    """The folder of a path, with a slash at its end unless it is the root."""
+    return name[: name.rfind("/") + 1]
+
+
+def _nearest(folder: str, tables: Mapping[str, str]) -> str | None:
+    """The table in a folder, or in the nearest one above it."""
+    while folder not in tables and folder:
+        folder = _folder(folder.rstrip("/"))
+    return tables.get(folder)
 
 
 def _is_elsewhere(path: str) -> bool:
@@ -410,44 +554,33 @@ def _is_elsewhere(path: str) -> bool:
     return "://" in path or path.startswith("/")
 
 
-def _stem(name: str) -> str:
-    """A path without its extension."""
-    return str(PurePosixPath(name).with_suffix(""))
-
-
 def _no_column(where: str, what: str, name: str, there: Iterable[str], hint: str | None = None) -> str:
     hint = ": name the one of the captions with --caption-column" if hint is None else hint
     return f"{where}: has no {what} {name!r}, it has {_some([str(key) for key in there]) or 'none'}{hint}"
 
 
-def _read_csv(where: str) -> list[dict[str, Any]]:
-    try:
-        rows = list(csv.DictReader(io.StringIO(read_file(where).decode("utf-8-sig"), newline="")))
-    except (ValueError, csv.Error) as error:
-        raise InputError(f"{where}: not readable as CSV ({error})") from None
-    return [{key: value for key, value in row.items() if key is not None} for row in rows]
-
-
-def _read_json_lines(where: str) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(read_file(where).decode("utf-8-sig", "replace").split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{where}: line {number} is not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{where}: line {number} is {line[:40]}: expected an object")
-            rows.append(row)
-    return rows
-
-
 # Tar files -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Member:
+    """Media or a caption in a tar; without a name, what is wrong with the tar."""
+
+    name: str
+    offset: int = 0
+    size: int = 0
+    text: bytes = b""
+    """Of a caption, its content."""
+    problem: str | None = None
+
+
 class TarSource(Source):
-    """WebDataset: the members of a tar with the same name up to its first dot are one sample. Only headers and captions
-    are read here; what decodes a sample asks for its bytes alone."""
+    """WebDataset: members of a tar that have one name but for the extension are a sample. Only headers and captions are
+    read here; what decodes a sample asks for its bytes alone.
+
+    The extension is what follows the last dot, so that "take 1.0.mp4" and "take 1.5.mp4" are two samples. A sample is
+    given when the next one begins, or as soon as both media and caption have come where others are between them.
+    """
 
     def __init__(self, settings: SourceSettings, urls: list[str]) -> None:
         super().__init__(settings)
@@ -473,47 +606,84 @@ class TarSource(Source):
         raise InputError(f"{self.settings.place}: has no {source}")
 
     def _read(self, part: int) -> Iterator[Item]:
-        name, seen = self._names[part], set()
+        tar = self._names[part]
+        waiting: dict[str, dict[str, Member]] = {}  # by stem and name: samples that lack media or caption
+        given: dict[str, set[str]] = {}  # by stem: names of samples that are given
+        before = None
+        damage: list[Item] = []
+        for member in self._members(part):
+            if not member.name:
+                damage.append(Item(tar, problem=member.problem))
+                continue
+            if member.problem is not None and suffix(member.name) in TEXTS:
+                yield Item(f"{tar}/{printable(member.name)}", problem=member.problem)
+                continue
+            now = stem(member.name)
+            if before is not None and before != now and _is_whole(waiting.get(before, {})):
+                given[before] = set(waiting[before])
+                yield from self._sample_items(part, waiting.pop(before))
+            before = now
+            if member.name in given.get(now, ()) or member.name in waiting.get(now, ()):
+                yield Item(f"{tar}/{printable(member.name)}", problem="the tar has it twice")
+            elif now in given:
+                problem = "comes after the sample of its name: expected all files of a sample one behind the other"
+                yield Item(f"{tar}/{printable(member.name)}", problem=problem)
+            else:
+                waiting.setdefault(now, {})[member.name] = member
+        for members in waiting.values():
+            yield from self._sample_items(part, members)
+        yield from damage
+
+    def _members(self, part: int) -> Iterator[Member]:
+        """Media and captions in their order, then what is wrong with the tar."""
         try:
-            for key, members in groupby(self._members(part), key=lambda member: _sample_key(member[0])):
-                item = self._item(part, f"{name}/{key}", list(members))
-                if item.source in seen:
-                    item = replace(item, problem="the tar has it twice, and not one behind the other")
-                seen.add(item.source)
-                yield item
-        except tarfile.TarError as error:
-            yield Item(name, problem=f"{DAMAGED_TAR}: {first_line(error)}")
+            system, path = open_place(self.urls[part])
+            with system.open(path, "rb", block_size=HEADERS) as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    yield Member("", problem=f"the tar {POINTED}")
+                    return
+                total = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    count = 0
+                    while (header := tar.next()) is not None:
+                        tar.members.clear()  # type: ignore[attr-defined]  # else a long tar fills the memory
+                        count += 1
+                        if (member := _member(tar, header, total)) is not None:
+                            yield member
+                    if problem := _ending(file, tar.offset, count):
+                        yield Member("", problem=f"{DAMAGED_TAR}: {problem}")
+        except (tarfile.TarError, EOFError) as error:
+            yield Member("", problem=f"{DAMAGED_TAR}: {first_line(error)}")
         except Exception as error:  # of where it is
             whole = "range requests" in str(error)
-            yield Item(name, problem=f"the tar cannot be fetched: {NO_RANGES if whole else _said(error)}")
+            yield Member("", problem=f"the tar cannot be fetched: {NO_RANGES if whole else _said(error)}")
 
-    def _members(self, part: int) -> Iterator[tuple[str, tarfile.TarInfo, bytes | None]]:
-        """Name, header and, of captions, content."""
-        system, path = open_place(self.urls[part])
-        with system.open(path, "rb", block_size=HEADERS) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else a long tar fills the memory
-                name = member.name.removeprefix("./")
-                if not member.isfile() or PurePosixPath(name).name.startswith("."):
-                    continue
-                content = tar.extractfile(member) if _suffix(name) in TEXTS else None
-                yield name, member, None if content is None else content.read()
-
-    def _item(self, part: int, source: str, members: list[tuple[str, tarfile.TarInfo, bytes | None]]) -> Item:
-        media = [(name, member) for name, member, _ in members if _suffix(name) in MEDIA]
-        texts = {_suffix(name): (name, content) for name, _, content in members if content is not None}
-        if not media:
-            return Item(source, problem="a caption without media: the tar has no picture or video of its name")
-        name, member = min(media, key=lambda pair: _suffix(pair[0]) not in VIDEOS)
-        item = Item(f"{self._names[part]}/{name}", url=self.urls[part], offset=member.offset_data, size=member.size)
-        order = TEXTS if self.settings.caption_column is None else tuple(reversed(TEXTS))
-        text = next((texts[suffix] for suffix in order if suffix in texts), None)
-        if text is None:
-            return replace(item, problem="no caption: the tar has no .txt or .json of its name")
+    def _sample_items(self, part: int, members: Mapping[str, Member]) -> Iterator[Item]:
+        """The item of a sample, and those of media that share its name."""
+        tar = self._names[part]
+        found = Stem(
+            [name for name in members if suffix(name) in MEDIA], [name for name in members if suffix(name) in TEXTS]
+        )
+        if not found.media:
+            name = posixpath.splitext(found.texts[0])[0]
+            yield Item(f"{tar}/{name}", problem="a caption without media: the tar has no picture or video of its name")
+            return
+        owner = found.owner(VIDEOS)
+        member = members[owner]
+        item = Item(f"{tar}/{owner}", url=self.urls[part], offset=member.offset, size=member.size)
         try:
-            return replace(item, caption=caption_from(text[1] or b"", text[0], self.settings.caption))
+            if member.problem is not None:
+                raise ValueError(member.problem)
+            text = found.caption(self.settings.order)
+            if text is None:
+                raise ValueError("no caption: the tar has no .txt or .json of its name")
+            yield replace(item, caption=_caption_of(members[text], self.settings.caption))
         except ValueError as error:
-            return replace(item, problem=f"no caption: {error}")
+            yield Item(f"{tar}/{printable(owner)}", problem=str(error))
+        for name in found.media:
+            if name != owner:
+                yield Item(f"{tar}/{printable(name)}", problem=members[name].problem or shared_name(owner))
 
     def _check(self) -> None:
         """Raises if the beginning of the first tar that can be read shows that all is wrong."""
@@ -534,10 +704,51 @@ class TarSource(Source):
             raise InputError(f"{found[0].source}: {problems[0]}: expected a caption with each media file{hint}")
 
 
-def _sample_key(name: str) -> str:
-    """A member's name up to the first dot after the last slash."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.split(".")[0]
+def _member(tar: tarfile.TarFile, header: tarfile.TarInfo, total: int) -> Member | None:
+    """What a header stands for; None for folders, hidden files, and what is neither media nor a caption."""
+    name = posixpath.normpath(header.name) if header.name else ""
+    is_text = suffix(name) in TEXTS
+    if header.size < 0:
+        raise tarfile.ReadError(f"{shorten(name)} has a size of {header.size}")
+    if any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in name.split("/")):
+        return None
+    if not (is_text or suffix(name) in MEDIA) or header.isdir():
+        return None
+    if header.issym() or header.islnk():
+        return Member(name, problem=f"is a link in the tar, to {shorten(header.linkname)}: expected a file")
+    if not header.isfile() or header.issparse():
+        return Member(name, problem="is no plain file in the tar: expected one")
+    if problem := name_problem(name):
+        return Member(name, problem=problem)
+    if header.offset_data + header.size > total:
+        return Member(name, problem="the tar breaks off in it: expected the whole file")
+    content = tar.extractfile(header) if is_text else None
+    text = b"" if content is None else content.read(MOST_TEXT + 1)
+    return Member(name, header.offset_data, header.size, text)
+
+
+def _ending(file: Any, offset: int, members: int) -> str | None:
+    """What is wrong behind a tar's last member, where tarfile stops without a word."""
+    file.seek(offset)
+    rest = file.read(HEADERS)
+    if not rest.strip(b"\0"):
+        return None if len(rest) >= tarfile.BLOCKSIZE else f"it breaks off after {members} members"
+    if rest[: tarfile.BLOCKSIZE].strip(b"\0"):
+        return f"no header is behind the first {members} members"
+    return f"more is behind its end, after {members} members: expected one tar, not several in one file"
+
+
+def _is_whole(members: Collection[str]) -> bool:
+    """Whether media and a caption are among the members of a sample."""
+    kinds = {suffix(name) for name in members}
+    return not kinds.isdisjoint(MEDIA) and not kinds.isdisjoint(TEXTS)
+
+
+def _caption_of(member: Member, key: str) -> str:
+    try:
+        return caption_from(member.text, member.name, key)
+    except ValueError as error:
+        raise ValueError(f"no caption: {error}") from None
 
 
 def _short_names(urls: list[str]) -> list[str]:
@@ -608,9 +819,11 @@ class TableSource(Source):
         return min(len(self.table), (part + 1) * ROWS)
 
     def _item(self, source: str, row: Mapping[str, Any]) -> Item:
-        value, caption = row[self.media], clean_caption(row[self.caption])
-        if not caption:
-            return Item(source, problem=f"no caption: the column {self.caption} is empty")
+        try:
+            caption = caption_text(row[self.caption])
+        except ValueError as error:
+            return Item(source, problem=f"no caption: the column {self.caption} {error}")
+        value = row[self.media]
         if isinstance(value, str):
             value = {"path": value}
         elif isinstance(value, bytes):
@@ -618,9 +831,20 @@ class TableSource(Source):
         if isinstance(value, dict) and value.get("bytes"):
             return Item(source, caption, data=value["bytes"])
         if isinstance(value, dict) and value.get("path"):
-            path = value["path"]
-            return Item(source, caption, url=path if _is_elsewhere(path) else join(self.base, path))
-        return Item(source, problem=f"no media: the column {self.media} is empty")
+            return self._path_item(source, caption, value["path"])
+        what = "is empty" if not value or isinstance(value, dict) else f"is {kind_of(value)}: expected bytes or a path"
+        return Item(source, problem=f"no media: the column {self.media} {what}")
+
+    def _path_item(self, source: str, caption: str, path: object) -> Item:
+        """The item of a row that names its file."""
+        if not isinstance(path, str) or name_problem(path):
+            return Item(source, problem=f"no media: its path is {shorten(str(path))}: expected a name in UTF-8")
+        if _is_elsewhere(path):
+            return Item(source, caption, url=path)
+        path = posixpath.normpath(path.replace("\\", "/"))
+        if path.startswith("../"):
+            return Item(source, problem=f"no media: {shorten(path)} is not below the dataset: expected a path in it")
+        return Item(source, caption, url=join(self.base, path))
 
     def _columns(self, features: Mapping[str, Any]) -> tuple[str, str]:
         place, settings = self.settings.place, self.settings

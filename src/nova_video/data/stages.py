@@ -15,7 +15,6 @@ Legend: F frames, H W pixels.
 """
 
 import io
-import json
 import math
 import re
 import time
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from nova_video.data.dataset import TEMPORAL_STRIDE, Bucket, Sample, open_place
 from nova_video.data.motion import flow_magnitude
+from nova_video.data.sidecars import MOST_TEXT, caption_from
 from nova_video.errors import InputError
 from nova_video.given import SAME_RATE, fit_frames
 from nova_video.media import upright_rgb
@@ -235,30 +235,8 @@ def read_caption(item: Item) -> str:
     """The caption of a source file, wherever it is."""
     if not item.caption_url:
         return item.caption
-    data = _patiently(item.caption_url, lambda system, path: system.cat_file(path))
+    data = _patiently(item.caption_url, lambda system, path: system.cat_file(path, start=0, end=MOST_TEXT + 1))
     return caption_from(data, PurePosixPath(item.caption_url).name, item.caption_key)
-
-
-def caption_from(data: bytes, name: str, key: str) -> str:
-    """The caption in a text or JSON file of that name; ValueError for what is none."""
-    try:
-        text = data.decode("utf-8-sig")
-        if not name.lower().endswith(".json"):
-            return " ".join(text.split())
-        values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name} cannot be read as its name says: {error}") from None
-    if not isinstance(values, dict) or key not in values:
-        has = f"has {', '.join(map(str, values)) or 'no keys'}" if isinstance(values, dict) else "is no object"
-        raise ValueError(f"{name} {has}: expected the key {key}")
-    return clean_caption(values[key])
-
-
-def clean_caption(value: object) -> str:
-    """One line; of several captions, the first. Empty for what is no text."""
-    if isinstance(value, list | tuple) and value:
-        value = value[0]
-    return " ".join(value.split()) if isinstance(value, str) else ""
 
 
 def _patiently(url: str, read: Callable[[Any, str], bytes]) -> bytes:
@@ -296,9 +274,6 @@ class Decode:
             caption = read_caption(item)
         except Exception as error:  # of the file or of where it is
             yield rejected(f"no caption: {_said(error)}")
-            return
-        if not caption:
-            yield rejected("no caption: it is empty")
             return
         clips = 0
         try:

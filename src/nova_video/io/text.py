@@ -27,16 +27,16 @@ LINE_ENDS = frozenset("\u2028\u2029\x85")
 SHORT_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
-def decode_text(data: bytes, errors: str = "strict") -> str:
+def decode_text(data: bytes, lenient: bool = False) -> str:
     """The text in a file's bytes, its lines ended by a line feed; ValueError says why they are no text.
 
-    `errors` is for UTF-8 without a mark, as in `bytes.decode`.
+    If `lenient`, bytes that are not UTF-8 become lone surrogates, and NUL stays, for a caller that checks each part.
     """
     if data.startswith(LFS_POINTER):
         raise ValueError(POINTED)
     mark, encoding = next(((mark, name) for mark, name in MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
-        text = data[len(mark) :].decode(encoding, "strict" if mark else errors)
+        text = data[len(mark) :].decode(encoding, "surrogateescape" if lenient and not mark else "strict")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         if mark:
@@ -46,7 +46,7 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
         raise ValueError(
             f"is not a text file in UTF-8, line {line} has the byte 0x{data[error.start]:02x}: {EXPECTED_TEXT}"
         ) from None
-    if "\0" in text:
+    if "\0" in text and not lenient:
         raise ValueError(f"is not a text file, it holds NUL characters: {EXPECTED_TEXT}")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

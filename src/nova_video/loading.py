@@ -10,7 +10,6 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from nova_video.errors import InputError, first_line
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_PREFIX, Adapter, check_adapter
 from nova_video.text.encoders import UNUSED_WEIGHTS, load_text_model, load_tokenizer
+from nova_video.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_json, read_shapes
 
 PACKAGED_MODELS = Path(__file__).parent / "models"
 AUTOENCODERS = (AutoencoderKL, AutoencoderKLOpenSora, AutoencoderKLCausalTiny)
@@ -41,8 +41,6 @@ PART_CLASSES: dict[str, type] = {
     "tokenizer": PreTrainedTokenizerBase,
 }
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
 
 # Names that diffusers itself renames when it loads an old autoencoder: the attention of its middle block.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -251,9 +249,8 @@ def read_scheduler(folder: Path) -> Any:
 def read_text_encoder(folder: Path, torch_dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The text encoder from its own folder. Its weights have no keys that the encoder does not know."""
     read_json(folder / "config.json")
-    weights = find_weights(folder, TRANSFORMERS_WEIGHTS)
-    stored = read_shapes(weights.files)
-    model = load_text_model(str(folder), torch_dtype, variant=weights.variant)
+    stored = read_shapes(find_weights(folder, TRANSFORMERS_WEIGHTS).files)
+    model = load_text_model(str(folder), torch_dtype)
     _check_text_keys(folder, stored, model)
     return model
 
@@ -371,64 +368,6 @@ def outline_component(cls: type[ModelMixin], folder: Path) -> Any:
         raise InputError(f"{path}: no {cls.__name__} can be made of it: {first_line(error)}") from None
 
 
-@dataclass(frozen=True)
-class Weights:
-    """The safetensors files of a component."""
-
-    files: list[Path]
-    variant: str | None
-    """fp16 and the like, where it is part of the files' names."""
-
-
-def find_weights(folder: Path, base: str) -> Weights:
-    """One file or the shards of an index, in their plain form or else as the fp16 or bf16 variant."""
-    for variant in (None, "fp16", "bf16"):
-        middle = "" if variant is None else f".{variant}"
-        index, single = folder / f"{base}.safetensors.index{middle}.json", folder / f"{base}{middle}.safetensors"
-        if index.is_file():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-                raise InputError(f"{index}: expected a weight_map of key to file name")
-            return Weights([folder / Path(name).name for name in sorted(set(shards.values()))], variant)
-        if single.is_file():
-            return Weights([single], variant)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        hint = f"; nova convert {shlex.quote(str(folder.parent))} -o NEW_FOLDER converts them"
-        raise InputError(
-            f"{folder}: has only pickled weights, {pickles[0]}: expected {base}.safetensors"
-            + (hint if base == DIFFUSERS_WEIGHTS else "")
-        )
-    raise InputError(f"{folder}: has no weights: expected {base}.safetensors")
-
-
-def read_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """Key to shape over all files, from their headers alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        try:
-            with safe_open(str(path), framework="pt") as tensors:
-                shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise InputError(f"{path}: not found, though the index beside it names it") from None
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: corrupt or truncated safetensors file ({error})") from None
-    return shapes
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A component's config."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} not found: expected every component folder to hold its config") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return values
-
-
 def component_folder(checkpoint: Path, name: str) -> Path:
     """The folder of a part that a checkpoint must have."""
     folder = checkpoint / name
@@ -440,6 +379,8 @@ def component_folder(checkpoint: Path, name: str) -> Path:
             f"{checkpoint}: has no scheduler/: expected a whole checkpoint; nova convert {where} --base MODEL -o"
             " NEW_FOLDER makes one of it, with the other parts of the model that it was trained from"
         )
+    if (checkpoint / "model" / name).is_dir():  # the folder of a run of `nova train`
+        raise InputError(f"{checkpoint}: has no {name}/: expected {checkpoint / 'model'}, which has")
     if (checkpoint / LORA_FILE).is_file():
         raise InputError(
             f"{checkpoint}: is an adapter, without {name}/: expected the model it was trained for, and the adapter as"

@@ -36,10 +36,11 @@ from nova_video.data.encoders import EncodeLatents, EncodeText, autoencoder_info
 from nova_video.data.sources import Source, SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected
 from nova_video.errors import InputError
-from nova_video.loading import lasting_name, outline_transformer, read_json, resolve_checkpoint, text_folder
+from nova_video.loading import lasting_name, outline_transformer, resolve_checkpoint, text_folder
 from nova_video.media import alone_in, check_writable
 from nova_video.settings import CheckpointSettings, check_local, check_number
 from nova_video.text.encoders import text_width
+from nova_video.weights import read_json
 
 SHARD_BYTES = 256 << 20  # a group's samples of a bucket are split into shards of about so many
 TOGETHER = 16 << 20  # pixels that wait for the encoders here: several forward passes, so that few are part full

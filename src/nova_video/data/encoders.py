@@ -29,13 +29,9 @@ from nova_video.data.dataset import first_sentence, join
 from nova_video.devices import choose_device
 from nova_video.errors import InputError
 from nova_video.loading import (
-    DIFFUSERS_WEIGHTS,
     HUB_ID,
-    TRANSFORMERS_WEIGHTS,
-    find_weights,
     load_autoencoder,
     outline_autoencoder,
-    read_shapes,
     resolve_checkpoint,
     text_folder,
 )
@@ -48,6 +44,7 @@ from nova_video.text.encoders import (
     load_tokenizer,
     text_width,
 )
+from nova_video.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_shapes
 
 # Pixels that go through the autoencoder together, at least one clip: on a GPU what keeps it busy (a clip of 17 frames
 # of 480x768 is 6 M), on a CPU what stays near its caches.

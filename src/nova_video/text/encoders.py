@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from nova_video.errors import InputError, first_line
+from nova_video.weights import TRANSFORMERS_WEIGHTS, find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +69,7 @@ def load_text_encoder(
 
 
 def load_text_model(
-    name: str,
-    torch_dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    variant: str | None = None,
+    name: str, torch_dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> PreTrainedModel:
     """The encoder alone, in float32 if no dtype is given, from safetensors files only.
 
@@ -79,6 +77,7 @@ def load_text_model(
     any other that it does not know is named in a warning.
     """
     place = find_text_encoder(name)
+    variant = find_weights(Path(place), TRANSFORMERS_WEIGHTS).variant if Path(place).is_dir() else None
     try:
         config = _read_config(place)
         known = type(config) in AutoModelForTextEncoding._model_mapping
@@ -188,7 +187,8 @@ def encode_batch(
 
     The encoder must be on `device` (its own device by default). Many prompts go through it in chunks.
     """
-    ids = tokenize(tokenizer, prompts, max_length)
+    positions = getattr(text_encoder.config, "max_position_embeddings", None)  # CLIP has 77
+    ids = tokenize(tokenizer, prompts, min(max_length, positions or max_length))
     device = torch.device(device) if device is not None else text_encoder.device
     lengths = torch.tensor([len(row) for row in ids], dtype=torch.int64)  # (N,)
     width = text_encoder.config.hidden_size

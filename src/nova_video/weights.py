@@ -1,0 +1,73 @@
+"""The files of a part of a checkpoint: its config, and which files hold its weights, read by their headers alone."""
+
+import json
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from nova_video.errors import InputError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The safetensors files of a component."""
+
+    files: list[Path]
+    variant: str | None
+    """fp16 and the like, where it is part of the files' names."""
+
+
+def find_weights(folder: Path, base: str) -> Weights:
+    """One file or the shards of an index, in their plain form or else as the fp16 or bf16 variant."""
+    for variant in (None, "fp16", "bf16"):
+        middle = "" if variant is None else f".{variant}"
+        index, single = folder / f"{base}.safetensors.index{middle}.json", folder / f"{base}{middle}.safetensors"
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+                raise InputError(f"{index}: expected a weight_map of key to file name")
+            return Weights([folder / Path(name).name for name in sorted(set(shards.values()))], variant)
+        if single.is_file():
+            return Weights([single], variant)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        hint = f"; nova convert {shlex.quote(str(folder.parent))} -o NEW_FOLDER converts them"
+        raise InputError(
+            f"{folder}: has only pickled weights, {pickles[0]}: expected {base}.safetensors"
+            + (hint if base == DIFFUSERS_WEIGHTS else "")
+        )
+    raise InputError(f"{folder}: has no weights: expected {base}.safetensors")
+
+
+def read_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Key to shape over all files, from their headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(str(path), framework="pt") as tensors:
+                shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise InputError(f"{path}: not found, though the index beside it names it") from None
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: corrupt or truncated safetensors file ({error})") from None
+    return shapes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A component's config."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} not found: expected every component folder to hold its config") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return values

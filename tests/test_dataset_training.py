@@ -46,6 +46,7 @@ from nova_video.training.recipe import (
     OptimizerRecipe,
     TransformerRecipe,
     load_recipe,
+    parse_recipe,
 )
 from nova_video.training.stream import collate, is_held_out
 from nova_video.training.trainer import BAD_STEPS, Stepper, make_optimizer, set_rate, train
@@ -473,6 +474,134 @@ def test_what_has_changed_since_a_run_was_begun_is_said(
     assert "steps is 3 from here on; it was 2" in said
     assert f"optimizer.lr is 3e-05 from here on; it was {recipe.optimizer.lr!r}" in said
     assert said.count("from here on") == 2
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+@pytest.mark.parametrize("steps", [8, 100])
+def test_short_runs_export_what_they_learned(
+    steps: int, rank: int, recipe: DatasetTransformerRecipe, tiny_checkpoint: Path
+) -> None:
+    """At least 85% of the distance, with the warm-up and the decay of recipes/finetune.toml."""
+    optimizer = OptimizerRecipe(lr=1e-3, warmup=100, ema=0.99)
+    log = LogRecipe(every=100, validate_every=0, checkpoint_every=steps)
+    folder = train(replace(recipe, steps=steps, optimizer=optimizer, log=log, lora=LoraRecipe(rank=rank)))
+    tensors = load_file(newest_checkpoint(Path(recipe.output) / "checkpoints"))
+    raw = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    if rank:  # B, which starts at zero
+        exported = load_file(folder / "pytorch_lora_weights.safetensors")
+        exported = {name: value for name, value in exported.items() if "lora_B" in name}
+        raw = {name: value for name, value in raw.items() if "lora_B" in name}
+        start = {name: torch.zeros_like(value) for name, value in raw.items()}
+        exported = dict(zip(sorted(raw), (exported[name] for name in sorted(exported)), strict=True))
+    else:
+        exported, start = (load_transformer(place).state_dict() for place in (folder, tiny_checkpoint))
+    lengths = [
+        sum((values[name].float() - start[name]).square().sum() for name in raw).sqrt() for values in (exported, raw)
+    ]
+    assert 0.85 < lengths[0] / lengths[1] < 1.0
+
+
+def test_raw_weights_can_be_exported(recipe: DatasetTransformerRecipe) -> None:
+    """Also of a run that is finished: its checkpoint has them."""
+    recipe = replace(recipe, log=replace(recipe.log, checkpoint_every=6))
+    folder = train(recipe)
+    tensors = load_file(newest_checkpoint(Path(recipe.output) / "checkpoints"))
+    for weights, said in (("ema", "averaged weights (EMA 0.9)"), ("raw", "raw weights")):
+        train(replace(recipe, export=weights))
+        exported = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        kept = "model" if weights == "raw" else "ema"
+        assert all(torch.equal(value, tensors[f"{kept}.{name}"].half()) for name, value in exported.items())
+        assert f"| exported | {said} |" in (folder / "README.md").read_text()
+        assert load_recipe(folder / "recipe.toml").export == weights
+    with pytest.raises(InputError, match="export is 'both', expected one of 'ema', 'raw'"):
+        parse_recipe('kind = "transformer"\nexport = "both"', "it")
+
+
+def test_a_run_of_sparse_averages_exports_its_newest_weights(recipe: DatasetTransformerRecipe) -> None:
+    """The first update would come after its end."""
+    recipe = replace(recipe, optimizer=replace(recipe.optimizer, ema_every=100), log=LogRecipe(checkpoint_every=6))
+    folder = train(recipe)
+    tensors = load_file(newest_checkpoint(Path(recipe.output) / "checkpoints"))
+    exported = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    name = "text_embed.proj.weight"
+    torch.testing.assert_close(exported[name], tensors[f"ema.{name}"].lerp(tensors[f"model.{name}"], 0.9).half())
+
+
+def test_what_a_run_is_too_short_for_is_said(
+    recipe: DatasetTransformerRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(replace(recipe, steps=1, optimizer=OptimizerRecipe(lr=1e-3, warmup=100, ema=0.99)))
+    said = capsys.readouterr().out
+    assert "warning: optimizer.warmup is 100, more than the 1 steps of the run: the learning rate never reaches" in said
+    assert "warning: optimizer.ema averages over about 100 steps, more than the 1 of the run" in said
+
+
+# Provenance -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_rewritten(
+    recipe: DatasetTransformerRecipe, tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a recipe or data that none of its steps learned from."""
+    recipe = replace(recipe, log=replace(recipe.log, checkpoint_every=6))
+    folder = train(recipe)
+    output, place = Path(recipe.output), write_dataset(tmp_path / "other", tiny_checkpoint, {CLIPS: 20})
+    other = replace(recipe, dataset=replace(recipe.dataset, path=str(place)))
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.rglob("*") if path.is_file()}
+    for changed, what in (
+        (other, "dataset.path, what the dataset holds"),
+        (replace(recipe, optimizer=replace(recipe.optimizer, lr=1.0)), "optimizer.lr"),
+        (replace(recipe, steps=3), "steps"),
+    ):
+        capsys.readouterr()
+        assert train(changed) == folder
+        said = capsys.readouterr().out
+        assert (
+            f"is finished at step 6, and no step would be taken with what differs ({what}): nothing was changed" in said
+        )
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
+    (folder / "README.md").unlink()
+    with pytest.raises(InputError, match=r"with what differs \(dataset.path, what .*\): expected the recipe"):
+        train(other)
+
+
+def test_data_that_changed_in_their_place_are_told_apart(
+    recipe: DatasetTransformerRecipe, tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = write_dataset(tmp_path / "mine", tiny_checkpoint, {CLIPS: 12})
+    recipe = replace(recipe, dataset=replace(recipe.dataset, path=str(place)))
+    folder = train(recipe)
+    card = (folder / "README.md").read_text()
+    write_dataset(place, tiny_checkpoint, {CLIPS: 14})
+    train(recipe)
+    assert "no step would be taken with what differs (what the dataset holds): nothing" in capsys.readouterr().out
+    assert (folder / "README.md").read_text() == card
+    train(replace(recipe, steps=8))
+    assert "learned from 14 samples of" in (folder / "README.md").read_text()
+
+
+def test_each_segment_keeps_its_recipe(recipe: DatasetTransformerRecipe) -> None:
+    """What was killed before it took a step to keep leaves none."""
+    slow, fast = recipe.optimizer, replace(recipe.optimizer, lr=1e-2)
+    train(replace(recipe, steps=2))
+    train(replace(recipe, steps=4, optimizer=fast))
+    newest_checkpoint(Path(recipe.output) / "checkpoints").unlink()  # as if it had been killed
+    folder = train(replace(recipe, steps=6, optimizer=slow))
+    train(replace(recipe, steps=6, optimizer=slow))
+    kept = [load_recipe(folder / name) for name in ("recipe-0000.toml", "recipe.toml")]
+    assert [(each.steps, each.optimizer.lr) for each in kept] == [(2, slow.lr), (6, slow.lr)]
+    train(replace(recipe, steps=8, optimizer=fast))
+    card = (folder / "README.md").read_text()
+    assert "| 0 to 2 | [recipe-0000.toml](recipe-0000.toml) | learned from 30 samples" in card
+    assert "| 2 to 6 | [recipe-0001.toml](recipe-0001.toml) | steps = 6 |" in card
+    assert "| 6 to 8 | [recipe.toml](recipe.toml) | steps = 8; optimizer.lr = 0.01 |" in card
+    assert load_recipe(folder / "recipe.toml").optimizer.lr == 0.01
+    (Path(recipe.output) / "segments.jsonl").unlink()  # as of an older version
+    train(replace(recipe, steps=9, optimizer=fast))
+    assert "| 0 to 8 | [recipe-0000.toml]" in (folder / "README.md").read_text()
+    (Path(recipe.output) / "segments.jsonl").write_text("[1]")
+    with pytest.raises(InputError, match=r"segments.jsonl is damaged \(a line is no segment\)"):
+        train(replace(recipe, steps=10))
 
 
 # Recorded steps -------------------------------------------------------------------------------------------------------
@@ -905,7 +1034,7 @@ def test_a_full_disk_leaves_the_last_model(recipe: DatasetTransformerRecipe, sam
     assert not list(folder.parent.glob(".*.part"))
     train(more)
     after = content(folder)
-    assert after.keys() - {"samples.png"} == before.keys()
+    assert after.keys() - {"samples.png", "recipe-0000.toml"} == before.keys()
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert after[weights] != before[weights]
     assert (folder / "text_encoder").is_symlink()

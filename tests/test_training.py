@@ -17,13 +17,15 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nova_video.arguments import one_line_errors
 from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.data.shapes import prepare_shapes
 from nova_video.errors import InputError
+from nova_video.training import trainer as trainer_module
+from nova_video.training.card import Record
 from nova_video.training.checkpoint import (
     Average,
     Progress,
@@ -45,6 +47,7 @@ from nova_video.training.recipe import (
     OptimizerRecipe,
     TransformerRecipe,
     load_recipe,
+    parse_recipe,
     recipe_toml,
 )
 from nova_video.training.trainer import (
@@ -141,6 +144,14 @@ def test_overrides_reach_nested_keys() -> None:
         ('kind = "transformer"\nvisible = [1, 2]', "expected as many entries"),
         ('kind = "transformer"\n[data]\nwindow = 5', "data.window = 5: expected a length 4k + 1 of at least 9"),
         ("kind =", "is not TOML"),
+        ("kind = " + "[" * 100_000, "is nested too deeply"),
+        ("steps = 1" + "0" * 5000, "is not TOML"),
+        ('kind = "transformer"\nsteps = 1' + "0" * 400, "steps is 1000"),
+        ('kind = "transformer"\nseconds = 1' + "0" * 400, "seconds is 1000"),
+        ('kind = "transformer"\nseconds = inf', "seconds is inf: expected a number of at least 0"),
+        ('kind = "transformer"\n[defaults]\nfps = inf', "fps is inf"),
+        ('kind = "transformer"\noutput = "a\\u0000b"', "expected text without a NUL character"),
+        (f'kind = "transformer"\nsteps = "{"x" * 500}"', "xxx..., expected int"),
         ("kind = [1]", "kind is [1], expected one of autoencoder"),
         ('kind = "transformer"\nseed = -1', "seed is -1: expected a whole number"),
         ('kind = "transformer"\noutput = ""', "output is empty"),
@@ -193,6 +204,14 @@ def test_wrong_recipes_are_refused_by_name(text: str, message: str, tmp_path: Pa
     path.write_text(text)
     with pytest.raises(InputError, match=re.escape(message)):
         load_recipe(path)
+
+
+def test_any_text_in_a_recipe_is_written_back(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + 'kind = "transformer"\nname = "Wal \\"\\\\ \\n \\u007f \\u0001 鯨"'.encode())
+    recipe = load_recipe(path)
+    assert recipe.name == 'Wal "\\ \n \x7f \x01 鯨'
+    assert parse_recipe(recipe_toml(recipe), "again") == recipe
 
 
 def test_recipes_in_another_encoding(tmp_path: Path) -> None:
@@ -497,7 +516,7 @@ def test_the_loop_writes_what_it_says(transformer_recipe: TransformerRecipe) -> 
 @pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("helps", [True, False])
 def test_steps_make_room_for_a_look_at_the_model(
-    recorded: bool, helps: bool, transformer_recipe: TransformerRecipe
+    recorded: bool, helps: bool, transformer_recipe: TransformerRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, and what was done before is not done again; where there is none to make, memory is short as ever."""
     done: list[str] = []
@@ -513,10 +532,14 @@ def test_steps_make_room_for_a_look_at_the_model(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return Image.new("RGB", (8, 8))
 
-    task: Any = SimpleNamespace(export=lambda model, folder: folder.mkdir(), validate=validate, sheet=sheet)
+    monkeypatch.setattr(trainer_module, "write_card", lambda *_: None)
+    task: Any = SimpleNamespace(
+        export=lambda model, folder: folder.mkdir(), validate=validate, sheet=sheet, recipe=transformer_recipe
+    )
     log = Log(transformer_recipe, writes=True)
     log.start(0)
-    look_once = partial(look, task, nn.Identity(), Looks(True, True, False), log, 1, 1.0, graphs)
+    record = Record(Progress(1, 1.0), [], {})
+    look_once = partial(look, task, nn.Identity(), Looks(True, True, False), log, record, graphs)
     if recorded and helps:
         assert look_once()
         assert not look_once()
@@ -574,6 +597,135 @@ def test_the_first_interrupt_only_asks() -> None:
         signal.raise_signal(signal.SIGTERM)
         assert stop.asked
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_decay_of_averages_warms_up() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    average, expected = Average(model, 0.5), 0.0
+    for number in range(12):
+        nn.init.constant_(model.weight, 1.0 + number)
+        average.update()
+        decay = min(0.5, (1 + number) / (10 + number))
+        expected = decay * expected + (1 - decay) * (1.0 + number)
+        torch.testing.assert_close(average.averages["weight"].item(), expected)
+    assert average.weight == 0.5
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, nn.Module]:
+    """A checkpoint of one step, and the model that it is of."""
+    model = nn.Linear(3, 2)
+    optimizer, average = make_optimizer(model, OptimizerRecipe(), torch.device("cpu")), Average(model, 0.9)
+    model(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+    average.update()
+    return save_checkpoint(tmp_path, Progress(1, 1.5), gather_state(model, average, optimizer), keep=2), model
+
+
+def load(path: Path, model: nn.Module) -> Progress:
+    return load_checkpoint(
+        path, model, Average(model, 0.9), make_optimizer(model, OptimizerRecipe(), torch.device("cpu"))
+    )
+
+
+MOMENT, STEP = "optimizer.weight.exp_avg", "optimizer.weight.step"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({MOMENT: torch.zeros(1)}, "its optimizer.weight.exp_avg is (1,): expected (2, 3)"),
+        ({MOMENT: torch.zeros(3, 2)}, "its optimizer.weight.exp_avg is (3, 2): expected (2, 3)"),
+        ({MOMENT: torch.zeros(2, 3).half()}, "its optimizer.weight.exp_avg is torch.float16: expected torch.float32"),
+        ({MOMENT: None}, "optimizer.weight has exp_avg_sq, step alone: expected step, exp_avg, exp_avg_sq"),
+        ({STEP: None}, "optimizer.weight has exp_avg, exp_avg_sq alone: expected"),
+        ({f"{MOMENT}_sq": -torch.ones(2, 3)}, "has values below 0: expected means of squares"),
+        ({STEP: torch.zeros(2, 3)}, "its optimizer.weight.step is torch.float32 (2, 3): expected a float32 number"),
+        ({STEP: torch.tensor(1)}, "its optimizer.weight.step is torch.int64 (): expected a float32 number"),
+        ({STEP: torch.tensor(float("nan"))}, "its optimizer.weight.step is nan: expected a whole number of steps"),
+        ({STEP: torch.tensor(-1.0)}, "its optimizer.weight.step is -1: expected a whole number of steps"),
+        ({"optimizer.other.step": torch.tensor(1.0)}, "it also has optimizer.other.step"),
+        ({"optimizer.weight.max_exp_avg_sq": torch.zeros(2, 3)}, "it also has optimizer.weight.max_exp_avg_sq"),
+        ({"ema.weight": torch.zeros(2, 3, dtype=torch.float64)}, "its ema.weight is torch.float64"),
+    ],
+)
+def test_crafted_optimizers_are_refused(
+    changes: dict[str, torch.Tensor | None], message: str, saved: tuple[Path, nn.Module]
+) -> None:
+    path, model = saved
+    tensors = {name: value for name, value in (load_file(path) | changes).items() if value is not None}
+    save_file(tensors, path, {"progress": '{"step": 1}'})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=re.escape(message)):
+        load(path, model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [
+        "",
+        "[" * 100_000,
+        "[1]",
+        '{"step": -1}',
+        '{"step": 1e400}',
+        '{"step": "1"}',
+        '{"step": null}',
+        '{"step": true}',
+        f'{{"step": 1{"0" * 400}}}',
+        '{"step": 1, "seconds": NaN}',
+        '{"step": 1, "micro_batches": 0}',
+        '{"step": 1, "data": []}',
+        '{"step": 1, "sums": {"loss": 1}}',
+        '{"step": 1, "sums": {"loss": [1, "2"]}}',
+        '{"step": 1, "updates": -1}',
+        '{"step": 1, "further": 2}',
+    ],
+    ids=lambda progress: progress[:30],
+)
+def test_crafted_progress_is_refused(progress: str, saved: tuple[Path, nn.Module]) -> None:
+    path, model = saved
+    save_file(load_file(path), path, {"progress": progress})
+    with pytest.raises(InputError, match="cannot be read: ") as error:
+        load(path, model)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 700
+
+
+def test_checkpoints_of_older_versions_go_on(saved: tuple[Path, nn.Module]) -> None:
+    """They have no number of averages: the decay is that of a run of so many steps. What is not finite is said."""
+    path, model = saved
+    save_file(load_file(path), path, {"progress": '{"step": 90, "sums": {"loss": [2, 1]}}'})
+    average = Average(model, 0.99)
+    progress = load_checkpoint(path, model, average, make_optimizer(model, OptimizerRecipe(), torch.device("cpu")))
+    assert progress == Progress(90, sums={"loss": (2.0, 1.0)})
+    assert average.weight == pytest.approx(1 - 91 / 100)
+
+
+def test_values_that_are_not_finite_are_said(saved: tuple[Path, nn.Module], caplog: pytest.LogCaptureFixture) -> None:
+    path, model = saved
+    save_file(load_file(path) | {"model.bias": torch.tensor([1.0, math.inf])}, path, {"progress": '{"step": 1}'})
+    load(path, model)
+    assert "model.bias has values that are not finite" in caplog.text
+
+
+def test_what_killed_saves_left_is_swept(transformer_recipe: TransformerRecipe) -> None:
+    """By the next run in the folder, and nothing else."""
+    recipe, output = replace(transformer_recipe, steps=1), Path(transformer_recipe.output)
+    left = [
+        "checkpoints/.tmpAb1",
+        "checkpoints/step-00000001.part",
+        ".tmpAb1",
+        ".recipe.toml.0a.part",
+        "sheets/.x.part",
+    ]
+    for name in [*left, "notes.part", ".model.part/transformer/.tmpAb2"]:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("half")
+    train(recipe)
+    assert [name for name in [*left, ".model.part"] if (output / name).exists()] == []
+    assert (output / "notes.part").exists()
 
 
 def test_checkpoints_are_whole_and_few(tmp_path: Path) -> None:

@@ -90,9 +90,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with naming(path, temporary):
             yield temporary
+            make_readable(temporary)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_readable(path: Path) -> None:
+    """Give a file the mode that the umask asks for: safetensors makes its own for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def write_media(frames: Frames, path: str | Path, fps: float, metadata: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ def check_number(
     """`value` is a finite number of at least `low` (more than it with `above`) and at most `high` (less than it with
     `below`), or an InputError."""
     kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
-    if isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, kinds) and not isinstance(value, bool) and is_finite(value):
         number = float(value)
         fits = high is None or number < high or (number == high and not below)
         if fits and number >= low and not (above and number == low):
@@ -45,6 +45,14 @@ def check_number(
     bound = f"{'more than' if above else 'at least'} {low:g}"
     bound += "" if high is None else f" and {'less than' if below else 'at most'} {high:g}"
     raise InputError(f"{name} is {value!r}: expected {'a whole number' if integer else 'a number'} of {bound}")
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a number is finite as a float: integers of hundreds of digits are not."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_local(name: str, place: str | Path, hint: str = "") -> None:

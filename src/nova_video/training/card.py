@@ -1,29 +1,44 @@
-"""The model card of a finished run: README.md beside the weights, from what the run knows. Used by `trainer.py`."""
+"""The model card of a run: README.md beside the weights, and the recipes they were made with. Used by `trainer.py`."""
 
+import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nova_video.loading import lasting_name
 from nova_video.training.checkpoint import Progress
 from nova_video.training.log import DETAILS
 from nova_video.training.recipe import AutoencoderRecipe, TransformerRun
+from nova_video.training.segments import Segment, recipe_changes
 from nova_video.training.task import Task
 
 SHEET = "samples.png"
 CARD = "README.md"
+RECIPE = "recipe.toml"
 RESULTS = ("loss", "held_out_loss", "score_", "psnr", "mse")  # how the names of numbers begin that say how good it is
 
 
-def write_card(
-    folder: Path, task: Task[Any, Any, Any], devices: str, progress: Progress, numbers: dict[str, float]
-) -> None:
-    """`numbers` are the newest that were logged, by name; `folder` lies in the output of the run."""
-    sheet = newest_sheet(folder.parent / "sheets", progress.step)
-    if sheet is None:
-        (folder / SHEET).unlink(missing_ok=True)  # of a run that had come further
-    else:
+@dataclass(frozen=True)
+class Record:
+    """What is known of the steps that made the weights."""
+
+    progress: Progress
+    segments: Sequence[Segment]
+    """The last one is that of the newest steps."""
+    numbers: dict[str, float]
+    """The newest that were logged, by name."""
+
+
+def write_card(folder: Path, task: Task[Any, Any, Any], record: Record, sheet: Path | None) -> None:
+    """Write the card, the recipe of each segment and a copy of the newest sheet into the folder of an export."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if sheet is not None:
         shutil.copyfile(sheet, folder / SHEET)
-    (folder / CARD).write_text(card(task, devices, progress, numbers, sheet is not None))
+    for name, segment in zip(_recipe_names(record.segments), record.segments, strict=True):
+        (folder / name).write_text(segment.recipe, encoding="utf-8")
+    (folder / CARD).write_text(card(task, record, sheet is not None), encoding="utf-8")
 
 
 def newest_sheet(folder: Path, step: int) -> Path | None:
@@ -31,31 +46,33 @@ def newest_sheet(folder: Path, step: int) -> Path | None:
     return max((path for path in folder.glob("step-*.png") if path.name <= f"step-{step:08d}.png"), default=None)
 
 
-def card(
-    task: Task[Any, Any, Any], devices: str, progress: Progress, numbers: dict[str, float], has_sheet: bool
-) -> str:
-    recipe = task.recipe
-    lines = ["---", "library_name: nova-video", f"pipeline_tag: {_kind(task)}", "---", "", f"# {recipe.name}", ""]
+def card(task: Task[Any, Any, Any], record: Record, has_sheet: bool) -> str:
+    recipe, progress, segments = task.recipe, record.progress, record.segments
+    devices = dict.fromkeys(segment.devices for segment in segments if segment.devices)
+    lines = ["---", *_metadata(task), "---", "", f"# {recipe.name}", ""]
     lines += [_what(task), "", "## Use", "", "```bash", f"{_use(recipe)}", "```", ""]
     if has_sheet:
         lines += [f"![Samples]({SHEET})", ""]
     lines += [
         "## Training",
         "",
-        f"Learned from {task.learned_from()}.",
+        f"Learned from {segments[-1].learned_from or task.learned_from()}.",
         "",
         "| | |",
         "|---|---|",
         f"| steps | {progress.step} |",
         f"| micro batches a step | {progress.micro_batches} |",
-        f"| time | {progress.seconds:.0f} s on {devices} |",
+        f"| time | {progress.seconds:.0f} s on {', '.join(devices) or 'devices that were not recorded'} |",
         f"| learning rate | {recipe.optimizer.lr:g} |",
         f"| precision | {recipe.precision} |",
         f"| seed | {recipe.seed} |",
+        f"| exported | {recipe.exported_weights} |",
         "",
-        "Every setting is in [recipe.toml](recipe.toml), which `nova train` runs again.",
+        f"Every setting is in [{RECIPE}]({RECIPE}), which `nova train` runs again.",
         "",
+        *_segments(record),
     ]
+    numbers = record.numbers
     results = {
         name: value for name, value in numbers.items() if name.startswith(RESULTS) and not name.startswith(DETAILS)
     }
@@ -68,6 +85,48 @@ def card(
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def _segments(record: Record) -> list[str]:
+    """A table of the segments of a run that went on with other settings, data or devices."""
+    if len(record.segments) == 1:
+        return []
+    ends = [*(segment.step for segment in record.segments[1:]), record.progress.step]
+    names, before = _recipe_names(record.segments), record.segments[0]
+    lines = [
+        "The run went on with other settings, data or devices:",
+        "",
+        "| steps | recipe | changed |",
+        "|---|---|---|",
+    ]
+    for segment, end, name in zip(record.segments, ends, names, strict=True):
+        said = [f"{key} = {now!r}" for key, (_, now) in recipe_changes(before, segment).items()]
+        if segment is record.segments[0] or segment.learned_from != before.learned_from:
+            said.append(f"learned from {segment.learned_from or 'data that were not recorded'}")
+        elif segment.data != before.data:
+            said.append("the dataset had changed")
+        if segment.devices != before.devices:
+            said.append(f"on {segment.devices}")
+        lines.append(f"| {segment.step} to {end} | [{name}]({name}) | {'; '.join(said)} |".replace("\n", " "))
+        before = segment
+    return [*lines, ""]
+
+
+def _recipe_names(segments: Sequence[Segment]) -> list[str]:
+    return [*(f"recipe-{number:04d}.toml" for number in range(len(segments) - 1)), RECIPE]
+
+
+def _metadata(task: Task[Any, Any, Any]) -> list[str]:
+    """The head of the card, which the Hugging Face Hub reads."""
+    recipe = task.recipe
+    lines = ["library_name: nova-video", f"pipeline_tag: {_kind(task)}"]
+    adapters = isinstance(recipe, TransformerRun) and bool(recipe.lora.rank)
+    tags = ["nova-video", "autoencoder" if isinstance(recipe, AutoencoderRecipe) else "nova"]
+    if isinstance(recipe, TransformerRun) and recipe.init:
+        relation = "adapter" if adapters else "finetune"
+        lines += [f"base_model: {json.dumps(lasting_name(recipe.init))}", f"base_model_relation: {relation}"]
+    tags += ["lora"] if adapters else []
+    return [*lines, "tags:", *(f"- {tag}" for tag in tags)]
 
 
 def _kind(task: Task[Any, Any, Any]) -> str:

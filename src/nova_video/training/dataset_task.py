@@ -260,15 +260,19 @@ class DatasetTask(TransformerTask):
                 log.warning("the data of %s start at their beginning: the run has read none of them yet", size.name)
             self.readers[size] = Reader(own, loader)
 
-    def _how_read(self) -> dict[str, Any]:
-        """What says which rows come next, but for the micro batches."""
+    def data_identity(self) -> str:
+        """A hash of the shards' names and rows and of what the first rows are."""
         shards: list[Any] = [
             (bucket.name, Path(shard.url).name, shard.rows) for bucket in self.shards for shard in self.shards[bucket]
         ]
         shards += [(row.source, row.caption) for row in self.probe[:KNOWN_BY]]
+        return hashlib.sha256(repr(shards).encode()).hexdigest()[:16]
+
+    def _how_read(self) -> dict[str, Any]:
+        """What says which rows come next, but for the micro batches."""
         data = self.recipe.dataset
         of_recipe = {name: getattr(data, name) for name in ("batch", "workers", "shuffle", "held_out")}
-        return {"shards": hashlib.sha256(repr(shards).encode()).hexdigest()[:16], **of_recipe}
+        return {"shards": self.data_identity(), **of_recipe}
 
     def close_data(self) -> None:
         self.readers.clear()
@@ -385,7 +389,8 @@ class DatasetTask(TransformerTask):
             )
             clip = made.images[:1] if bucket.frames == 1 else made.frames[0]
             entries.append(Entry((clip * 255).round().astype("uint8"), caption, ""))
-        return draw_sheet(self.recipe.name, f"made from captions of {self.recipe.dataset.path}", entries)
+        subtitle = f"made by {self.recipe.exported_weights} from captions of {self.recipe.dataset.path}"
+        return draw_sheet(self.recipe.name, subtitle, entries)
 
     def learned_from(self) -> str:
         data = self.recipe.dataset

@@ -5,6 +5,8 @@ resolved recipe is saved beside the weights it made.
 """
 
 import dataclasses
+import json
+import tomllib
 import typing
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -12,11 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from nova_video.data.words import MOTIONS
-from nova_video.errors import InputError, unknown
+from nova_video.errors import InputError, first_line, unknown
 from nova_video.io.text import read_toml
 from nova_video.settings import AttentionKernels, Defaults, check_local, check_number
 
 T = TypeVar("T")
+
+LONGEST_SHOWN = 80
+"""Characters of a wrong value that an error repeats."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class OptimizerRecipe:
     clip: float = 1.0
     """Largest gradient norm; 0: whatever it is."""
     ema: float = 0.999
-    """Decay of the averaged weights, which are the ones saved for use."""
+    """Decay of the averaged weights (EMA). It warms up: after n updates it is min(ema, (1 + n) / (10 + n))."""
     ema_every: int = 1
     """Steps between two updates of the averaged weights."""
 
@@ -184,6 +189,8 @@ class RunRecipe:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """With several processes: whole weights on each (ddp), or sharded over them (fsdp). auto: what `accelerate launch`
     says, else ddp."""
+    export: Literal["ema", "raw"] = "ema"
+    """Weights that are exported, and so validated, drawn and scored: averaged ones (ema) or those of the last step."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Any that accelerate knows: tensorboard, wandb, trackio, ..."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
@@ -202,6 +209,11 @@ class RunRecipe:
     def attention_kernels(self) -> AttentionKernels:
         """Which kernels attention on a GPU may take."""
         return "flash"
+
+    @property
+    def exported_weights(self) -> str:
+        """Which weights are exported and looked at, in words."""
+        return f"averaged weights (EMA {self.optimizer.ema:g})" if self.export == "ema" else "raw weights"
 
 
 @dataclass(frozen=True)
@@ -402,17 +414,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         is_absent = isinstance(error.__cause__, OSError)
         hint = "; expected a TOML file such as recipes/tiny.toml" if is_absent else ""
         raise InputError(f"recipe {error}{hint}") from None
-    kind = values.get("kind")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise InputError(f"recipe {path}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    encoded = any(get_close_matches(key, ("dataset",), cutoff=0.8) for key in values)  # or a slip of the pen
-    found: type[Any] = DatasetTransformerRecipe if encoded else KINDS[kind]
-    recipe: Recipe = _build(found, values, f"recipe {path}")
+    recipe = build_recipe(values, f"recipe {path}")
     if not overrides:
         return recipe
     import tyro
 
-    recipe, left = tyro.cli(found, default=recipe, args=overrides, prog="nova train", return_unknown_args=True)
+    recipe, left = tyro.cli(type(recipe), default=recipe, args=overrides, prog="nova train", return_unknown_args=True)
     if left and not left[0].startswith("-"):
         raise InputError(f"argument {left[0]!r} is one too many: expected a setting and its value")
     if left:
@@ -420,6 +427,25 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         name = left[0].split("=")[0].replace("_", "-")
         raise unknown("option", name, options, f"what nova train {path} --help lists")
     return recipe
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """The recipe of a TOML text; `where` names it in errors."""
+    try:
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not TOML: {first_line(error)}") from error
+    return build_recipe(values, where)
+
+
+def build_recipe(values: dict[str, Any], where: str) -> Recipe:
+    """The recipe of a TOML file's values, of the record that its kind and its tables ask for."""
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(f"{where}: kind is {shown(kind)}, expected one of {', '.join(KINDS)}")
+    encoded = any(get_close_matches(key, ("dataset",), cutoff=0.8) for key in values)  # or a slip of the pen
+    found: type[Recipe] = DatasetTransformerRecipe if encoded else KINDS[kind]
+    return _build(found, values, where)
 
 
 def recipe_toml(recipe: Recipe) -> str:
@@ -455,14 +481,14 @@ def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
     for key in values:
         if key not in known:
             near = "".join(f" (is it {name}?)" for name in get_close_matches(key, known, 1))
-            raise InputError(f"{where}: unknown key {key!r}{near}; expected one of {', '.join(known)}")
+            raise InputError(f"{where}: unknown key {shown(key)}{near}; expected one of {', '.join(known)}")
     return kind(**{key: _convert(known[key], value, f"{where}: {key}") for key, value in values.items()})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise InputError(f"{where} is {value!r}, expected a table")
+            raise InputError(f"{where} is {shown(value)}, expected a table")
         return _build(typing.cast(type[Any], hint), value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if type(None) in arguments:  # what may be absent is written only where it is not
@@ -471,17 +497,28 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         kinds = arguments[:1] * len(value) if isinstance(value, list) and arguments[-1] is Ellipsis else arguments
         if not isinstance(value, list) or len(kinds) != len(value):
             several = "" if arguments[-1:] == (Ellipsis,) else f" of {len(arguments)}"
-            raise InputError(f"{where} is {value!r}, expected a list{several}")
+            raise InputError(f"{where} is {shown(value)}, expected a list{several}")
         return tuple(_convert(each, item, where) for each, item in zip(kinds, value, strict=True))
     if origin is Literal:
         if value not in arguments:
-            raise InputError(f"{where} is {value!r}, expected one of {', '.join(map(repr, arguments))}")
+            raise InputError(f"{where} is {shown(value)}, expected one of {', '.join(map(repr, arguments))}")
         return value
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     if type(value) is not hint:
-        raise InputError(f"{where} is {value!r}, expected {getattr(hint, '__name__', hint)}")
+        raise InputError(f"{where} is {shown(value)}, expected {getattr(hint, '__name__', hint)}")
+    if isinstance(value, str) and "\0" in value:
+        raise InputError(f"{where} is {shown(value)}: expected text without a NUL character")
     return value
+
+
+def shown(value: object) -> str:
+    """A value for an error, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes, or endless nesting
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _toml(values: dict[str, Any], prefix: str) -> str:
@@ -500,7 +537,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
     return repr(value)

@@ -103,6 +103,10 @@ class Task(ABC, Generic[M, V, B]):
     def learned_from(self) -> str:
         """For the model card: what the samples are, as the end of a sentence."""
 
+    def data_identity(self) -> str:
+        """A mark that changes with what is learned from, where there is one."""
+        return ""
+
     def score(self, folder: Path, clips: int) -> dict[str, float]:
         """Scores of the model exported to `folder`, where there is a judge."""
         return {}

@@ -3,9 +3,8 @@
 What is trained is a `Task` (`autoencoder.py`, `world_task.py`, `dataset_task.py`); this file is what all training
 shares. A step consists of micro batches, which the processes share out. The random numbers of a micro batch follow from
 the seed, the step and the micro batch's own number, so that neither stopping nor the number of processes changes what
-is learned. On GPUs a whole step (forward, backward, what processes exchange, clipping, AdamW, averaging) is one CUDA
-graph for each variant of it (`graphs.py`), because launching its kernels takes longer than running them where they are
-small.
+is learned. On GPUs a whole step (forward, backward, what processes exchange, clipping, AdamW) is one CUDA graph for
+each variant of it (`graphs.py`), because launching its kernels takes longer than running them where they are small.
 """
 
 import copy
@@ -17,6 +16,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -27,19 +27,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nova_video.errors import InputError
-from nova_video.media import alone_in, atomic_path
+from nova_video.media import alone_in, atomic_path, make_readable
 from nova_video.model.attention import allow_kernels, allowed_kernels
 from nova_video.settings import AttentionKernels
 from nova_video.training.autoencoder import AutoencoderTask
-from nova_video.training.card import CARD, write_card
+from nova_video.training.card import CARD, SHEET, Record, newest_sheet, write_card
 from nova_video.training.checkpoint import (
     Average,
     Progress,
+    copy_weights,
     gather_state,
     load_checkpoint,
-    make_readable,
     newest_checkpoint,
     save_checkpoint,
+    sweep,
     whole,
     writing,
 )
@@ -58,6 +59,7 @@ from nova_video.training.recipe import (
     load_recipe,
     recipe_toml,
 )
+from nova_video.training.segments import Segment, begin_segment, read_segments, write_segments
 from nova_video.training.task import LossParts, Task
 
 BAD_STEPS = 10  # in a row, which end a run
@@ -87,16 +89,26 @@ def _train(task: AnyTask, processes: Processes, log: Log) -> Path:
     module = processes.spread(task)
     optimizer = make_optimizer(task.model, recipe.optimizer, processes.device)
     average = Average(task.model, recipe.optimizer.ema)
+    if processes.is_main:
+        sweep(output)
     newest = newest_checkpoint(output / "checkpoints")
-    progress = Progress(micro_batches=0)
+    segments = read_segments(output) if newest is not None else []
+    progress, differing = Progress(micro_batches=0), list[str]()
     if newest is not None:
         log.say(f"going on from {newest}")
-        compare_recipes(output / "recipe.toml", recipe, log)
+        changed = compare_recipes(output / "recipe.toml", recipe, log)
         progress = load_checkpoint(newest, task.model, average, optimizer)
-        if progress.step > recipe.steps:
-            log.say(f"the run is at step {progress.step} already: nothing is left of {recipe.steps} steps")
+        differing = [f"{key} is {now!r} from here on; it was {was!r}" for key, (was, now) in changed.items()]
+        if share_done(recipe, progress.step, progress.seconds) >= 1:
+            learned_otherwise = [key for key in changed if not key.startswith(LOOKING)]
+            if segments and segments[-1].data not in ("", task.data_identity()):
+                learned_otherwise.append("what the dataset holds")
+            if learned_otherwise:
+                return refuse_rewriting(output, progress.step, learned_otherwise, log)
     elif (output / "model" / CARD).exists():
         raise InputError(f"{output} has a finished model and no checkpoint to go on from: expected another output")
+    for line in [*differing, *schedule_warnings(recipe)]:
+        log.say(line)
     log.start(progress.step)
     learned = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     log.say(f"{recipe.name}: {learned / 1e6:.2f} M parameters on {describe_devices(processes)}; writing to {output}")
@@ -110,9 +122,17 @@ def _train(task: AnyTask, processes: Processes, log: Log) -> Path:
         task.open_data(own, micro_batches, progress.data if progress.micro_batches == micro_batches else {})
         log.say(f"samples ready after {time.monotonic() - started:.1f} s")
         processes.wait()  # all have compared the recipe before, and can train with this one
+        text = recipe_toml(recipe)
+        if share_done(recipe, progress.step, progress.seconds) < 1 or not segments:
+            here = (task.learned_from(), task.data_identity(), describe_devices(processes))
+            segments = begin_segment(segments, Segment(progress.step, text, *here))
+        else:  # what differs changes nothing of what was learned
+            segments = [*segments[:-1], replace(segments[-1], recipe=text)]
         if processes.is_main:
-            with atomic_path(output / "recipe.toml") as aside:
-                aside.write_text(recipe_toml(recipe))
+            with writing(f"{output / 'recipe.toml'}", output / "checkpoints"):
+                write_segments(output, segments)
+                with atomic_path(output / "recipe.toml") as aside:
+                    aside.write_text(text, encoding="utf-8")
         stepper = Stepper(task, module, optimizer, average, recipe, processes, own)
         stepper.go_on(progress.sums)
         variants, shares = task.variants()
@@ -124,10 +144,7 @@ def _train(task: AnyTask, processes: Processes, log: Log) -> Path:
         since = Work(step, spent)
         met, meet = (step, spent), step + 1  # when all processes have agreed on the time, and will do so next
 
-        def done() -> float:
-            return max(step / recipe.steps, spent / recipe.seconds if recipe.seconds else 0.0)
-
-        finished, stopped = done() >= 1, False
+        finished, stopped = share_done(recipe, step, spent) >= 1, False
 
         def due(every: int) -> bool:
             return bool(every) and (finished or step % every == 0)
@@ -135,9 +152,18 @@ def _train(task: AnyTask, processes: Processes, log: Log) -> Path:
         def looks_due() -> Looks:
             return Looks(due(recipe.log.validate_every), due(recipe.log.sample_every), due(recipe.log.score_every))
 
+        def weights() -> nn.Module:
+            """The weights that are exported and looked at. All processes take part."""
+            if recipe.export == "raw":
+                return copy_weights(task.model, looked_at)
+            return average.write_to(task.model, looked_at, pending=step % recipe.optimizer.ema_every > 0)
+
+        def record() -> Record:
+            return Record(Progress(step, spent, micro_batches), segments, log.newest)
+
         def look_at(looks: Looks) -> None:
-            model = average.write_to(task.model, looked_at)
-            short = processes.is_main and look(task, model, looks, log, step, spent, stepper.graphs)
+            model = weights()
+            short = processes.is_main and look(task, model, looks, log, record(), stepper.graphs)
             if processes.greatest(short)[0] and not short and stepper.graphs is not None:
                 stepper.graphs.release()  # all record the same steps
 
@@ -145,13 +171,13 @@ def _train(task: AnyTask, processes: Processes, log: Log) -> Path:
             tensors, places = gather_state(task.model, average, optimizer), processes.gather(task.places())
             sums = stepper.so_far()
             if processes.is_main:
-                now = Progress(step, spent, micro_batches, places, sums)
+                now = Progress(step, spent, micro_batches, places, sums, average.updates)
                 save_checkpoint(output / "checkpoints", now, tensors, recipe.log.keep)
 
         if newest is not None and any(missed := processes.greatest(*log.missed(looks_due()))):
             look_at(Looks(*map(bool, missed)))
         while not (finished or stopped):
-            rate = learning_rate(recipe.optimizer, step, done())
+            rate = learning_rate(recipe.optimizer, step, share_done(recipe, step, spent))
             set_rate(optimizer, rate)
             variant = random.Random(f"{recipe.seed}-{step}").choices(variants, shares)[0]
             try:
@@ -168,7 +194,7 @@ def _train(task: AnyTask, processes: Processes, log: Log) -> Path:
                 stopped = bool(asked)
                 a_step = (spent - met[1]) / (step - met[0])
                 met, meet = (step, spent), step + max(1, int(AGREE_EVERY / max(a_step, 1e-6)))
-            finished = done() >= 1
+            finished = share_done(recipe, step, spent) >= 1
             if due(recipe.log.every):
                 numbers = stepper.numbers()  # waits for the device
                 spent = processes.greatest(time.monotonic() - clock)[0]
@@ -187,13 +213,9 @@ def _train(task: AnyTask, processes: Processes, log: Log) -> Path:
             if (every := task.refresh_every()) and step % every == 0:
                 task.prepare(step)
         task.close_data()
-    average.write_to(task.model, looked_at)
+    model = weights()
     if processes.is_main:
-        export(task, looked_at, model_folder)
-        with writing(f"model {model_folder}", output / "checkpoints"):
-            (model_folder / "recipe.toml").write_text(recipe_toml(recipe))
-            ended = Progress(step, spent, micro_batches)
-            write_card(model_folder, task, describe_devices(processes), ended, log.newest)
+        export(task, model, model_folder, record())
     ended_how = f"{'stopped' if stopped else 'finished'} at step {step} after {spent:.0f} s"
     log.say(f"{ended_how}: {model_folder}")
     log.finish()
@@ -203,13 +225,48 @@ def _train(task: AnyTask, processes: Processes, log: Log) -> Path:
     return model_folder
 
 
-def compare_recipes(path: Path, recipe: Recipe, log: Log) -> None:
-    """Say what has changed since the run was begun. Raises InputError for what its checkpoints do not go with."""
+LOOKING = ("log.", "export", "device", "trackers", "name")
+"""How the settings begin that change nothing of what is learned."""
+
+
+def share_done(recipe: Recipe, step: int, seconds: float) -> float:
+    """How much of a run is done, by steps or by time, whichever is further on."""
+    return max(step / recipe.steps, seconds / recipe.seconds if recipe.seconds else 0.0)
+
+
+def refuse_rewriting(output: Path, step: int, differing: list[str], log: Log) -> Path:
+    """Leave a finished run as it is: no step would be taken with what differs. Raises where it was not exported."""
+    what = f"{output} is finished at step {step}, and no step would be taken with what differs ({', '.join(differing)})"
+    if not (output / "model" / CARD).exists():
+        raise InputError(f"{what}: expected the recipe that it ran with, which exports it, or more steps")
+    log.say(f"{what}: nothing was changed; more steps go on with it, another output begins anew")
+    return output / "model"
+
+
+def schedule_warnings(recipe: Recipe) -> list[str]:
+    """What a run is too short for."""
+    optimizer, found = recipe.optimizer, []
+    if optimizer.warmup > recipe.steps:
+        found.append(
+            f"warning: optimizer.warmup is {optimizer.warmup}, more than the {recipe.steps} steps of the run: the"
+            f" learning rate never reaches {optimizer.lr:g}"
+        )
+    horizon = optimizer.ema_every / (1 - optimizer.ema)
+    if recipe.export == "ema" and horizon > recipe.steps:
+        found.append(
+            f"warning: optimizer.ema averages over about {horizon:.0f} steps, more than the {recipe.steps} of the run:"
+            ' its decay warms up instead, min(ema, (1 + n) / (10 + n)); export = "raw" exports the last weights'
+        )
+    return found
+
+
+def compare_recipes(path: Path, recipe: Recipe, log: Log) -> dict[str, tuple[Any, Any]]:
+    """What has changed since the run was begun, by key. Raises InputError for what its checkpoints do not go with."""
     try:
         changed = changes(load_recipe(path), recipe)
     except InputError as error:  # of another version, or gone
         log.say(f"what has changed in the recipe is not known: {error}")
-        return
+        return {}
     needed: tuple[str, ...] = ("lora.rank", "frozen")
     if isinstance(recipe, TransformerRun) and (recipe.lora.rank or recipe.frozen):
         needed += ("init", "lora.alpha", "lora.targets")  # where checkpoints hold some of the weights alone
@@ -218,7 +275,7 @@ def compare_recipes(path: Path, recipe: Recipe, log: Log) -> None:
     for key, (was, now) in changed.items():
         if key in needed:
             raise InputError(f"{key} is {now!r}, and {path.parent} was begun with {was!r}: expected the same")
-        log.say(f"{key} is {now!r} from here on; it was {was!r}")
+    return changed
 
 
 def choose_kernels(attention: AttentionKernels) -> None:
@@ -247,18 +304,18 @@ def make_task(recipe: Recipe, device: torch.device) -> AnyTask:
     return WorldTask(recipe, device)
 
 
-def look(
-    task: AnyTask, model: nn.Module, looks: Looks, log: Log, step: int, spent: float, graphs: StepGraphs | None
-) -> bool:
-    """At averaged weights: numbers on held-out samples, a sheet, scores. Whether recorded steps had to make room."""
-    folder = log.output / "model"
+def look(task: AnyTask, model: nn.Module, looks: Looks, log: Log, record: Record, graphs: StepGraphs | None) -> bool:
+    """Validate, draw and score `model`, the weights that are exported. Whether recorded steps had to make room."""
+    folder, progress = log.output / "model", record.progress
+    step, spent, weights = progress.step, progress.seconds, task.recipe.exported_weights
     works: list[Callable[[], object]] = []
     if looks.validate:
+        works.append(lambda: log.say(f"step {step}: validating with {weights}"))
         works.append(lambda: log.write(step, spent, task.validate(model)))
     if looks.sample or looks.score:
-        works.append(lambda: export(task, model, folder))
+        works.append(lambda: export(task, model, folder, record))
     if looks.sample:
-        works.append(lambda: log.say(f"step {step}: drawing samples"))
+        works.append(lambda: log.say(f"step {step}: drawing samples with {weights}"))
         works.append(lambda: log.picture(step, task.sheet(model, folder)))
     if looks.score:
         works.append(lambda: log.say(f"step {step}: scoring {task.recipe.log.score_clips} clips"))
@@ -278,16 +335,21 @@ def look(
     return short
 
 
-def export(task: AnyTask, model: nn.Module, folder: Path) -> None:
-    """The checkpoint folder, written aside first: a full disk leaves the one before as it was."""
+def export(task: AnyTask, model: nn.Module, folder: Path, record: Record) -> None:
+    """Write the checkpoint folder with its recipes and card, aside first: a full disk leaves the one before."""
     part = folder.with_name(f".{folder.name}.part")
     try:
         with writing(f"model {folder}", folder.parent / "checkpoints"):
             shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
             task.export(model, part)
+            write_card(part, task, record, newest_sheet(folder.parent / "sheets", record.progress.step))
             for path in part.rglob("*.safetensors"):
                 make_readable(path)
+            written = {path.name for path in part.iterdir()}
             move_into(part, folder)
+            for path in (folder / SHEET, *folder.glob("recipe-*.toml")):
+                if path.name not in written:  # of a run that had come further
+                    path.unlink(missing_ok=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -350,7 +412,7 @@ class Stepper:
             self._step(variant, batches)
         else:
             self.graphs(variant, next(batches), lambda batch: self._step(variant, [batch]))
-        if self.recipe.ema_every > 1 and (number + 1) % self.recipe.ema_every == 0:
+        if (number + 1) % self.recipe.ema_every == 0:  # not in the graph, which would keep one decay
             self.average.update()
         self.seen.copy_(self.bad, non_blocking=True)
 
@@ -380,8 +442,6 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         self.bad[0] += ~finite
         self.bad[1].copy_((self.bad[1] + 1) * ~finite)
-        if self.recipe.ema_every == 1:
-            self.average.update()
 
     def _count(self, losses: LossParts) -> None:
         """Scalars count once, pairs are a sum and a count; what is not finite is left out."""
@@ -431,6 +491,7 @@ class Stepper:
         batch = {name: value.detach().cpu().contiguous() for name, value in tensors_of(self.newest).items()}
         with writing(f"step {step}: {row} steps in a row were skipped, and their newest batch {path}", checkpoints):
             save_file(batch, path)
+            make_readable(path)
         raise InputError(
             f"step {step}: the last {row} steps had gradients that are not finite and were skipped; the newest batch"
             f" is in {path}: expected finite numbers, try a lower optimizer.lr"

@@ -39,6 +39,7 @@ from nova_video.errors import InputError
 from nova_video.model import NOVATransformer3DModel, flash
 from nova_video.model.attention import allowed_kernels
 from nova_video.model.vit import Attention
+from nova_video.sampling.schedulers import new_scheduler
 from nova_video.settings import AttentionKernels
 from nova_video.training.blocks import TemporalMasks
 from nova_video.training.checkpoint import Average
@@ -46,7 +47,7 @@ from nova_video.training.flops import step_flops
 from nova_video.training.processes import Processes
 from nova_video.training.recipe import DatasetTransformerRecipe, load_recipe
 from nova_video.training.trainer import Stepper, choose_kernels, make_optimizer
-from nova_video.training.transformer import Batch, Variant, new_scheduler
+from nova_video.training.transformer import Batch, Variant
 
 PICTURES, CLIPS = str(CONFORMANCE / "text-to-image"), str(CONFORMANCE / "text-to-video")
 ROOT = Path(__file__).parents[1]

@@ -26,7 +26,17 @@ PAPER = {  # recipe -> the released size it makes, samples a step
 
 NAMES = ("kind", "name", "output", "path")
 KNOWN = (
-    *("steps", "autoencoder", "text_encoder", "scheduler", "frozen", "micro_batches", "loss_repeat", "prompt_dropout"),
+    *(
+        "steps",
+        "autoencoder",
+        "text_encoder",
+        "scheduler",
+        "frozen",
+        "video_loss",
+        "micro_batches",
+        "loss_repeat",
+        "prompt_dropout",
+    ),
     *("precision", "batch", "short_captions", "lr", "betas", "warmup", "final", "clip", "ema_every"),
 )
 
@@ -57,11 +67,16 @@ def test_settings_are_those_known(name: str) -> None:
     assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.clip) == (1e-4, (0.9, 0.95), 0.02, 0.0)
     assert (optimizer.warmup, optimizer.final, optimizer.ema_every) == (0, 1.0, 100)  # constant, from the first step on
     assert 0.97 <= optimizer.ema <= 0.98
-    assert (recipe.scheduler, recipe.loss_repeat, recipe.prompt_dropout, recipe.visible) == ("ddpm", 4, 0.1, ())
+    assert recipe.scheduler == SIZES[PAPER[name][0]].scheduler == ("flow" if "1024" in name else "ddpm")
+    assert (recipe.loss_repeat, recipe.prompt_dropout, recipe.visible) == (4, 0.1, ())
     assert (recipe.mask_ratio, recipe.history_noise, recipe.precision) == ("batch", 0.0, "bf16")
     assert recipe.dataset.short_captions == 0.5
     assert recipe.dataset.batch * recipe.micro_batches == samples
-    assert ("video_pos_embed" in recipe.frozen) == ("video" not in name)
+    video = "video" in name
+    assert recipe.video_loss == ("released" if video else "mean")  # a picture's loss is one and the same
+    assert set(recipe.frozen) == {"text_embed.norm"} | (
+        {"motion_embed"} if video else {"video_pos_embed", "video_encoder.patch_embed"}
+    )
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -205,7 +220,7 @@ def test_clips_are_learned_from_the_weights_of_pictures(tmp_path: Path, tiny_tex
     first = run("paper-512", tmp_path / "first", images, tiny_text_encoder, *newest)
     then = run("paper-512", tmp_path / "then", images, tiny_text_encoder, *newest, "--init", str(first))
     before, after = load_transformer(first).state_dict(), load_transformer(then).state_dict()
-    frozen = tuple(f"{part}." for part in paper("paper-512").frozen)
+    frozen = (*(f"{part}." for part in paper("paper-512").frozen), "text_embed.weight")
     for name, value in before.items():
         assert torch.equal(value, after[name]) == name.startswith(frozen), name
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -266,6 +267,10 @@ def test_noise_tables_are_the_schedulers() -> None:
     noisy, target = NoiseTable.from_scheduler(ddpm, "cpu").noisy_and_target(data, noise, index)
     assert torch.allclose(noisy, ddpm.add_noise(data, noise, index), atol=1e-6)
     assert torch.equal(target, noise)
+    for kind, wanted in (("sample", data), ("v_prediction", ddpm.get_velocity(data, noise, index))):
+        other = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=kind)
+        target = NoiseTable.from_scheduler(other, "cpu").noisy_and_target(data, noise, index)[1]
+        assert torch.allclose(target, wanted, atol=1e-6)
     flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
     table = NoiseTable.from_scheduler(flow, "cpu")
     noisy, target = table.noisy_and_target(data, noise, index)
@@ -364,6 +369,35 @@ def test_resuming_equals_never_stopping(transformer_recipe: TransformerRecipe, t
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name
     assert lines_of(transformer_recipe) == lines_of(stopped)
+
+
+def test_the_padding_table_stays_as_it_was_drawn(
+    transformer_recipe: TransformerRecipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Checkpoints keep it, since a run that goes on draws another. A run that trained it can go on, too."""
+    recipe = replace(transformer_recipe, optimizer=replace(transformer_recipe.optimizer, lr=0.1, weight_decay=1.0))
+    train(replace(recipe, steps=2))
+    checkpoint = newest_checkpoint(Path(recipe.output) / "checkpoints")
+    table = final_state(recipe.output)["model.text_embed.weight"]
+    with safe_open(checkpoint, "pt") as file:
+        metadata = file.metadata()
+    trained = {name: table.clone() for name in ("ema.text_embed.weight", "optimizer.text_embed.weight.exp_avg")}
+    save_file(load_file(checkpoint) | trained, checkpoint, metadata)
+    train(replace(recipe, steps=4, seed=5))
+    assert torch.equal(final_state(recipe.output)["model.text_embed.weight"], table)
+    (warning,) = (record.message for record in caplog.records if "text_embed" in record.message)
+    assert "text_embed.weight was trained so far, and stays as it is from here on" in warning
+
+
+def test_the_released_loss_is_what_is_minimised(transformer_recipe: TransformerRecipe) -> None:
+    recipe = replace(transformer_recipe, video_loss="released", steps=4, log=replace(LOG, every=1))
+    train(recipe)
+    clips = [line for line in lines_of(recipe) if "loss_t2i" in line]
+    pictures = [line for line in lines_of(recipe) if "loss" in line and "loss_t2i" not in line]
+    assert clips
+    assert pictures
+    for line in clips:
+        assert line["loss"] == pytest.approx(line["loss_t2i"] + line["loss_i2i"])
 
 
 TIMES = ("seconds", "steps_per_second", "samples_per_second")

@@ -5,16 +5,17 @@ device from a seed. Layers that training starts at zero are made random too, sin
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL
 from torch import nn
 
 from nova_video.autoencoders import AutoencoderKLOpenSora
 from nova_video.errors import InputError
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline import NovaPipeline
+from nova_video.sampling.schedulers import new_scheduler
 from nova_video.settings import CheckpointSettings, Defaults
 
 SEED = 0
@@ -35,14 +36,16 @@ class Size:
     """Pixel frames; more than one: a model of video."""
     scaling_factor: float = 0.13025
     """Of the image autoencoder's latents."""
+    scheduler: Literal["flow", "ddpm"] = "flow"
+    """Its noise schedule; that of 512 px by the size of the released file."""
 
 
 SIZES = {
-    "t2i-512-0.6b": Size((512, 512), 1024, "mlp_d6w1024", scaling_factor=0.18215),
+    "t2i-512-0.6b": Size((512, 512), 1024, "mlp_d6w1024", scaling_factor=0.18215, scheduler="ddpm"),
     "t2i-1024-0.3b": Size((1024, 1024), 768, "mlp_d6w768"),
     "t2i-1024-0.6b": Size((1024, 1024), 1024, "mlp_d6w1024"),
     "t2i-1024-1.4b": Size((1024, 1024), 1536, "mlp_d6w1536"),
-    "t2v-480-0.6b": Size((480, 768), 1024, "mlp_d3w1280", num_frames=33),
+    "t2v-480-0.6b": Size((480, 768), 1024, "mlp_d3w1280", num_frames=33, scheduler="ddpm"),
 }
 BATCHES = {  # samples of a training step on one device
     "t2i-512-0.6b": 16,
@@ -78,11 +81,10 @@ def build(size: Size, device: torch.device, dtype: torch.dtype) -> NovaPipeline:
         )
         vae = AutoencoderKLOpenSora() if video else image_autoencoder(size)
         fill_zeros(transformer)
-    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
     settings = CheckpointSettings(defaults=Defaults(num_frames=size.num_frames))
     for part in (transformer, vae):
         nn.Module.to(part, dtype)  # diffusers' own warns of layers to be kept in float32, of which there are none
-    return NovaPipeline(transformer.eval(), scheduler, vae.eval(), settings=settings)
+    return NovaPipeline(transformer.eval(), new_scheduler(size.scheduler), vae.eval(), settings=settings)
 
 
 def image_autoencoder(size: Size) -> Any:

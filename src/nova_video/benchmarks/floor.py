@@ -147,4 +147,4 @@ def temporal_steps(plan: Plan, tokens: int, condition: int) -> Iterator[tuple[in
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
+    return sum(value.numel() * value.element_size() for value in module.state_dict().values())

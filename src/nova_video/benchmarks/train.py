@@ -33,13 +33,14 @@ from nova_video.devices import choose_device
 from nova_video.errors import InputError
 from nova_video.loading import load_scheduler, load_transformer
 from nova_video.model import NOVATransformer3DModel
+from nova_video.sampling.schedulers import new_scheduler
 from nova_video.settings import AttentionKernels, CheckpointSettings, check_number
 from nova_video.training.checkpoint import Average
 from nova_video.training.flops import device_peak
 from nova_video.training.processes import Processes
 from nova_video.training.recipe import DatasetTransformerRecipe, OptimizerRecipe
 from nova_video.training.trainer import Stepper, choose_kernels, make_optimizer
-from nova_video.training.transformer import Batch, TransformerTask, Variant, new_scheduler
+from nova_video.training.transformer import Batch, TransformerTask, Variant
 
 PARTS = 10  # of the distribution of the numbers of revealed tokens
 
@@ -280,7 +281,7 @@ def open_model(config: str, asked: AskedTraining, device: torch.device) -> Opene
     size = SIZES.get(config)
     if size is not None:
         size = resized(size, *asked.size) if asked.size else size
-        model, scheduler = build(size, device, torch.float32).transformer, new_scheduler("ddpm")
+        model, scheduler = build(size, device, torch.float32).transformer, new_scheduler(size.scheduler)
         frames, stride, pixels = size.num_frames, 8, size.image_size
     else:
         folder = checkpoint(config)

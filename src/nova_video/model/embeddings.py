@@ -77,17 +77,19 @@ class Rotary:
 
 
 class TextEmbed(nn.Module):
-    """Prompt features over the head of a learned padding table, then LN(proj(.)).
+    """Prompt features over the head of a padding table, then LN(proj(.)).
 
-    The null prompt of classifier-free guidance is a prompt of length 0: the padding table alone.
+    The table is a buffer: random, stored with the weights and never trained, as in the released models. The null
+    prompt of classifier-free guidance is a prompt of length 0: the padding table alone.
     """
 
     def __init__(self, token_dim: int, token_len: int, width: int, table_len: int = TABLE_LEN) -> None:
         super().__init__()
+        self.weight: Tensor
         self.token_len = token_len
         self.proj = nn.Linear(token_dim, width)
         self.norm = nn.LayerNorm(width)
-        self.weight = nn.Parameter(torch.empty(table_len, token_dim).normal_(std=0.02))
+        self.register_buffer("weight", torch.empty(table_len, token_dim).normal_(std=0.02))
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         """features (B, T', token_dim), T' <= token_len, of which the first lengths (B,) count -> (B, token_len, D)."""

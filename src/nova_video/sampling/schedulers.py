@@ -7,11 +7,11 @@ another one makes noise, and says nothing. `TrainedNoise` is what a checkpoint's
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 from nova_video.errors import InputError
 
@@ -109,6 +109,13 @@ def _check_diffusion(scheduler: Any, trained: TrainedNoise, learned: str) -> Non
             f"scheduler is {name} with the betas of {config.get('beta_schedule')}, {len(kept)} steps: expected those"
             f" that this checkpoint was trained with: {name}.from_config(pipe.scheduler.config)"
         )
+
+
+def new_scheduler(name: Literal["flow", "ddpm"]) -> Any:
+    """The noise schedule of a released model: flow matching for 1024 px, DDPM for the others."""
+    if name == "flow":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
 
 
 def request_scheduler(scheduler: Any, flow_shift: float | None) -> Any:

@@ -117,18 +117,28 @@ def put(value: Tensor, into: Tensor) -> None:
 
 
 def gather_state(model: nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that a step changes, by name, on the CPU: weights that are not trained are those the run started from. All
-    processes take part."""
+    """All that a step changes, by name, on the CPU, and its `tables_of`. Weights that are not trained are those the
+    run started from. All processes take part."""
 
     def kept(value: Tensor) -> Tensor:
         return whole(value.detach()).cpu().contiguous().clone()
 
-    tensors = {f"model.{name}": kept(value) for name, value in average.weights.items()}
+    tensors = {f"model.{name}": kept(value) for name, value in (*average.weights.items(), *tables_of(model).items())}
     tensors |= {f"ema.{name}": kept(value) for name, value in average.averages.items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = kept(torch.as_tensor(value))
     return tensors
+
+
+def tables_of(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers of the modules that learn, by name: a run from scratch would draw others."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        if any(parameter.requires_grad for parameter in module.parameters())
+        for name, buffer in module.named_buffers(recurse=False)
+    }
 
 
 def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, Tensor], keep: int) -> Path:
@@ -194,8 +204,16 @@ def load_checkpoint(path: Path, model: nn.Module, average: Average, optimizer: t
         hint = "" if before is None else f"; without it the run goes on from {before}"
         raise InputError(f"checkpoint {path} cannot be read: {first_line(error)}{hint}") from error
 
+    tables = tables_of(model)
+    for name in tables:
+        trained = [key for key in tensors if key == f"ema.{name}" or key.startswith(f"optimizer.{name}.")]
+        if trained:
+            log.warning("checkpoint %s: %s was trained so far, and stays as it is from here on", path, name)
+        for key in trained:
+            del tensors[key]
     targets: dict[str, Tensor] = {f"model.{name}": value for name, value in average.weights.items()}
     targets |= {f"ema.{name}": value for name, value in average.averages.items()}
+    targets |= {f"model.{name}": value for name, value in tables.items() if f"model.{name}" in tensors}
     moments = {f"optimizer.{name}.{key}": p for name, p in average.weights.items() for key in MOMENTS}
     steps = {f"optimizer.{name}.step": name for name in average.weights}
     for name in [

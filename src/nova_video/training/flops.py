@@ -74,7 +74,7 @@ def step_parts(
     tokens = (grid[0] // patch) * (grid[1] // patch)  # L
     temporal, scored = tokens // 4, tokens - visible  # Lc, S
     condition = model.text_embed.token_len  # T
-    text = products(model.text_embed.proj, batch * condition, model.text_embed.weight.requires_grad)
+    text = products(model.text_embed.proj, batch * condition, learned_before=False)
     if model.motion_embed is not None:
         condition += 2
         text += embedding(model.motion_embed.flow_proj, batch) + embedding(model.motion_embed.fps_proj, batch)

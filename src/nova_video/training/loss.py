@@ -6,7 +6,7 @@ Legend as in `model/transformer.py`; R is `loss_repeat`, V the number of reveale
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -20,6 +20,8 @@ from nova_video.model.transformer import ApplyBlock
 from nova_video.model.vit import Block
 from nova_video.training.blocks import TemporalMasks
 
+VideoLoss = Literal["mean", "released"]
+"""How the frames of a clip are weighed: alike, or as the released trainer does."""
 TIME_BINS = 10
 """Parts of the noise table whose losses are told apart."""
 
@@ -31,18 +33,24 @@ class NoiseTable:
     data_scale: Tensor  # (1000,)
     noise_scale: Tensor  # (1000,)
     timestep: Tensor  # (1000,) what the network is given
-    flow: bool
+    prediction: Literal["flow", "epsilon", "v_prediction", "sample"]
+    """What the network has to predict, by the scheduler's own name."""
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, device: torch.device | str) -> "NoiseTable":
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             fresh = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
             sigma = fresh.sigmas[: fresh.config.num_train_timesteps].float()
-            return cls((1 - sigma).to(device), sigma.to(device), fresh.timesteps.float().to(device), flow=True)
+            return cls((1 - sigma).to(device), sigma.to(device), fresh.timesteps.float().to(device), "flow")
         if isinstance(scheduler, DDPMScheduler):
             kept = scheduler.alphas_cumprod.float()
             steps = torch.arange(len(kept), dtype=torch.float32)
-            return cls(kept.sqrt().to(device), (1 - kept).sqrt().to(device), steps.to(device), flow=False)
+            found = scheduler.config.prediction_type
+            if found not in ("epsilon", "v_prediction", "sample"):
+                raise InputError(
+                    f"the scheduler's prediction_type is {found!r}: expected epsilon, v_prediction or sample"
+                )
+            return cls(kept.sqrt().to(device), (1 - kept).sqrt().to(device), steps.to(device), found)
         raise InputError(
             f"scheduler {type(scheduler).__name__}: training knows DDPM and FlowMatchEulerDiscrete schedulers"
         )
@@ -50,7 +58,7 @@ class NoiseTable:
     def draw_index(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         """Indices into the tables: uniform for DDPM, floor(1000 sigmoid(normal)) for flow matching (logit-normal)."""
         count, device = len(self.timestep), self.timestep.device
-        if self.flow:
+        if self.prediction == "flow":
             normal = torch.randn(shape, generator=generator, device=device)
             return (count * normal.sigmoid()).long().clamp(max=count - 1)
         return torch.randint(count, shape, generator=generator, device=device)
@@ -59,7 +67,11 @@ class NoiseTable:
         """data, noise (..., P), index (...) -> a point on the path and what the network has to predict there."""
         scale, sigma = self.data_scale[index].unsqueeze(-1), self.noise_scale[index].unsqueeze(-1)
         noisy = scale * data + sigma * noise
-        return noisy, (noise - data if self.flow else noise)
+        if self.prediction == "flow":
+            return noisy, noise - data
+        if self.prediction == "v_prediction":
+            return noisy, scale * noise - sigma * data
+        return noisy, noise if self.prediction == "epsilon" else data
 
 
 @dataclass(frozen=True)
@@ -184,8 +196,14 @@ def losses(
     return Losses(by_frame.sum(), by_frame, bin_sum, inside.sum((1, 2)))
 
 
+def minimised(found: Losses, video_loss: VideoLoss) -> Tensor:
+    """The number that training goes down, of the loss's frames."""
+    return found.total if video_loss == "mean" else torch.stack([*loss_parts(found.by_frame).values()]).sum()
+
+
 def loss_parts(per_frame: Tensor) -> dict[str, Tensor]:
-    """The numbers the paper's training logs: `loss` for images, `loss_t2i` and `loss_i2i` for videos."""
+    """The numbers the paper's training logs: `loss` for images, `loss_t2i` and `loss_i2i` for videos. The released
+    trainer minimises the sum of the latter two."""
     frames = len(per_frame)
     if frames == 1:
         return {"loss": per_frame[0]}

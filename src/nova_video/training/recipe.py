@@ -309,7 +309,8 @@ class TransformerRun(RunRecipe):
     scheduler: Literal["flow", "ddpm", "init"] = "flow"
     """Schedule of the noise; init: as `init` has it."""
     frozen: tuple[str, ...] = ()
-    """Parts that stay as they are, by the beginning of their names, such as video_pos_embed."""
+    """Parts that stay as they are, by the beginning of their names, such as video_pos_embed. The padding table
+    (text_embed.weight) always does."""
     visible: tuple[int, ...] = ()
     """Numbers of revealed tokens that batches are trained with; empty: the paper's truncated normal."""
     visible_probability: tuple[float, ...] = ()
@@ -322,6 +323,9 @@ class TransformerRun(RunRecipe):
     suit cuDNN's attention."""
     loss_repeat: int = 2
     """Noise draws for each scored token."""
+    video_loss: Literal["mean", "released"] = "mean"
+    """How the frames of a clip are weighed. mean: alike. released: the sum of loss_t2i and loss_i2i, as the released
+    trainer has it: the first frame weighs as much as all later ones together, and the sum is about twice the mean."""
     prompt_dropout: float = 0.1
     """Share of the samples whose prompt is replaced by the null prompt."""
     motion_dropout: float = 0.5
@@ -380,6 +384,14 @@ class TransformerRecipe(TransformerRun):
     """In a world: stage one on images, stage two on clips from stage one's weights (`init`)."""
 
     data: DataRecipe = field(default_factory=DataRecipe)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.video_loss == "released" and self.data.window is not None:
+            raise InputError(
+                f"data.window is {self.data.window} and video_loss is 'released': expected 'mean', a window's first"
+                " frames are not learned"
+            )
 
 
 @dataclass(frozen=True)

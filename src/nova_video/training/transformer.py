@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from nova_video.autoencoders import scale_latents
@@ -22,6 +21,7 @@ from nova_video.model import NOVATransformer3DModel, mask_ratios
 from nova_video.model.transformer import spatial_patch
 from nova_video.model.vit import Block
 from nova_video.pipeline import NovaPipeline
+from nova_video.sampling.schedulers import new_scheduler
 from nova_video.settings import CheckpointSettings
 from nova_video.training.blocks import TemporalMasks, checkpointed, compile_blocks
 from nova_video.training.flops import step_flops
@@ -35,6 +35,7 @@ from nova_video.training.loss import (
     draw_per_sample,
     loss_parts,
     losses,
+    minimised,
     visible_tokens,
 )
 from nova_video.training.recipe import SMALL, ModelRecipe, TransformerRun
@@ -154,7 +155,7 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
     def named(self, found: Losses) -> LossParts:
         """As they are logged: by noise level as pairs of a sum and a count."""
         by_frame, frames = found.by_frame.detach(), len(found.by_frame)
-        parts: LossParts = {**loss_parts(by_frame), "loss": found.total}
+        parts: LossParts = {**loss_parts(by_frame), "loss": minimised(found, self.recipe.video_loss)}
         counts = found.bin_count.float()
         parts |= {f"loss_time_{i}": (found.bin_sum[i], counts[i]) for i in range(TIME_BINS)}
         if frames > 1:
@@ -305,7 +306,7 @@ def match_prefixes(field: str, prefixes: tuple[str, ...], names: Any) -> None:
 
 def freeze(model: nn.Module, prefixes: tuple[str, ...]) -> None:
     """Parts whose names begin so are not trained."""
-    match_prefixes("frozen", prefixes, [name for name, _ in model.named_parameters()])
+    match_prefixes("frozen", prefixes, list(model.state_dict()))
     for name, parameter in model.named_parameters():
         if prefixes and name.startswith(prefixes):
             parameter.requires_grad_(False)
@@ -341,19 +342,12 @@ def make_scheduler(recipe: TransformerRun) -> Any:
     if recipe.lora.rank:
         of_init = load_scheduler(resolve_checkpoint(recipe.init))
         ours, theirs = (NoiseTable.from_scheduler(each, "cpu") for each in (scheduler, of_init))
-        if ours.flow != theirs.flow or not torch.equal(ours.noise_scale, theirs.noise_scale):
+        if ours.prediction != theirs.prediction or not torch.equal(ours.noise_scale, theirs.noise_scale):
             raise InputError(
                 f"scheduler is {recipe.scheduler!r}, and {recipe.init!r} with its adapters is used with another:"
                 " expected 'init'"
             )
     return scheduler
-
-
-def new_scheduler(name: str) -> Any:
-    """The schedule of noise that a model trained from scratch gets."""
-    if name == "flow":
-        return FlowMatchEulerDiscreteScheduler()
-    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
 
 
 def draw_latents(moments: Tensor, vae: Any, generator: torch.Generator | None = None) -> Tensor:

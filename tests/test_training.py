@@ -23,6 +23,7 @@ from torch import nn
 
 from nova_video.arguments import one_line_errors
 from nova_video.autoencoders import AutoencoderKLCausalTiny
+from nova_video.data import EmojiWorld
 from nova_video.data.shapes import prepare_shapes
 from nova_video.errors import InputError
 from nova_video.training import trainer as trainer_module
@@ -62,6 +63,7 @@ from nova_video.training.trainer import (
 )
 from nova_video.training.transformer import Variant
 from nova_video.training.world_task import WorldTask, stretch
+from nova_video.vocabulary import Vocabulary
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 
@@ -531,8 +533,11 @@ def test_a_world_s_schedule_is_that_of_init(transformer_recipe: TransformerRecip
 def test_the_loop_writes_what_it_says(transformer_recipe: TransformerRecipe) -> None:
     recipe = replace(transformer_recipe, log=replace(LOG, validate_every=6))
     folder = train(recipe)
-    parts = {"transformer", "vae", "scheduler", "nova.json", "recipe.toml", "README.md"}
+    parts = {"transformer", "vae", "scheduler", "nova.json", "vocabulary.json", "recipe.toml", "README.md"}
     assert {path.name for path in folder.iterdir()} == parts
+    assert Vocabulary.load(folder) == EmojiWorld.load(recipe.data.world).vocabulary(
+        recipe.data.frames, recipe.data.pairs > 0
+    )
     size = ModelRecipe(("vit_d2w64", "vit_d2w64", "mlp_d1w64"), -1, True, 16, 5, (128, 128))
     assert load_recipe(folder / "recipe.toml") == replace(recipe, model=size)  # nothing is left open
     for part in ("transformer", "vae"):

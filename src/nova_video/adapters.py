@@ -7,6 +7,7 @@ it away; of several, `set_adapters` says which are used and how much. What is no
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from nova_video.model.lora import (
     save_lora,
     unfuse,
 )
+from nova_video.settings import CheckpointSettings
 
 COMPONENTS = ("transformer",)
 
@@ -38,6 +40,7 @@ class AdapterMixin(LoraBaseMixin):
     _lora_loadable_modules = ["transformer"]
     transformer: NOVATransformer3DModel
     config: Any
+    settings: CheckpointSettings
     _unfused: dict[str, Unfused] | None = None
     """The weights before adapters were added to them; None: none is."""
     _fp8: Any
@@ -75,6 +78,7 @@ class AdapterMixin(LoraBaseMixin):
             raise InputError(f"adapter {pretrained_model_name_or_path}: no LoRA that peft can make: {reason}") from None
         self.transformer.eval()
         self.transformer.set_adapters([name], [scale])
+        self.settings = replace(self.settings, vocabulary=None)  # the adapter may know other words
         learned = (adapter.settings or {}).get(LORA_BASE)
         here = getattr(self.config, "_name_or_path", None)
         if learned and here and learned not in (here, lasting_name(here)):

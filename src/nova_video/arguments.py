@@ -208,6 +208,18 @@ class Info:
     """Print it as JSON."""
 
 
+@dataclass(frozen=True)
+class Words:
+    """Print the words that a model of a small world knows: names, backgrounds, motions, and its sentences."""
+
+    search: Annotated[Positional[str], arg(metavar="SEARCH", help_behavior_hint="")] = ""
+    """Only those with this text in them."""
+    model: Annotated[str, arg(metavar="NAME")] = MODEL
+    """As for `nova generate`."""
+    json: bool = False
+    """Print them as JSON."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encode:
     """Encode videos and pictures with captions into a dataset to train on. A run that was stopped goes on where it
@@ -536,6 +548,7 @@ Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Edit, subcommand("edit")]
     | Annotated[Info, subcommand("info")]
+    | Annotated[Words, subcommand("words")]
     | Annotated[Encode, subcommand("encode")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Any, subcommand("evaluate", description="Measure a model.", constructor_factory=lambda: Benchmarks)]

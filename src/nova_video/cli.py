@@ -32,6 +32,7 @@ from nova_video.arguments import (
     Generate,
     Info,
     Train,
+    Words,
     one_line_errors,
     parse,
 )
@@ -39,6 +40,7 @@ from nova_video.cli_bench import run_bench_presets, run_bench_sample, run_bench_
 from nova_video.cli_data import run_data_inspect, run_encode
 from nova_video.cli_evaluate import run_evaluate_beyond, run_evaluate_drift, run_evaluate_emoji
 from nova_video.cli_generate import run_edit, run_generate
+from nova_video.cli_words import run_words
 from nova_video.errors import InputError, Terminated
 from nova_video.io.text import printable
 
@@ -123,6 +125,7 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
     Generate: run_generate,
     Edit: run_edit,
     Info: run_info,
+    Words: run_words,
     Encode: run_encode,
     Train: run_train,
     EvaluateEmoji: run_evaluate_emoji,

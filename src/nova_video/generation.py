@@ -139,6 +139,7 @@ class Generation:
         given: GivenPixels | None = None,
         emitted: int = 0,
         notes: dict[str, Any] | None = None,
+        warnings: tuple[str, ...] = (),
     ) -> None:
         self.pipe = pipe
         self.plan = plan
@@ -153,6 +154,8 @@ class Generation:
         """Frames handed out by streams: pixel frames or, with output_type "latent", latent frames."""
         self.notes: dict[str, Any] = notes or {}
         """Anything that JSON can hold; saved with the state."""
+        self.warnings = warnings
+        """What of the prompts the model does not know, one line each."""
         self._lock = threading.Lock()  # held while a set is made: between two of them the state is whole
 
     @property

@@ -132,6 +132,8 @@ def make_record(
     record["model"] = args.model or MODEL
     if args.lora is not None:
         record |= {"lora": str(args.lora), "lora_scale": 1.0 if args.lora_scale is None else args.lora_scale}
+    if generation.warnings:
+        record["warnings"] = list(generation.warnings)
     return {**record, "settings": settings, "nova_video": __version__}
 
 

@@ -78,7 +78,7 @@ def resolve_checkpoint(
             revision=revision,
             token=token,
             local_files_only=local_files_only,
-            allow_patterns=[*wanted, "nova.json", "model_index.json"],
+            allow_patterns=[*wanted, "nova.json", "vocabulary.json", "model_index.json"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -46,6 +46,7 @@ from nova_video.saving import load_generation
 from nova_video.settings import CheckpointSettings, Defaults
 from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.timeline import Timeline
+from nova_video.vocabulary import HINT
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -146,6 +147,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         settings = CheckpointSettings.load(folder)
         if "scheduler" in given and "transformer" not in given and (folder / "scheduler").is_dir():
             settings = replace(settings, noise=TrainedNoise.of(load_scheduler(folder)))
+        if "transformer" in given:
+            settings = replace(settings, vocabulary=None)  # the words of the one that is not used
         if "text_encoder" in given:
             settings = replace(settings, text_encoder=None)  # the name of the one that is not used
         parts = load_parts(folder, given, lambda part: _dtype_of(part, torch_dtype))
@@ -368,6 +371,10 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         elif request.output_type != "latent":
             self.require_vae(f"output_type {request.output_type!r}")
         generators = self._generators(request, generator, plan.batch)
+        unknown = self._unknown_words(request, plan)
+        if unknown:
+            lines = (line if line.endswith("?") else f"{line}." for line in unknown)
+            log.warning("%s %s", " ".join(lines), HINT)
         try:
             random = RandomState(generators, self.execution_device, self.transformer.dtype)
             with span(self.stopwatch, "text"):
@@ -400,6 +407,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             bare=plan.batch == 1 and request.is_single,
             seeds=tuple(g.initial_seed() for g in generators),
             given=pixels,
+            warnings=unknown,
         )
 
     def _generators(self, request: GenerateRequest, generator: Generators | None, batch: int) -> list[torch.Generator]:
@@ -474,6 +482,13 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
                 self._compiled = False
 
     # Text ---------------------------------------------------------------------------------------------------------
+
+    def _unknown_words(self, request: GenerateRequest, plan: Plan) -> tuple[str, ...]:
+        """What of a request's prompts is beyond the checkpoint's vocabulary, if it has one."""
+        if self.settings.vocabulary is None:
+            return ()
+        prompts = [text for timeline in request.prompts or [] for text in timeline.values]
+        return self.settings.vocabulary.check(prompts, request.negative_prompts or [], picture=plan.num_frames == 1)
 
     def _prompt_features(self, request: GenerateRequest, plan: Plan) -> tuple[list[list[Tensor]], list[Tensor]]:
         """Features (tokens, width) of every prompt for each of its moments, and of a negative for each, if guided."""

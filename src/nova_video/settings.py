@@ -6,13 +6,14 @@ Defaults and their bounds are written here and nowhere else; `request.py` and `p
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from nova_video.errors import InputError
+from nova_video.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from nova_video.sampling.schedulers import TrainedNoise
@@ -101,25 +102,27 @@ def check_setting(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """The optional `nova.json` beside a checkpoint's parts."""
+    """The optional `nova.json` and `vocabulary.json` beside a checkpoint's parts."""
 
     text_encoder: str | None = None
     """Looked up by name when a call needs it and the folder has no text_encoder/ of its own."""
     defaults: Defaults = Defaults()
     noise: "TrainedNoise | None" = field(default=None, compare=False)
     """The noise schedule that the weights were trained with; not in the file, since scheduler/ tells it."""
+    vocabulary: Vocabulary | None = None
+    """All words that the model knows, in a file of its own. None: any text."""
 
     @classmethod
     def load(cls, folder: Path) -> "CheckpointSettings":
         """Read from a checkpoint folder; the released values where there is no such file."""
-        path = folder / SETTINGS_FILE
+        path, vocabulary = folder / SETTINGS_FILE, Vocabulary.load(folder)
         if not path.is_file():
-            return cls()
+            return cls(vocabulary=vocabulary)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error})") from None
-        return cls.from_json(values, path)
+        return replace(cls.from_json(values, path), vocabulary=vocabulary)
 
     @classmethod
     def from_json(cls, values: object, path: str | Path = SETTINGS_FILE) -> "CheckpointSettings":
@@ -143,6 +146,8 @@ class CheckpointSettings:
 
     def save(self, folder: Path) -> None:
         (folder / SETTINGS_FILE).write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
+        if self.vocabulary is not None:
+            self.vocabulary.save(folder)
 
 
 def _check_keys(path: str | Path, prefix: str, values: object, known: list[str]) -> None:

@@ -6,10 +6,11 @@ The first wording of each kind is the main form, which evaluation uses:
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nova_video.data.words import COLORS, MIRRORED, MOTIONS, PLAIN, RELATIONS, SPEEDS
+from nova_video.vocabulary import Vocabulary, WordList
 
 # {thing}: an object with its article; {action}: "moving left slowly"; {manner}: "slowly moving left"; {color}: "blue";
 # {backdrop}: "a blue background".
@@ -23,6 +24,8 @@ CLIP_WORDINGS: tuple[str, ...] = (
     "{thing}, {action}, {color} background",
     "{color} background, {thing} {manner}",
 )
+# No wordings of training, but drawn as well: the judge found all of 16 backgrounds and motions, and 15 objects.
+OTHER_CLIP_WORDINGS: tuple[str, ...] = ("{thing} on {backdrop} {action}", "{thing} on {backdrop} {manner}")
 IMAGE_WORDINGS: tuple[str, ...] = (
     "{thing} on {backdrop}",
     "{thing} is on {backdrop}",
@@ -44,6 +47,19 @@ PAIR_WORDINGS: tuple[str, ...] = (
     "{first} {relation} {second}, {color} background",
     "{color} background, {first} {relation} {second}",
 )
+
+
+IGNORED = ("a", "an", "the", "is", "are")  # words that change nothing about a caption
+_PLACES = {  # a wording's field -> what stands there, in the terms of a vocabulary
+    "thing": "{object}",
+    "first": "{object}",
+    "second": "{object}",
+    "relation": "{relation}",
+    "action": "{motion} [{speed}]",
+    "manner": "[{speed}] {motion}",
+    "color": "{background}",
+    "backdrop": "{background}",
+}
 
 
 @dataclass(frozen=True)
@@ -132,6 +148,33 @@ def parse_caption(caption: str, names: Sequence[str]) -> Scene | None:
                     return Scene(thing, color)
                 return Scene(thing, color, said["motion"], said["before"] or said["after"] or SPEEDS[PLAIN])
     return None
+
+
+def caption_vocabulary(names: Mapping[str, Sequence[str]], clips: bool, pictures: bool, pairs: bool) -> Vocabulary:
+    """The words of the captions above, about objects of these names by group, and the kinds of captions trained on."""
+    words = [WordList("object", group.replace("-", " and "), tuple(named)) for group, named in names.items()]
+    words.append(WordList("background", "backgrounds", tuple(f"{color} background" for color in COLORS)))
+    if clips:
+        words.append(WordList("motion", "motions", MOTIONS))
+        words.append(WordList("speed", "speeds", tuple(filter(None, SPEEDS))))
+    if pairs:
+        words.append(WordList("relation", "relations of two objects, in pictures", RELATIONS + MIRRORED))
+    return Vocabulary(
+        tuple(words),
+        tuple(dict.fromkeys(map(_template, CLIP_WORDINGS + OTHER_CLIP_WORDINGS))) if clips else (),
+        tuple(dict.fromkeys(map(_template, IMAGE_WORDINGS * pictures + PAIR_WORDINGS * pairs))),
+        IGNORED,
+    )
+
+
+def _template(wording: str) -> str:
+    """A wording as a template of a vocabulary: all may be absent but the objects and how they stand to each other."""
+    parts = []
+    for before, field in re.findall(r"((?:\w+ )*)\{(\w+)\}", wording.replace(",", "")):
+        words = " ".join(word for word in before.split() if word not in (*IGNORED, "background"))
+        part = f"{words} {_PLACES[field]}".strip()
+        parts.append(part if field in ("thing", "first", "second", "relation") else f"[{part}]")
+    return " ".join(parts)
 
 
 def _pattern(wording: str) -> re.Pattern[str]:

@@ -7,6 +7,7 @@ per batch: a clip's frames are stacked into one tall canvas, and the grid says w
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from nova_video.data.captions import (
     CLIP_WORDINGS,
     IMAGE_WORDINGS,
     PAIR_WORDINGS,
+    caption_vocabulary,
     clip_caption,
     image_caption,
     pair_caption,
@@ -28,6 +30,7 @@ from nova_video.data.clips import CANVAS, PAIR_SIZES, SIZES, SPAN, ClipSpec, Obj
 from nova_video.data.motion import MotionTable
 from nova_video.data.words import BACKGROUNDS, COLORS, MOTIONS, PLAIN, RELATIONS, SPEEDS, STILL
 from nova_video.errors import InputError
+from nova_video.vocabulary import Vocabulary
 
 FORMAT = 1
 TILE = 80  # pixels, side of an object's tile in the atlas
@@ -228,6 +231,13 @@ class EmojiWorld:
                 caption = clip_caption(name, MOTIONS[motion], SPEEDS[speed], backdrop, wording)
             captions.append(caption)
         return captions
+
+    def vocabulary(self, frames: Sequence[int], pairs: bool) -> Vocabulary:
+        """The words of captions of clips of these lengths (1: pictures), with pictures of two objects or without."""
+        groups: dict[str, list[str]] = {}
+        for name, group in zip(self.names, self.info.groups, strict=True):
+            groups.setdefault(group, []).append(name)
+        return caption_vocabulary(groups, clips=max(frames) > 1, pictures=1 in frames, pairs=pairs and 1 in frames)
 
     def motion_scores(self, spec: ClipSpec) -> Tensor:
         """(N,) mean optical flow in pixels a frame, from the table; nothing moves in an image."""

@@ -21,6 +21,7 @@ from nova_video.evaluation.judge import Judge
 from nova_video.evaluation.report import contact_sheet
 from nova_video.loading import load_autoencoder, resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel
+from nova_video.settings import CheckpointSettings
 from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.training.pool import Rows
 from nova_video.training.recipe import TransformerRecipe
@@ -34,6 +35,7 @@ from nova_video.training.transformer import (
     make_model,
     make_scheduler,
 )
+from nova_video.vocabulary import Vocabulary
 
 ENCODE = 256  # clips that go through the autoencoder together
 
@@ -44,6 +46,15 @@ def stretch(latents: Tensor, window: int) -> Tensor:
     start = torch.randint(1, frames - window + 2, (batch, 1), device=latents.device)
     index = torch.cat([torch.zeros_like(start), start + torch.arange(window - 1, device=latents.device)], dim=1)
     return latents.gather(2, index[:, None, :, None, None].expand(-1, latents.shape[1], -1, *latents.shape[3:]))
+
+
+def _vocabulary(recipe: TransformerRecipe, world: EmojiWorld) -> Vocabulary | None:
+    """The words of the world and of the model that training starts from; None where that one reads any text."""
+    learned = world.vocabulary(recipe.data.frames, recipe.data.pairs > 0)
+    if not recipe.init:
+        return learned
+    known = CheckpointSettings.load(resolve_checkpoint(recipe.init)).vocabulary
+    return None if known is None else known + learned
 
 
 class WorldTask(TransformerTask):
@@ -67,6 +78,7 @@ class WorldTask(TransformerTask):
         self.grid = (CANVAS // stride, CANVAS // stride)
         self.data, self.pools = recipe.data, Pools(recipe.data, recipe.seed, self.make_rows)
         frames = (max(recipe.data.frames) - 1) // 4 + 1
+        self.vocabulary = _vocabulary(recipe, self.world)
         super().__init__(replace(recipe, model=size), model, make_scheduler(recipe), device, frames)
 
     # Samples ------------------------------------------------------------------------------------------------------
@@ -192,3 +204,5 @@ class WorldTask(TransformerTask):
 
     def export(self, model: NOVATransformer3DModel, folder: Path) -> None:
         self.export_parts(model, self.vae, self.recipe.text_encoder, folder)
+        if self.vocabulary is not None and not self.recipe.lora.rank:
+            self.vocabulary.save(folder)

@@ -431,7 +431,7 @@ def test_failed_writes_name_the_file(run: Run, tiny_checkpoint: Path, monkeypatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(media, "_write_mp4", full)
+    monkeypatch.setattr(media, "_write_video", full)
     code, _, err = run("generate", "a whale", "--num-frames", 5, "--model", tiny_checkpoint, *QUICK)
     assert (code, err) == (2, "nova: a-whale.mp4: No space left on device\n")
     assert files() == []
@@ -616,8 +616,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "negative seed": (["generate", "a whale", "--seed", "-1"], "seed is -1"),
     "no rate": (["generate", "a whale", "--fps", "0"], "fps is 0.0"),
     "wrong size": (["generate", "a whale", "--size", "large"], "size is 'large', expected WIDTHxHEIGHT"),
-    "unknown extension": (["generate", "a whale", "-o", "x.avi"], "'.avi', expected .mp4, .webp, .gif or .png"),
-    "no extension": (["generate", "a whale", "-o", "x"], "expected .mp4, .webp, .gif or .png"),
+    "unknown extension": (["generate", "a whale", "-o", "x.avi"], "'.avi', expected .mp4, .mov, .webm, "),
+    "no extension": (["generate", "a whale", "-o", "x"], "expected .mp4, .mov, .webm, .webp, "),
     "no output folder": (["generate", "a whale", "-o", "none/x.mp4"], "there is no folder none"),
     "no seconds": (["generate", "a whale", "--seconds", "0"], "seconds is 0.0: expected a number of more than 0"),
     "negative seconds": (["generate", "a whale", "--seconds", "-2"], "seconds is -2.0"),
@@ -866,7 +866,7 @@ def test_interrupted_while_writing(run: Run, tiny_checkpoint: Path, monkeypatch:
         Path(str(_[1])).write_bytes(b"half a clip")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(media, "_write_mp4", interrupted)
+    monkeypatch.setattr(media, "_write_video", interrupted)
     assert run("generate", "a whale", "-o", "x.mp4", "--model", tiny_checkpoint, *QUICK) == (
         130,
         "",

@@ -1,4 +1,4 @@
-"""Pictures and clips to files and back: mp4, webp, gif and png, each with a JSON record of how it was made.
+"""Pictures and clips to files and back, in the formats of `SUFFIXES`, each with a JSON record of how it was made.
 
 A file appears whole or not at all: it is written beside its place under a hidden name and then renamed. `LiveWriter` is
 the exception: its mp4 grows in place, and plays while it does. A png, webp or gif of several frames is animated.
@@ -9,14 +9,15 @@ import errno
 import json
 import logging
 import os
+import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -30,10 +31,16 @@ from nova_video.io.files import naming
 
 Frames = NDArray[np.uint8]  # (F, H, W, 3)
 
-SUFFIXES = (".mp4", ".webp", ".gif", ".png")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".webm")
+STILL_SUFFIXES = (".jpg", ".jpeg")  # formats of one picture alone
+PICTURE_SUFFIXES = (".webp", ".gif", ".png", *STILL_SUFFIXES)
+SUFFIXES = VIDEO_SUFFIXES + PICTURE_SUFFIXES
+FRAME_NAME = "frame-{:04d}.png"  # a frame in a folder of frames, counted from 1
 PNG_KEY = "nova"  # the text chunk of a png
-EXIF_DESCRIPTION = 0x010E  # the EXIF field of a webp
+EXIF_DESCRIPTION = 0x010E  # the EXIF field of a webp or jpg
+JPEG_EXIF_LIMIT = 65000  # bytes: a segment of a jpg holds no more
 MP4_OPTIONS = {"crf": "16", "preset": "medium"}  # near transparent: these clips are short and small
+WEBM_OPTIONS = {"crf": "18", "b": "0", "row-mt": "1"}  # of VP9, by quality alone
 LIVE_OPTIONS = MP4_OPTIONS | {"tune": "zerolatency"}  # no frame waits in the encoder for later ones
 LIVE_CONTAINER = {"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
 SURE_DURATION = (
@@ -110,11 +117,41 @@ def write_media(frames: Frames, path: str | Path, fps: float, metadata: dict[str
     _check_frames(frames, fps)
     record = json.dumps(metadata)  # plain ASCII, so that every format can hold it
     suffix = path.suffix.lower()
+    if suffix in STILL_SUFFIXES and len(frames) > 1:
+        raise InputError(f"cannot write {path}: {suffix[1:]} holds one picture, expected another format for a clip")
     with atomic_path(path) as temporary:
-        if suffix == ".mp4":
-            _write_mp4(frames, temporary, fps, record)
+        if suffix in VIDEO_SUFFIXES:
+            _write_video(frames, temporary, suffix, fps, record)
         else:
             _write_pictures(frames, temporary, suffix, fps, record)
+
+
+def check_folder_of_frames(folder: Path) -> None:
+    """Raises for a folder that frames could not be written to as the only files in it."""
+    if folder.suffix.lower() in SUFFIXES:
+        raise InputError(f"cannot write frames to {folder}: its extension is that of one file, expected a folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"cannot write frames to {folder}: expected a new or an empty folder")
+    if not folder.parent.is_dir():
+        raise InputError(f"cannot write {folder}: there is no folder {folder.parent}")
+    check_writable(folder.parent)
+
+
+def write_frames(frames: Frames, folder: Path, metadata: dict[str, Any]) -> None:
+    """Writes each frame as a png into a new or empty folder: frame-0001.png and so on, each with the record."""
+    _check_frames(frames, 1)
+    check_folder_of_frames(folder)
+    record = json.dumps(metadata)
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        with naming(folder, part):
+            part.mkdir()
+            for index, frame in enumerate(frames, 1):
+                with naming(folder, part / FRAME_NAME.format(index)):
+                    _write_pictures(frame[None], part / FRAME_NAME.format(index), ".png", 1, record)
+            os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _check_frames(frames: Frames, fps: float) -> None:
@@ -124,12 +161,16 @@ def _check_frames(frames: Frames, fps: float) -> None:
         raise InputError(f"fps is {fps}, expected a number above 0")
 
 
-def _write_mp4(frames: Frames, path: Path, fps: float, record: str) -> None:
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+def _write_video(frames: Frames, path: Path, suffix: str, fps: float, record: str) -> None:
+    flags = {} if suffix == ".webm" else {"movflags": "+faststart"}
+    with av.open(str(path), "w", format=suffix[1:], options=flags) as container:
         container.metadata["comment"] = record
-        stream = _add_h264(container, frames.shape[1:3], fps, MP4_OPTIONS)
+        if suffix == ".webm":
+            stream = _add_stream(container, "libvpx-vp9", frames.shape[1:3], fps, WEBM_OPTIONS)
+        else:
+            stream = _add_stream(container, "libx264", frames.shape[1:3], fps, MP4_OPTIONS)
         for pixels in frames:
-            container.mux(_encode_h264(stream, pixels))
+            container.mux(_encode(stream, pixels))
         container.mux(stream.encode())
 
 
@@ -186,7 +227,7 @@ class LiveWriter:
             self._container = av.open(str(self.path), "w", format="mp4", options=LIVE_CONTAINER)
             self._container.metadata["comment"] = self._record
             self._size = frame.shape[:2]
-            self._stream = _add_h264(self._container, self._size, self.fps, LIVE_OPTIONS)
+            self._stream = _add_stream(self._container, "libx264", self._size, self.fps, LIVE_OPTIONS)
             self._stream.codec_context.gop_size = max(int(self.fps), 1)  # players join at a keyframe: one each second
             for packet in self._kept:
                 packet.stream = self._stream
@@ -195,7 +236,7 @@ class LiveWriter:
         if frame.shape[:2] != self._size:
             height, width = self._size
             raise InputError(f"a frame is {frame.shape[0]}x{frame.shape[1]}, expected {height}x{width} as the first")
-        self._container.mux(self._later(_encode_h264(self._stream, frame)))
+        self._container.mux(self._later(_encode(self._stream, frame)))
 
     def close(self) -> None:
         """Ends the file; nothing can be written after it."""
@@ -278,10 +319,14 @@ def _rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
-def _add_h264(
-    container: av.container.OutputContainer, size: tuple[int, int], fps: float, options: dict[str, str]
+def _add_stream(
+    container: av.container.OutputContainer,
+    codec: Literal["libx264", "libvpx-vp9"],
+    size: tuple[int, int],
+    fps: float,
+    options: dict[str, str],
 ) -> av.VideoStream:
-    stream = container.add_stream("libx264", rate=_rate(fps), options=options)
+    stream = container.add_stream(codec, rate=_rate(fps), options=options)
     stream.height, stream.width = (side + side % 2 for side in size)  # yuv420p has even sizes only
     stream.pix_fmt = "yuv420p"
     stream.codec_context.colorspace = Colorspace.ITU709  # named in the file, so that every player decodes it alike
@@ -290,7 +335,7 @@ def _add_h264(
     return stream
 
 
-def _encode_h264(stream: av.VideoStream, pixels: NDArray[np.uint8]) -> list[av.Packet]:
+def _encode(stream: av.VideoStream, pixels: NDArray[np.uint8]) -> list[av.Packet]:
     """One frame (H, W, 3) -> the packets that the encoder has ready."""
     height, width = pixels.shape[:2]
     even = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -315,6 +360,15 @@ def _write_pictures(frames: Frames, path: Path, suffix: str, fps: float, record:
         exif = Image.Exif()
         exif[EXIF_DESCRIPTION] = record
         first.save(path, format="WEBP", exif=exif.tobytes(), quality=90, method=4, **settings)
+    elif suffix in STILL_SUFFIXES:
+        exif = Image.Exif()
+        if len(record) < JPEG_EXIF_LIMIT:
+            exif[EXIF_DESCRIPTION] = record
+        else:
+            log.warning(
+                "the jpg is written without its record, which has %d bytes: it holds at most 65000", len(record)
+            )
+        first.save(path, format="JPEG", exif=exif.tobytes(), quality=95, subsampling=0)
     else:
         first, *rest = [image.quantize(256, dither=Image.Dither.NONE) for image in (first, *rest)]
         if rest:
@@ -324,11 +378,13 @@ def _write_pictures(frames: Frames, path: Path, suffix: str, fps: float, record:
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The record that `write_media` left in a file."""
+    if Path(path).is_dir():
+        path = next(iter(sorted(Path(path).glob("frame-*.png"))), path)
     path = _existing(path)
     record: Any = None
-    if path.suffix.lower() == ".mp4":
+    if path.suffix.lower() in VIDEO_SUFFIXES:
         with _open_video(path) as container:
-            record = container.metadata.get("comment")
+            record = _comment(container.metadata)
     else:
         with _open_image(path) as image:
             if isinstance(image, PngImagePlugin.PngImageFile):
@@ -345,6 +401,11 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise InputError(f"{path} carries no record of how it was made")
     return metadata
+
+
+def _comment(metadata: Mapping[str, str]) -> str | None:
+    """The comment of a video; Matroska writes the key in capitals."""
+    return metadata.get("comment", metadata.get("COMMENT"))
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -377,7 +438,7 @@ def read_frames(path: str | Path) -> tuple[Frames, float]:
     A frame of an animated picture that is shown for longer comes several times: files hold equal frames as one.
     """
     path = _existing(path)
-    if path.suffix.lower() not in SUFFIXES[1:]:
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
         with _open_video(path) as container:
             try:
                 rate = float(container.streams.video[0].average_rate or 0)

@@ -20,6 +20,7 @@ from nova_video.benchmarks.configs import SIZES, Size
 from nova_video.loading import outline_transformer
 from nova_video.media import write_media
 from nova_video.model import NOVATransformer3DModel
+from nova_video.text.encoders import encode_batch
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "num_diffusion_steps": 2}
 TINY = "vit_d1w64", "vit_d2w64", "mlp_d1w64"
@@ -184,3 +185,32 @@ def test_every_command_opens_a_published_folder(
     trained = NovaPipeline.from_pretrained("run/model")
     trained.set_progress_bar_config(disable=True)
     assert len(trained("a red whale", num_frames=1, **QUICK).images) == 1
+
+
+@pytest.mark.parametrize("folder", ["published-flow", "published-video"])
+def test_sentences_give_the_recorded_result(folder: str) -> None:
+    """From the text encoder's features to latents and pixels; one prompt is longer than the model reads."""
+    case = json.loads((CONFORMANCE / folder / "cases.json").read_text())["cases"]["generate_text"]
+    tensors = load_file(CONFORMANCE / folder / "generate_text.safetensors")
+    pipe = NovaPipeline.from_pretrained(CONFORMANCE / folder)
+    pipe.set_progress_bar_config(disable=True)
+    features, lengths = encode_batch(
+        pipe.tokenizer, pipe.text_encoder, [*case["prompt"], case["negative_prompt"]], 10, torch.device("cpu")
+    )
+    recorded = [*(tensors[f"prompt_embeds.{i}"] for i in range(2)), tensors["negative_prompt_embeds.0"]]
+    for row, length, expected in zip(features, lengths, recorded, strict=True):
+        torch.testing.assert_close(row[:length], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    frames = 4 * (case.get("max_latent_length", 1) - 1) + 1
+    names = ("prompt", "negative_prompt", "num_inference_steps", "num_diffusion_steps", "guidance_scale")
+    request = {name: case[name] for name in names}
+
+    def made(output_type: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(case["seed"])
+        result = pipe(**request, num_frames=frames, generator=generator, output_type=output_type)
+        return result.images if result.frames is None else result.frames
+
+    latents = tensors["latents"]
+    torch.testing.assert_close(made("latent"), latents, rtol=0, atol=1e-4 * float(latents.abs().max()))
+    if "pixels" in tensors:
+        pixels = (tensors["pixels"] / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(made("pt"), pixels, rtol=0, atol=1e-4)

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from nova_video.pipeline import NovaPipeline
-from nova_video.sampling.diffusion import request_scheduler
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.random import RandomState
+from nova_video.sampling.schedulers import request_scheduler
 from nova_video.sampling.state import SamplingState, Segment
 
 

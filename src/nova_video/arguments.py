@@ -221,6 +221,18 @@ class Words:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Make a checkpoint that opens of what the released trainer wrote. The only command that reads pickles, safely."""
+
+    source: Annotated[Positional[Path], arg(metavar="SOURCE")]
+    """The trainer's checkpoint-N, its ema_checkpoints, or a file of weights such as diffusion_pytorch_model.bin."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
+    """New folder to write."""
+    base: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """The model that the training began with: a folder or a released name. Its other parts complete the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Encode:
     """Encode videos and pictures with captions into a dataset to train on. A run that was stopped goes on where it
     was."""
@@ -549,6 +561,7 @@ Command = (
     | Annotated[Edit, subcommand("edit")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Words, subcommand("words")]
+    | Annotated[Convert, subcommand("convert")]
     | Annotated[Encode, subcommand("encode")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Any, subcommand("evaluate", description="Measure a model.", constructor_factory=lambda: Benchmarks)]

@@ -21,6 +21,7 @@ from nova_video.arguments import (
     BenchPresets,
     BenchSample,
     BenchTrain,
+    Convert,
     DataEmoji,
     DataInspect,
     DataShapes,
@@ -107,6 +108,12 @@ def run_train(args: Train) -> None:
         print(folder)
 
 
+def run_convert(args: Convert) -> None:
+    from nova_video.convert import convert
+
+    print(convert(args.source, args.output, args.base))
+
+
 def run_data_emoji(args: DataEmoji) -> None:
     from nova_video.data.emoji import prepare_emoji
 
@@ -126,6 +133,7 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
     Edit: run_edit,
     Info: run_info,
     Words: run_words,
+    Convert: run_convert,
     Encode: run_encode,
     Train: run_train,
     EvaluateEmoji: run_evaluate_emoji,

@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -41,6 +41,8 @@ PART_CLASSES: dict[str, type] = {
     "tokenizer": PreTrainedTokenizerBase,
 }
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+T = TypeVar("T")
 
 # Names that diffusers itself renames when it loads an old autoencoder: the attention of its middle block.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -205,13 +207,14 @@ def read_autoencoder(folder: Path, torch_dtype: torch.dtype | None = None) -> An
     return load_component(outline, folder, torch.float32 if overflows and torch_dtype is torch.float16 else torch_dtype)
 
 
-def outline_autoencoder(folder: Path) -> Any:
-    """The autoencoder of shapes alone, of the class that its weights fit.
+def outline_autoencoder(folder: Path, stored: Mapping[str, Sequence[int]] | None = None) -> Any:
+    """The autoencoder of shapes alone, of the class that its weights fit. `stored`: their shapes, if known.
 
     The class that the config names is tried first: a released config may bear another name, or none.
     """
     name = read_json(folder / "config.json").get("_class_name")
-    stored = read_shapes(find_weights(folder, DIFFUSERS_WEIGHTS).files)
+    if stored is None:
+        stored = read_shapes(find_weights(folder, DIFFUSERS_WEIGHTS).files)
     problem = None
     for cls in sorted(AUTOENCODERS, key=lambda cls: cls.__name__ != name):
         try:
@@ -339,7 +342,7 @@ def load_component(outline: ModelMixin, folder: Path, torch_dtype: torch.dtype |
 def check_weights(folder: Path, outline: ModelMixin, stored: Mapping[str, Sequence[int]]) -> None:
     """The keys and shapes in a folder's files are those of the model, or an InputError names those that are not."""
     expected = {key: tuple(value.shape) for key, value in outline.state_dict().items()}
-    named = {_current_name(key, expected): tuple(shape) for key, shape in stored.items()}
+    named = {key: tuple(shape) for key, shape in current_names(outline, stored).items()}
     missing = [key for key in expected if key not in named]
     extra = [key for key in named if key not in expected]
     wrong = [
@@ -387,6 +390,12 @@ def component_folder(checkpoint: Path, name: str) -> Path:
             " --lora, or by load_lora_weights"
         )
     raise InputError(f"{checkpoint}: has no {name}/: expected a checkpoint with transformer/ and scheduler/ at least")
+
+
+def current_names(outline: ModelMixin, stored: Mapping[str, T]) -> dict[str, T]:
+    """The same values under the names that diffusers reads old ones as."""
+    expected = outline.state_dict().keys()
+    return {_current_name(key, expected): value for key, value in stored.items()}
 
 
 def _current_name(key: str, expected: Container[str]) -> str:

@@ -38,12 +38,23 @@ def find_weights(folder: Path, base: str) -> Weights:
             return Weights([single], variant)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
-        hint = f"; nova convert {shlex.quote(str(folder.parent))} -o NEW_FOLDER converts them"
         raise InputError(
             f"{folder}: has only pickled weights, {pickles[0]}: expected {base}.safetensors"
-            + (hint if base == DIFFUSERS_WEIGHTS else "")
+            + (f"; {_convert_line(folder)} makes them of these" if base == DIFFUSERS_WEIGHTS else "")
         )
     raise InputError(f"{folder}: has no weights: expected {base}.safetensors")
+
+
+def has_weights(folder: Path, base: str) -> bool:
+    """True if the folder has safetensors files, whole or in part."""
+    return any(folder.glob(f"{base}*.safetensors"))
+
+
+def _convert_line(folder: Path) -> str:
+    """The command that converts the pickled weights of a part."""
+    checkpoint = folder.parent if folder.name in ("transformer", "vae") else folder
+    base = "" if (checkpoint / "scheduler").is_dir() else " --base MODEL"
+    return f"nova convert {shlex.quote(str(checkpoint))}{base} -o NEW_FOLDER"
 
 
 def read_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:

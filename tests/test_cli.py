@@ -145,6 +145,73 @@ def test_several_sentences(run: Run, tiny_checkpoint: Path) -> None:
     assert np.array_equal(media.read_frames("x-2.png")[0], media.read_frames("alone.png")[0])
 
 
+def test_several_pictures_of_a_sentence_and_a_sheet(run: Run, tiny_checkpoint: Path) -> None:
+    """Made together, each is the one of its own seed as alone, to rounding; the sheet shows them."""
+    common = ["--model", tiny_checkpoint, *QUICK]
+    flags = ["-n", 2, "--batch", 3, "--sheet", "sheet.png", "--format", "png", "-o", "out", "--seed", 7]
+    code, out, err = run("generate", "a whale", "the red apple", *flags, *common)
+    names = ["out/1-a-whale.png", "out/2-a-whale.png", "out/3-the-red-apple.png", "out/4-the-red-apple.png"]
+    assert (code, out.split(), err) == (0, [*names, "sheet.png"], "")
+    records = [media.read_metadata(name) for name in names]
+    assert [(record["prompt"], record["seed"]) for record in records] == [
+        ("a whale", 7),
+        ("a whale", 8),
+        ("the red apple", 9),
+        ("the red apple", 10),
+    ]
+    run("generate", "the red apple", "-o", "alone.png", "--seed", 9, *common)
+    together, alone = (media.read_frames(name)[0].astype(int) for name in (names[2], "alone.png"))
+    assert np.abs(together - alone).max() <= 2
+    assert np.abs(together - media.read_frames(names[3])[0]).max() > 50
+    with Image.open("sheet.png") as sheet:
+        assert sheet.width > 1000
+        assert len(np.unique(np.asarray(sheet.convert("L")))) > 100
+    line = run("generate", "a whale", "--sheet", "sheet.jpg", "--json", *common)[1].splitlines()[-1]
+    assert json.loads(line) == {"sheet": "sheet.jpg"}
+
+
+def test_a_batch_that_finds_no_memory(
+    run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nobody chose its size, the results are made one at a time."""
+    from nova_video import cli_generate
+
+    made: list[int] = []
+
+    def make(*arguments: object) -> None:
+        made.append(len(arguments[4]))  # type: ignore[arg-type]
+        if made[-1] > 1:
+            raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(cli_generate, "_make", make)
+    monkeypatch.setattr(cli_generate, "_own_batch", lambda *_: 4)
+    assert run("generate", "a whale", "-n", 5, "--model", tiny_checkpoint)[0] == 0
+    assert made == [4, 1, 1, 1, 1, 1]
+    assert "no memory for 4 at once: they are made one at a time" in caplog.text
+    code, _, err = run("generate", "a whale", "-n", 5, "--batch", 2, "--model", tiny_checkpoint)
+    assert (code, "out of memory: expected a smaller --batch, fewer frames" in err) == (2, True)
+
+
+def test_formats(run: Run, tiny_checkpoint: Path) -> None:
+    """Of files in a folder that is made, in the current one, and of a folder of frames."""
+    common = ["--model", tiny_checkpoint, "--num-frames", 2, "--seed", 3, *QUICK]
+    for flags, name in [
+        (["--format", "webm"], "a-whale.webm"),
+        (["--format", "mov", "-o", "new"], "new/a-whale.mov"),
+        (["--format", "frames"], "a-whale"),
+        (["--format", "frames", "-o", "seq"], "seq"),
+    ]:
+        assert run("generate", "a whale", *flags, *common) == (0, f"{name}\n", "")
+        assert json.loads(run("info", name, "--json")[1])["seed"] == 3
+    assert sorted(path.name for path in Path("seq").iterdir()) == ["frame-0001.png", "frame-0002.png"]
+    for arguments, message in [
+        (["--format", "frames", "-o", "seq"], "cannot write frames to seq: expected a new or an empty folder"),
+        (["--format", "jpg"], "got 2 frames for a jpg: expected 1, or another format"),
+    ]:
+        code, _, err = run("generate", "a whale", *arguments, *common)
+        assert (code, err) == (2, f"nova: {message}\n")
+
+
 def test_names_come_from_the_sentence(run: Run, tiny_checkpoint: Path) -> None:
     common = ["--model", tiny_checkpoint, *QUICK]
     assert run("generate", "A whale, moving left!", *common)[1] == "a-whale-moving-left.png\n"
@@ -580,13 +647,20 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "misspelt sub-command": (["bench", "sampel"], "unknown command sampel: expected sample\n"),
     "sentence without a command": (["a whale"], "no command is given before 'a whale': expected one, as in: nova"),
     "unknown option": (["generate", "a whale", "--xyzzy"], "--xyzzy: expected what nova generate --help lists"),
-    "misspelt option": (["generate", "a whale", "--sede=3"], "unknown option --sede: expected --seed\n"),
+    "misspelt option": (["generate", "a whale", "--sede=3"], "unknown option --sede: expected --seed or "),
     "half an option": (["generate", "a whale", "--num_fr", "3"], "unknown option --num-fr: expected --num-frames\n"),
     "option with two meanings": (["generate", "a whale", "--steps", "3"], "expected --sets (sets of tokens that a fra"),
     "sentence as an option": (["generate", "--prompt", "a whale"], "--prompt: expected the sentence in quotes"),
     "misspelt option of a group": (["bench", "sample", "--config", "x", "--repeat", "1"], "expected --repeats\n"),
     "one argument too many": (["info", "plain.png", "an owl"], "'an owl' is one too many: expected what nova info"),
     "not a number by an alias": (["generate", "a whale", "--cfg", "x"], "--cfg is 'x': expected --cfg SCALE (got"),
+    "two formats": (["generate", "a whale", "-o", "x.png", "--format", "mp4"], "got --format mp4 and --output x.png"),
+    "format in no folder": (["generate", "a whale", "-o", "none/x", "--format", "mp4"], "there is no folder none"),
+    "no number of pictures": (["generate", "a whale", "-n", "0"], "num_images is 0: expected"),
+    "batch of one": (["generate", "a whale", "--batch", "3"], "batch is 3 with one result: expected several"),
+    "clips of a timeline": (["generate", "a whale", "-n", "2", "--live"], "got --live with 2 results: expected one"),
+    "sheet that is no picture": (["generate", "a whale", "--sheet", "x.mp4"], "cannot write the sheet x.mp4: expected"),
+    "live frames": (["generate", "a whale", "--live", "--format", "webm"], "cannot write webm while it is made"),
     "size twice": (["generate", "a whale", "--size", "8x8", "-W", "8"], "got --size with --width or --height"),
     "not a number": (["generate", "a whale", "--num-frames", "five"], "--num-frames"),
     "unknown choice": (["generate", "a whale", "--dtype", "float8"], "'float8'"),

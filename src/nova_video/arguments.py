@@ -32,6 +32,7 @@ Preset = Literal["exact", "balanced", "fast"]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 Solver = Literal["own", "dpm++"]
+Format = Literal["mp4", "mov", "webm", "webp", "gif", "png", "jpg", "frames"]
 PartName = Literal[
     "continue", "continue-long", "steer", "steer-anywhere", "steer-alone", "inpaint", "inpaint-empty", "inpaint-pair"
 ]
@@ -85,7 +86,11 @@ class Making:
     """The flags of every command that makes something. None: not given."""
 
     output: Output = None
-    """File to write (mp4, webp, gif or png), numbered if there are several sentences. If absent, named after it."""
+    """File to write, numbered if there are several, or a folder for files that are named after their sentences. If
+    absent, the current folder."""
+    format: Annotated[Format | None, one_of(Format), arg(help_behavior_hint="(default: as --output says)")] = None
+    """Format of the files: of a clip mp4 and of a picture png, if --output does not say. frames: a folder of frames,
+    frame-0001.png and so on; with -o FOLDER that one, if it is new or empty."""
     model: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=f"(default: {MODEL})")] = None
     """`emoji` (the model in the box), a checkpoint folder, or the name of a released checkpoint."""
     lora: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
@@ -152,6 +157,14 @@ class Generate(Making):
     """One or several sentences, each in quotes; every one gives a file."""
     prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """A text file with one sentence a line."""
+    num_images: Annotated[int, arg(metavar="N", aliases=["-n", "--num-images-per-prompt"])] = 1
+    """Pictures or clips of each sentence, each with the next seed."""
+    batch: Annotated[
+        int | None, arg(metavar="N", aliases=["--batch-size"], help_behavior_hint="(default: 4 on a GPU, else 1)")
+    ] = None
+    """Pictures or clips that are made together: faster, and each as it is alone, to rounding."""
+    sheet: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Draw all of them on one page (png, jpg or webp), with sentences and seeds."""
     num_frames: Annotated[int | None, arg(metavar="N", aliases=["--frames"], help_behavior_hint=OWN)] = None
     """Frames, given ones included; 1 is a picture."""
     seconds: Annotated[float | None, arg(metavar="SECONDS", help_behavior_hint="")] = None

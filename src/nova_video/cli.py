@@ -182,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _complain("another process of this run has ended; what it said tells why", LEFT_ALONE)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        return _complain(f"the device is out of memory: ask for fewer frames or a smaller size ({error})")
+        instead = "expected a smaller --batch, fewer frames, a smaller size or --low-memory"
+        return _complain(f"the device is out of memory: {instead} ({error})")
     return 0
 
 

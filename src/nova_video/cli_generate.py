@@ -5,6 +5,8 @@ loaded.
 """
 
 import contextlib
+import json
+import logging
 import math
 import os
 import re
@@ -21,6 +23,7 @@ from nova_video.io.text import read_text
 from nova_video.jobs import (
     NOTES,
     Job,
+    Sheet,
     all_held,
     carry_out,
     check_output,
@@ -28,19 +31,36 @@ from nova_video.jobs import (
     make_record,
     output_place,
     progress,
+    suffix_of,
 )
 from nova_video.script import with_script
+from nova_video.settings import check_number
 
 if TYPE_CHECKING:
     from nova_video.generation import Generation, StepCallback
     from nova_video.given import Clip
     from nova_video.memory import LowMemory
     from nova_video.pipeline import NovaPipeline
+    from nova_video.plan import Plan
     from nova_video.request import GenerateRequest
+
+log = logging.getLogger(__name__)
 
 FOR_ONE_CLIP = ("prompt_at", "motion_at", "guidance_at", "script", "live", "state")  # flags of a single sentence
 SMALL = ("low_memory", "tiled", "int8_text")  # flags for a small GPU
-WITH_RESUME = ("resume", "output", "state", "model", "device", "dtype", *SMALL, "json")  # all else is in the file
+MOST_RESULTS = 10_000  # of a sentence in one run
+SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+WITH_RESUME = (
+    "resume",
+    "output",
+    "format",
+    "state",
+    "model",
+    "device",
+    "dtype",
+    *SMALL,
+    "json",
+)  # all else is in the file
 
 
 def run_generate(args: Generate) -> None:
@@ -49,31 +69,57 @@ def run_generate(args: Generate) -> None:
         _resume(args, args.resume)
         return
     args = args if args.script is None else with_script(args)
-    prompts = _prompts(args)
+    check_number("num_images", args.num_images, 1, integer=True, high=MOST_RESULTS)
+    prompts = [prompt for prompt in _prompts(args) for _ in range(args.num_images)]
     _check_flags(args, prompts)
-    check_output(args.output, args.live)
+    check_output(args.output, args.live, args.format, several=len(prompts) > 1)
     if args.state is not None:
         check_state(args.state)
+    sheet = None if args.sheet is None else _sheet(args, args.sheet, prompts)
     requests = _requests(args, prompts)
     with all_held(args.state, _file_of_live(args)):
         pipe = _pipeline(args)
         for request in requests:
-            request.resolve(pipe.defaults, pipe.capabilities)  # what is wrong with any is said before the first is made
+            plan = request.resolve(pipe.defaults, pipe.capabilities)  # what is wrong with any is said before all work
+            _check_length(args, plan)
+        batch, made = args.batch or _own_batch(args, pipe), 0
         with progress(len(requests)) as watch:
-            for index, request in enumerate(requests):
-                _generate_one(args, prompts, index, pipe, request, watch)
+            while made < len(requests):
+                numbers = range(made, min(made + batch, len(requests)))
+                try:
+                    _make(args, pipe, prompts, requests, numbers, sheet, watch)
+                except RuntimeError as error:
+                    if type(error).__name__ != "OutOfMemoryError" or args.batch is not None or batch == 1:
+                        raise
+                    log.warning("no memory for %d at once: they are made one at a time", len(numbers))
+                    batch = 1
+                    continue
+                made = numbers.stop
+    if sheet is not None:
+        sheet.write()
+        print(json.dumps({"sheet": str(sheet.path)}) if args.json else sheet.path)
 
 
-def _generate_one(
+def _make(
     args: Generate,
-    prompts: Sequence[str],
-    index: int,
     pipe: "NovaPipeline",
-    request: "GenerateRequest",
+    prompts: Sequence[str],
+    requests: "Sequence[GenerateRequest]",
+    numbers: range,
+    sheet: Sheet | None,
     watch: "Callable[[Generation], StepCallback]",
 ) -> None:
-    generation = pipe.start(request)
-    picture = generation.plan.num_frames == 1 and not args.live
+    """The results of these numbers, in one pass of the model; each has random numbers of its own seed."""
+    import torch
+
+    request = requests[numbers[0]]
+    if len(numbers) == 1:
+        generation = pipe.start(request)
+    else:
+        seeds = [requests[number].seed or 0 for number in numbers]
+        generators = [torch.Generator(pipe.device).manual_seed(seed) for seed in seeds]
+        together = replace(request, prompt=[prompts[number] for number in numbers], seed=None)
+        generation = pipe.start(together, generators)
     given = {
         "image": _name(args.image),
         "continue": _name(args.video),
@@ -81,11 +127,39 @@ def _generate_one(
         "history_noise": args.history_noise,
         "hold_statistics": args.hold_statistics,
     }
-    record = make_record(args, request, generation, given)
-    with output_place(args.output, index, prompts, ".png" if picture else ".mp4") as path:
-        notes = {"record": record, "output": str(path), "live": args.live}
-        generation.notes[NOTES] = notes | {"device": args.device, "dtype": args.dtype}
-        carry_out(Job(generation, path, record, args.live, args.state, args.json), watch(generation))
+    records = [make_record(args, requests[number], generation, given) for number in numbers]
+    picture = generation.plan.num_frames == 1 and not args.live
+    with contextlib.ExitStack() as places:
+        paths = [
+            places.enter_context(output_place(args.output, args.format, number, prompts, picture)) for number in numbers
+        ]
+        if len(numbers) == 1:
+            notes = {"record": records[0], "output": str(paths[0]), "live": args.live, "format": args.format}
+            generation.notes[NOTES] = notes | {"device": args.device, "dtype": args.dtype}
+        job = Job(generation, paths, records, args.live, args.state, args.json, args.format == "frames", sheet)
+        carry_out(job, watch(generation))
+
+
+def _own_batch(args: Generate, pipe: "NovaPipeline") -> int:
+    """How many results are made together where nobody says it."""
+    return 4 if pipe.device.type == "cuda" and args.image is None and args.video is None else 1
+
+
+def _sheet(args: Generate, path: Path, prompts: Sequence[str]) -> Sheet:
+    from nova_video.media import check_output as check_place
+
+    if path.suffix.lower() not in SHEET_SUFFIXES:
+        raise InputError(f"cannot write the sheet {path}: expected {', '.join(SHEET_SUFFIXES)}")
+    check_place(path)
+    title = prompts[0] if len(set(prompts)) == 1 else f"{len(prompts)} results of {len(set(prompts))} sentences"
+    return Sheet(path, title, f"made by {args.model or MODEL}")
+
+
+def _check_length(args: Generate, plan: "Plan") -> None:
+    """Raises for a clip in a format of one picture."""
+    suffix = suffix_of(args.output, args.format, picture=plan.num_frames == 1)
+    if suffix.lower() in (".jpg", ".jpeg") and plan.num_frames != 1:
+        raise InputError(f"got {plan.num_frames} frames for a {suffix[1:]}: expected 1, or another format")
 
 
 def _file_of_live(args: Generate) -> Path | None:
@@ -103,10 +177,11 @@ def _resume(args: Generate, path: Path) -> None:
     notes = read_notes(path).get(NOTES)
     if notes is None:
         raise InputError(f"{path} was not kept by nova generate --state: expected a file that was")
+    wanted = args.format or notes.get("format")
     if notes["live"] and args.output is not None:
         raise InputError(f"got --output with a live clip: expected none, {path} goes on with {notes['output']}")
     output = args.output or Path(notes["output"])
-    check_output(output, notes["live"])
+    check_output(output, notes["live"], wanted)
     if args.state is not None:
         check_state(args.state)
     record = notes["record"]
@@ -121,7 +196,8 @@ def _resume(args: Generate, path: Path) -> None:
         )
         generation = pipe.resume(path)
         with progress(1) as watch:
-            carry_out(Job(generation, output, record, notes["live"], args.state or path, args.json), watch(generation))
+            job = Job(generation, [output], [record], notes["live"], args.state or path, args.json, wanted == "frames")
+            carry_out(job, watch(generation))
 
 
 def run_edit(args: Edit) -> None:
@@ -131,7 +207,7 @@ def run_edit(args: Edit) -> None:
     if args.mask is None and args.strength is None and args.outpaint is None:
         raise InputError(f"nothing of {args.file} would be kept: expected --mask, --strength or --outpaint")
     prompt = _text("the sentence", args.prompt)
-    check_output(args.output)
+    check_output(args.output, wanted=args.format)
     clip = _picture_or_clip(args.file)
     masks = None if args.mask is None else masks_of(read_masks(args.mask), clip)
     if args.outpaint is not None:
@@ -151,8 +227,9 @@ def run_edit(args: Edit) -> None:
         "outpaint": args.outpaint,
     }
     record = make_record(args, request, generation, given)
-    with progress(1) as watch, output_place(args.output, 0, [prompt], ".png" if len(clip) == 1 else ".mp4") as path:
-        carry_out(Job(generation, path, record, as_json=args.json), watch(generation))
+    with progress(1) as watch, output_place(args.output, args.format, 0, [prompt], len(clip) == 1) as path:
+        job = Job(generation, [path], [record], as_json=args.json, as_frames=args.format == "frames")
+        carry_out(job, watch(generation))
 
 
 def _picture_or_clip(path: Path) -> "Clip":
@@ -219,7 +296,16 @@ def _check_flags(args: Generate, prompts: Sequence[str]) -> None:
     if len(prompts) > 1:
         for name in FOR_ONE_CLIP:
             if getattr(args, name):
-                raise InputError(f"got {_flag(name)} with {len(prompts)} sentences: expected one, it is for one clip")
+                what = "sentences" if args.num_images == 1 else "results"
+                raise InputError(f"got {_flag(name)} with {len(prompts)} {what}: expected one, it is for one clip")
+    elif args.batch is not None and args.batch > 1:
+        raise InputError(f"batch is {args.batch} with one result: expected several sentences, or --num-images")
+    if args.batch is not None:
+        check_number("batch", args.batch, 1, integer=True, high=MOST_RESULTS)
+        if args.batch > 1 and (args.image is not None or args.video is not None):
+            raise InputError(f"batch is {args.batch} with a given picture or clip: expected 1")
+    if args.sheet is not None and args.live:
+        raise InputError("got --sheet with --live: expected one of them")
     if args.image is not None and args.video is not None:
         raise InputError("got both of --image and --continue: expected one of them")
     if args.seconds == math.inf and not args.live:

@@ -149,6 +149,8 @@ def write_frames(frames: Frames, folder: Path, metadata: dict[str, Any]) -> None
             for index, frame in enumerate(frames, 1):
                 with naming(folder, part / FRAME_NAME.format(index)):
                     _write_pictures(frame[None], part / FRAME_NAME.format(index), ".png", 1, record)
+            if folder.exists():
+                folder.rmdir()  # empty, as it was found to be
             os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

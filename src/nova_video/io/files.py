@@ -25,11 +25,23 @@ def naming(path: Path, *others: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reserved(path: Path) -> Iterator[bool]:
-    """Holds a name that no file has yet by an empty file; False where the name is taken.
+def reserved(path: Path, is_folder: bool = False) -> Iterator[bool]:
+    """Holds a name that no file has yet by an empty file or folder; False where the name is taken.
 
-    The empty file is removed if nothing has replaced it or been written to it. One that a killed process left is taken.
+    It is removed if nothing has replaced it or been written to it. An empty file that a killed process left is taken.
     """
+    if is_folder:
+        try:
+            path.mkdir()
+        except FileExistsError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            with suppress(OSError):
+                path.rmdir()  # not if there is something in it
+        return
     descriptor = _reserve(path)
     if descriptor is None:
         yield False

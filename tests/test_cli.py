@@ -21,6 +21,7 @@ import nova_video
 from nova_video import cli, media
 from nova_video.arguments import parse
 from nova_video.errors import InputError
+from nova_video.extras import install_command
 from nova_video.io.files import held
 from nova_video.jobs import name_of
 from nova_video.memory import LowMemory
@@ -890,7 +891,7 @@ def test_missing_package_names_its_extra(run: Run, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(cli.COMMANDS, cli.Train, lacking)
     assert run("train", "x.toml")[::2] == (
         2,
-        "nova: this needs the package tensorboard: pip install 'nova-video[train]'\n",
+        f"nova: this needs the package tensorboard: {install_command('train')}\n",
     )
 
 

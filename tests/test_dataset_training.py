@@ -25,6 +25,7 @@ from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
 from nova_video.data.encode import model_text
 from nova_video.data.encoders import autoencoder_info, text_names
 from nova_video.errors import InputError
+from nova_video.extras import install_command
 from nova_video.loading import load_transformer
 from nova_video.pipeline import NovaPipeline
 from nova_video.training import dataset_task, stream
@@ -1054,7 +1055,7 @@ def test_a_full_disk_leaves_the_log(recipe: DatasetTransformerRecipe) -> None:
 def test_fp8_names_its_package(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setitem(sys.modules, "torchao.float8", None)  # importing it fails
-    with pytest.raises(InputError, match=r"precision = 'fp8' needs torchao: pip install 'nova-video\[lowmem\]'"):
+    with pytest.raises(InputError, match=re.escape(f"precision = 'fp8' needs torchao: {install_command('lowmem')}")):
         use_fp8(load_transformer(tiny_checkpoint), torch.device("cuda"))
 
 
@@ -1091,7 +1092,7 @@ def test_wrong_recipes_name_the_field(
         monkeypatch.setitem(log_module.TRACKER_PACKAGES, name, lambda: False)
         refused(f"trackers has '{name}', which is not installed: pip install {name}$", trackers=(name,))
     monkeypatch.setitem(log_module.TRACKER_PACKAGES, "tensorboard", lambda: False)
-    refused(r"which is not installed: pip install 'nova-video\[train\]'$")
+    refused(re.escape(f"which is not installed: {install_command('train')}"))
     monkeypatch.undo()
     refused("precision = 'fp8' on cpu", precision="fp8")
     pictures = write_dataset(tmp_path / "other", tiny_checkpoint, {CLIPS: 4})

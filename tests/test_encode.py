@@ -27,6 +27,7 @@ from nova_video.data.motion import flow_magnitude
 from nova_video.data.sources import SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item
 from nova_video.errors import InputError
+from nova_video.extras import install_command
 from nova_video.loading import load_autoencoder
 from nova_video.training.recipe import DatasetRecipe, DatasetTransformerRecipe, LogRecipe, ModelRecipe
 from nova_video.training.trainer import train
@@ -428,7 +429,7 @@ def test_absent_packages(
     monkeypatch.setattr(stages_module, "find_spec", lambda name: None if name == package else find(name))
     code, out, err = encode(source, tmp_path / "new", "--cuts")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "pip install 'nova-video[data]'" in err
+    assert install_command("data") in err
     assert not (tmp_path / "new").exists()
 
 

@@ -1,10 +1,14 @@
-"""The versions in constraints.txt cover every package that the extras install."""
+"""The versions in constraints.txt cover every package that the extras install, and hints name commands that work."""
 
+import json
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from nova_video.extras import install_command
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("train", "data", "eval", "demo", "docs", "lowmem", "dev")  # `flash` is for Hopper and Blackwell GPUs
@@ -39,3 +43,22 @@ def test_constraints_pin_every_package() -> None:
     assert len(found) > 80
     versions = {name: version.split("+")[0] for name, version in found.items()}  # 2.13.0+cpu is 2.13.0
     assert versions == {name: pins.get(name) for name in versions}
+
+
+@pytest.mark.parametrize(
+    ("record", "command"),
+    [
+        (None, "install 'nova-video[train]'"),
+        ({"url": "file:///a/b", "dir_info": {"editable": True}}, "install -e '/a/b[train]'"),
+        ({"url": ROOT.as_uri(), "dir_info": {"editable": True}}, "install -e '.[train]'"),
+        ({"url": "file:///a/b%20c", "dir_info": {}}, "install '/a/b c[train]'"),
+        ({"url": "https://a/b", "vcs_info": {"vcs": "git"}}, "install 'nova-video[train] @ git+https://a/b'"),
+    ],
+)
+def test_an_extra_is_installed_from_where_the_package_is_from(
+    monkeypatch: pytest.MonkeyPatch, record: dict[str, object] | None, command: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(metadata.Distribution, "read_text", lambda _, __: record and json.dumps(record))
+    monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda _, __: record and json.dumps(record))
+    assert install_command("train").endswith(command)

@@ -43,6 +43,7 @@ from nova_video.cli_evaluate import run_evaluate_beyond, run_evaluate_drift, run
 from nova_video.cli_generate import run_edit, run_generate
 from nova_video.cli_words import run_words
 from nova_video.errors import InputError, Terminated
+from nova_video.extras import install_command
 from nova_video.io.text import printable
 
 LEFT_ALONE, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
@@ -171,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
-        return _complain(f"this needs the package {error.name}: pip install 'nova-video[{EXTRAS[error.name]}]'")
+        return _complain(f"this needs the package {error.name}: {install_command(EXTRAS[error.name])}")
     except BrokenPipeError:  # who read the output has enough, as in nova info FILE | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes the rest when it ends
         return 0

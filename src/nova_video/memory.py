@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nova_video.autoencoders.base import VideoAutoencoder
 from nova_video.errors import InputError
+from nova_video.extras import install_command
 
 if TYPE_CHECKING:
     from nova_video.pipeline import NovaPipeline
@@ -90,7 +91,7 @@ def quantise(module: nn.Module) -> None:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:
         raise InputError(
-            "a text encoder in int8 needs torchao: expected it to be installed (pip install 'nova-video[lowmem]')"
+            f"a text encoder in int8 needs torchao: expected it to be installed ({install_command('lowmem')})"
         ) from None
     quantize_(module, Int8WeightOnlyConfig())
 

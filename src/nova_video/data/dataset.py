@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nova_video.errors import InputError, first_line
+from nova_video.extras import install_command
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -386,7 +387,7 @@ def open_place(place: str | Path) -> tuple["AbstractFileSystem", str]:
     try:
         import fsspec
     except ImportError as error:
-        raise InputError("datasets need fsspec: pip install 'nova-video[data]'") from error
+        raise InputError(f"datasets need fsspec: {install_command('data')}") from error
     if "://" not in str(place):  # whatever its name holds
         local = fsspec.filesystem("file")
         return local, local._strip_protocol(str(place))

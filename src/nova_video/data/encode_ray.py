@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from nova_video.data.dataset import Sample
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected
 from nova_video.errors import InputError
+from nova_video.extras import install_command
 
 if TYPE_CHECKING:
     from nova_video.data.encode import EncodeSettings
@@ -287,7 +288,7 @@ def _ray(address: str) -> Iterator[None]:
             import ray
             import ray.data
         except ImportError as error:
-            raise InputError("encoding on Ray needs ray: pip install 'nova-video[data]', or --no-ray") from error
+            raise InputError(f"encoding on Ray needs ray: {install_command('data')}, or --no-ray") from error
         if not ray.is_initialized():
             started = True
             if address == LOCAL:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nova_video.data.clips import SIZES
 from nova_video.errors import InputError
+from nova_video.extras import install_command
 
 SIZE_BUCKETS = 4  # equal parts of SIZES
 
@@ -47,7 +48,7 @@ def flow_magnitudes(frames: np.ndarray, every: int = 1) -> list[float]:
     try:
         import cv2
     except ImportError as error:
-        raise InputError("optical flow needs OpenCV: pip install 'nova-video[train]'") from error
+        raise InputError(f"optical flow needs OpenCV: {install_command('train')}") from error
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
     magnitudes = []
     for before, after in list(pairwise(gray))[::every]:

@@ -40,6 +40,7 @@ from nova_video.data.sidecars import (
 )
 from nova_video.data.stages import MEDIA, NO_RANGES, VIDEOS, Item
 from nova_video.errors import InputError, first_line
+from nova_video.extras import install_command
 from nova_video.io.folders import A_FOLDER, walk
 from nova_video.io.text import LFS_POINTER, POINTED, decode_text, parse_json, printable
 from nova_video.settings import check_number
@@ -913,7 +914,7 @@ def _loaded(place: str, load: Any) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"{place}: needs the package datasets: pip install 'nova-video[data]'") from error
+        raise InputError(f"{place}: needs the package datasets: {install_command('data')}") from error
     try:
         return load(datasets)
     except Exception as error:  # of many kinds: no such name, no network, no such split, a damaged file

@@ -36,6 +36,7 @@ from nova_video.data.dataset import TEMPORAL_STRIDE, Bucket, Sample, open_place
 from nova_video.data.motion import flow_magnitude
 from nova_video.data.sidecars import MOST_TEXT, caption_from
 from nova_video.errors import InputError
+from nova_video.extras import install_command
 from nova_video.given import SAME_RATE, fit_frames
 from nova_video.media import upright_rgb
 from nova_video.settings import check_number
@@ -509,7 +510,7 @@ def _content_detector(threshold: float) -> Any:
     try:
         from scenedetect import ContentDetector
     except ImportError as error:
-        raise InputError("scene cuts need PySceneDetect: pip install 'nova-video[data]'") from error
+        raise InputError(f"scene cuts need PySceneDetect: {install_command('data')}") from error
     return ContentDetector(threshold=threshold, min_scene_len=0)
 
 
@@ -539,7 +540,7 @@ class Motion:
 
     def __init__(self) -> None:
         if find_spec("cv2") is None:  # found before the work
-            raise InputError("optical flow needs OpenCV: pip install 'nova-video[data]'")
+            raise InputError(f"optical flow needs OpenCV: {install_command('data')}")
 
     def __call__(self, clip: Clip) -> Clip:
         return replace(clip, motion=flow_magnitude(clip.frames) if len(clip.frames) > 1 else 0.0)

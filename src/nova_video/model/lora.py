@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nova_video.errors import InputError
+from nova_video.extras import install_command
 from nova_video.model.transformer import NOVATransformer3DModel
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -35,7 +36,7 @@ def require_peft() -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise InputError("adapters need peft: expected it to be installed (pip install 'nova-video[train]')") from None
+        raise InputError(f"adapters need peft: expected it to be installed ({install_command('train')})") from None
 
 
 def adapter_names(model: NOVATransformer3DModel) -> list[str]:

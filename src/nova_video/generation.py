@@ -10,12 +10,12 @@ Legend: B clips, F latent frames, T pixel frames, C latent channels, h w latent 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from nova_video.ahead import run_ahead
@@ -25,6 +25,8 @@ from nova_video.errors import InputError
 from nova_video.model import set_sizes, unpatchify
 from nova_video.pixels import output_form, unit_frames
 from nova_video.plan import Plan
+from nova_video.record import RECORDS
+from nova_video.result import GenerateResult
 from nova_video.sampling.generate import SetDone, generate_sets
 from nova_video.sampling.state import SamplingState
 from nova_video.sampling.timing import span
@@ -36,22 +38,8 @@ StepCallback = Callable[["NovaPipeline", int, int, dict[str, Tensor]], object]
 """(pipe, step, frame, tensors) after every set; returning False stops. `step` counts the sets of the whole call,
 `frame` is the latent frame, and tensors are `latents` (B, C, h, w), zero where nothing is revealed yet, and `revealed`,
 (B, h / 2, w / 2) bool."""
-
-
-@dataclass
-class GenerateResult(BaseOutput):
-    """What a call made: `images` for one frame, `frames` otherwise, one entry a picture or clip, prompts in order."""
-
-    images: Any = None
-    frames: Any = None
-    fps: float | None = None
-    """Rate the clips are meant to be shown at."""
-    seeds: tuple[int, ...] = ()
-    """Of the generator, or of each picture's own."""
-    stopped: bool = False
-    """The callback ended the call early: here are the finished frames or, without any, the first as far as it got."""
-    generation: Any = None
-    """Of a call that was stopped: the `Generation`, to save or to go on with."""
+CALLING: ContextVar["Generation | None"] = ContextVar("calling", default=None)
+"""The generation whose callback runs in this thread."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +144,7 @@ class Generation:
         """Anything that JSON can hold; saved with the state."""
         self.warnings = warnings
         """What of the prompts the model does not know, one line each."""
+        self._interrupted = False
         self._lock = threading.Lock()  # held while a set is made: between two of them the state is whole
 
     @property
@@ -194,16 +183,21 @@ class Generation:
             made = self._latents(partial) if self.output_type == "latent" else self._pixels(partial)
         finally:
             self.pipe.maybe_free_model_hooks()
+        images, frames = None, made
+        if self.plan.num_frames == 1:
+            images, frames = made, None
+            if self.output_type != "latent":
+                images = [clip[0] for clip in made] if isinstance(made, list) else made[:, 0]
         stopped = not self.state.finished
-        result = GenerateResult(fps=self.plan.fps, seeds=self.seeds, stopped=stopped)
-        result.generation = self if stopped else None
-        if self.plan.num_frames > 1:
-            result.frames = made
-        elif self.output_type == "latent":
-            result.images = made
-        else:
-            result.images = [clip[0] for clip in made] if isinstance(made, list) else made[:, 0]
-        return result
+        return GenerateResult(
+            images=images,
+            frames=frames,
+            fps=self.plan.fps,
+            seeds=self.seeds,
+            stopped=stopped,
+            generation=self if stopped else None,
+            records=self.notes.get(RECORDS, []),
+        )
 
     def _latents(self, partial: Tensor | None) -> Tensor:
         """(B, C, F, h, w) as the sampler has them."""
@@ -313,6 +307,7 @@ class Generation:
         pipe = self.pipe
         engine = pipe.engine(self.plan.compile, self.plan.shortcuts.fp8)
         sets = generate_sets(engine.model, self.scheduler, self.state, engine, pipe.stopwatch)
+        self._interrupted, interruptions = False, pipe.interruptions
         while not self.state.finished:
             with self._lock:
                 self.pipe.bring(self.pipe.transformer)
@@ -320,10 +315,32 @@ class Generation:
             if done is None:
                 return
             yield done
-            if callback_on_step_end is not None:
-                shown = self._shown(done)
-                if callback_on_step_end(self.pipe, done.step, done.frame, shown) is False:
-                    return
+            if callback_on_step_end is not None and not self._call(callback_on_step_end, done):
+                return
+            if self._interrupted or pipe.interruptions != interruptions:
+                return
+
+    def _call(self, callback: StepCallback, done: SetDone) -> bool:
+        """Show a set to the callback; False if it stops the call."""
+        shown = self._shown(done)
+        before = CALLING.set(self)
+        try:
+            made = callback(self.pipe, done.step, done.frame, dict(shown))
+        finally:
+            CALLING.reset(before)
+        for name, tensor in made.items() if isinstance(made, dict) else ():
+            if tensor is not shown.get(name):
+                raise InputError(f"callback_on_step_end returned another {name}: expected what it got, sets are final")
+        return made is not False
+
+    @property
+    def interrupted(self) -> bool:
+        """Told to stop after the set in hand."""
+        return self._interrupted
+
+    def interrupt(self) -> None:
+        """Stop after the set in hand; another run or stream goes on from there."""
+        self._interrupted = True
 
     def _marked(self, callback_on_step_end: StepCallback | None, own: torch.cuda.Stream | None) -> Iterator["_Marked"]:
         """The same, each with what tells the consumer's CUDA stream that it is there, if it is made on another."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from nova_video.arguments import MODEL, Making
 from nova_video.console import progress_bar
@@ -26,11 +26,7 @@ if TYPE_CHECKING:
     from nova_video.media import Frames
     from nova_video.pipeline import NovaPipeline
     from nova_video.request import GenerateRequest
-    from nova_video.timeline import Timeline
 
-T = TypeVar("T")
-
-SHORTCUTS = ("solver", "last_steps", "guided_sets", "guidance_every", "fp8")  # the two others are in the numbers told
 LONGEST_NAME = 60  # bytes of a file's name that is made of a sentence
 WINDOWS_DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9¹²³]")  # names that Windows gives to no file
 NOTES = "nova generate"  # where the command's own notes are in a saved state
@@ -147,43 +143,12 @@ def make_record(
     args: Making, request: "GenerateRequest", generation: "Generation", given: dict[str, Any]
 ) -> dict[str, Any]:
     """What a file says of how it was made; `given` is what the command had beside a sentence."""
-    from nova_video import __version__
+    from nova_video import record
 
-    plan, pipe = generation.plan, generation.pipe
-    read, kept = plan.context.frames, plan.context.sink  # latent frames
-    stride = plan.temporal_stride
-    settings = {
-        "width": plan.width,
-        "height": plan.height,
-        "num_frames": plan.num_frames,
-        "fps": plan.fps,
-        **given,
-        "sets": plan.num_inference_steps,
-        "diffusion_steps": plan.num_diffusion_steps,
-        "preset": args.preset or "exact",
-        **{name: getattr(plan.shortcuts, name) for name in SHORTCUTS},
-        "guidance": _told(plan.guidance, lambda guidance: guidance.scale),
-        "motion": _told(plan.motion_flow, float),
-        "context_frames": None if read is None else stride * (read - 1) + 1,
-        "sink_frames": None if read is None else stride * (kept - 1) + 1,
-        "reanchor_frames": stride * (plan.context.reanchor or 0),
-        "device": str(pipe.device),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-    }
-    record: dict[str, Any] = {"prompt": request.prompt, "negative": args.negative, "seed": request.seed}
-    record["model"] = args.model or MODEL
+    origin: dict[str, Any] = {"model": args.model or MODEL}
     if args.lora is not None:
-        record |= {"lora": str(args.lora), "lora_scale": 1.0 if args.lora_scale is None else args.lora_scale}
-    if generation.warnings:
-        record["warnings"] = list(generation.warnings)
-    return {**record, "settings": settings, "nova_video": __version__}
-
-
-def _told(timeline: "Timeline[T]", value: Callable[[T], float]) -> float | list[list[float]]:
-    """A number, or (seconds, number) pairs as JSON has them."""
-    if timeline.is_constant:
-        return value(timeline.values[0])
-    return [[at, value(moment)] for at, moment in zip(timeline.times, timeline.values, strict=True)]
+        origin |= {"lora": str(args.lora), "lora_scale": 1.0 if args.lora_scale is None else args.lora_scale}
+    return record.make_record(request, generation, given, origin)
 
 
 # Making it ------------------------------------------------------------------------------------------------------------

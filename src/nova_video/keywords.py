@@ -11,12 +11,36 @@ from nova_video.errors import InputError
 
 OPEN_HINTS = {
     "custom_pipeline": "none: no code of a checkpoint is ever run",
+    "custom_revision": "none: no code of a checkpoint is ever run",
+    "quantization_config": "fp8=True in calls, or low_memory=LowMemory(text_encoder='int8')",
+    "device": "device_map, or pipe.to(device)",
+    "max_memory": "low_memory, by which the parts take turns on a GPU",
+    "offload_folder": "low_memory, by which the parts take turns on a GPU",
+    "offload_state_dict": "low_memory, by which the parts take turns on a GPU",
+    "output_loading_info": "none: a weight that is missing or extra is an error",
+    "proxies": "the environment variable HTTPS_PROXY",
+    "subfolder": "the folder's path with it",
 }
 """For `NovaPipeline.from_pretrained`."""
 
 CALL_HINTS = {
     "max_latent_length": "num_frames, in pixel frames: num_frames = 4 (n - 1) + 1 for n latent frames",
     "latents": "generator for a fixed start, or video with the latents of a clip to go on from",
+    "guidance_rescale": "guidance_renorm, which scales the guided prediction to the conditional one's norm",
+    "timesteps": "num_diffusion_steps: the scheduler has timesteps of its own",
+    "sigmas": "num_diffusion_steps and flow_shift: the scheduler has sigmas of its own",
+    "eta": "a scheduler that adds noise, such as DDPMScheduler",
+    "steps": "num_inference_steps for sets of tokens, num_diffusion_steps for the denoising steps of a set",
+    "num_steps": "num_inference_steps for sets of tokens, num_diffusion_steps for the denoising steps of a set",
+    "cross_attention_kwargs": "set_adapters, for the scales of adapters",
+    "joint_attention_kwargs": "set_adapters, for the scales of adapters",
+    "attention_kwargs": "set_adapters, for the scales of adapters",
+    "callback": "callback_on_step_end, which is called after every set",
+    "callback_steps": "callback_on_step_end, which is called after every set",
+    "decode_chunk_size": "pipe.enable_vae_slicing(): clips are decoded in pieces in any case",
+    "prompt_2": "prompt: there is one text encoder",
+    "clip_skip": "prompt_embeds, with features of your own",
+    "max_sequence_length": "none: prompts have as many tokens as the model was trained with",
     "spatiotemporal_guidance_scale": "image_guidance_scale; in the released code this one has no effect",
 }
 """For calls of the pipeline."""

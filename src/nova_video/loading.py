@@ -5,6 +5,7 @@ config, and optionally a `nova.json`. Released checkpoints and ours open alike: 
 keys, so there is no converter. Only safetensors are read, and whatever is wrong is an `InputError` that names it.
 """
 
+import glob
 import inspect
 import json
 import re
@@ -54,6 +55,8 @@ def resolve_checkpoint(
     revision: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
     without: Container[str] = (),
 ) -> Path:
     """The folder of a checkpoint: the one in the package ("emoji"), a local folder, or a download from the hub.
@@ -80,6 +83,8 @@ def resolve_checkpoint(
             revision=revision,
             token=token,
             local_files_only=local_files_only,
+            cache_dir=cache_dir,
+            force_download=force_download,
             allow_patterns=[*wanted, "nova.json", "vocabulary.json", "model_index.json"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -132,9 +137,17 @@ def check_parts(given: Mapping[str, Any]) -> None:
 
 
 def load_parts(
-    checkpoint: Path, given: Mapping[str, Any], dtype_of: Callable[[str], torch.dtype | None]
+    checkpoint: Path,
+    given: Mapping[str, Any],
+    dtype_of: Callable[[str], torch.dtype | None],
+    variant: str | None = None,
 ) -> dict[str, Any]:
-    """Every part by its name: the one in `given`, loaded where that is a place, or else the checkpoint's own."""
+    """Every part by its name: the one in `given`, loaded where that is a place, or else the checkpoint's own.
+
+    `variant` is that of the checkpoint's files, for the parts that have it.
+    """
+    if variant is not None and not any(checkpoint.glob(f"*/*.{glob.escape(variant)}[.-]*")):
+        raise InputError(f"variant is {variant!r}: expected one that {checkpoint} has weights of, or none")
     parts: dict[str, Any] = {}
     for name in ("scheduler", "transformer", "vae", "text_encoder", "tokenizer"):  # the quickest to fail first
         if name in given:
@@ -142,9 +155,9 @@ def load_parts(
             parts[name] = _load_from(name, part, dtype_of(name)) if isinstance(part, (str, Path)) else part
         elif name in OPTIONAL:
             folder = text_folder(checkpoint, name)
-            parts[name] = None if folder is None else _read_part(name, folder, dtype_of(name))
+            parts[name] = None if folder is None else _read_part(name, folder, dtype_of(name), variant)
         else:
-            parts[name] = _read_part(name, component_folder(checkpoint, name), dtype_of(name))
+            parts[name] = _read_part(name, component_folder(checkpoint, name), dtype_of(name), variant)
     return parts
 
 
@@ -157,20 +170,22 @@ def _load_from(name: str, place: str | Path, torch_dtype: torch.dtype | None) ->
     return _read_part(name, folder / name if (folder / name).is_dir() else folder, torch_dtype)
 
 
-def _read_part(name: str, folder: Path, torch_dtype: torch.dtype | None) -> Any:
+def _read_part(name: str, folder: Path, torch_dtype: torch.dtype | None, variant: str | None = None) -> Any:
     if name == "tokenizer":
         return load_tokenizer(str(folder))
     if name == "scheduler":
         return read_scheduler(folder)
     read = {"transformer": read_transformer, "vae": read_autoencoder, "text_encoder": read_text_encoder}[name]
-    return read(folder, torch_dtype)
+    return read(folder, torch_dtype, variant)
 
 
-def read_transformer(folder: Path, torch_dtype: torch.dtype | None = None) -> NOVATransformer3DModel:
+def read_transformer(
+    folder: Path, torch_dtype: torch.dtype | None = None, variant: str | None = None
+) -> NOVATransformer3DModel:
     """The transformer from its own folder."""
     outline = outline_transformer(folder)
-    check_text_conditional(folder, read_shapes(find_weights(folder, DIFFUSERS_WEIGHTS).files))
-    model: NOVATransformer3DModel = load_component(outline, folder, torch_dtype)
+    check_text_conditional(folder, read_shapes(find_weights(folder, DIFFUSERS_WEIGHTS, variant).files))
+    model: NOVATransformer3DModel = load_component(outline, folder, torch_dtype, variant)
     return model
 
 
@@ -196,25 +211,28 @@ def check_text_conditional(folder: Path, stored: Iterable[str]) -> None:
         )
 
 
-def read_autoencoder(folder: Path, torch_dtype: torch.dtype | None = None) -> Any:
+def read_autoencoder(folder: Path, torch_dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
     """The autoencoder from its own folder.
 
     An image autoencoder overflows in float16 and stays in float32, as in diffusers' pipelines for it, unless its config
     says `force_upcast` false. The published configs leave the key out, and diffusers' default is true.
     """
-    outline = outline_autoencoder(folder)
+    outline = outline_autoencoder(folder, variant=variant)
     overflows = isinstance(outline, AutoencoderKL) and outline.config.force_upcast
-    return load_component(outline, folder, torch.float32 if overflows and torch_dtype is torch.float16 else torch_dtype)
+    torch_dtype = torch.float32 if overflows and torch_dtype is torch.float16 else torch_dtype
+    return load_component(outline, folder, torch_dtype, variant)
 
 
-def outline_autoencoder(folder: Path, stored: Mapping[str, Sequence[int]] | None = None) -> Any:
+def outline_autoencoder(
+    folder: Path, stored: Mapping[str, Sequence[int]] | None = None, variant: str | None = None
+) -> Any:
     """The autoencoder of shapes alone, of the class that its weights fit. `stored`: their shapes, if known.
 
     The class that the config names is tried first: a released config may bear another name, or none.
     """
     name = read_json(folder / "config.json").get("_class_name")
     if stored is None:
-        stored = read_shapes(find_weights(folder, DIFFUSERS_WEIGHTS).files)
+        stored = read_shapes(find_weights(folder, DIFFUSERS_WEIGHTS, variant).files)
     problem = None
     for cls in sorted(AUTOENCODERS, key=lambda cls: cls.__name__ != name):
         try:
@@ -249,11 +267,13 @@ def read_scheduler(folder: Path) -> Any:
         raise InputError(f"{path}: no {name} can be made of it: {first_line(error)}") from None
 
 
-def read_text_encoder(folder: Path, torch_dtype: torch.dtype | None = None) -> PreTrainedModel:
+def read_text_encoder(
+    folder: Path, torch_dtype: torch.dtype | None = None, variant: str | None = None
+) -> PreTrainedModel:
     """The text encoder from its own folder. Its weights have no keys that the encoder does not know."""
     read_json(folder / "config.json")
-    stored = read_shapes(find_weights(folder, TRANSFORMERS_WEIGHTS).files)
-    model = load_text_model(str(folder), torch_dtype)
+    stored = read_shapes(find_weights(folder, TRANSFORMERS_WEIGHTS, variant).files)
+    model = load_text_model(str(folder), torch_dtype, variant=variant)
     _check_text_keys(folder, stored, model)
     return model
 
@@ -326,9 +346,11 @@ def _find_adapter(name_or_path: str | Path, weight_name: str) -> Path:
         ) from None
 
 
-def load_component(outline: ModelMixin, folder: Path, torch_dtype: torch.dtype | None = None) -> Any:
+def load_component(
+    outline: ModelMixin, folder: Path, torch_dtype: torch.dtype | None = None, variant: str | None = None
+) -> Any:
     """The diffusers model of the outline, every key and shape compared first; float32 unless a dtype is given."""
-    weights = find_weights(folder, DIFFUSERS_WEIGHTS)
+    weights = find_weights(folder, DIFFUSERS_WEIGHTS, variant)
     check_weights(folder, outline, read_shapes(weights.files))
     try:
         loaded = type(outline).from_pretrained(

@@ -9,32 +9,41 @@ Legend: B pictures or clips of the call, F latent frames, h w latent grid, H W p
 
 import inspect
 import logging
+import tempfile
 import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import diffusers
+import huggingface_hub
 import numpy as np
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nova_video.adapters import AdapterMixin
 from nova_video.autoencoders import scale_latents, unscale_latents
 from nova_video.autoencoders.base import VideoAutoencoder
+from nova_video.devices import choose_device
 from nova_video.errors import InputError
-from nova_video.generation import GenerateResult, Generation, GivenPixels, StepCallback
+from nova_video.generation import CALLING, Generation, GivenPixels, StepCallback
 from nova_video.given import fit_frames, fit_masks, frames_at, known_tokens, masks_of, same_rate, to_pixels
 from nova_video.keywords import CALL_HINTS, OPEN_HINTS, refuse_keywords
 from nova_video.loading import check_parts, load_parts, load_scheduler, resolve_checkpoint
 from nova_video.memory import LowMemory, Turn, enable_low_memory
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import adapter_names, adapter_state
+from nova_video.model_card import CARD, card_facts, pipeline_card
 from nova_video.plan import Capabilities, Plan
+from nova_video.record import RECORDS, make_records
 from nova_video.request import GenerateRequest, Mask, Number, Picture, Prompt, Video
+from nova_video.result import GenerateResult
 from nova_video.sampling.engine import DirectRunner, Engine, FastEngine, PlainEngine, say_once
 from nova_video.sampling.fp8 import check_fp8, with_fp8_blocks
 from nova_video.sampling.graphs import CudaRecorder, GraphRunner, can_compile
@@ -49,6 +58,9 @@ from nova_video.timeline import Timeline
 from nova_video.vocabulary import HINT
 
 Generators = torch.Generator | Sequence[torch.Generator]
+Dtypes = torch.dtype | dict[str, torch.dtype] | None
+STEP_TENSORS = ("latents", "revealed")
+"""What a callback may be shown."""
 
 FROM_CHECKPOINT = object()
 """In `from_pretrained`: the part is the checkpoint's own."""
@@ -89,6 +101,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         self._graphs: dict[tuple[torch.device, bool], GraphRunner] = {}  # by device, and whether in 8 bits
         self._fp8: tuple[Hashable, NOVATransformer3DModel] | None = None  # and the weights it was made of
         self._compiled = False  # blocks, for a call of this pipeline
+        self.interruptions = 0
+        """Counts how often all running calls were told to stop: each stops when the count changes."""
         self.stopwatch: Stopwatch | None = None
         """Where set, calls are timed by their parts."""
 
@@ -98,11 +112,18 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
-        torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+        torch_dtype: Dtypes = None,
         *,
+        dtype: Dtypes = None,
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        device_map: str | None = None,
+        low_cpu_mem_usage: bool = True,
         low_memory: bool | torch.device | str | LowMemory = False,
         transformer: Any = FROM_CHECKPOINT,
         scheduler: Any = FROM_CHECKPOINT,
@@ -114,8 +135,9 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
     ) -> "NovaPipeline":
         """Open "emoji" (the model in the box), a local folder or a hub id; only its component folders count.
 
-        As in diffusers, weights become float32 unless `torch_dtype` says otherwise, for all parts or by name
-        ({"transformer": torch.bfloat16, "default": torch.float32}).
+        As in diffusers, weights become float32 unless `torch_dtype` (or `dtype`) says otherwise, for all parts or by
+        name ({"transformer": torch.bfloat16, "default": torch.float32}). `variant` is that of the files, such as fp16;
+        without it the plain ones are taken, or else the fp16 or bf16 ones. `device_map` is a device for the whole.
 
         With `low_memory` (True: on "cuda", or a GPU's name) parts stay in the processor's memory and take turns on the
         GPU, the text encoder layer by layer (`memory.py`). Such a pipeline is not to be moved. A `LowMemory` says more:
@@ -124,10 +146,23 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         `transformer`, `scheduler`, `vae`, `text_encoder` and `tokenizer` replace the checkpoint's own parts: each is a
         part as it is, or the folder of one. None leaves an optional one out. No code of a checkpoint is ever run.
         """
-        refuse_keywords("from_pretrained", others, OPEN_HINTS, inspect.signature(cls.from_pretrained).parameters)
+        named = [name for name, value in others.items() if value is not None]  # the Auto classes give some as None
+        refuse_keywords("from_pretrained", named, OPEN_HINTS, inspect.signature(cls.from_pretrained).parameters)
         if trust_remote_code:
             raise InputError("trust_remote_code is True: expected False, since no code of a checkpoint is ever run")
+        for name, value, expected in (
+            ("use_safetensors", use_safetensors, "True, since pickles are never read"),
+            ("low_cpu_mem_usage", low_cpu_mem_usage, "True, since weights are never initialised before they are read"),
+        ):
+            if value is False:
+                raise InputError(f"{name} is False: expected {expected}")
+        if torch_dtype is not None and dtype is not None:
+            raise InputError("got both of torch_dtype and dtype: expected one of them")
+        dtypes = _check_dtypes(torch_dtype if dtype is None else dtype)
+        device = None if device_map is None else _device_of(device_map)
         low = LowMemory.of(low_memory)
+        if low is not None and device is not None:
+            raise InputError("got both of low_memory and device_map: expected one of them")
         given = {
             "transformer": transformer,
             "scheduler": scheduler,
@@ -142,6 +177,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             revision=revision,
             token=token,
             local_files_only=local_files_only,
+            cache_dir=cache_dir,
+            force_download=force_download,
             without=[name for name in given if name != "scheduler"],
         )
         settings = CheckpointSettings.load(folder)
@@ -151,24 +188,92 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             settings = replace(settings, vocabulary=None)  # the words of the one that is not used
         if "text_encoder" in given:
             settings = replace(settings, text_encoder=None)  # the name of the one that is not used
-        parts = load_parts(folder, given, lambda part: _dtype_of(part, torch_dtype))
+        parts = load_parts(folder, given, lambda part: _dtype_of(part, dtypes), variant)
         pipe = cls(**parts, settings=settings)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        if device is not None:
+            pipe.to(device)
         if low is not None:
             enable_low_memory(pipe, low.device, low.text_encoder, low.tiled)
         return pipe
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, torch_dtype: torch.dtype | None = None, **parts: Any) -> Self:
+        """A pipeline of another's parts and settings, or of parts given in their place. No weight is copied.
+
+        Unlike diffusers' own, it leaves the dtype as it is unless one is given: the parts belong to both.
+        """
+        names = list(inspect.signature(cls.__init__).parameters)[1:]
+        refuse_keywords("from_pipe", [name for name in parts if name not in names], OPEN_HINTS, names)
+        own = {name: part for name, part in pipeline.components.items() if name in names}
+        if missing := [name for name in ("transformer", "scheduler") if name not in own | parts]:
+            raise InputError(f"{type(pipeline).__name__} has no {missing[0]}: expected it to be given")
+        pipe = cls(**own | parts)
+        if (place := getattr(pipeline.config, "_name_or_path", None)) is not None:
+            pipe.register_to_config(_name_or_path=place)
+        return pipe if torch_dtype is None else pipe.to(dtype=torch_dtype)
+
     def save_pretrained(
-        self, save_directory: str | Path, variant: str | None = None, max_shard_size: int | str | None = None
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub: Any,
     ) -> None:
-        """Write every part as safetensors, and `nova.json`: a folder that `from_pretrained` opens."""
+        """Write every part as safetensors, `nova.json` and a card: a folder that `from_pretrained` opens.
+
+        With `push_to_hub` it goes to the Hub as well, as `repo_id` or by the folder's name.
+        """
+        folder = Path(save_directory)
+        if not safe_serialization:
+            raise InputError("safe_serialization is False: expected True, since pickles are never written")
+        known = ("private", "token", "commit_message", "create_pr")
+        refuse_keywords("save_pretrained", [name for name in hub if not push_to_hub or name not in known], {}, known)
+        check_scheduler(self.scheduler, self.trained_noise)
         if names := adapter_names(self.transformer):
             raise InputError(
                 f"the transformer has adapters ({', '.join(names)}): expected them unloaded before it is saved, and "
                 "fused before that if they are to be in it"
             )
-        super().save_pretrained(str(save_directory), variant=variant, max_shard_size=max_shard_size)
-        self.settings.save(Path(save_directory))
+        super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
+        self.settings.save(folder)
+        name = repo_id or folder.resolve().name
+        if not (folder / CARD).exists():
+            (folder / CARD).write_text(self._card(name), encoding="utf-8")
+        if push_to_hub:
+            _upload(folder, name, **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+    ) -> str:
+        """Save to a repository of the Hugging Face Hub, with a card that says how to open it; returns its URL."""
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / "model"
+            self.save_pretrained(place, safe_serialization, variant)
+            (place / CARD).write_text(self._card(repo_id), encoding="utf-8")
+            return _upload(
+                place, repo_id, commit_message=commit_message, private=private, token=token, create_pr=create_pr
+            )
+
+    def _card(self, name: str) -> str:
+        """The card of this model, with what the card of the one that it was opened from says."""
+        place = getattr(self.config, "_name_or_path", None)
+        base = None if place is None else str(place)
+        facts: dict[str, Any] = {}
+        if base is not None and Path(base).is_dir():
+            facts, base = card_facts(Path(base)), Path(base).resolve().name
+        kind = "text-to-video" if self.capabilities.video else "text-to-image"
+        return pipeline_card(name, kind, base, facts)
 
     @property
     def settings(self) -> CheckpointSettings:
@@ -237,6 +342,17 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
     def disable_vae_tiling(self) -> None:
         self.require_vae("tiling").disable_tiling()
 
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Nothing, and says so: attention is computed without ever holding a whole matrix of scores."""
+        log.warning(
+            "enable_attention_slicing changes nothing: attention never holds its scores as a whole here;"
+            " low_memory=True in from_pretrained is for small GPUs"
+        )
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Nothing, and says so: torch's own attention, which is used here, is memory efficient."""
+        log.warning("enable_xformers_memory_efficient_attention changes nothing: torch's own attention is used")
+
     # Calls --------------------------------------------------------------------------------------------------------
 
     def __call__(
@@ -280,13 +396,27 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         guidance_every: int | None = None,
         fp8: bool | None = None,
         disable_progress_bar: bool = False,
+        num_videos_per_prompt: int | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        return_dict: bool = True,
         **others: Any,
-    ) -> GenerateResult:
+    ) -> Any:
         """Generate. The arguments are those of `GenerateRequest`, explained there; None is the checkpoint's default.
 
-        `generator` is one for the call or one for each picture, which then does not depend on its neighbours.
+        `generator` is one for the call or one for each picture, which then has random numbers that do not depend on its
+        neighbours: it is the picture that it is alone, but for rounding, which depends on the size of the batch.
+        `num_videos_per_prompt` is another name of `num_images_per_prompt`. With `return_dict=False` the result is a
+        tuple that begins with the images or frames; otherwise it is a `GenerateResult`.
         """
         refuse_keywords("the pipeline", others, CALL_HINTS, inspect.signature(self.__call__).parameters)
+        if num_videos_per_prompt is not None:
+            if num_images_per_prompt not in (1, num_videos_per_prompt):
+                raise InputError(
+                    f"got num_images_per_prompt {num_images_per_prompt} and num_videos_per_prompt"
+                    f" {num_videos_per_prompt}: expected one of them"
+                )
+            num_images_per_prompt = num_videos_per_prompt
+        callback = _with_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
         request = GenerateRequest(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -324,7 +454,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             output_type=output_type,
         )
-        return self.start(request, generator).run(callback_on_step_end, show_progress=not disable_progress_bar)
+        result = self.start(request, generator).run(callback, show_progress=not disable_progress_bar)
+        return result if return_dict else result.to_tuple()
 
     def stream(
         self,
@@ -398,7 +529,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         except BaseException:
             self.maybe_free_model_hooks()
             raise
-        return Generation(
+        generation = Generation(
             self,
             plan,
             state,
@@ -409,6 +540,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             given=pixels,
             warnings=unknown,
         )
+        generation.notes[RECORDS] = make_records(request, generation)
+        return generation
 
     def _generators(self, request: GenerateRequest, generator: Generators | None, batch: int) -> list[torch.Generator]:
         if generator is None:
@@ -420,6 +553,46 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         if len(generators) not in (1, batch) or not all(isinstance(g, torch.Generator) for g in generators):
             raise InputError(f"generator: got a list of {len(generators)}: expected one, or {batch}, one a picture")
         return generators
+
+    # What a callback reads off the pipeline: of its own call, which is that of its thread -----------------------------
+
+    @property
+    def guidance_scale(self) -> float:
+        """Within a callback that of its call, now; elsewhere the checkpoint's default."""
+        if (call := CALLING.get()) is None:
+            return self.defaults.guidance_scale
+        frame = call.state.done if call.state.open is not None else max(0, call.state.done - 1)
+        return call.state.segments[call.state.segment_at(frame)].guidance.scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self.guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int | None:
+        """Calls of the callback in its whole call, one a set; None elsewhere, and for clips without end."""
+        call = CALLING.get()
+        return None if call is None else call.total_steps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call of this callback was told to stop."""
+        call = CALLING.get()
+        return call is not None and call.interrupted
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        """As in diffusers, True stops: from a callback its own call, from elsewhere all that run on this pipeline."""
+        if not value:
+            return
+        if (call := CALLING.get()) is not None:
+            call.interrupt()
+        else:
+            self.interruptions += 1
 
     # Speed --------------------------------------------------------------------------------------------------------
 
@@ -511,6 +684,27 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         else:  # features of one's own, without negatives: the padding table alone
             null = list(request.negative_prompt_embeds or [texts[0][0][:0]])
         return texts, null * count if len(null) == 1 else null
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """`prompt_embeds` and `negative_prompt_embeds` for a call: features (tokens, width) of each sentence.
+
+        Calls repeat them for several pictures a prompt. Without guidance the second is None.
+        """
+        request = GenerateRequest(prompt=prompt, negative_prompt=negative_prompt)
+        texts = [text for timeline in request.prompts or [] for text in timeline.values]
+        negatives = (request.negative_prompts or [""]) if do_classifier_free_guidance else []
+        try:
+            encoded = self._encode_text(list(dict.fromkeys([*texts, *negatives])))
+        finally:
+            self.maybe_free_model_hooks()
+        return [encoded[text] for text in texts], [encoded[text] for text in negatives] or None
 
     def _encode_text(self, texts: list[str]) -> dict[str, Tensor]:
         """Features (tokens, width) by sentence."""
@@ -704,7 +898,68 @@ def _for_batch(rows: Tensor, batch: int) -> Tensor:
     return rows.repeat_interleave(batch // len(rows), dim=0)
 
 
-def _dtype_of(part: str, torch_dtype: torch.dtype | dict[str, torch.dtype] | None) -> torch.dtype | None:
+def _with_tensors(callback: StepCallback | None, names: Sequence[str] | None) -> StepCallback | None:
+    """The callback with those tensors alone that it wants; None: all."""
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback_on_step_end is {callback!r}: expected a function of (pipe, step, frame, tensors)")
+    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+        names = callback.tensor_inputs
+    if unknown := [name for name in names or () if name not in STEP_TENSORS]:
+        expected = " and ".join(STEP_TENSORS)
+        raise InputError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}: expected of {expected}")
+    if callback is None or names is None:
+        return callback
+
+    def chosen(pipe: NovaPipeline, step: int, frame: int, tensors: dict[str, Tensor]) -> object:
+        return callback(pipe, step, frame, {name: tensors[name] for name in names})
+
+    return chosen
+
+
+def _upload(folder: Path, repo_id: str, *, create_pr: bool = False, **options: Any) -> str:
+    """A folder to a repository of the Hub, which is made if need be; its URL."""
+    told = {name: value for name, value in options.items() if value is not None}
+    message = told.pop("commit_message", "Upload NovaPipeline")
+    repo_id = huggingface_hub.create_repo(repo_id, exist_ok=True, **told).repo_id
+    commit = huggingface_hub.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=message,
+        create_pr=create_pr,
+        token=told.get("token"),
+    )
+    return str(commit)
+
+
+def _device_of(device_map: object) -> torch.device:
+    """The one device that `device_map` names; strategies that spread parts over several are refused."""
+    if isinstance(device_map, str | torch.device) and device_map not in ("auto", "balanced", "balanced_low_0"):
+        try:
+            device = torch.device(device_map)
+        except RuntimeError:
+            raise InputError(f"device_map is {device_map!r}: expected a device such as 'cuda'") from None
+        return choose_device(str(device))
+    raise InputError(
+        f"device_map is {device_map!r}: expected one device such as 'cuda'; parts are not spread over several, and"
+        " low_memory=True lets them take turns on a small GPU"
+    )
+
+
+def _check_dtypes(dtypes: Any) -> Dtypes:
+    for dtype in dtypes.values() if isinstance(dtypes, dict) else [dtypes]:
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise InputError(f"torch_dtype is {dtype!r}: expected a dtype such as torch.float16, or a dict of them")
+    checked: Dtypes = dtypes
+    return checked
+
+
+def _dtype_of(part: str, torch_dtype: Dtypes) -> torch.dtype | None:
     if isinstance(torch_dtype, dict):
         return torch_dtype.get(part, torch_dtype.get("default"))
     return torch_dtype
+
+
+# diffusers finds the class of a saved pipeline by name among its own: here it learns of this one. Its generic ways in,
+# `DiffusionPipeline.from_pretrained` and the Auto classes, then work once this package is imported.
+diffusers.NovaPipeline = NovaPipeline
+AUTO_TEXT2IMAGE_PIPELINES_MAPPING["nova"] = NovaPipeline

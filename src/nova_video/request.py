@@ -59,7 +59,7 @@ class GenerateRequest:
     """Length in place of `num_frames`."""
     fps: float | None = None
     num_inference_steps: int | None = None
-    """Sets in which the tokens of a frame are revealed."""
+    """Sets in which the tokens of a frame are revealed. Not denoising steps: those are `num_diffusion_steps`."""
     num_diffusion_steps: int | None = None
     """Denoising steps of each set."""
     guidance_scale: Number | None = None

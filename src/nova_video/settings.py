@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nova_video.sampling.schedulers import TrainedNoise
 
 SETTINGS_FILE = "nova.json"
+SETS = " (it counts sets of tokens; the denoising steps of a set are num_diffusion_steps)"
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")  # also as Path leaves one; C:/ is none
 
 AttentionKernels = Literal["auto", "cudnn", "flash"]
@@ -34,6 +35,7 @@ def check_number(
     above: bool = False,
     high: float | None = None,
     below: bool = False,
+    hint: str = "",
 ) -> None:
     """`value` is a finite number of at least `low` (more than it with `above`) and at most `high` (less than it with
     `below`), or an InputError."""
@@ -45,7 +47,7 @@ def check_number(
             return
     bound = f"{'more than' if above else 'at least'} {low:g}"
     bound += "" if high is None else f" and {'less than' if below else 'at most'} {high:g}"
-    raise InputError(f"{name} is {value!r}: expected {'a whole number' if integer else 'a number'} of {bound}")
+    raise InputError(f"{name} is {value!r}: expected {'a whole number' if integer else 'a number'} of {bound}{hint}")
 
 
 def is_finite(value: Any) -> bool:
@@ -71,7 +73,7 @@ class Defaults:
     fps: float = 12
     """Frames per second: told to the model and written into the file."""
     num_inference_steps: int = 64
-    """Sets in which the tokens of a frame are revealed."""
+    """Sets in which the tokens of a frame are revealed. Not denoising steps: those are `num_diffusion_steps`."""
     num_diffusion_steps: int = 25
     """Denoising steps of each set."""
     guidance_scale: float = 5.0
@@ -94,7 +96,9 @@ class Defaults:
 
 def check_setting(name: str, value: object) -> None:
     """The bounds of the settings that have a default."""
-    if name in ("num_frames", "num_inference_steps", "num_diffusion_steps", "context_frames", "sink_frames"):
+    if name == "num_inference_steps":
+        check_number(name, value, 1, integer=True, hint=SETS)
+    elif name in ("num_frames", "num_diffusion_steps", "context_frames", "sink_frames"):
         check_number(name, value, 1, integer=True)
     else:
         check_number(name, value, 0, integer=name == "reanchor_frames", above=name == "fps")

@@ -24,18 +24,18 @@ class Weights:
     """fp16 and the like, where it is part of the files' names."""
 
 
-def find_weights(folder: Path, base: str) -> Weights:
-    """One file or the shards of an index, in their plain form or else as the fp16 or bf16 variant."""
-    for variant in (None, "fp16", "bf16"):
-        middle = "" if variant is None else f".{variant}"
+def find_weights(folder: Path, base: str, variant: str | None = None) -> Weights:
+    """One file or the shards of an index: of the variant, or else in their plain form, or else as fp16 or bf16."""
+    for kind in dict.fromkeys([variant, None, "fp16", "bf16"]):
+        middle = "" if kind is None else f".{kind}"
         index, single = folder / f"{base}.safetensors.index{middle}.json", folder / f"{base}{middle}.safetensors"
         if index.is_file():
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
                 raise InputError(f"{index}: expected a weight_map of key to file name")
-            return Weights([folder / Path(name).name for name in sorted(set(shards.values()))], variant)
+            return Weights([folder / Path(name).name for name in sorted(set(shards.values()))], kind)
         if single.is_file():
-            return Weights([single], variant)
+            return Weights([single], kind)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise InputError(

@@ -37,10 +37,10 @@ from nova_video.evaluation.benchmark import JUDGE_CLIPS, check_judge
 from nova_video.evaluation.emoji import JUDGED, EmojiSettings, asked_specs, clip_flags, pair_flags, score
 from nova_video.evaluation.judge import Judge
 from nova_video.evaluation.report import check_report_folder
-from nova_video.generation import GenerateResult
 from nova_video.loading import COMPONENTS, resolve_checkpoint
 from nova_video.pipeline import NovaPipeline
 from nova_video.request import GenerateRequest
+from nova_video.result import GenerateResult
 from nova_video.sampling.shortcuts import EXACT, PRESETS, Shortcuts
 from nova_video.settings import SETTINGS_FILE, CheckpointSettings, Defaults
 from nova_video.text.encoders import encode_prompts, load_text_encoder

@@ -70,7 +70,10 @@ def load_text_encoder(
 
 
 def load_text_model(
-    name: str, torch_dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    name: str,
+    torch_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    variant: str | None = None,
 ) -> PreTrainedModel:
     """The encoder alone, in float32 if no dtype is given, from safetensors files only.
 
@@ -78,7 +81,7 @@ def load_text_model(
     any other that it does not know is named in a warning.
     """
     place = find_text_encoder(name)
-    variant = find_weights(Path(place), TRANSFORMERS_WEIGHTS).variant if Path(place).is_dir() else None
+    variant = find_weights(Path(place), TRANSFORMERS_WEIGHTS, variant).variant if Path(place).is_dir() else None
     try:
         config = _read_config(place)
         known = type(config) in AutoModelForTextEncoding._model_mapping

@@ -25,7 +25,6 @@ from nova_video.errors import InputError
 from nova_video.model import set_sizes, unpatchify
 from nova_video.pixels import output_form, unit_frames
 from nova_video.plan import Plan
-from nova_video.record import RECORDS
 from nova_video.result import GenerateResult
 from nova_video.sampling.generate import SetDone, generate_sets
 from nova_video.sampling.state import SamplingState
@@ -128,6 +127,7 @@ class Generation:
         emitted: int = 0,
         notes: dict[str, Any] | None = None,
         warnings: tuple[str, ...] = (),
+        records: list[dict[str, Any]] | None = None,
     ) -> None:
         self.pipe = pipe
         self.plan = plan
@@ -144,6 +144,8 @@ class Generation:
         """Anything that JSON can hold; saved with the state."""
         self.warnings = warnings
         """What of the prompts the model does not know, one line each."""
+        self.records = records or []
+        """How each picture or clip is made, for the files that the result is saved to."""
         self._interrupted = False
         self._lock = threading.Lock()  # held while a set is made: between two of them the state is whole
 
@@ -196,7 +198,7 @@ class Generation:
             seeds=self.seeds,
             stopped=stopped,
             generation=self if stopped else None,
-            records=self.notes.get(RECORDS, []),
+            records=self.records,
         )
 
     def _latents(self, partial: Tensor | None) -> Tensor:

@@ -41,7 +41,7 @@ from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import adapter_names, adapter_state
 from nova_video.model_card import CARD, card_facts, pipeline_card
 from nova_video.plan import Capabilities, Plan
-from nova_video.record import RECORDS, make_records
+from nova_video.record import make_records
 from nova_video.request import GenerateRequest, Mask, Number, Picture, Prompt, Video
 from nova_video.result import GenerateResult
 from nova_video.sampling.engine import DirectRunner, Engine, FastEngine, PlainEngine, say_once
@@ -540,7 +540,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             given=pixels,
             warnings=unknown,
         )
-        generation.notes[RECORDS] = make_records(request, generation)
+        generation.records = make_records(request, generation)
         return generation
 
     def _generators(self, request: GenerateRequest, generator: Generators | None, batch: int) -> list[torch.Generator]:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHORTCUTS = ("solver", "last_steps", "guided_sets", "guidance_every", "fp8")  # a preset's sets and steps are numbers
-RECORDS = "records"  # where a generation's notes keep the records of its pictures
 
 
 def make_record(

@@ -78,6 +78,7 @@ def save_generation(generation: Generation, path: Path) -> None:
         "seeds": list(generation.seeds),
         "emitted": generation.emitted,
         "notes": generation.notes,
+        "records": generation.records,
         "passes": state.passes,
         "segments": segments,
         "given": given,
@@ -176,6 +177,7 @@ def load_generation(pipe: "NovaPipeline", path: Path) -> Generation:
         given=GivenPixels(tensors["pixels"], tensors.get("filled")) if "pixels" in tensors else None,
         emitted=facts["emitted"],
         notes=facts["notes"],
+        records=facts.get("records"),
     )
 
 

@@ -43,8 +43,15 @@ def run_encode(args: Encode) -> None:
     pictures = sum(summary.clips.values()) - clips
     rejected = f", {summary.rejected} rejected (rejected.jsonl)" if summary.rejected else ""
     counts = [_count(count, what) for count, what in ((clips, "clip"), (pictures, "picture")) if count]
-    nothing = "" if summary.encoded else "; all was there, nothing was encoded"
-    print(f"{args.output}: {' and '.join(counts)} from {_count(summary.items, 'source')}{rejected}{nothing}")
+    counted = summary.counts
+    was_there = counted.changed or counted.renamed or counted.removed or counted.unchanged
+    if not was_there:
+        since = ""
+    elif counted.unchanged == summary.items:
+        since = "; all was there, nothing was encoded"
+    else:
+        since = f"; since the last time {counted.described}"
+    print(f"{args.output}: {' and '.join(counts)} from {_count(summary.items, 'source')}{rejected}{since}")
 
 
 def run_data_inspect(args: DataInspect) -> None:

@@ -32,6 +32,7 @@ FORMAT = 1
 TEMPORAL_STRIDE = 4  # pixel frames of a latent frame: a clip has 4k + 1 frames
 ROW_GROUP_BYTES = 16 << 20  # of a shard: about what a reader holds at a time
 FINGERPRINT = b"nova_video.autoencoder"  # key of a shard's metadata: whose moments it holds
+MARKS = ("size", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")  # of fsspec's info
 READERS = 16  # shards whose footers are read at the same time
 
 # A sentence ends at one of these signs before a space, but not after an abbreviation or a single letter.
@@ -403,6 +404,20 @@ def local_path(place: str | Path) -> Path | None:
     if "://" not in str(place):
         return Path(os.path.abspath(place))
     return Path(str(place).removeprefix("file://")) if str(place).startswith("file:///") else None
+
+
+def file_mark(url: str) -> str:
+    """What a file system says of a file that changes when it is written to; empty where there is none."""
+    path = local_path(url)
+    try:
+        if path is not None:
+            found = path.stat()
+            return f"local:{found.st_mtime_ns}:{found.st_ctime_ns}:{found.st_size}:{found.st_ino}"
+        filesystem, inner = open_place(url)
+        info = filesystem.info(inner)
+    except Exception:  # file systems elsewhere have errors of their own
+        return ""
+    return ":".join(["elsewhere", *(f"{name}={info[name]}" for name in MARKS if info.get(name) is not None)])
 
 
 def join(place: str | Path, *parts: str) -> str:

@@ -4,6 +4,9 @@ Items go through in groups. When all items of a group are done, its samples are 
 then `progress/GROUP.json`. A group without that is done again from its beginning, whatever is there of it: a run may be
 stopped at any moment and started again, and ends with the dataset of a run that was not. `rejected.jsonl` is made of
 the records in `progress/`.
+
+Where the source has changed since, the dataset follows it (`follow.py`): groups with items that are gone, renamed or
+told otherwise are written anew under another name, and then what is new is encoded.
 """
 
 import hashlib
@@ -27,15 +30,31 @@ from nova_video.data.dataset import (
     Sample,
     list_shard_urls,
     local_path,
+    read_columns,
     read_footer,
+    read_shard,
     shard_url,
     write_file,
     write_shard,
 )
 from nova_video.data.encoders import EncodeLatents, EncodeText, autoencoder_info, same_text_encoder, text_names
+from nova_video.data.follow import (
+    UNKNOWN,
+    Comparison,
+    Counts,
+    Entry,
+    Marks,
+    Record,
+    caption_digest,
+    compare,
+    free_name,
+    parallel,
+    remaining,
+)
 from nova_video.data.sources import Source, SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected
 from nova_video.errors import InputError
+from nova_video.io.text import printable
 from nova_video.loading import lasting_name, outline_transformer, resolve_checkpoint, text_folder
 from nova_video.media import alone_in, check_writable
 from nova_video.settings import CheckpointSettings, check_local, check_number
@@ -46,6 +65,7 @@ SHARD_BYTES = 256 << 20  # a group's samples of a bucket are split into shards o
 TOGETHER = 16 << 20  # pixels that wait for the encoders here: several forward passes, so that few are part full
 AHEAD = 8  # clips that are decoded ahead of the encoders here
 PROGRESS = "progress"
+OLD_SOURCE = "source.json"  # in it: what older versions noted of the source
 
 log = logging.getLogger(__name__)
 
@@ -97,19 +117,8 @@ class Summary:
     """Of the items, those that this run went through; the others were there before."""
     seconds: float
     """Of this run."""
-
-
-@dataclass
-class Record:
-    """What `progress/GROUP.json` says."""
-
-    items: int
-    final: bool
-    """Whether no group of this part of the source comes after it."""
-    shards: dict[str, int] = field(default_factory=dict)
-    """Bucket -> rows."""
-    rejected: list[dict[str, str]] = field(default_factory=list)
-    """{"source", "reason"}, as lines of rejected.jsonl."""
+    counts: Counts = field(default_factory=Counts)
+    """Items of the source beside those that the dataset held before."""
 
 
 def encode_dataset(settings: EncodeSettings, tell: Callable[[Done], None] = lambda done: None) -> Summary:
@@ -119,10 +128,10 @@ def encode_dataset(settings: EncodeSettings, tell: Callable[[Done], None] = lamb
     began = time.monotonic()
     info = describe_dataset(settings)
     source = open_source(settings.source)
-    check_output(settings.output, info, source)
+    check_output(settings.output, info)
     stages = None if settings.ray is not None else Stages.load(settings)  # a wrong name ends here
     with alone_in(settings.output):
-        check_output(settings.output, info, source)  # another run may have been there
+        check_output(settings.output, info)  # another run may have been there
         return _encode(settings, info, source, stages, tell, began)
 
 
@@ -134,12 +143,23 @@ def _encode(
     tell: Callable[[Done], None],
     began: float,
 ) -> Summary:
-    prepare_output(settings.output, info, source)
+    prepare_output(settings.output, info)
     records = whole_records(settings.output)
+    comparison = compare(source, with_entries(settings.output, records, source))
+    text = None if settings.text is None else EncodeText(settings.text, settings.device)
+    revise_groups(settings.output, records, comparison, text if stages is None else stages.text, info.fingerprint)
+    records = read_records(settings.output)
     before = sum(record.items for record in records.values())
     done = Done(before, sum(sum(r.shards.values()) for r in records.values()), _rejections(records), source.total)
     tell(done)
-    items = source.items({group: record.final for group, record in records.items()})
+    marks, entries = Marks(), defaultdict[str, list[Entry]](list)
+
+    def noted(items: Iterable[Item]) -> Iterator[Item]:
+        for item, entry in parallel(marks.entry, items):
+            entries[item.group].append(entry)
+            yield item
+
+    items = noted(remaining(source, comparison, set(records)))
     if stages is not None:
         results = encode_items_here(items, stages)
     else:
@@ -154,7 +174,11 @@ def _encode(
         if result.last:
             sizes[result.group] = result.index + 1
         if len(group) == sizes.get(result.group):
-            finish_group(settings.output, result.group, pending.pop(result.group).values(), info.fingerprint)
+            found, part = pending.pop(result.group), int(result.group.split("-")[0])
+            of_part = (source.part_name(part), source.part_mark(part))
+            finish_group(
+                settings.output, result.group, found.values(), info.fingerprint, entries.pop(result.group), *of_part
+            )
         done = replace(
             done,
             items=done.items + 1,
@@ -162,10 +186,13 @@ def _encode(
             rejected=done.rejected + len(result.rejected),
         )
         tell(done)
-    return _finish(settings, done.items - before, time.monotonic() - began)
+    renew_records(settings.output, comparison, source)
+    encoded = done.items - before
+    comparison.counts.new = encoded - comparison.anew
+    return _finish(settings, encoded, time.monotonic() - began, comparison.counts)
 
 
-def _finish(settings: EncodeSettings, encoded: int, seconds: float) -> Summary:
+def _finish(settings: EncodeSettings, encoded: int, seconds: float, counts: Counts) -> Summary:
     """What is made of all groups together."""
     records = read_records(settings.output)
     lines = [line for record in records.values() for line in record.rejected]
@@ -182,7 +209,7 @@ def _finish(settings: EncodeSettings, encoded: int, seconds: float) -> Summary:
         )
     write_card(settings.output, settings.device)
     items = sum(record.items for record in records.values())
-    return Summary(items, dict(sorted(clips.items())), len(lines), encoded, seconds)
+    return Summary(items, dict(sorted(clips.items())), len(lines), encoded, seconds, counts)
 
 
 # Settings and what is noted of them ----------------------------------------------------------------------------------
@@ -273,7 +300,7 @@ def _text_noted(text: str) -> str:
 # The folder ----------------------------------------------------------------------------------------------------------
 
 
-def check_output(output: Path, info: DatasetInfo, source: Source) -> None:
+def check_output(output: Path, info: DatasetInfo) -> None:
     """Raises for a folder that is no place for this dataset, or holds one of other settings."""
     if output.is_file():
         raise InputError(f"{output} is a file: expected a folder to write")
@@ -300,36 +327,49 @@ def check_output(output: Path, info: DatasetInfo, source: Source) -> None:
                 f"{output} was encoded with {name} {_shown(was.get(name))}, got {_shown(value)}: expected the same, or"
                 " another folder"
             )
-    noted, there_is = output / PROGRESS / "source.json", _content(source)
-    there_was = read_json(noted) if noted.exists() else {}  # of an older version without sizes
-    if differing := [name for name, value in there_was.items() if value != there_is[name]]:
-        if "count" in differing:
-            what = f"it had {there_was['count']} files, now {there_is['count']}"
-        else:
-            what = "files have other names" if "digest" in differing else "files or captions have other sizes"
-        raise InputError(
-            f"{info.settings['source']} has changed since {output} was begun: {what}: expected the same, or another"
-            " folder for the dataset"
-        )
 
 
-def prepare_output(output: Path, info: DatasetInfo, source: Source) -> None:
+def prepare_output(output: Path, info: DatasetInfo) -> None:
+    """Note what the dataset is, and remove what runs that were killed have left: the caller holds the folder's lock."""
     info.save(output)  # first of all: what is there of a run that was stopped is known by it
+    is_new = not (output / PROGRESS).exists()
     (output / PROGRESS).mkdir(exist_ok=True)
-    for place in (".*.part", f"{PROGRESS}/.*.part", "data/*/.*.part"):  # of a run that was killed while it wrote
+    for place in (".*.part", f"{PROGRESS}/.*.part", "data/*/.*.part"):
         for left in output.glob(place):
             left.unlink(missing_ok=True)
-    write_file(output / PROGRESS / "source.json", json.dumps(_content(source)).encode())
+    if is_new:
+        return
+    for group, record in read_records(output).items():
+        if record.replaces:
+            _finish_replacing(output, group, record)
+    groups = read_records(output).keys()
+    for urls in list_shard_urls(output).values():
+        for url in urls:
+            if group_of(url) not in groups:
+                Path(url).unlink(missing_ok=True)
 
 
 def read_records(output: Path) -> dict[str, Record]:
     """Of all finished groups, in their order."""
-    paths = sorted(path for path in (output / PROGRESS).glob("*.json") if path.name != "source.json")
-    return {path.stem: Record(**read_json(path)) for path in paths}
+    paths = sorted(path for path in (output / PROGRESS).glob("*.json") if path.name != OLD_SOURCE)
+    return {path.stem: _read_record(path) for path in paths}
+
+
+def _read_record(path: Path) -> Record:
+    values = read_json(path)
+    try:
+        record = Record(**values)
+        record.entries = [Entry(**entry) for entry in values.get("entries", ())]
+        if len(record.entries) not in (0, record.items) or Path(record.replaces).name != record.replaces:
+            raise ValueError("other items")
+    except (TypeError, ValueError):
+        raise InputError(f"{path} is no record of encoding: expected it removed, then its group is made anew") from None
+    record.written = path.stat().st_mtime_ns
+    return record
 
 
 def whole_records(output: Path) -> dict[str, Record]:
-    """Of the groups whose shards are all there: the others are done again."""
+    """Of the groups whose shards are all there: the others are removed, and done again."""
     shards = [url for urls in list_shard_urls(output).values() for url in urls]
     with ThreadPoolExecutor(READERS) as pool:
         rows = dict(zip(shards, pool.map(_rows, shards), strict=True))
@@ -342,7 +382,117 @@ def whole_records(output: Path) -> dict[str, Record]:
     ]
     if lost:
         log.warning("%s: shards of %d groups are lost or damaged, and made anew: %s", output, len(lost), lost[0])
+    parts = {records[group].part for group in lost}
+    for group, record in records.items():
+        if record.part in parts and record.part_mark:  # first of all: its part is to be read again
+            record.part_mark = ""
+            write_record(output, group, record)
+    for group in lost:
+        remove_group(output, group)
     return {group: record for group, record in records.items() if group not in lost}
+
+
+def with_entries(output: Path, records: dict[str, Record], source: Source) -> dict[str, Record]:
+    """Records that tell of each item; those of older versions, of what can be told from their rows.
+
+    They kept no digests of media: raises InputError where names or sizes of files are not those that they noted.
+    """
+    older = [group for group, record in records.items() if record.items and not record.entries]
+    if not older:
+        return records
+    noted, now = output / PROGRESS / OLD_SOURCE, _content(source)
+    was = read_json(noted) if noted.exists() else now
+    if any(value != now.get(name) for name, value in was.items()):
+        raise InputError(
+            f"{output} was encoded by an older version, and its source has changed since: expected the source as it"
+            " was, once, after which the dataset follows it; or another folder for the dataset"
+        )
+    for group in older:
+        record, told = records[group], dict[str, str]()
+        for url in _shards_of(output, group):
+            columns = read_columns(url, ("source", "caption"))
+            told |= zip(columns["source"], map(caption_digest, columns["caption"]), strict=True)
+        names = [*told, *(line["source"] for line in record.rejected if line["source"] not in told)]
+        record.entries = [Entry(name, told.get(name, UNKNOWN), UNKNOWN, "") for name in dict.fromkeys(names)]
+        record.items, record.part = len(record.entries), source.part_name(int(group.split("-")[0]))
+        write_record(output, group, record)
+    noted.unlink(missing_ok=True)
+    return records
+
+
+def revise_groups(
+    output: Path, records: dict[str, Record], comparison: Comparison, text: EncodeText | None, fingerprint: str
+) -> None:
+    """Write the groups anew that hold items which are gone, renamed or told otherwise, without those that are gone."""
+    taken = set(records)
+    for group, record in records.items():
+        if not comparison.is_affected(group, record):
+            continue
+        kept = [(number, entry) for number, entry in enumerate(comparison.kept[group]) if entry is not None]
+        del comparison.kept[group]
+        if not kept:
+            remove_group(output, group)
+            taken.discard(group)
+            continue
+        rows: defaultdict[str, list[Sample]] = defaultdict(list)
+        for url in _shards_of(output, group):
+            for sample in read_shard(url):
+                rows[sample.source].append(sample)
+        results = []
+        for index, (number, entry) in enumerate(kept):
+            was = record.entries[number].source
+            samples = _told(rows.pop(was, []), entry.source, comparison.captions.get((group, number)), text)
+            reasons = [line["reason"] for line in record.rejected if line["source"] == printable(was)]
+            rejected = [Rejected(entry.source, reason) for reason in dict.fromkeys(reasons)]
+            results.append(ItemResult("", index, False, record.final, samples, rejected))
+        name, part = free_name(int(group.split("-")[0]), taken), comparison.part_of.get(group, "")
+        entries = [entry for _, entry in kept]
+        finish_group(output, name, results, fingerprint, entries, part, replaces=group)
+        _finish_replacing(output, name, _read_record(output / PROGRESS / f"{name}.json"))
+        comparison.kept[name] = list(entries)
+        taken = (taken | {name}) - {group}
+
+
+def _told(samples: list[Sample], source: str, caption: str | None, text: EncodeText | None) -> list[Sample]:
+    """The samples of an item under the name that it has now, and with the caption, if that is another."""
+    found = sorted(samples, key=lambda sample: int(sample.id.rpartition("#")[2]))
+    found = [replace(sample, source=source, id=f"{source}#{number}") for number, sample in enumerate(found)]
+    if caption is None:
+        return found
+    if text is None or not found:
+        return [replace(sample, caption=caption) for sample in found]
+    (features,) = text([caption])
+    return [replace(sample, caption=caption, text=features.text, text_short=features.short) for sample in found]
+
+
+def renew_records(output: Path, comparison: Comparison, source: Source) -> None:
+    """Note what files are known by now: those that were touched, and parts that have grown."""
+    marks = {source.part_name(part): source.part_mark(part) for part in comparison.wanted}
+    for group, record in read_records(output).items():
+        if (kept := comparison.kept.get(group)) is None or record.part not in marks:
+            continue
+        entries, mark = [entry for entry in kept if entry is not None], marks[record.part]
+        if (record.entries, record.part_mark) != (entries, mark):
+            record.entries, record.part_mark = entries, mark
+            write_record(output, group, record)
+
+
+def remove_group(output: Path, group: str) -> None:
+    """Its record first: shards without one are removed by the next run."""
+    (output / PROGRESS / f"{group}.json").unlink(missing_ok=True)
+    for url in _shards_of(output, group):
+        Path(url).unlink(missing_ok=True)
+
+
+def _finish_replacing(output: Path, group: str, record: Record) -> None:
+    """Remove the group that another one, whose record is written, stands for."""
+    remove_group(output, record.replaces)
+    record.replaces = ""
+    write_record(output, group, record)
+
+
+def _shards_of(output: Path, group: str) -> list[str]:
+    return sorted(str(path) for path in output.glob(f"data/*/{group}*.parquet") if group_of(str(path)) == group)
 
 
 def _rows(url: str) -> int:
@@ -358,7 +508,16 @@ def group_of(url: str) -> str:
     return "-".join(Path(url).stem.split("-")[:2])
 
 
-def finish_group(output: Path, group: str, results: Iterable[ItemResult], fingerprint: str) -> None:
+def finish_group(
+    output: Path,
+    group: str,
+    results: Iterable[ItemResult],
+    fingerprint: str,
+    entries: list[Entry],
+    part: str,
+    part_mark: str = "",
+    replaces: str = "",
+) -> None:
     """The group's shards, and last the record that makes it finished."""
     found = sorted(results, key=lambda result: result.index)
     samples: defaultdict[Bucket, list[Sample]] = defaultdict(list)
@@ -366,17 +525,26 @@ def finish_group(output: Path, group: str, results: Iterable[ItemResult], finger
         for sample in result.samples:
             samples[sample.bucket].append(sample)
     for bucket, rows in samples.items():
-        for number, part in enumerate(_shards(rows)):
+        for number, chunk in enumerate(_shards(rows)):
             name = group if number == 0 else f"{group}-{number:03d}"
-            write_shard(shard_url(output, bucket, name), part, fingerprint)
+            write_shard(shard_url(output, bucket, name), chunk, fingerprint)
     record = Record(
         items=len(found),
         final=any(result.final for result in found),
         shards={bucket.name: len(rows) for bucket, rows in sorted(samples.items())},
         rejected=[{"source": one.source, "reason": one.reason} for result in found for one in result.rejected],
+        part=part,
+        part_mark=part_mark,
+        entries=entries,
+        replaces=replaces,
     )
-    text = json.dumps(asdict(record), ensure_ascii=False, indent=1)
-    write_file(output / PROGRESS / f"{group}.json", f"{text}\n".encode())
+    write_record(output, group, record)
+
+
+def write_record(output: Path, group: str, record: Record) -> None:
+    values = {name: value for name, value in asdict(record).items() if name != "written"}
+    text = json.dumps(values, ensure_ascii=False, indent=1)
+    write_file(output / PROGRESS / f"{group}.json", f"{text}\n".encode("utf-8", "surrogatepass"))
 
 
 def _shards(samples: list[Sample]) -> Iterator[list[Sample]]:

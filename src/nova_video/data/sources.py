@@ -23,7 +23,7 @@ from itertools import islice
 from typing import Any
 from urllib.parse import quote, unquote
 
-from nova_video.data.dataset import is_local, join, open_place, read_file
+from nova_video.data.dataset import file_mark, is_local, join, open_place, read_file
 from nova_video.data.sidecars import (
     FILE_NAME,
     MOST_TEXT,
@@ -129,6 +129,14 @@ class Source(ABC):
     @abstractmethod
     def read(self, part: int, start: int = 0) -> Iterator[Item]:
         """The items of a part from number `start` on."""
+
+    def part_name(self, part: int) -> str:
+        """Name of a part, where its items have none that stands by itself; empty in a folder."""
+        return ""
+
+    def part_mark(self, part: int) -> str:
+        """What tells that nothing of a part has changed, where all of it is one file; empty where nothing does."""
+        return ""
 
     @abstractmethod
     def find(self, source: str) -> Item:
@@ -595,6 +603,12 @@ class TarSource(Source):
     def content(self) -> list[str]:
         return self._names
 
+    def part_name(self, part: int) -> str:
+        return self._names[part]
+
+    def part_mark(self, part: int) -> str:
+        return file_mark(self.urls[part])
+
     def read(self, part: int, start: int = 0) -> Iterator[Item]:
         return islice(self._read(part), start, None)
 
@@ -794,6 +808,15 @@ class TableSource(Source):
     def content(self) -> list[str]:
         names = _short_names(list(self.files))
         return [self.media, self.caption, f"{self.parts} parts", f"{self.total} rows", *names]
+
+    def part_name(self, part: int) -> str:
+        return f"{part:05d}"
+
+    def part_mark(self, part: int) -> str:
+        """Of a dataset of the hub, that it has as many parts and rows: it is not streamed again to look."""
+        if len(self.files) == self.parts:
+            return file_mark(self.files[part])
+        return f"elsewhere:{'/'.join(self.content)}" if self.streamed else ""
 
     def read(self, part: int, start: int = 0) -> Iterator[Item]:
         if self.streamed:

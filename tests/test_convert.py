@@ -53,6 +53,8 @@ def test_the_trainer_s_output_becomes_a_checkpoint(tmp_path: Path, capsys: pytes
     parts = NovaPipeline.from_pretrained(BASE, transformer=pipe.transformer)
     assert torch.equal(made, parts("a red whale", generator=torch.Generator().manual_seed(0), **steps).images)
     assert not list(tmp_path.glob(".*"))
+    mode = (tmp_path / "new" / "transformer" / WEIGHTS).stat().st_mode
+    assert mode & 0o777 == (tmp_path / "new" / "transformer" / "config.json").stat().st_mode & 0o777
 
 
 def test_without_a_base_the_transformer_stands_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

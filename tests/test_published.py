@@ -132,6 +132,14 @@ def test_published_folders_open_and_sample(
     assert "LOAD REPORT" not in caplog.text + capfd.readouterr().err
 
 
+def test_half_precision_leaves_the_image_autoencoder_in_float32(published: dict[str, Path]) -> None:
+    """The published config does not say `force_upcast`, and diffusers' default is true."""
+    pipe = NovaPipeline.from_pretrained(published["nova-d48w768-sdxl1024"], torch_dtype=torch.float16)
+    assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.float16, torch.float32)
+    pipe = NovaPipeline.from_pretrained(published["nova-d48w1024-osp480"], torch_dtype=torch.float16)
+    assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.float16, torch.float16)
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_published_sizes(name: str, tmp_path: Path) -> None:
     """From the published keys, of shapes alone: as many values as the released weights have."""
@@ -181,6 +189,9 @@ def test_every_command_opens_a_published_folder(
         f'kind = "transformer"\nsteps = 2\ndevice = "cpu"\noutput = "run"\ninit = "{model}"\nscheduler = "init"\n'
         '[dataset]\npath = "data"\nbatch = 2\nworkers = 0\nheld_out = 0.0\n[log]\nevery = 1\nvalidate_every = 0\n'
     )
+    nova("train", "recipe.toml")
+    recipe = Path("recipe.toml").read_text()
+    Path("recipe.toml").write_text(recipe.replace('output = "run"', f'output = "other"\ntext_encoder = "{text}"'))
     nova("train", "recipe.toml")
     trained = NovaPipeline.from_pretrained("run/model")
     trained.set_progress_bar_config(disable=True)

@@ -250,3 +250,10 @@ def test_prompts_are_cut_at_the_encoder_s_own_positions(tiny: Pair, caplog: pyte
     features = encoders.encode_prompts(*tiny, ["whale " * 100], 256)[0]
     assert features.shape == (64, 32)
     assert "longer than the 64 tokens" in caplog.text
+
+
+def test_a_checkpoint_s_text_encoder_has_its_tokenizer_beside_it(tiny_checkpoint: Path) -> None:
+    """Named by the checkpoint, or by its text_encoder/, which holds no tokenizer."""
+    for name in (tiny_checkpoint, tiny_checkpoint / "text_encoder"):
+        pair = encoders.load_text_encoder(str(name))
+        assert encoders.encode_prompts(*pair, ["a whale"], 8)[0].shape == (4, 32)

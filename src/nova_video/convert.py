@@ -26,6 +26,7 @@ from torch import Tensor
 from nova_video.errors import InputError, first_line
 from nova_video.loading import (
     COMPONENTS,
+    PART_SUFFIXES,
     check_text_conditional,
     check_weights,
     component_folder,
@@ -35,6 +36,7 @@ from nova_video.loading import (
     outline_transformer,
     resolve_checkpoint,
 )
+from nova_video.media import make_readable
 from nova_video.settings import SETTINGS_FILE, CheckpointSettings, check_local
 from nova_video.text.encoders import text_width
 from nova_video.weights import DIFFUSERS_WEIGHTS, PICKLES, has_weights, read_json
@@ -77,7 +79,7 @@ def convert(source: Path, output: Path, base: str | None = None) -> Path:
             if name == "vae" and not has_weights(place, DIFFUSERS_WEIGHTS):
                 _read_autoencoder(place).save_pretrained(folder / name)
             else:
-                shutil.copytree(place, folder / name, copy_function=_link, ignore=shutil.ignore_patterns("*.py", ".*"))
+                _link_files(place, folder / name)
         for checkpoint in (found.root, base_folder):
             if checkpoint is not None and (checkpoint / SETTINGS_FILE).is_file():
                 settings = CheckpointSettings.load(checkpoint)
@@ -271,6 +273,9 @@ def _new_folder(output: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        for path in temporary.rglob("*.safetensors"):
+            if path.stat().st_nlink == 1:  # not a link to somebody's
+                make_readable(path)
         os.rename(temporary, output)
     except (SafetensorError, OSError) as error:
         raise InputError(f"cannot write {output}: {first_line(error)}") from None
@@ -278,9 +283,12 @@ def _new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _link(source: str, target: str) -> None:
-    """A second name for the same file, which takes no room, or a copy where that cannot be."""
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _link_files(place: Path, folder: Path) -> None:
+    """A second name for each file of a part, which takes no room, or a copy where that cannot be. Code stays behind."""
+    folder.mkdir()
+    for path in sorted(place.iterdir()):
+        if path.is_file() and path.suffix in PART_SUFFIXES:
+            try:
+                os.link(path.resolve(), folder / path.name)
+            except OSError:
+                shutil.copyfile(path, folder / path.name)

@@ -27,12 +27,14 @@ from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSo
 from nova_video.errors import InputError, first_line
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_PREFIX, Adapter, check_adapter
-from nova_video.text.encoders import UNUSED_WEIGHTS, load_text_model, load_tokenizer
+from nova_video.text.encoders import UNUSED_WEIGHTS, find_text_encoder, load_text_model, load_tokenizer
 from nova_video.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_json, read_shapes
 
 PACKAGED_MODELS = Path(__file__).parent / "models"
 AUTOENCODERS = (AutoencoderKL, AutoencoderKLOpenSora, AutoencoderKLCausalTiny)
 COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+PART_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
+"""Of the files that a part is read from: no code, no pickles."""
 OPTIONAL = ("vae", "text_encoder", "tokenizer")
 PART_CLASSES: dict[str, type] = {
     "transformer": NOVATransformer3DModel,
@@ -75,8 +77,7 @@ def resolve_checkpoint(
             f"model {str(name_or_path)!r} not found: expected {_packaged_names()}an existing folder or a hub id such as"
             " BAAI/nova-d48w1024-osp480"
         )
-    suffixes = (".json", ".safetensors", ".txt", ".model")
-    wanted = [f"{part}/*{suffix}" for part in COMPONENTS if part not in without for suffix in suffixes]
+    wanted = [f"{part}/*{suffix}" for part in COMPONENTS if part not in without for suffix in PART_SUFFIXES]
     try:
         place = snapshot_download(
             name_or_path,
@@ -162,12 +163,22 @@ def load_parts(
 
 
 def _load_from(name: str, place: str | Path, torch_dtype: torch.dtype | None) -> Any:
-    """A part from a checkpoint that has it, by folder or hub id, or from the part's own folder."""
-    try:
-        folder = resolve_checkpoint(place, without=[other for other in COMPONENTS if other != name])
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-    return _read_part(name, folder / name if (folder / name).is_dir() else folder, torch_dtype)
+    """A part from a checkpoint that has it, by folder or hub id, or from the part's own folder.
+
+    A text encoder may also be one that is installed as a package, or one of the hub by itself.
+    """
+    local = Path(place).expanduser()
+    if local.is_dir():
+        return _read_part(name, local / name if (local / name).is_dir() else local, torch_dtype)
+    is_text = name in ("text_encoder", "tokenizer")
+    if not is_text or find_text_encoder(str(place)) == str(place):  # no package
+        try:
+            folder = resolve_checkpoint(place, without=[other for other in COMPONENTS if other != name])
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        if (folder / name).is_dir() or not is_text:
+            return _read_part(name, component_folder(folder, name), torch_dtype)
+    return load_tokenizer(str(place)) if name == "tokenizer" else load_text_model(str(place), torch_dtype)
 
 
 def _read_part(name: str, folder: Path, torch_dtype: torch.dtype | None, variant: str | None = None) -> Any:

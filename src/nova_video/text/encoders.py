@@ -45,9 +45,11 @@ TOKENS_PER_FORWARD = 65536  # bounds the memory of one forward, padding included
 
 
 def find_text_encoder(name: str) -> str:
-    """A local folder as it is, else the folder inside an installed package, else `name` itself, taken as a hub id."""
+    """A local folder or a checkpoint's text_encoder/, else the folder inside an installed package, else `name` itself,
+    taken as a hub id."""
     if Path(name).is_dir():
-        return name
+        own = Path(name) / "text_encoder"
+        return str(own) if own.is_dir() else name
     if name.startswith((".", "/", "~")):
         raise InputError(f"there is no text encoder folder {name}")
     package = PACKAGED.get(name.rsplit("/", 1)[-1])
@@ -56,6 +58,15 @@ def find_text_encoder(name: str) -> str:
         if spec is not None and spec.origin is not None:
             return str(Path(spec.origin).parent / package[1])
     return name
+
+
+def find_tokenizer(name: str) -> str:
+    """Where the tokenizer of a text encoder is: in a checkpoint it has a folder of its own."""
+    folder = Path(name)
+    for place in (folder / "tokenizer", folder.parent / "tokenizer" if folder.name == "text_encoder" else folder):
+        if place.is_dir():
+            return str(place)
+    return find_text_encoder(name)
 
 
 def load_text_encoder(
@@ -125,7 +136,7 @@ def text_width(name: str) -> int:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone. What its file says of truncation and padding is dropped: both are decided here, by call."""
-    place = find_text_encoder(name)
+    place = find_tokenizer(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # as above

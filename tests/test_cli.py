@@ -662,6 +662,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "clips of a timeline": (["generate", "a whale", "-n", "2", "--live"], "got --live with 2 results: expected one"),
     "sheet that is no picture": (["generate", "a whale", "--sheet", "x.mp4"], "cannot write the sheet x.mp4: expected"),
     "live frames": (["generate", "a whale", "--live", "--format", "webm"], "cannot write webm while it is made"),
+    "like what has no record": (["generate", "--like", "plain.png"], "plain.png carries no record"),
     "size twice": (["generate", "a whale", "--size", "8x8", "-W", "8"], "got --size with --width or --height"),
     "not a number": (["generate", "a whale", "--num-frames", "five"], "--num-frames"),
     "unknown choice": (["generate", "a whale", "--dtype", "float8"], "'float8'"),

@@ -66,7 +66,7 @@ def test_every_flag_can_be_written(tmp_path: Path) -> None:
     assert {*KEYS.values(), *NOT_IN_SCRIPTS} == {field.name for field in fields(Generate)}
     path = tmp_path / "story.toml"
     for key, name in KEYS.items():
-        for value in ("3", "'float16'", "'fast'", "'dpm++'", "true"):
+        for value in ("3", "'float16'", "'gif'", "'fast'", "'dpm++'", "true"):
             path.write_text(f"{key} = {value}")
             with contextlib.suppress(InputError):
                 if getattr(read_script(path), name) != getattr(Generate(), name):
@@ -104,7 +104,7 @@ SCENE = "[[scene]]\nat = 0\nprompt = 'a whale'\n"
 WRONG = {
     "not TOML": ("prompt = a whale", "is not TOML: Invalid value (at line 1"),
     "not text": (b"\xff\x80", "is not a text file in UTF-8"),
-    "unknown key": ("prompts = 'x.txt'\n" + SCENE, "unknown key prompts: expected one of output, model, "),
+    "unknown key": ("prompts = 'x.txt'\n" + SCENE, "unknown key prompts: expected one of output, format, model, "),
     "key with a dash": ("num-frames = 5\n" + SCENE, "unknown key num-frames: expected one of "),
     "unknown table": ("[settings]\nseed = 3", "unknown key settings"),
     "unknown key of a scene": (SCENE + "seed = 3", "scene 1: unknown key seed: expected one of at, prompt, motion"),

@@ -179,6 +179,8 @@ class Generate(Making):
     """Another --motion from this second on."""
     guidance_at: Numbers = ()
     """Another --guidance from this second on."""
+    like: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Make a file again from the record inside it; flags given here replace its own, such as --seed 5."""
     script: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """A TOML file of these flags and of scenes; flags given here win."""
     history_noise: Annotated[float | None, arg(metavar="STD", help_behavior_hint="")] = None

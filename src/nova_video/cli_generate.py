@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nova_video.arguments import MODEL, Edit, Generate, Making
 from nova_video.console import checkpoint_defaults, load_pipeline
@@ -33,6 +33,7 @@ from nova_video.jobs import (
     progress,
     suffix_of,
 )
+from nova_video.remake import describe_inputs, warn_of_changes, with_record
 from nova_video.script import with_script
 from nova_video.settings import check_number
 
@@ -68,7 +69,17 @@ def run_generate(args: Generate) -> None:
     if args.resume is not None:
         _resume(args, args.resume)
         return
-    args = args if args.script is None else with_script(args)
+    args, like = (args if args.script is None else with_script(args)), None
+    if args.like is not None:
+        if args.script is not None:
+            raise InputError("got both of --like and --script: expected one of them")
+        path = args.like
+        settings, record = with_record(args)
+        like = record, path
+        if isinstance(settings, Edit):
+            run_edit(settings, like)
+            return
+        args = settings
     check_number("num_images", args.num_images, 1, integer=True, high=MOST_RESULTS)
     prompts = [prompt for prompt in _prompts(args) for _ in range(args.num_images)]
     _check_flags(args, prompts)
@@ -87,7 +98,7 @@ def run_generate(args: Generate) -> None:
             while made < len(requests):
                 numbers = range(made, min(made + batch, len(requests)))
                 try:
-                    _make(args, pipe, prompts, requests, numbers, sheet, watch)
+                    _make(args, pipe, prompts, requests, numbers, sheet, watch, like if made == 0 else None)
                 except RuntimeError as error:
                     if type(error).__name__ != "OutOfMemoryError" or args.batch is not None or batch == 1:
                         raise
@@ -108,6 +119,7 @@ def _make(
     numbers: range,
     sheet: Sheet | None,
     watch: "Callable[[Generation], StepCallback]",
+    like: "tuple[dict[str, Any], Path] | None" = None,
 ) -> None:
     """The results of these numbers, in one pass of the model; each has random numbers of its own seed."""
     import torch
@@ -128,6 +140,10 @@ def _make(
         "hold_statistics": args.hold_statistics,
     }
     records = [make_record(args, requests[number], generation, given) for number in numbers]
+    for record in records:
+        describe_inputs(args, record, generation)
+    if like is not None:
+        warn_of_changes(like[0], records[0], like[1])
     picture = generation.plan.num_frames == 1 and not args.live
     with contextlib.ExitStack() as places:
         paths = [
@@ -200,8 +216,8 @@ def _resume(args: Generate, path: Path) -> None:
             carry_out(job, watch(generation))
 
 
-def run_edit(args: Edit) -> None:
-    """A picture or clip with a part of it made anew, or with more around it."""
+def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> None:
+    """A picture or clip with a part of it made anew, or with more around it; `like` is the record it is taken from."""
     from nova_video.given import enlarge, masks_of, read_masks
 
     if args.mask is None and args.strength is None and args.outpaint is None:
@@ -227,6 +243,9 @@ def run_edit(args: Edit) -> None:
         "outpaint": args.outpaint,
     }
     record = make_record(args, request, generation, given)
+    describe_inputs(args, record, generation)
+    if like is not None:
+        warn_of_changes(like[0], record, like[1])
     with progress(1) as watch, output_place(args.output, args.format, 0, [prompt], len(clip) == 1) as path:
         job = Job(generation, [path], [record], as_json=args.json, as_frames=args.format == "frames")
         carry_out(job, watch(generation))

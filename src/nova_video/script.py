@@ -27,7 +27,15 @@ from nova_video.arguments import Generate
 from nova_video.errors import InputError
 from nova_video.io.text import read_toml
 
-NOT_IN_SCRIPTS = ("prompts", "prompt_at", "motion_at", "guidance_at", "script", "resume")  # the scenes are for three
+NOT_IN_SCRIPTS = (
+    "prompts",
+    "prompt_at",
+    "motion_at",
+    "guidance_at",
+    "script",
+    "resume",
+    "like",
+)  # the scenes are for three
 KEYS = {
     "continue" if field.name == "video" else field.name: field.name
     for field in fields(Generate)
@@ -66,7 +74,7 @@ def read_script(path: Path) -> Generate:
     for key, value in values.items():
         if key not in KEYS:
             raise InputError(f"{path}: unknown key {key}: expected one of {', '.join(KEYS)}, or [[scene]]")
-        settings[KEYS[key]] = _checked(f"{path}: {key}", value, kinds[KEYS[key]])
+        settings[KEYS[key]] = check_value(f"{path}: {key}", value, kinds[KEYS[key]])
     for key, moments in _read_scenes(path, scenes).items():
         if moments and moments[0][0] == 0:
             if key in settings:
@@ -89,7 +97,7 @@ def _read_scenes(path: Path, scenes: list[dict[str, Any]]) -> dict[str, list[tup
         for key in ("at", "prompt"):
             if key not in scene:
                 raise InputError(f"{where} has no {key}: expected one")
-        checked = {key: _checked(f"{where}: {key}", value, SCENE_KINDS[key]) for key, value in scene.items()}
+        checked = {key: check_value(f"{where}: {key}", value, SCENE_KINDS[key]) for key, value in scene.items()}
         at = checked.pop("at")
         for key, value in checked.items():
             timelines[key].append((at, value))
@@ -99,7 +107,7 @@ def _read_scenes(path: Path, scenes: list[dict[str, Any]]) -> dict[str, list[tup
     return timelines
 
 
-def _checked(where: str, value: Any, kind: Any) -> Any:
+def check_value(where: str, value: Any, kind: Any) -> Any:
     """A value of the kind that a setting has."""
     if get_origin(kind) is not Literal:
         kind = next((part for part in get_args(kind) if part is not NoneType), kind)  # X | None -> X

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -51,8 +51,9 @@ from nova_video.data.follow import (
     parallel,
     remaining,
 )
+from nova_video.data.failures import OneByOne
 from nova_video.data.sources import Source, SourceSettings, open_source
-from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected
+from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected, decode_with_motion
 from nova_video.errors import InputError
 from nova_video.io.text import printable
 from nova_video.loading import lasting_name, outline_transformer, resolve_checkpoint, text_folder
@@ -587,6 +588,7 @@ class Stages:
     motion: Motion
     latents: EncodeLatents
     text: EncodeText | None
+    sparing: OneByOne = field(default_factory=OneByOne)
 
     @classmethod
     def load(cls, settings: EncodeSettings) -> "Stages":
@@ -598,10 +600,11 @@ class Stages:
             text.load()
         return cls(Decode(settings.decode), Motion(), latents, text)
 
-    def encode(self, clips: list[Clip]) -> list[Sample]:
-        """Clips of any sizes -> samples, in their order."""
-        if not clips:
-            return []
+    def encode(self, clips: list[Clip]) -> list[Sample | Exception]:
+        """Clips of any sizes -> samples, in their order; an error in the place of a clip that fails."""
+        return self.sparing(self._encode, clips)
+
+    def _encode(self, clips: Sequence[Clip]) -> list[Sample]:
         texts = None if self.text is None else self.text([clip.caption for clip in clips])
         moments = self.latents(clips)
         if texts is None:
@@ -629,7 +632,10 @@ def encode_items_here(items: Iterable[Item], stages: Stages) -> Iterator[ItemRes
                 ended.append(item)
             if sum(clip.frames[..., 0].size for clip in waiting) >= TOGETHER or (found is None and item.last):
                 for clip, sample in zip(waiting, stages.encode(waiting), strict=True):
-                    samples[clip.index].append(sample)
+                    if isinstance(sample, Exception):
+                        rejected[clip.index].append(clip.rejected(sample))
+                    else:
+                        samples[clip.index].append(sample)
                 waiting = []
                 for one in ended:
                     yield ItemResult(
@@ -646,6 +652,6 @@ def encode_items_here(items: Iterable[Item], stages: Stages) -> Iterator[ItemRes
 def _decoded(items: Iterable[Item], stages: Stages) -> Iterator[tuple[Item, Clip | Rejected | None]]:
     """What each item gives, and None at its end."""
     for item in items:
-        for found in stages.decode(item):
-            yield item, stages.motion(found) if isinstance(found, Clip) else found
+        for found in decode_with_motion(stages.decode, stages.motion, item):
+            yield item, found
         yield item, None

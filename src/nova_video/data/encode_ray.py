@@ -23,12 +23,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from nova_video.data.dataset import Sample
-from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected
+from nova_video.data.failures import OneByOne, name_error
+from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected, decode_with_motion
 from nova_video.errors import InputError
 from nova_video.extras import install_command
 
 if TYPE_CHECKING:
     from nova_video.data.encode import EncodeSettings
+    from nova_video.data.encoders import TextFeatures
 
 LOCAL = "local"  # the address of a Ray that is started for the work
 WINDOW_ITEMS, WINDOW_BYTES = 100_000, 4 << 30  # items given to Ray together, and of those that bring their bytes
@@ -71,7 +73,8 @@ class Encoded:
     group: str
     index: int
     number: int
-    sample: Sample
+    sample: Sample | Rejected
+    """`Rejected` where a network failed on it."""
 
 
 @dataclass
@@ -79,7 +82,7 @@ class Pending:
     """What has come back of an item so far."""
 
     mark: Mark | None = None
-    samples: dict[int, Sample] = field(default_factory=dict)
+    samples: dict[int, Sample | Rejected] = field(default_factory=dict)
     """By their numbers in the item."""
 
 
@@ -110,12 +113,12 @@ class DecodeItems:
         for item in _unpack(batch):
             rejected = []
             clips = 0
-            for found in decode(item):
+            for found in decode_with_motion(decode, motion, item):
                 if isinstance(found, Rejected):
                     rejected.append(found)
                 else:
                     clips += 1
-                    yield _pack([motion(found)])
+                    yield _pack([found])
             yield _pack([Mark(replace(item, data=None), clips, rejected)])
 
 
@@ -127,13 +130,19 @@ class LatentActor:
 
         self.encode = EncodeLatents(model, device, batch)
         self.encode.load()
+        self.sparing = OneByOne()
 
     def __call__(self, batch: Batch) -> Batch:
         records = _unpack(batch)
         clips = [record for record in records if isinstance(record, Clip)]
         encoded = [
-            Encoded(clip.group, clip.index, clip.number, clip.sample(moments))
-            for clip, moments in zip(clips, self.encode(clips), strict=True)
+            Encoded(
+                clip.group,
+                clip.index,
+                clip.number,
+                clip.rejected(moments) if isinstance(moments, Exception) else clip.sample(moments),
+            )
+            for clip, moments in zip(clips, self.sparing(self.encode, clips), strict=True)
         ]
         return _pack([*encoded, *(record for record in records if isinstance(record, Mark))])
 
@@ -146,16 +155,26 @@ class TextActor:
 
         self.encode = EncodeText(name, device)
         self.encode.load()
+        self.sparing = OneByOne()
 
     def __call__(self, batch: Batch) -> Batch:
         records = _unpack(batch)
-        encoded = [record for record in records if isinstance(record, Encoded)]
-        features = self.encode([record.sample.caption for record in encoded])
-        with_text = [
-            replace(record, sample=replace(record.sample, text=found.text, text_short=found.short))
-            for record, found in zip(encoded, features, strict=True)
-        ]
-        return _pack([*with_text, *(record for record in records if isinstance(record, Mark))])
+        samples = {
+            number: record.sample
+            for number, record in enumerate(records)
+            if isinstance(record, Encoded) and isinstance(record.sample, Sample)
+        }
+        features = self.sparing(self.encode, [sample.caption for sample in samples.values()])
+        for (number, sample), found in zip(samples.items(), features, strict=True):
+            records[number] = replace(records[number], sample=_with_text(records[number], sample, found))
+        return _pack(records)
+
+
+def _with_text(record: Encoded, sample: Sample, found: "TextFeatures | Exception") -> Sample | Rejected:
+    """A sample with its text features; rejected where they could not be made."""
+    if isinstance(found, Exception):
+        return Rejected(sample.source, f"clip {record.number} failed: {name_error(found)}", record.group, record.index)
+    return replace(sample, text=found.text, text_short=found.short)
 
 
 def _pack(records: Iterable[Any]) -> Batch:
@@ -246,14 +265,15 @@ def _encode_window(window: list[bytes], settings: "EncodeSettings", plan: Plan) 
                 yield _result(found.mark, pending.pop(key).samples)
 
 
-def _result(mark: Mark, samples: dict[int, Sample]) -> ItemResult:
+def _result(mark: Mark, made: dict[int, Sample | Rejected]) -> ItemResult:
+    found = [made[number] for number in sorted(made)]
     return ItemResult(
         group=mark.item.group,
         index=mark.item.index,
         last=mark.item.last,
         final=mark.item.final,
-        samples=[samples[number] for number in sorted(samples)],
-        rejected=mark.rejected,
+        samples=[one for one in found if isinstance(one, Sample)],
+        rejected=[*mark.rejected, *(one for one in found if isinstance(one, Rejected))],
     )
 
 
@@ -327,7 +347,7 @@ def _start_ray(folder: str) -> None:
             ray.init("local", num_cpus=LEAST_CORES, **options)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise InputError(
-            f"no Ray could be started here: {_said(error)}: expected --no-ray, or --ray ADDRESS"
+            f"no Ray could be started here: {name_error(error)}: expected --no-ray, or --ray ADDRESS"
         ) from error
 
 
@@ -338,7 +358,7 @@ def _join_ray(address: str) -> None:
     try:
         ray.init(address, **QUIET)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise InputError(f"there is no Ray at {address}: {_said(error)}") from error
+        raise InputError(f"there is no Ray at {address}: {name_error(error)}") from error
 
 
 def _knock(address: str) -> None:
@@ -351,7 +371,7 @@ def _knock(address: str) -> None:
     try:
         socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=PATIENCE).close()
     except (OSError, OverflowError) as error:
-        raise InputError(f"there is no Ray at {address}: {_said(error)}") from None
+        raise InputError(f"there is no Ray at {address}: {name_error(error)}") from None
 
 
 @contextmanager
@@ -365,9 +385,4 @@ def _errors() -> Iterator[None]:
         cause = getattr(error, "cause", None)
         if isinstance(cause, InputError):
             raise InputError(str(cause)) from error
-        raise InputError(f"encoding on Ray failed: {_said(cause or error)}") from error
-
-
-def _said(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        raise InputError(f"encoding on Ray failed: {name_error(cause or error)}") from error

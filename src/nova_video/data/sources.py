@@ -376,7 +376,7 @@ class FolderSource(Source):
         return join(self.root, quote(name) if self.root.startswith(WEB) else name)
 
     def _rejected(self, name: str, problem: str) -> Item:
-        return Item(printable(name) if name_problem(name) else name, problem=problem)
+        return Item(printable(name), problem=problem)
 
     # Captions beside media
 

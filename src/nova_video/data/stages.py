@@ -33,11 +33,13 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 from nova_video.data.dataset import TEMPORAL_STRIDE, Bucket, Sample, open_place
+from nova_video.data.failures import name_error
 from nova_video.data.motion import flow_magnitude
 from nova_video.data.sidecars import MOST_TEXT, caption_from
 from nova_video.errors import InputError
 from nova_video.extras import install_command
 from nova_video.given import SAME_RATE, fit_frames
+from nova_video.io.text import printable
 from nova_video.media import upright_rgb
 from nova_video.settings import check_number
 
@@ -124,6 +126,10 @@ class Clip:
         frames, height, width = self.frames.shape[:3]
         return Bucket(frames, height, width)
 
+    def rejected(self, error: Exception) -> "Rejected":
+        """What is noted instead of the sample if a later stage fails."""
+        return Rejected(self.source, f"clip {self.number} failed: {name_error(error)}", self.group, self.index)
+
     def sample(self, moments: Tensor, text: Tensor | None = None, text_short: Tensor | None = None) -> Sample:
         """The row that it becomes, with what the networks gave."""
         return Sample(
@@ -143,12 +149,16 @@ class Clip:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A source that gave nothing, or less than there is in it: a line of rejected.jsonl."""
+    """A source that gave nothing, or less than there is in it: a line of rejected.jsonl, of printable text."""
 
     source: str
     reason: str
     group: str = ""
     index: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", printable(self.source))
+        object.__setattr__(self, "reason", printable(" ".join(self.reason.split())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +276,7 @@ class Decode:
 
     def __call__(self, item: Item) -> Iterator[Clip | Rejected]:
         def rejected(reason: str) -> Rejected:
-            return Rejected(item.source, " ".join(reason.split()), item.group, item.index)
+            return Rejected(item.source, reason, item.group, item.index)
 
         if item.problem is not None:
             yield rejected(item.problem)
@@ -544,3 +554,14 @@ class Motion:
 
     def __call__(self, clip: Clip) -> Clip:
         return replace(clip, motion=flow_magnitude(clip.frames) if len(clip.frames) > 1 else 0.0)
+
+
+def decode_with_motion(decode: Decode, motion: Motion, item: Item) -> Iterator[Clip | Rejected]:
+    """What an item gives, its clips with their scores."""
+    for found in decode(item):
+        if isinstance(found, Clip):
+            try:
+                found = motion(found)
+            except Exception as error:  # of one clip
+                found = found.rejected(error)
+        yield found

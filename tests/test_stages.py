@@ -320,8 +320,8 @@ def test_rejected(tmp_path: Path) -> None:
     ("name", "content", "expected"),
     [
         ("a.txt", b" \n", "no caption: it is empty"),
-        ("a.txt", b"\xff\xfe\xff", "no caption: a.txt cannot be read as its name says"),
-        ("a.json", b"{", "no caption: a.json cannot be read as its name says"),
+        ("a.txt", b"\xff\xfe\xff", "no caption: a.txt is not a text file in utf-16-le"),
+        ("a.json", b"{", "no caption: a.json is not JSON: Expecting"),
         ("a.json", b'{"title": "a"}', "no caption: a.json has title: expected the key caption"),
         ("a.json", b'["a"]', "no caption: a.json is no object: expected the key caption"),
         ("a.json", b'{"caption": 3}', "no caption: caption is the number 3: expected text"),

@@ -30,11 +30,12 @@ from nova_video.data.dataset import (
 )
 from nova_video.data.encoders import DecodeLatents
 from nova_video.data.sheets import Entry, draw_sheet
+from nova_video.data.sidecars import shorten
 from nova_video.io.text import printable
 
 SHEET_CLIPS, SHEET_PICTURES = 12, 10
 BARS, BAR = 10, 40  # of a histogram: bars at most, and letters of the longest
-REASONS = 10  # of rejection, the most frequent
+REASONS, NAME = 10, 100  # of rejection: the most frequent ones, and letters of an example's name
 COLUMNS = ("source", "start", "end", "caption", "motion", "text_tokens")
 
 
@@ -222,6 +223,7 @@ def _cell(text: str) -> str:
 
 def _code(text: str) -> str:
     """A Markdown code span: its fence is longer than any row of backticks in the text."""
+    text = shorten(text, NAME)
     fence = "`" * (1 + max((len(row) for row in re.findall("`+", text)), default=0))
     return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
 

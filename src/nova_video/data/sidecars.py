@@ -10,7 +10,8 @@ import posixpath
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from nova_video.errors import InputError
@@ -31,6 +32,8 @@ class Row:
     values: dict[str, Any]
     problem: str | None = None
     """Why it cannot be used, if its values are wrong or cut."""
+    is_short: bool = False
+    """Whether it has fewer cells than columns: it may belong to the row before."""
 
 
 def caption_text(value: object) -> str:
@@ -83,20 +86,25 @@ def caption_from(data: bytes, name: str, key: str) -> str:
         raise ValueError(f"{name} has more than {MOST_TEXT >> 20} MB: expected a caption")
     try:
         text = decode_text(data)
-        values = parse_json(text) if name.lower().endswith(".json") else None
     except ValueError as error:
-        raise ValueError(f"{name} cannot be read as its name says: it {str(error).removeprefix('it ')}") from None
-    if values is None and not name.lower().endswith(".json"):
-        key, value = "it", text
-    elif isinstance(values, dict) and key in values:
-        value = values[key]
-    else:
+        raise ValueError(f"{name} {error}") from None
+    if suffix(name) != ".json":
+        return _caption_named("it", text)
+    try:
+        values = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from None
+    if not isinstance(values, dict) or key not in values:
         has = f"has {shorten(', '.join(map(str, values))) or 'no keys'}" if isinstance(values, dict) else "is no object"
         raise ValueError(f"{name} {has}: expected the key {key}")
+    return _caption_named(key, values[key])
+
+
+def _caption_named(name: str, value: object) -> str:
     try:
         return caption_text(value)
     except ValueError as error:
-        raise ValueError(f"{key} {error}") from None
+        raise ValueError(f"{name} {error}") from None
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,12 @@ def _read_csv(text: str, where: str, wanted: Collection[str]) -> Table:
     for column in wanted:
         if header.count(column) > 1:
             raise InputError(f"{where}: has the column {column!r} {header.count(column)} times: expected one")
-    return Table(header, list(_csv_rows(readers[headers.index(header)], header)))
+    rows = list(_csv_rows(readers[headers.index(header)], header))
+    for number, (row, following) in enumerate(pairwise(rows)):
+        if row.problem is None and following.is_short:
+            problem = f"row {following.number} behind it is no whole row: expected quotes around text of several lines"
+            rows[number] = replace(row, problem=problem)
+    return Table(header, rows)
 
 
 def _read_header(reader: Iterator[list[str]]) -> list[str]:
@@ -160,7 +173,7 @@ def _csv_rows(reader: Iterator[list[str]], header: list[str]) -> Iterator[Row]:
             what = "quotes around text with a delimiter in it" if len(cells) > len(header) else "a cell for each"
             counted = f"{len(cells)} cell{'s' if len(cells) > 1 else ''} for {len(header)} columns"
             problem = f"row {number} has {counted}: expected {what}"
-        yield Row(number, dict(zip(header, cells, strict=False)), problem)
+        yield Row(number, dict(zip(header, cells, strict=False)), problem, len(cells) < len(header))
 
 
 def _read_json_lines(text: str, where: str) -> Table:

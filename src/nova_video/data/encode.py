@@ -38,6 +38,7 @@ from nova_video.data.dataset import (
     write_shard,
 )
 from nova_video.data.encoders import EncodeLatents, EncodeText, autoencoder_info, same_text_encoder, text_names
+from nova_video.data.failures import OneByOne
 from nova_video.data.follow import (
     UNKNOWN,
     Comparison,
@@ -51,7 +52,6 @@ from nova_video.data.follow import (
     parallel,
     remaining,
 )
-from nova_video.data.failures import OneByOne
 from nova_video.data.sources import Source, SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected, decode_with_motion
 from nova_video.errors import InputError

@@ -176,7 +176,7 @@ def test_names_in_a_card_are_code(place: Path) -> None:
     facts = card.gather(place)
     facts.rejected = [{"source": source, "reason": reason} for source, reason in lines]
     text = card.card("films", DatasetInfo.load(place), facts)
-    assert "| no \\x1b[1mcaption\\| | 1 | `` `a` b .png `` |\n" in text
+    assert "| no \\x1b[1mcaption\\| | 1 | `` `a`\\u2028b\\n.png `` |\n" in text
     assert "| <b> | 1 | `c.png` |\n" in text
 
 

@@ -3,8 +3,9 @@
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -239,16 +240,16 @@ FIRST = "transformer.video_encoder.blocks.0.attn.qkv.lora_A.weight"
             lambda x: {k.replace("blocks.0", "blocks.40"): v for k, v in x.items()},
             "expected a linear layer of this model",
         ),
-        (lambda x: {k.removeprefix("transformer."): v for k, v in x.items()}, r"expected names such as transformer\."),
         (
             lambda x: x | {FIRST: torch.zeros(4, 999)},
             r"qkv.lora_A.weight is \(4, 999\): expected \(4, 64\) beside this",
         ),
         (lambda x: {k: v for k, v in x.items() if k != FIRST}, "expected lora_A and lora_B of each layer"),
-        (lambda x: x | {"transformer.head.diff": torch.zeros(1)}, r"expected names that end with \.lora_A"),
+        (lambda x: x | {"transformer.head.diff": torch.zeros(1)}, "is whole differences of weights"),
+        (lambda x: x | {"transformer.head.weight": torch.zeros(1)}, r"expected names such as transformer\."),
         (lambda x: {}, "has no tensors: expected"),
     ],
-    ids=["layer", "prefix", "shape", "half", "kind", "empty"],
+    ids=["layer", "shape", "half", "kind", "name", "empty"],
 )
 def test_an_adapter_of_another_model_is_refused(
     pipe: NovaPipeline, adapter: Path, tmp_path: Path, change: Change, message: str
@@ -261,6 +262,102 @@ def test_an_adapter_of_another_model_is_refused(
     assert "wrong.safetensors" in str(error.value)
     assert "\n" not in str(error.value)
     assert set(pipe.transformer.state_dict()) == before
+
+
+LAYERS = ("image_encoder.blocks.0.attn.proj", "video_encoder.blocks.1.mlp.fc1")
+RANKS, ALPHA = (4, 2), 3.0
+
+
+def halves(pipe: NovaPipeline) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of two layers, of ranks 4 and 2."""
+    generator = torch.Generator().manual_seed(5)
+    made = {}
+    for layer, rank in zip(LAYERS, RANKS, strict=True):
+        outputs, inputs = pipe.transformer.get_submodule(layer).weight.shape
+        made[layer] = tuple(torch.randn(*shape, generator=generator) for shape in ((rank, inputs), (outputs, rank)))
+    return made
+
+
+PEFT, KOHYA, OLD = ("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up")
+FORMS = {  # what stands before a layer's name, and names of its halves
+    "diffusers": ("transformer.", PEFT),
+    "diffusers of old": ("transformer.", OLD),
+    "no prefix": ("", PEFT),
+    "comfy": ("diffusion_model.", PEFT),
+    "comfy, down and up": ("diffusion_model.", KOHYA),
+    "kohya": ("lora_unet_", KOHYA),
+    "peft, named": ("base_model.model.", ("lora_A.default", "lora_B.default")),
+}
+
+
+def check_merged(pipe: NovaPipeline, place: Path, scales: Sequence[float]) -> None:
+    """Fused, each layer is W + scale * B A; taken out again it is what it was."""
+    weights = {layer: pipe.transformer.get_submodule(layer).weight.detach().clone() for layer in LAYERS}
+    expected = {
+        layer: weights[layer] + scale * b @ a
+        for (layer, (a, b)), scale in zip(halves(pipe).items(), scales, strict=True)
+    }
+    pipe.load_lora_weights(place)
+    pipe.fuse_lora()
+    for layer in LAYERS:
+        torch.testing.assert_close(pipe.transformer.get_submodule(layer).base_layer.weight, expected[layer])
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+
+
+@pytest.mark.parametrize("with_alpha", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_files_of_other_tools(pipe: NovaPipeline, tmp_path: Path, form: str, with_alpha: bool) -> None:
+    (prefix, (down, up)), tensors = FORMS[form], {}
+    for layer, (a, b) in halves(pipe).items():
+        name = prefix + (layer.replace(".", "_") if form == "kohya" else layer)
+        tensors |= {f"{name}.{down}.weight": a, f"{name}.{up}.weight": b}
+        if with_alpha:
+            tensors[f"{name}.alpha"] = torch.tensor(ALPHA)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    check_merged(pipe, tmp_path / "adapter.safetensors", [ALPHA / rank if with_alpha else 1.0 for rank in RANKS])
+
+
+@pytest.mark.parametrize(
+    ("config", "scales"),
+    [
+        ({"lora_alpha": 6, "r": 4, "rank_pattern": {"mlp.fc1": 2}}, [6 / 4, 6 / 2]),
+        ({"lora_alpha": 6, "alpha_pattern": {"blocks.1.mlp.fc1": 1}}, [6 / 4, 1 / 2]),
+        ({"lora_alpha": 6, "use_rslora": True}, [6 / 4**0.5, 6 / 2**0.5]),
+    ],
+)
+def test_folders_of_peft(pipe: NovaPipeline, tmp_path: Path, config: dict[str, Any], scales: list[float]) -> None:
+    tensors = {
+        f"base_model.model.{layer}.lora_{half}.weight": tensor
+        for layer, both in halves(pipe).items()
+        for half, tensor in zip("AB", both, strict=True)
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    check_merged(pipe, tmp_path, scales)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("transformer.{}.lora_magnitude_vector", "DoRA"),
+        ("lora_unet_{}.dora_scale", "DoRA"),
+        ("lycoris_{}.lokr_w1", "LoKr"),
+        ("lora_unet_{}.hada_w1_a", "LoHa"),
+        ("lora_unet_{}.oft_blocks", "OFT"),
+        ("lora_unet_{}.lora_mid.weight", "LoCon with a Tucker core"),
+        ("lora_te_text_model_layer.lora_down.weight", "LoRA of a text encoder"),
+        ("transformer.{}.lora_B.bias", "LoRA with biases"),
+    ],
+)
+def test_other_kinds_of_adapters_are_refused_by_name(pipe: NovaPipeline, tmp_path: Path, key: str, kind: str) -> None:
+    save_file({key.format(LAYERS[0]): torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=f"is {kind}, by its .*: expected LoRA of linear layers"):
+        pipe.load_lora_weights(tmp_path / "other.safetensors")
+    for config, message in ({"peft_type": "LOKR"}, "peft_type is 'LOKR'"), ({"use_dora": True}, "is DoRA"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=message):
+            pipe.load_lora_weights(tmp_path / "other.safetensors")
 
 
 def test_what_is_no_adapter_is_refused(pipe: NovaPipeline, adapter: Path, tmp_path: Path) -> None:

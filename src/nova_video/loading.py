@@ -8,6 +8,7 @@ keys, so there is no converter. Only safetensors are read, and whatever is wrong
 import glob
 import inspect
 import json
+import logging
 import re
 import shlex
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSo
 from nova_video.errors import InputError, first_line
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_PREFIX, Adapter, check_adapter
+from nova_video.model.lora_forms import read_forms
 from nova_video.text.encoders import UNUSED_WEIGHTS, find_text_encoder, load_text_model, load_tokenizer
 from nova_video.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_json, read_shapes
 
@@ -45,7 +47,12 @@ PART_CLASSES: dict[str, type] = {
 }
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
+ADAPTER_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""What peft saves an adapter as."""
+
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 # Names that diffusers itself renames when it loads an old autoencoder: the attention of its middle block.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -315,8 +322,11 @@ def _check_text_keys(folder: Path, stored: Iterable[str], model: PreTrainedModel
 
 
 def load_adapter(name_or_path: str | Path, model: NOVATransformer3DModel, weight_name: str | None = None) -> Adapter:
-    """A low-rank adapter for the model: a safetensors file, a folder with one, or a hub id; checked key by key."""
-    path = _find_adapter(name_or_path, weight_name or LORA_FILE)
+    """A low-rank adapter for the model: a safetensors file, a folder with one, or a hub id; checked key by key.
+
+    Files of peft, diffusers, ComfyUI and kohya are read (`model/lora_forms.py`).
+    """
+    path = _find_adapter(name_or_path, weight_name)
     try:
         tensors = load_file(path)
         with safe_open(str(path), framework="pt") as file:
@@ -324,37 +334,52 @@ def load_adapter(name_or_path: str | Path, model: NOVATransformer3DModel, weight
         settings = None if told is None else json.loads(told)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: expected a safetensors file with an adapter ({error})") from None
-    foreign = [key for key in tensors if not key.startswith(LORA_PREFIX)]
-    if foreign or not tensors:
-        has = foreign[0] if foreign else "no tensors"
-        raise InputError(f"{path}: has {has}: expected names such as {LORA_PREFIX}<layer>.lora_A.weight")
-    adapter = Adapter(
-        {key.removeprefix(LORA_PREFIX): value for key, value in tensors.items()},
-        None if settings is None else {key.removeprefix(LORA_PREFIX): value for key, value in settings.items()},
-    )
+    config_path = path.with_name(ADAPTER_CONFIG)
+    config = read_json(config_path) if settings is None and config_path.is_file() else None
+    own, scaled = read_forms(model, tensors, config, str(path))
+    if settings is None:
+        if config is None and any(key.startswith("base_model.model.") for key in tensors):
+            log.warning("%s: there is no %s beside it, so lora_alpha is taken as the rank", path, ADAPTER_CONFIG)
+        settings = scaled
+    elif any(key.endswith(".alpha") for key in tensors):
+        raise InputError(f"{path}: has alpha both as tensors and in its metadata: expected one of them")
+    else:
+        settings = {key.removeprefix(LORA_PREFIX): value for key, value in settings.items()}
+    adapter = Adapter(own, settings)
     check_adapter(model, adapter, str(path))
     return adapter
 
 
-def _find_adapter(name_or_path: str | Path, weight_name: str) -> Path:
+def _find_adapter(name_or_path: str | Path, weight_name: str | None) -> Path:
+    """The file of an adapter; in a folder or on the hub the one of that name, or diffusers' name, or peft's."""
     path = Path(name_or_path).expanduser()
+    names = (LORA_FILE, PEFT_FILE) if weight_name is None else (weight_name,)
+    listed = " or ".join(names)
     if path.is_file():
         return path
     if path.is_dir():
-        if not (path / weight_name).is_file():
-            raise InputError(f"adapter {name_or_path}: the folder has no {weight_name}: expected one that has")
-        return path / weight_name
+        for name in names:
+            if (path / name).is_file():
+                return path / name
+        raise InputError(f"adapter {name_or_path}: the folder has no {listed}: expected one that has")
     if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name_or_path):
         raise InputError(
-            f"adapter {str(name_or_path)!r} not found: expected a file, a folder with {weight_name}, or a hub id"
+            f"adapter {str(name_or_path)!r} not found: expected a file, a folder with {listed}, or a hub id"
         )
-    try:
-        return Path(hf_hub_download(name_or_path, weight_name))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"adapter {name_or_path!r}: no such file here, and not to be had from the hub: {reason}"
-        ) from None
+    for name in names:
+        try:
+            found = Path(hf_hub_download(name_or_path, name))
+            if name == PEFT_FILE:
+                hf_hub_download(name_or_path, ADAPTER_CONFIG)  # lies beside it
+            return found
+        except EntryNotFoundError as error:
+            if name == names[-1]:
+                raise InputError(f"adapter {name_or_path!r}: has no {listed} on the hub: {first_line(error)}") from None
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise InputError(
+                f"adapter {name_or_path!r}: no such file here, and not to be had from the hub: {first_line(error)}"
+            ) from None
+    raise AssertionError("names is never empty")
 
 
 def load_component(

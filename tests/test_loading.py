@@ -335,6 +335,62 @@ def test_impossible_config(checkpoint: Path) -> None:
         load_transformer(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("image_dim", [0, -4, 4.5, "4", None, True, 10**400]),
+        ("image_size", [0, -64, 100, [64], [64, 0], [64, 64, 64], "64", None, [64.0, 64.0]]),
+        ("image_stride", [0, -8, None, "8"]),
+        ("text_token_dim", [-1, "32", [32]]),
+        ("text_token_len", [0, 513, None]),
+        ("image_base_size", [4, [4], [4, -4], None, "44"]),
+        ("video_base_size", [1, [1, 2], [0, 2, 2], None]),
+        ("video_mixer_rank", [1.5, "4", 10**9]),
+        ("rotary_pos_embed", ["no", 3, []]),
+        ("arch", [None, "vit_d1w64", ["vit_d1w64"] * 2, ["vit_d0w64", "vit_d2w64", "mlp_d1w64"], [1, 2, 3]]),
+        ("arch", [["vit_d1w0", "vit_d1w0", "mlp_d1w1"], ["vit_d1w72", "vit_d2w72", "mlp_d1w64"]]),
+        ("arch", [["vit_d999999999w64", "vit_d2w64", "mlp_d1w64"], ["vit_d1w64", "vit_d2w64", f"mlp_d{'9' * 5000}w1"]]),
+    ],
+)
+def test_values_that_no_transformer_can_have(checkpoint: Path, name: str, values: list[object]) -> None:
+    for value in values:
+        edit_config(checkpoint / "transformer" / "config.json", **{name: value})
+        with pytest.raises(InputError, match=name.removesuffix("_size")) as caught:
+            load_transformer(checkpoint)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [{}, {"text_token_dim": None}, {"text_token_dim": 0, "num_classes": 1000}])
+def test_class_conditional_models_are_named(checkpoint: Path, config: dict[str, object]) -> None:
+    def relabel(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith("text_embed.")]:
+            tensors[key.replace("text_embed", "label_embed")] = tensors.pop(key)
+
+    edit_config(checkpoint / "transformer" / "config.json", **config)
+    rewrite(checkpoint / "transformer" / WEIGHTS, relabel)
+    with pytest.raises(InputError, match="class-conditional"):
+        load_transformer(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("vae", {"latent_channels": -4}),
+        ("vae", {"block_out_channels": 3}),
+        ("vae", {"norm_num_groups": 0}),
+        ("scheduler", {"beta_schedule": "none"}),
+        ("scheduler", {"num_train_timesteps": -1}),
+        ("scheduler", {"num_train_timesteps": 10**12}),
+        ("scheduler", {"trained_betas": "none"}),
+    ],
+)
+def test_values_that_a_library_does_not_take(checkpoint: Path, part: str, values: dict[str, object]) -> None:
+    edit_config(next((checkpoint / part).glob("*config.json")), **values)
+    with pytest.raises(InputError, match="config.json: ") as caught:
+        (load_autoencoder if part == "vae" else load_scheduler)(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["AutoencoderKL", "NoSuchScheduler", "os", None])
 def test_scheduler_of_another_kind(checkpoint: Path, name: str | None) -> None:
     edit_config(checkpoint / "scheduler" / "scheduler_config.json", _class_name=name)

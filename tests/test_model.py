@@ -10,6 +10,7 @@ from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nova_video.errors import InputError
 from nova_video.model import NOVATransformer3DModel, mask_ratios, patchify, set_sizes, unpatchify
 from nova_video.model.embeddings import space_table
 from nova_video.model.patches import gather_tokens, scatter_tokens
@@ -206,3 +207,14 @@ def test_device_and_dtype_are_those_of_diffusers(how: str, monkeypatch: pytest.M
     model = open_model("text-to-image").to(torch.bfloat16)
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     assert model.dtype == super(type(model), model).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("stride", "multiple"), [(4, 32), (8, 32), (16, 32), (32, 64)])
+def test_sizes_are_multiples_of_a_temporal_token(stride: int, multiple: int) -> None:
+    """The temporal encoder's patch is twice the spatial one, 15 // stride + 1."""
+    arch = ("vit_d1w32", "vit_d2w32", "mlp_d1w32")
+    model = NOVATransformer3DModel(image_size=multiple, image_stride=stride, text_token_dim=8, arch=arch)
+    assert model.size_multiple == multiple
+    assert model.video_encoder.patch_embed(torch.zeros(1, 4, multiple // stride, multiple // stride)).shape[1] == 1
+    with pytest.raises(InputError, match=f"expected multiples of {multiple}"):
+        NOVATransformer3DModel(image_size=multiple // 2, image_stride=stride, text_token_dim=8, arch=arch)

@@ -105,7 +105,7 @@ def _count(number: int, what: str) -> str:
 
 def _settings(args: Encode) -> "EncodeSettings":
     """The checkpoint's own settings where nothing was typed."""
-    from nova_video.data.encode import EncodeSettings, model_size, model_text
+    from nova_video.data.encode import EncodeSettings, makes_video, model_size, model_text
     from nova_video.data.sources import SourceSettings
     from nova_video.data.stages import DecodeSettings
     from nova_video.devices import choose_device
@@ -124,6 +124,8 @@ def _settings(args: Encode) -> "EncodeSettings":
         size, alone = own
     else:
         raise InputError(f"{args.model} has no transformer/ that tells its size: expected --size, such as 768x480")
+    if not args.frames and defaults.num_frames == 1 and makes_video(args.model):
+        log.warning("%s says no length of its clips: sources give pictures, and clips with --frames 33", args.model)
     text = args.text_encoder
     return EncodeSettings(
         source=SourceSettings(args.source, args.caption_column, args.media_column, args.split, args.group, args.config),

@@ -29,6 +29,7 @@ from nova_video.errors import InputError, first_line
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_PREFIX, Adapter, check_adapter
 from nova_video.model.lora_forms import read_forms
+from nova_video.settings import check_number
 from nova_video.text.encoders import UNUSED_WEIGHTS, find_text_encoder, load_text_model, load_tokenizer
 from nova_video.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_json, read_shapes
 
@@ -37,6 +38,7 @@ AUTOENCODERS = (AutoencoderKL, AutoencoderKLOpenSora, AutoencoderKLCausalTiny)
 COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
 PART_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
 """Of the files that a part is read from: no code, no pickles."""
+MAX_STEPS = 100_000  # of a noise schedule that is not a mistake
 OPTIONAL = ("vae", "text_encoder", "tokenizer")
 PART_CLASSES: dict[str, type] = {
     "transformer": NOVATransformer3DModel,
@@ -280,6 +282,7 @@ def read_scheduler(folder: Path) -> Any:
         raise InputError(f"{path}: _class_name is {name!r}: expected a diffusers scheduler")
     scheduler: Any = found
     try:
+        check_number("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, integer=True, high=MAX_STEPS)
         return scheduler.from_config(config)
     except Exception as error:  # of a value that the library does not know: it raises many kinds
         raise InputError(f"{path}: no {name} can be made of it: {first_line(error)}") from None

@@ -284,6 +284,12 @@ def model_size(model: str) -> tuple[tuple[int, int], bool] | None:
     return (height, width), not config.rotary_pos_embed
 
 
+def makes_video(model: str) -> bool:
+    """True if the checkpoint's transformer makes clips."""
+    folder = resolve_checkpoint(model) / "transformer"
+    return folder.is_dir() and outline_transformer(folder).has_motion
+
+
 def model_text(model: str) -> str | None:
     """The checkpoint itself if it has or names a text encoder."""
     folder = resolve_checkpoint(model)

@@ -37,6 +37,8 @@ from nova_video.model.patches import PatchEmbed, gather_tokens, token_positions
 from nova_video.model.vit import Block, CacheLayer, TemporalCache, heads_for_width, residual_stream
 from nova_video.settings import check_number
 
+MAX_DEPTH, MAX_WIDTH = 1024, 65536  # of a config that is not a mistake
+
 ApplyBlock = Callable[..., Tensor]
 """Calls a block with what its `forward` takes."""
 
@@ -164,12 +166,14 @@ class ImageEncoder(nn.Module):
 
 def parse_arch(name: str, kind: str) -> tuple[int, int]:
     """Depth and width of an `arch` entry such as `vit_d16w1024`; `kind` is vit or mlp."""
-    match = re.fullmatch(rf"{kind}_d(\d+)w(\d+)", name)
+    match = re.fullmatch(rf"{kind}_d(\d{{1,6}})w(\d{{1,6}})", name)
     if match is None:
         raise InputError(f"arch entry {name!r}: expected {kind}_d<depth>w<width>, such as {kind}_d6w1024")
     depth, width = int(match[1]), int(match[2])
-    if depth < 1 or width < 1 or (kind == "vit" and width % 32):
-        raise InputError(f"arch entry {name!r}: expected a depth of 1 or more, and a width in multiples of 32 of a vit")
+    check_number(f"the depth of arch entry {name!r}", depth, 1, high=MAX_DEPTH)
+    check_number(f"the width of arch entry {name!r}", width, 1, high=MAX_WIDTH)
+    if kind == "vit" and width % 32:
+        raise InputError(f"the width of arch entry {name!r} is {width}: expected a multiple of 32, the width of a head")
     return depth, width
 
 
@@ -179,20 +183,28 @@ def spatial_patch(image_stride: int) -> int:
 
 
 def check_config(config: Any) -> None:
-    """Every number of a transformer's config is in its bounds."""
+    """Every value of a transformer's config is of its kind and in its bounds."""
+    if config.text_token_dim in (None, 0):
+        raise InputError(
+            f"text_token_dim is {config.text_token_dim}: expected the width of text features; models that are"
+            " class-conditional, without text, are not supported"
+        )
     for name in ("image_dim", "image_stride", "text_token_dim"):
-        check_number(name, getattr(config, name), 1, integer=True)
+        check_number(name, getattr(config, name), 1, integer=True, high=MAX_WIDTH)
     check_number("text_token_len", config.text_token_len, 1, integer=True, high=TABLE_LEN)
     for name, length in (("image_size", 2), ("image_base_size", 2), ("video_base_size", 3)):
         value = getattr(config, name)
-        if not isinstance(value, Sequence) or len(value) != length:
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != length:
             raise InputError(f"{name} is {value!r}: expected {length} whole numbers")
         for number in value:
             check_number(name, number, 1, integer=True)
     if config.video_mixer_rank is not None:
-        check_number("video_mixer_rank", config.video_mixer_rank, -1, integer=True)
+        check_number("video_mixer_rank", config.video_mixer_rank, -MAX_WIDTH, integer=True, high=MAX_WIDTH)
+    if not isinstance(config.rotary_pos_embed, bool | None):
+        raise InputError(f"rotary_pos_embed is {config.rotary_pos_embed!r}: expected true or false")
     arch = config.arch
-    if not isinstance(arch, Sequence) or len(arch) != 3 or not all(isinstance(name, str) for name in arch):
+    names = isinstance(arch, Sequence) and len(arch) == 3 and all(isinstance(name, str) for name in arch)
+    if not names or isinstance(arch, str):
         raise InputError(f"arch is {arch!r}: expected three names, such as vit_d16w1024, vit_d32w1024, mlp_d6w1024")
 
 

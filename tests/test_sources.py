@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import re
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -638,3 +641,230 @@ def test_wrong_tables(tmp_path: Path) -> None:
     make_saved(tmp_path / "saved")
     with pytest.raises(InputError, match="has no split 'train', it has test: name one with --split"):
         opened(tmp_path / "saved")
+
+
+# Odd files -----------------------------------------------------------------------------------------------------------
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    """Pipes, sockets, devices, folders and links in the place of media and captions: each is a line, none is opened."""
+    fill(
+        tmp_path,
+        {"good.png": b"1", "good.txt": "good", "cap.png": b"2", "dir.mp4/in.png": b"3", "dir.mp4/in.txt": "in"},
+    )
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "cap.txt")
+    (tmp_path / "dead.png").symlink_to("nowhere")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "round").symlink_to(".")
+    fill(tmp_path, {"dead.txt": "x", "__MACOSX/x.png": b"", "._good.png": b"\0", ".git/x.png": b""})
+    source = opened(tmp_path)
+    pipe, link = "is a pipe, a socket or a device: expected a file", "is a link that leads nowhere: expected a file"
+    assert problems(source) == {
+        "cap.png": f"no caption: cap.txt {pipe}",
+        "cap.txt": pipe,
+        "dead.png": link,
+        "dir.mp4": "is a folder: expected a file",
+        "loop.png": link,
+        "pipe.png": pipe,
+    }
+    assert [item.source for item in source.items() if item.problem is None] == ["dir.mp4/in.png", "good.png"]
+
+
+def test_names_that_are_not_unicode(tmp_path: Path) -> None:
+    """They are rejected by a name that can be written down; line breaks and the like are names as others."""
+    names = [b"caf\xe9.png", b"two\nlines.png", "\x1b[1m\u202e.png".encode(), "👩‍🚀.png".encode()]
+    for name in names:
+        for path in (name, name.replace(b".png", b".txt")):
+            Path(os.fsdecode(bytes(tmp_path) + b"/" + path)).write_bytes(b"x")
+    source = opened(tmp_path)
+    wrong = "its name is not UTF-8: expected one that is"
+    assert problems(source) == {"caf\\xe9.png": wrong, "caf\\xe9.txt": wrong}
+    assert sorted(item.source.encode() for item in source.items() if item.problem is None) == sorted(names[1:])
+
+
+def test_deep_folders(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["d"] * 1200)
+    here = Path.cwd()
+    os.chdir(tmp_path)
+    for _ in range(1200):  # a path of them all is too long for one call on some systems
+        Path("d").mkdir()
+        os.chdir("d")
+    Path("a.png").write_bytes(b"1")
+    Path("a.txt").write_text("deep")
+    os.chdir(here)
+    [item] = opened(tmp_path).items()
+    assert (item.source, read_caption(item)) == (str(deep.relative_to(tmp_path) / "a.png"), "deep")
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # shutil is too deep in itself
+
+
+def test_one_caption_is_of_one_file(tmp_path: Path) -> None:
+    """The video's before the picture's; two captions that differ in capitals alone are none."""
+    fill(
+        tmp_path,
+        {"a.png": "", "a.mp4": "", "a.txt": "a", "b.png": "", "b.txt": "b", "b.TXT": "B", "c.png": "", "c.txt": "c"},
+    )
+    assert problems(opened(tmp_path)) == {
+        "a.png": "no caption: a.mp4 has the same name, and the caption: expected a name of its own",
+        "b.png": "no caption: there are b.TXT and b.txt: expected one of them",
+    }
+
+
+def test_letters_and_accents_apart(tmp_path: Path) -> None:
+    """As macOS writes names: they are the same ones."""
+    apart, together = "a\u0308", "\u00e4"
+    fill(tmp_path / "beside", {f"{apart}.png": "", f"{together}.txt": "beside"})
+    fill(tmp_path / "table", {f"{apart}.png": "", "metadata.csv": f"file_name,caption\n{together}.png,listed\n"})
+    for folder, caption in (("beside", "beside"), ("table", "listed")):
+        [item] = opened(tmp_path / folder).items()
+        assert (item.source, item.problem, read_caption(item)) == (f"{apart}.png", None, caption)
+
+
+def test_tables_in_folders_below(tmp_path: Path) -> None:
+    """Each is of its folder and those below; media without a table above have their captions beside them."""
+    fill(
+        tmp_path,
+        {
+            "loose.png": "",
+            "loose.txt": "loose",
+            "orphan.txt": "x",
+            "sub/metadata.csv": "file_name;caption\na.png;an a\ndeep\\b.png;a b\n../loose.png;again\n/../x.png;\n",
+            "sub/a.png": "",
+            "sub/deep/b.png": "",
+            "sub/c.png": "",
+            "sub/c.txt": "not read",
+            "bad/metadata.csv": "name,text\n",
+            "bad/d.png": "",
+            "bad/d.txt": "a d",
+        },
+    )
+    source = opened(tmp_path)
+    assert {item.source: read_caption(item) for item in source.items() if item.problem is None} == {
+        "sub/a.png": "an a",
+        "sub/deep/b.png": "a b",
+        "loose.png": "again",
+        "bad/d.png": "a d",
+    }
+    assert problems(source) == {
+        "bad/metadata.csv": "has no rows: expected file_name and caption of each file",
+        "orphan.txt": "a caption without media: nothing of its name is beside it",
+        "/../x.png": "no caption: the column caption is empty",
+        "sub/c.png": "no caption: it is not in sub/metadata.csv",
+    }
+
+
+TABLE_ROWS = [
+    (
+        "a.png,A dog on a beach, running",
+        "row 1 has 3 cells for 2 columns: expected quotes around text with a delimiter",
+    ),
+    ("a.png", "row 1 has 1 cell for 2 columns: expected a cell for each"),
+    ('a.png,"A dog" runs', "metadata.csv:1: row 1 is not readable as CSV: ',' expected after '\"'"),
+    ("a.png,first line\nsecond line", "row 2 behind it is no whole row: expected quotes around text of several lines"),
+    ('a.png,"never closed\nb.png,b"', "no caption: it goes on over the row of b.png: expected its quote to be closed"),
+    ("a.png,caf\udce9", "no caption: the column caption is not UTF-8 (\\xe9): expected UTF-8"),
+    ("a.png,nul\0", "no caption: the column caption holds NUL characters: expected text"),
+    ("a.png\0,nul", "metadata.csv:1: file_name is a.png\\x00: expected a name in UTF-8, without NUL"),
+    (f"{'x' * 5000}.png,long", "there is no such file"),
+    ("https://host/a.png,", "no caption: the column caption is empty"),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), TABLE_ROWS, ids=range(len(TABLE_ROWS)))
+def test_rows_that_are_wrong(row: str, expected: str, tmp_path: Path) -> None:
+    """Each costs itself alone, and is said of its file where that is known."""
+    table = f"file_name,caption\n{row}\nc.png,a c\n"
+    fill(tmp_path, {"a.png": "", "b.png": "", "c.png": "", "metadata.csv": table.encode("utf-8", "surrogateescape")})
+    source = opened(tmp_path)
+    said = [f"{name}: {problem}" for name, problem in problems(source).items()]
+    assert any(expected in line for line in said), said
+    assert [(item.source, item.caption) for item in source.items() if item.problem is None] == [("c.png", "a c")]
+    assert all(len(line) < 400 for line in said)
+
+
+def test_lines_that_are_wrong(tmp_path: Path) -> None:
+    lines = ['{"file_name": "a.png", "caption": "a"}', "{", "[" * 100_000, "7", '{"file_name": 7}', '{"caption": "x"}']
+    lines += ['{"file_name": "b.png", "caption": {"en": "b"}}', '{"file_name": "c.png"}']
+    source = opened(fill(tmp_path, {"a.png": "", "b.png": "", "c.png": "", "metadata.jsonl": "\n".join(lines)}))
+    found = problems(source)
+    assert found.pop("metadata.jsonl:2").startswith("line 2 is not JSON (Expecting property name")
+    assert found == {
+        "b.png": "no caption: the column caption is an object (keys en): expected text",
+        "c.png": "no caption: the column caption is empty",
+        "metadata.jsonl:3": "line 3 is not JSON (it is nested too deeply)",
+        "metadata.jsonl:4": "line 4 is 7: expected an object",
+        "metadata.jsonl:5": "file_name is the number 7: expected text",
+        "metadata.jsonl:6": "its row has no file_name",
+    }
+
+
+def test_odd_members_of_tars(tmp_path: Path) -> None:
+    """Samples need not stand together; links, folders and bytes behind the end are said."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        long = "x" * 150
+        for name in (
+            "1.0.png",
+            "1.5.png",
+            "1.0.txt",
+            "1.5.txt",
+            f"{long}/a.PNG",
+            f"{long}/a.TXT",
+            "._1.png",
+            "../up.png",
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(name)
+            tar.addfile(info, io.BytesIO(name.encode()))
+        for name, kind in (("link.png", tarfile.SYMTYPE), ("fifo.mp4", tarfile.FIFOTYPE), ("dir.mp4", tarfile.DIRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd" if kind == tarfile.SYMTYPE else ""
+            tar.addfile(info)
+    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes() * 2)
+    (tmp_path / "c.tar").write_bytes(POINTER)
+    source = opened(tmp_path)
+    good = [(item.source, item.caption) for item in source.items() if item.problem is None]
+    assert good[:3] == [
+        ("a.tar/1.0.png", "1.0.txt"),
+        ("a.tar/1.5.png", "1.5.txt"),
+        (f"a.tar/{long}/a.PNG", f"{long}/a.TXT"),
+    ]
+    found = problems(source)
+    assert found["a.tar/link.png"] == "is a link in the tar, to /etc/passwd: expected a file"
+    assert found["a.tar/fifo.mp4"] == "is no plain file in the tar: expected one"
+    assert found["a.tar/../up.png"] == "no caption: the tar has no .txt or .json of its name"
+    assert "more is behind its end, after 11 members" in found["b.tar"]
+    assert found["c.tar"].startswith("the tar is a Git LFS pointer, not the file itself")
+    assert "a.tar" not in found
+
+
+def test_pointers_and_archives_are_named(tmp_path: Path) -> None:
+    fill(tmp_path, {"a.parquet": POINTER, "b.tar.gz": b"\x1f\x8b", "t/metadata.csv": POINTER, "t/a.png": ""})
+    for name, expected in [
+        ("a.parquet", "a.parquet: is a Git LFS pointer, not the file itself"),
+        ("b.tar.gz", "b.tar.gz: is compressed: expected a folder of what is in it, or a .tar file"),
+        ("t", "metadata.csv is a Git LFS pointer, not the file itself"),
+    ]:
+        with pytest.raises(InputError, match=expected):
+            opened(tmp_path / name)
+
+
+def test_captions_of_other_types(tmp_path: Path) -> None:
+    for number, (value, what) in enumerate(
+        [({"en": "x"}, "an object (keys en)"), (7, "the number 7"), ([7], "a list that")]
+    ):
+        write_parquet(tmp_path / f"{number}.parquet", [{"video": b"1", "caption": value}])
+        with pytest.raises(InputError, match=re.escape(f"no caption: the column caption is {what}")):
+            opened(tmp_path / f"{number}.parquet")
+    rows = [
+        {"video": {"bytes": b"1", "path": None}, "caption": "a"},
+        {"video": {"bytes": None, "path": "../b"}, "caption": "b"},
+    ]
+    write_parquet(tmp_path / "paths.parquet", rows)
+    assert problems(opened(tmp_path / "paths.parquet")) == {
+        "00000:00001": "no media: ../b is not below the dataset: expected a path in it"
+    }
+    write_parquet(tmp_path / "number.parquet", [{"video": 7, "caption": "a"}])
+    with pytest.raises(InputError, match="no media: the column video is the number 7: expected bytes or a path"):
+        opened(tmp_path / "number.parquet", media_column="video")

@@ -38,7 +38,7 @@ from nova_video.data.sidecars import (
     stem,
     suffix,
 )
-from nova_video.data.stages import MEDIA, NO_RANGES, VIDEOS, Item
+from nova_video.data.stages import MEDIA, NO_RANGES, VIDEOS, Item, is_pointer
 from nova_video.errors import InputError, first_line
 from nova_video.extras import install_command
 from nova_video.io.folders import A_FOLDER, walk
@@ -424,7 +424,7 @@ class FolderSource(Source):
             stems.setdefault(stem(name), Stem()).media.append(name)
         for name in (*texts, *(name for name in self._odd if suffix(name) in TEXTS)):
             stems.setdefault(stem(name), Stem()).texts.append(name)
-        known = {stem(name) for name in self._odd}
+        known = {stem(name) for name in (*self._odd, *self._listed)}
         for name, found in stems.items():
             if found.media:
                 yield from self._stem_items(found)
@@ -902,6 +902,9 @@ def _holds_media(kind: Any) -> bool:
 def _load_parquet(urls: list[str]) -> Any:
     """With the columns of the first file that tells them: one that is damaged is found out when it is read."""
     import pyarrow.parquet as pq
+
+    if is_pointer(Item(urls[0], url=urls[0])):
+        raise InputError(f"{urls[0]}: {POINTED}")
 
     def load(datasets: Any) -> Any:
         features = None

@@ -39,7 +39,7 @@ from nova_video.data.sidecars import MOST_TEXT, caption_from
 from nova_video.errors import InputError
 from nova_video.extras import install_command
 from nova_video.given import SAME_RATE, fit_frames
-from nova_video.io.text import printable
+from nova_video.io.text import LFS_POINTER, POINTED, printable
 from nova_video.media import upright_rgb
 from nova_video.settings import check_number
 
@@ -564,4 +564,18 @@ def decode_with_motion(decode: Decode, motion: Motion, item: Item) -> Iterator[C
                 found = motion(found)
             except Exception as error:  # of one clip
                 found = found.rejected(error)
+        elif item.problem is None and is_pointer(item):
+            found = replace(found, reason=POINTED)
         yield found
+
+
+def is_pointer(item: Item) -> bool:
+    """Whether a file is what Git LFS leaves in its place."""
+    start, stop = item.offset, item.offset + len(LFS_POINTER)
+    try:
+        if item.data is not None:
+            return item.data.startswith(LFS_POINTER)
+        system, path = open_place(item.url)
+        return bool(system.cat_file(path, start=start, end=stop) == LFS_POINTER)
+    except Exception:  # as file systems have them; the file was rejected before
+        return False

@@ -859,7 +859,13 @@ def test_folder_that_cannot_be_written_to(run: Run, monkeypatch: pytest.MonkeyPa
         assert "is not writable" in err
 
 
-def test_limits_of_the_checkpoint(run: Run, tiny_checkpoint: Path) -> None:
+def test_limits_of_the_checkpoint(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are known before any weights are read."""
+
+    def load(*_: object, **__: object) -> None:
+        pytest.fail("the model is loaded")
+
+    monkeypatch.setattr("nova_video.pipeline.NovaPipeline.from_pretrained", load)
     common = ["generate", "a whale", "-o", "x.mp4", "--model", tiny_checkpoint]
     for extra, message in [
         (["--size", "100x64"], "multiples of 32"),
@@ -870,6 +876,28 @@ def test_limits_of_the_checkpoint(run: Run, tiny_checkpoint: Path) -> None:
         assert (code, err.count("\n")) == (2, 1)
         assert message in err
     assert files() == []
+
+
+def test_another_size_than_the_model_s_is_said(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    flags = ["-W", 96, "--num-frames", 1, "-o", "x.png", *QUICK]
+    assert run("generate", "a whale on a blue background", *flags)[0] == 0
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("nova_video.cli")]
+    assert said == ["size is 96x128: the model was trained at 128x128, others may look worse"]
+    with Image.open("x.png") as image:
+        assert image.size == (96, 128)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an Apple GPU")
+def test_mps(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = run("generate", "a whale", "--device", "mps")
+    assert (code, "torch finds no Apple GPU on this machine; expected cpu\n" in err) == (2, True)
+
+    def lacking(_: object) -> None:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+    monkeypatch.setitem(cli.COMMANDS, cli.Train, lacking)
+    code, _, err = run("train", "x.toml")
+    assert (code, err.startswith("nova: mps cannot compute this: expected --device cpu (Cannot convert")) == (2, True)
 
 
 def test_corrupt_checkpoint(run: Run, tiny_checkpoint: Path) -> None:

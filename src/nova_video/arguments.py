@@ -142,7 +142,7 @@ class Making:
     sink_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
     """First frames that it is always shown."""
     device: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=AUTO)] = None
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    """auto (an NVIDIA GPU if there is one, else cpu), cpu, cuda, cuda:N or mps (an Apple GPU; untested)."""
     dtype: Annotated[Dtype | None, one_of(Dtype), arg(help_behavior_hint=AUTO)] = None
     """Precision; auto is float16 on a GPU and float32 elsewhere."""
     json: bool = False

@@ -42,7 +42,7 @@ from nova_video.cli_data import run_data_inspect, run_encode
 from nova_video.cli_evaluate import run_evaluate_beyond, run_evaluate_drift, run_evaluate_emoji
 from nova_video.cli_generate import run_edit, run_generate
 from nova_video.cli_words import run_words
-from nova_video.errors import InputError, Terminated
+from nova_video.errors import InputError, Terminated, first_line
 from nova_video.extras import install_command
 from nova_video.io.text import printable
 
@@ -178,7 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
+        if "MPS" in str(error):  # what torch says of operations and types that Apple's GPUs lack
+            return _complain(f"mps cannot compute this: expected --device cpu ({first_line(error)})")
         if _left_alone(error):
             return _complain("another process of this run has ended; what it said tells why", LEFT_ALONE)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
@@ -234,7 +236,7 @@ def _speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _left_alone(error: RuntimeError) -> bool:
+def _left_alone(error: Exception) -> bool:
     """Of several processes, one that others closed their connections to."""
     return (
         os.environ.get("WORLD_SIZE", "1") != "1"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nova_video.arguments import MODEL, Edit, Generate, Making
-from nova_video.console import checkpoint_defaults, load_pipeline
+from nova_video.console import checkpoint_defaults, load_pipeline, outline_pipeline
 from nova_video.errors import InputError
 from nova_video.io.text import read_text
 from nova_video.jobs import (
@@ -89,10 +89,9 @@ def run_generate(args: Generate) -> None:
     sheet = None if args.sheet is None else _sheet(args, args.sheet, prompts)
     requests = _requests(args, prompts)
     with all_held(args.state, _file_of_live(args)):
-        pipe = _pipeline(args)
-        for request in requests:
-            plan = request.resolve(pipe.defaults, pipe.capabilities)  # what is wrong with any is said before all work
+        for plan in _check_requests(args, requests):
             _check_length(args, plan)
+        pipe = _pipeline(args)
         batch, made = args.batch or _own_batch(args, pipe), 0
         with progress(len(requests)) as watch:
             while made < len(requests):
@@ -154,6 +153,18 @@ def _make(
             generation.notes[NOTES] = notes | {"device": args.device, "dtype": args.dtype}
         job = Job(generation, paths, records, args.live, args.state, args.json, args.format == "frames", sheet)
         carry_out(job, watch(generation))
+
+
+def _check_requests(args: Making, requests: "Sequence[GenerateRequest]") -> "list[Plan]":
+    """Say what is wrong with any request before the model's weights are read."""
+    outline = outline_pipeline(args.model or MODEL)
+    can = outline.capabilities
+    plans = [request.resolve(outline.defaults, can) for request in requests]
+    height, width = plans[0].height, plans[0].width
+    if (height, width) != can.image_size:
+        own = f"{can.image_size[1]}x{can.image_size[0]}"
+        log.warning("size is %dx%d: the model was trained at %s, others may look worse", width, height, own)
+    return plans
 
 
 def _own_batch(args: Generate, pipe: "NovaPipeline") -> int:
@@ -234,6 +245,7 @@ def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> N
         mask_image=masks,
         strength=args.strength,
     )
+    _check_requests(args, [request])
     pipe = _pipeline(args)
     generation = pipe.start(request)
     given = {

@@ -49,6 +49,28 @@ def load_pipeline(
     return pipe
 
 
+def outline_pipeline(model: str) -> "NovaPipeline":
+    """A pipeline of shapes and settings alone: what requests are checked against before any weights are read."""
+    from nova_video.loading import (
+        component_folder,
+        load_scheduler,
+        outline_autoencoder,
+        outline_transformer,
+        resolve_checkpoint,
+    )
+    from nova_video.pipeline import NovaPipeline
+    from nova_video.settings import CheckpointSettings
+
+    folder = resolve_checkpoint(model)
+    vae = folder / "vae"
+    return NovaPipeline(
+        scheduler=load_scheduler(folder),
+        transformer=outline_transformer(component_folder(folder, "transformer")),
+        vae=outline_autoencoder(vae) if vae.is_dir() else None,
+        settings=CheckpointSettings.load(folder),
+    )
+
+
 def progress_bar() -> "Progress":
     """An empty progress bar with the time left, on stderr, where that is a terminal."""
     from rich import progress

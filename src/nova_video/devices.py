@@ -5,17 +5,25 @@ import torch
 from nova_video.errors import InputError
 
 VARIANTS = 64  # of one compiled function
+DEVICES = ("cpu", "cuda", "mps")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto` is the GPU if there is one. A device that is not there is an error."""
+    """`auto` is the NVIDIA GPU if there is one, else the CPU. A device that is not there is an error.
+
+    mps, an Apple GPU, is taken where it is named alone: no test of this project has run on one.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device is {name!r}, expected auto, cpu, cuda or cuda:NUMBER") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in DEVICES:
+        raise InputError(f"device is {name!r}, expected auto, cpu, cuda, cuda:NUMBER or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device 'mps' asked for, but torch finds no Apple GPU on this machine; expected cpu")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:

@@ -511,7 +511,8 @@ def test_raw_weights_can_be_exported(recipe: DatasetTransformerRecipe) -> None:
         train(replace(recipe, export=weights))
         exported = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
         kept = "model" if weights == "raw" else "ema"
-        assert all(torch.equal(value, tensors[f"{kept}.{name}"].half()) for name, value in exported.items())
+        trained = {name: value for name, value in exported.items() if name != "text_embed.weight"}  # a buffer
+        assert all(torch.equal(value, tensors[f"{kept}.{name}"].half()) for name, value in trained.items())
         assert f"| exported | {said} |" in (folder / "README.md").read_text()
         assert load_recipe(folder / "recipe.toml").export == weights
     with pytest.raises(InputError, match="export is 'both', expected one of 'ema', 'raw'"):

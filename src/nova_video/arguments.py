@@ -18,6 +18,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
 
+from nova_video import __version__
 from nova_video.errors import InputError, unknown
 from nova_video.settings import AttentionKernels
 
@@ -621,7 +622,7 @@ def parse(arguments: Sequence[str]) -> Any:
 def versions() -> str:
     """What a report of a fault should name."""
     found = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
-    return f"nova-video {version('nova-video')} ({found}, python {platform.python_version()})"
+    return f"nova-video {__version__} ({found}, python {platform.python_version()})"
 
 
 def names_of(commands: Any) -> list[str]:

@@ -240,9 +240,11 @@ def _coding(image: Image.Image) -> Coding:
             return Coding()
         points = [(flat[k], flat[k + 1]) for k in (0, 2, 4, 6)] if flat and len(flat) == 8 else None
         return Coding(_near_bt709(points), gamma=gamma)
-    if image.getexif().get_ifd(ExifTags.IFD.Interop).get(1) == "R03":  # the DCF's option colour space
-        return ADOBE_RGB
-    return Coding()
+    try:
+        interoperability = image.getexif().get_ifd(ExifTags.IFD.Interop)
+    except KeyError:  # Pillow before 13 raises it where the EXIF data have no such directory
+        return Coding()
+    return ADOBE_RGB if interoperability.get(1) == "R03" else Coding()  # the DCF's option colour space
 
 
 def _near_bt709(points: list[tuple[float, float]] | None) -> Primaries:

@@ -722,7 +722,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "half a moment": (["generate", "a whale", "--prompt-at", "2"], "--prompt-at"),
     "no clip": (["generate", "a whale", "--continue", "none.mp4"], "there is no file none.mp4"),
-    "not a clip": (["generate", "a whale", "--continue", "empty.txt"], "cannot read the video empty.txt"),
+    "not a clip": (["generate", "a whale", "--continue", "empty.txt"], "cannot read the file empty.txt"),
     "clip that is long enough": (
         ["generate", "a whale", "--continue", "plain.png", "--num-frames", "1"],
         "num_frames is 1 with 1 frames given: expected more than 1, in all",
@@ -754,7 +754,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
         "there is no folder none",
     ),
     "no image": (["generate", "a whale", "--image", "none.png"], "there is no file none.png"),
-    "unreadable image": (["generate", "a whale", "--image", "empty.txt"], "cannot read the image empty.txt"),
+    "unreadable image": (["generate", "a whale", "--image", "empty.txt"], "cannot read the file empty.txt"),
     "no such model": (["generate", "a whale", "--model", "./none"], "'./none' not found"),
     "model is a file": (["generate", "a whale", "--model", "empty.txt"], "model empty.txt: is a file"),
     "unknown device": (["generate", "a whale", "--device", "abacus"], "device is 'abacus'"),

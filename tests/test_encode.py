@@ -62,7 +62,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 REJECTED = {
-    "broken.mp4": "broken: Invalid data found when processing input",
+    "broken.mp4": "broken: it is damaged, or of no known format",
     "lonely.txt": "a caption without media: nothing of its name is beside it",
     "small.png": "is 30x20, too small: it would be enlarged 3.20 times for 96x64, expected at most 1.25",
     "untold.png": "no caption: there is no .txt or .json of its name beside it",
@@ -430,7 +430,7 @@ def test_nothing_could_be_encoded(tmp_path: Path, encode: Encode) -> None:
     (tmp_path / "clips" / "a.txt").write_text("a")
     code, _, err = encode(tmp_path / "clips", tmp_path / "new")
     assert code == 2
-    assert "clips: nothing could be encoded, all 1 were rejected: a.mp4 broken: Invalid data found" in err
+    assert "clips: nothing could be encoded, all 1 were rejected: a.mp4 broken: it is damaged" in err
 
 
 def test_pictures_alone(tmp_path: Path, source: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

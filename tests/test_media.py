@@ -234,7 +234,7 @@ def test_live_file_that_cannot_be_gone_on_with(tmp_path: Path, caplog: pytest.Lo
     (tmp_path / "words.mp4").write_text("no clip")
     with pytest.raises(InputError, match="cannot read the video"):
         media.LiveWriter(tmp_path / "words.mp4", 8, {}, keep=3)
-    media.write_media(clip(2), tmp_path / "short.mp4", 8, {})
+    written_live(tmp_path / "short.mp4", clip(2))
     with media.LiveWriter(tmp_path / "short.mp4", 8, {}, keep=3) as writer:
         writer.write(clip(1)[0])
     assert len(media.read_frames(tmp_path / "short.mp4")[0]) == 3

@@ -272,6 +272,8 @@ class Encode:
     """End clips where PySceneDetect finds a cut."""
     cut_threshold: Annotated[float, arg(metavar="N")] = 27.0
     """Of its ContentDetector: lower finds more."""
+    max_pixels: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 2^29, or NOVA_MAX_PIXELS)")] = None
+    """Reject pictures, animations (pixels times frames) and videos (pixels of a frame) of more."""
     caption_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: caption)")] = None
     """Column of the captions, or their key in JSON files."""
     media_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the only one)")] = None

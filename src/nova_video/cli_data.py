@@ -109,6 +109,7 @@ def _settings(args: Encode) -> "EncodeSettings":
     from nova_video.data.sources import SourceSettings
     from nova_video.data.stages import DecodeSettings
     from nova_video.devices import choose_device
+    from nova_video.settings import max_pixels
 
     choose_device(args.device)
     if args.no_ray and args.ray is not None:
@@ -136,6 +137,7 @@ def _settings(args: Encode) -> "EncodeSettings":
             one_size=args.one_size or alone,
             cuts=args.cuts,
             threshold=args.cut_threshold,
+            max_pixels=max_pixels() if args.max_pixels is None else args.max_pixels,
         ),
         output=args.output,
         model=args.model,

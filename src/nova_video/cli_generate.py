@@ -39,7 +39,6 @@ from nova_video.settings import check_number
 
 if TYPE_CHECKING:
     from nova_video.generation import Generation, StepCallback
-    from nova_video.given import Clip
     from nova_video.memory import LowMemory
     from nova_video.pipeline import NovaPipeline
     from nova_video.plan import Plan
@@ -229,14 +228,17 @@ def _resume(args: Generate, path: Path) -> None:
 
 def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> None:
     """A picture or clip with a part of it made anew, or with more around it; `like` is the record it is taken from."""
-    from nova_video.given import enlarge, masks_of, read_masks
+    from nova_video.given import Clip, enlarge, masks_of, read_masks
+    from nova_video.io.decode import MediaFile
 
     if args.mask is None and args.strength is None and args.outpaint is None:
         raise InputError(f"nothing of {args.file} would be kept: expected --mask, --strength or --outpaint")
     prompt = _text("the sentence", args.prompt)
     check_output(args.output, wanted=args.format)
-    clip = _picture_or_clip(args.file)
-    masks = None if args.mask is None else masks_of(read_masks(args.mask), clip)
+    clip = Clip(MediaFile(args.file))
+    masks = None if args.mask is None else read_masks(args.mask)
+    if masks is not None:
+        masks_of(masks, clip)  # fits it, or is an error
     if args.outpaint is not None:
         clip, masks = enlarge(clip, masks, args.outpaint)
     request = replace(
@@ -261,20 +263,6 @@ def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> N
     with progress(1) as watch, output_place(args.output, args.format, 0, [prompt], len(clip) == 1) as path:
         job = Job(generation, [path], [record], as_json=args.json, as_frames=args.format == "frames")
         carry_out(job, watch(generation))
-
-
-def _picture_or_clip(path: Path) -> "Clip":
-    """What is in a file; a picture upright, on white where it is transparent."""
-    import numpy as np
-
-    from nova_video.given import Clip
-    from nova_video.media import load_image, read_frames
-
-    frames, fps = read_frames(path)
-    if len(frames) == 1:
-        with contextlib.suppress(InputError):  # a video of one frame stays as it is
-            frames = np.asarray(load_image(path))[None]
-    return Clip(frames, fps or None)
 
 
 # What was typed -------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """What a request is given to begin with: clips and masks, in every form that people hold them.
 
 `read_clips` and `read_masks` bring them to one form each; the rest takes that form to a model's frame rate and size,
-and to tensors. Pixels pass bit for bit wherever neither size nor rate changes. Legend: B clips, F T frames, H W pixels,
-h w tokens, M masks, C channels.
+and to tensors. A clip in a file stays there until it is known at which rate and size it is needed. Pixels pass bit for
+bit wherever neither size nor rate changes. Legend: B clips, F T frames, H W pixels, h w tokens, M masks, C channels.
 """
 
 import math
@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from nova_video.errors import InputError
+from nova_video.io.decode import MediaFile, upright_srgb
+from nova_video.io.fit import cover_box, fit_frames
+from nova_video.io.timing import nearest_frames
 
 CLIP_FORMS = (
     "a path, PIL images, a uint8 array (F, H, W, 3), a float array of that shape or a float tensor (F, 3, H, W) in "
@@ -29,15 +32,18 @@ SAME_RATE = 0.01  # files round their rates: a webp of 12 frames a second tells 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Frames of one clip, as they were given."""
+    """One clip as it was given: its frames, or the file that holds them."""
 
-    frames: np.ndarray
-    """(F, H, W, 3), uint8 or float32 in [0, 1]."""
+    content: np.ndarray | MediaFile
+    """(F, H, W, 3), uint8 or float32 in [0, 1]; or a file, decoded when it is read."""
     fps: float | None = None
-    """Of the file. None: unknown, taken to be the request's."""
+    """Frames a second of the file. None: unknown, taken to be the request's."""
 
     def __post_init__(self) -> None:
-        frames = self.frames
+        if isinstance(self.content, MediaFile):
+            object.__setattr__(self, "fps", self.content.fps)
+            return
+        frames = self.content
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.size == 0 or frames.dtype not in (np.uint8, np.float32):
             raise InputError(
                 f"a clip's frames are {frames.dtype} {frames.shape}: expected (F, H, W, 3) of uint8 or float32, F >= 1"
@@ -48,12 +54,30 @@ class Clip:
             raise InputError(f"a clip's fps is {self.fps:g}: expected a number above 0")
 
     def __len__(self) -> int:
-        return len(self.frames)
+        return self.content.count() if isinstance(self.content, MediaFile) else len(self.content)
 
     @property
     def size(self) -> tuple[int, int]:
         """(H, W)."""
-        return self.frames.shape[1], self.frames.shape[2]
+        return self.content.size if isinstance(self.content, MediaFile) else self.content.shape[1:3]
+
+    @property
+    def frames(self) -> np.ndarray:
+        """All frames at the clip's own rate and size, (F, H, W, 3); a file is decoded anew each time."""
+        return self.read()
+
+    def count(self, fps: float) -> int:
+        """How many frames the clip has at this rate."""
+        if isinstance(self.content, MediaFile) and not same_rate(self.fps, fps):
+            return self.content.count(fps)
+        return len(frames_at(len(self), self.fps, fps))
+
+    def read(self, fps: float | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The frames at a rate, the nearest in time, and at a size (H, W), by default the clip's own."""
+        if isinstance(self.content, MediaFile):
+            return self.content.read(None if fps is None or same_rate(self.fps, fps) else fps, size)
+        frames = self.content if fps is None else self.content[frames_at(len(self), self.fps, fps)]
+        return frames if size is None else fit_frames(frames, size)
 
 
 def read_clips(video: object, name: str = "video") -> tuple[Clip, ...] | Tensor:
@@ -99,7 +123,7 @@ def _read_clip(name: str, clip: Any) -> Clip:
     if isinstance(clip, Clip):
         return clip
     if isinstance(clip, str | os.PathLike):
-        return _read_file(clip)
+        return Clip(MediaFile(clip))
     if _is_frame(clip):
         clip = [clip]  # a picture is a clip of one frame
     if isinstance(clip, list | tuple):
@@ -123,17 +147,10 @@ def _read_clip(name: str, clip: Any) -> Clip:
     return Clip(clip)
 
 
-def _read_file(path: str | os.PathLike[str]) -> Clip:
-    from nova_video.media import read_frames  # opens videos with av, which nothing else here needs
-
-    frames, fps = read_frames(os.fspath(path))
-    return Clip(frames, fps or None)
-
-
 def _frame(name: str, frame: Any) -> np.ndarray:
     """One frame -> (H, W, 3)."""
     if isinstance(frame, Image.Image):
-        return np.asarray(frame.convert("RGB"))
+        return np.asarray(upright_srgb(frame))
     if not _is_frame(frame):
         raise InputError(f"{name}: got {_told(frame)} as a frame: expected a PIL image or an array (H, W, 3)")
     array = _channels_last(name, frame.unsqueeze(0))[0] if isinstance(frame, Tensor) else frame
@@ -180,9 +197,11 @@ def read_masks(mask_image: object) -> np.ndarray:
             raise InputError(f"mask_image: got masks of {', '.join(sizes)}: expected masks of one size")
         return np.concatenate(masks)
     if isinstance(mask_image, str | os.PathLike):
-        return _brighter(_read_file(mask_image).frames)
+        file = MediaFile(mask_image)
+        file.check_budget(file.count(), *file.size)
+        return np.concatenate([_brighter(frame.pixels()[None]) for frame in file.frames()])
     if isinstance(mask_image, Image.Image):
-        return _brighter(np.asarray(mask_image.convert("RGB"))[None])
+        return _brighter(np.asarray(upright_srgb(mask_image))[None])
     values = mask_image
     if isinstance(values, Tensor):
         values = (values.float() if values.is_floating_point() else values).detach().cpu().numpy()
@@ -217,7 +236,16 @@ def masks_of(masks: np.ndarray, clip: Clip) -> np.ndarray:
         )
     if len(masks) not in (1, len(clip)):
         raise InputError(f"got {len(masks)} masks: expected 1, or {len(clip)}, one a given frame")
-    return np.broadcast_to(masks, clip.frames.shape[:3])
+    return np.broadcast_to(masks, (len(clip), *clip.size))
+
+
+def masks_at(masks: np.ndarray, clip: Clip, fps: float, size: tuple[int, int]) -> np.ndarray:
+    """Masks of a clip (1 or F, H, W) -> one for each of its frames at a rate, at a size, as `Clip.read` gives them."""
+    fitted, count = fit_masks(masks, size), clip.count(fps)
+    if len(masks) == 1:
+        return np.broadcast_to(fitted, (count, *size))
+    shown = frames_at(len(clip), clip.fps, fps)
+    return fitted[shown[np.minimum(np.arange(count), len(shown) - 1)]]
 
 
 def enlarge(clip: Clip, masks: np.ndarray | None, pixels: int) -> tuple[Clip, np.ndarray]:
@@ -239,47 +267,16 @@ def frames_at(count: int, source_fps: float | None, fps: float) -> np.ndarray:
     """Which of `count` frames are shown at `fps`: the nearest in time, over the same duration (at least one)."""
     if source_fps is None or same_rate(source_fps, fps):
         return np.arange(count)
-    shown = np.arange(max(math.floor(count * fps / source_fps + 0.5), 1))
-    return np.minimum(np.floor(shown * source_fps / fps + 0.5).astype(int), count - 1)
-
-
-def cover_box(source: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The part of a source (H, W) that fills `size`: as large as can be, from the centre (left, top, right, bottom)."""
-    height, width = source
-    ratio = size[1] / size[0]
-    box_height, box_width = float(height), float(width)
-    if width / height > ratio:
-        box_width = ratio * height
-    elif width / height < ratio:
-        box_height = width / ratio
-    left, top = (width - box_width) * 0.5, (height - box_height) * 0.5
-    return left, top, left + box_width, top + box_height
-
-
-def fit_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Frames (F, H, W, 3) of any size -> the same kind, resized to cover (H, W) and centre-cropped.
-
-    The exact size is used as it is, bit for bit.
-    """
-    if frames.shape[1:3] == size:
-        return frames
-    box = cover_box(frames.shape[1:3], size)
-    if frames.dtype == np.uint8:
-        return np.stack([_resized(frame, size, box) for frame in frames])
-    planes = np.moveaxis(frames, 3, 1)  # (F, 3, H, W): pictures of floats have one channel
-    fitted = np.stack([[_resized(np.ascontiguousarray(plane), size, box) for plane in frame] for frame in planes])
-    return np.ascontiguousarray(np.moveaxis(fitted, 1, 3)).clip(0, 1)  # bicubic overshoots
-
-
-def _resized(picture: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
-    image = Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(image)
+    timed = ((number / source_fps, number) for number in range(count))
+    return np.array([number for _, number in nearest_frames(timed, fps, 1 / source_fps)])
 
 
 def fit_masks(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Masks (M, H, W) -> the geometry of `fit_frames`; a pixel that a filled one touches is filled."""
     if masks.shape[1:] == size:
         return masks
+    if len(masks) > 1:  # one by one: the sums below take eight times the room of a mask
+        return np.concatenate([fit_masks(mask[None], size) for mask in masks])
     left, top, right, bottom = cover_box((masks.shape[1], masks.shape[2]), size)
     fitted = _any_touched(masks, top, bottom, size[0], axis=1)
     return _any_touched(fitted, left, right, size[1], axis=2)

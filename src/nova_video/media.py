@@ -24,9 +24,10 @@ import numpy as np
 from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, ImageSequence, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
-from nova_video.errors import InputError
+from nova_video.errors import InputError, MediaError
+from nova_video.io.decode import Media, MediaFile, opened
 from nova_video.io.files import naming
 
 Frames = NDArray[np.uint8]  # (F, H, W, 3)
@@ -43,9 +44,6 @@ MP4_OPTIONS = {"crf": "16", "preset": "medium"}  # near transparent: these clips
 WEBM_OPTIONS = {"crf": "18", "b": "0", "row-mt": "1"}  # of VP9, by quality alone
 LIVE_OPTIONS = MP4_OPTIONS | {"tune": "zerolatency"}  # no frame waits in the encoder for later ones
 LIVE_CONTAINER = {"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
-SURE_DURATION = (
-    30  # milliseconds: a gif tells 10 apart, so that shorter frames look longer than others when they are not
-)
 
 log = logging.getLogger(__name__)
 
@@ -303,7 +301,10 @@ def _free_name(path: Path, word: str) -> Path:
 
 def _read_packets(path: Path, count: int) -> list[av.Packet]:
     """The first frames of a video, encoded as they come from the encoder."""
-    with _open_video(_existing(path)) as container:
+    with opened(path) as media:
+        if media.video is None:
+            raise MediaError("is a picture: expected a video that was written here")
+        container = media.video.container
         try:
             as_encoded = BitStreamFilterContext("h264_mp4toannexb", container.streams.video[0])
             packets = [part for packet in container.demux(video=0) if packet.size for part in as_encoded.filter(packet)]
@@ -382,26 +383,14 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """The record that `write_media` left in a file."""
     if Path(path).is_dir():
         path = next(iter(sorted(Path(path).glob("frame-*.png"))), path)
-    path = _existing(path)
-    record: Any = None
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        with _open_video(path) as container:
-            record = _comment(container.metadata)
-    else:
-        with _open_image(path) as image:
-            if isinstance(image, PngImagePlugin.PngImageFile):
-                image.load()  # text chunks may follow the pixels
-                record = image.text.get(PNG_KEY)
-            elif image.format == "GIF":
-                record = image.info.get("comment")
-            else:
-                record = image.getexif().get(EXIF_DESCRIPTION)
+    with opened(path) as media:
+        record = _record(media)
     try:
         metadata = json.loads(record)
     except (TypeError, ValueError):
         metadata = None
     if not isinstance(metadata, dict):
-        raise InputError(f"{path} carries no record of how it was made")
+        raise InputError(f"{path} carries no record of how it was made: it has {MediaFile(path).describe()}")
     return metadata
 
 
@@ -410,75 +399,30 @@ def _comment(metadata: Mapping[str, str]) -> str | None:
     return metadata.get("comment", metadata.get("COMMENT"))
 
 
+def _record(media: Media) -> Any:
+    """The text that a file holds where `write_media` puts its record."""
+    if media.video is not None:
+        return _comment(media.video.container.metadata)
+    assert media.picture is not None
+    image = media.picture.image
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        image.load()  # text chunks may follow the pixels
+        return image.text.get(PNG_KEY)
+    return image.info.get("comment") if image.format == "GIF" else image.getexif().get(EXIF_DESCRIPTION)
+
+
 def load_image(path: str | Path) -> Image.Image:
-    """A picture (the first frame of an animated one) as RGB, upright, on white where it is transparent."""
-    path = _existing(path)
-    with _open_image(path) as image:
-        try:
-            return upright_rgb(image)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(f"cannot read the image {path}: {error}") from error
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """An opened picture as RGB, upright, on white where it is transparent."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):
-        upright = Image.fromarray((np.asarray(upright).astype(np.uint16) / 257).round().astype(np.uint8))
-    elif upright.mode in ("I", "F"):
-        raise ValueError(f"pixels of {'32 bit' if upright.mode == 'I' else 'floating point'}: expected 8 or 16 bit")
-    if not upright.has_transparency_data:
-        return upright.convert("RGB")
-    rgba = upright.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
+    """A picture, the first frame of an animated one, as `nova_video.io` reads it: RGB, upright, on white."""
+    with opened(path) as media:
+        if media.picture is None:
+            raise MediaError("is a video: expected a picture")
+        return Image.fromarray(media.picture.still())
 
 
 def read_frames(path: str | Path) -> tuple[Frames, float]:
-    """All frames (F, H, W, 3) of a clip or picture, and its frames per second (0 for a still picture).
-
-    A frame of an animated picture that is shown for longer comes several times: files hold equal frames as one.
-    """
-    path = _existing(path)
-    if path.suffix.lower() not in PICTURE_SUFFIXES:
-        with _open_video(path) as container:
-            try:
-                rate = float(container.streams.video[0].average_rate or 0)
-                return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]), rate
-            except (av.FFmpegError, IndexError, ValueError) as error:
-                raise InputError(f"cannot read the video {path}: {error}") from error
-    with _open_image(path) as image:
-        try:
-            pixels, shown = [], []
-            for frame in ImageSequence.Iterator(image):
-                pixels.append(np.asarray(frame.convert("RGB")))
-                shown.append(frame.info.get("duration", 0))  # milliseconds
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(f"cannot read the image {path}: {error}") from error
-    if min(shown) >= SURE_DURATION:
-        pixels = [frame for frame, time in zip(pixels, shown, strict=True) for _ in range(round(time / min(shown)))]
-    return np.stack(pixels), 1000 * len(pixels) / sum(shown) if sum(shown) else 0.0
-
-
-def _existing(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"there is no file {path}")
-    return path
-
-
-def _open_image(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except (OSError, ValueError, SyntaxError) as error:  # PIL's unidentified files are OSErrors
-        raise InputError(f"cannot read the image {path}: it is damaged, or of no known format") from error
-
-
-def _open_video(path: Path) -> "av.container.InputContainer":
-    try:
-        return av.open(str(path))
-    except (av.FFmpegError, OSError) as error:
-        raise InputError(f"cannot read the video {path}: it is damaged, or of no known format") from error
+    """All frames (F, H, W, 3) of a clip or picture, and its frames per second (0 for a still picture)."""
+    file = MediaFile(path)
+    return file.read(), file.fps or 0.0
 
 
 def _listed(words: tuple[str, ...]) -> str:

@@ -33,7 +33,7 @@ from nova_video.autoencoders.base import VideoAutoencoder
 from nova_video.devices import choose_device
 from nova_video.errors import InputError
 from nova_video.generation import CALLING, Generation, GivenPixels, StepCallback
-from nova_video.given import fit_frames, fit_masks, frames_at, known_tokens, masks_of, same_rate, to_pixels
+from nova_video.given import known_tokens, masks_at, same_rate, to_pixels
 from nova_video.keywords import CALL_HINTS, OPEN_HINTS, refuse_keywords
 from nova_video.loading import check_parts, load_parts, load_scheduler, resolve_checkpoint
 from nova_video.memory import LowMemory, Turn, enable_low_memory
@@ -799,20 +799,20 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             rates = "" if same_rate(fps, plan.fps) else f" at {fps:g} fps", f" at {plan.fps:g} fps"
             was, now = f"{source[1]}x{source[0]}", f"{plan.width}x{plan.height}"
             log.warning("the given clip, %s%s, is taken as %s%s", was, rates[0], now, rates[1] if rates[0] else "")
-        shown = frames_at(len(clips[0]), fps, plan.fps)
-        frames = [fit_frames(clip.frames[shown], size) for clip in clips]
+        frames = [clip.read(plan.fps, size) for clip in clips]
         pixels = torch.stack([to_pixels(clip[plan.offset :]) for clip in frames])  # (1 or prompts, 3, T, H, W)
         if plan.edits:
-            masks = np.ones((len(shown), *size), bool)
+            masks = np.ones((len(frames[0]), *size), bool)
             if request.mask_image is not None:
-                masks = fit_masks(masks_of(np.asarray(request.mask_image), clips[0])[shown], size)
+                masks = masks_at(np.asarray(request.mask_image), clips[0], plan.fps, size)
             given, filled = self._given_to_edit(request, plan, random, pixels, torch.from_numpy(masks.copy()))
         else:
             given = {f: GivenFrame(frame) for f, frame in enumerate(self._encode(pixels, plan, random).unbind(2))}
             filled = None
         if request.image is not None and not plan.edits:
             return given, None  # as the released model has it: the picture comes back as the autoencoder sees it
-        kept = torch.stack([torch.from_numpy(np.ascontiguousarray(clip)) for clip in frames])
+        whole = [torch.from_numpy(np.ascontiguousarray(clip)) for clip in frames]
+        kept = whole[0].unsqueeze(0) if len(whole) == 1 else torch.stack(whole)  # not held twice
         return given, GivenPixels(_for_batch(kept, plan.batch) if len(kept) > 1 else kept, filled)
 
     def _given_to_edit(

@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from nova_video.given import fit_frames, to_pixels
+from nova_video.given import to_pixels
+from nova_video.io.fit import fit_frames
 
 
 def image_to_pixels(image: Image.Image | np.ndarray, size: tuple[int, int]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nova_video.errors import InputError
-from nova_video.given import Clip, frames_at
+from nova_video.given import Clip
 from nova_video.sampling.context import Context
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.shortcuts import EXACT, Shortcuts
@@ -204,7 +204,7 @@ def _given_frames(request: "GenerateRequest", model: Capabilities, fps: float) -
     if request.video_pixels is None:
         return 0
     clip: Clip = request.video_pixels[0]
-    return len(frames_at(len(clip.frames), clip.fps, fps))
+    return clip.count(fps)
 
 
 def _num_frames(request: "GenerateRequest", defaults: Defaults, given: int, fps: float) -> int | None:

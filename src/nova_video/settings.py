@@ -5,6 +5,7 @@ Defaults and their bounds are written here and nowhere else; `request.py` and `p
 
 import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -62,6 +63,23 @@ def check_local(name: str, place: str | Path, hint: str = "") -> None:
     """`place`, which is written to, is a path: where a URL is meant, a folder of its name would be made here."""
     if (match := URL.match(str(place))) is not None:
         raise InputError(f"{name} is {match[1]}://{match[2]}: expected a local folder{hint}")
+
+
+MAX_PIXELS = 2**29
+
+
+def max_pixels() -> int:
+    """The budget of a file in pixels times frames, 2^29 unless NOVA_MAX_PIXELS says otherwise.
+
+    It bounds what a picture, an animation, or a clip that is read as a whole may hold, and each frame of a video that
+    is read frame by frame. A pixel takes 3 bytes.
+    """
+    text = os.environ.get("NOVA_MAX_PIXELS", "")
+    if not text:
+        return MAX_PIXELS
+    if not re.fullmatch(r"[1-9]\d{0,17}", text):
+        raise InputError(f"NOVA_MAX_PIXELS is {text!r}: expected a whole number of at least 1")
+    return int(text)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from nova_video import cli, media
 from nova_video.data.dataset import Sample, list_shards, read_shard
 from nova_video.data.encoders import DecodeLatents
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item
-from nova_video.given import fit_frames
+from nova_video.io.fit import fit_frames
 
 pytestmark = pytest.mark.slow
 

@@ -38,9 +38,10 @@ from nova_video.data.sidecars import (
     stem,
     suffix,
 )
-from nova_video.data.stages import MEDIA, NO_RANGES, VIDEOS, Item, is_pointer
+from nova_video.data.stages import MEDIA, NO_RANGES, Item, is_pointer
 from nova_video.errors import InputError, first_line
 from nova_video.extras import install_command
+from nova_video.io.decode import VIDEOS
 from nova_video.io.folders import A_FOLDER, walk
 from nova_video.io.text import LFS_POINTER, POINTED, decode_text, parse_json, printable
 from nova_video.settings import check_number

@@ -16,49 +16,45 @@ Legend: F frames, H W pixels.
 
 import io
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import av
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
-from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 from nova_video.data.dataset import TEMPORAL_STRIDE, Bucket, Sample, open_place
 from nova_video.data.failures import name_error
 from nova_video.data.motion import flow_magnitude
 from nova_video.data.sidecars import MOST_TEXT, caption_from
-from nova_video.errors import InputError
+from nova_video.errors import InputError, MediaError
 from nova_video.extras import install_command
-from nova_video.given import SAME_RATE, fit_frames
+from nova_video.given import SAME_RATE
+from nova_video.io.decode import EMPTY, NO_FORMAT, PICTURES, VIDEOS, Frame, Media, open_media, open_plain
+from nova_video.io.fit import fit_frames
 from nova_video.io.text import LFS_POINTER, POINTED, printable
-from nova_video.media import upright_rgb
-from nova_video.settings import check_number
+from nova_video.io.timing import Timed, nearest_frames
+from nova_video.io.videos import VideoPicture
+from nova_video.settings import check_number, max_pixels
 
 T = TypeVar("T")
-Timed = tuple[float, T]
-"""A frame and its time in seconds."""
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp", ".mts")
 MEDIA = PICTURES + VIDEOS
 
 MULTIPLE = 32  # pixels: the spatial stride (8) x the patch (2) x 2, which the temporal encoder's patches are larger by
 WIDEST = 2.0  # sides of a bucket: at most so many times as long as each other
 ENLARGED = 1.25  # a source is enlarged by at most this much; a smaller one is rejected
 SLOWEST = 0.5  # of the rate asked for: a source with fewer frames a second is rejected
-COMPLETE = 0.9  # of the frames that a file tells of: with fewer, it is said to break off
 CUT_SIDE = 256  # pixels: cuts are looked for in frames of at most this width
 STANDSTILL = 2.0  # seconds a frame may last within a scene: timestamps that jump are no stillness
-DURATION = 0.1  # seconds a frame of an animated picture is shown if it does not say
 NO_RANGES = "its server gives files only as a whole: expected one that answers range requests"
 TRIES, WAIT = 3, 1.0  # of reading from elsewhere: how often, and seconds before the second time
 
@@ -191,6 +187,8 @@ class DecodeSettings:
     """Whether clips end where PySceneDetect finds a cut."""
     threshold: float = 27.0
     """Of PySceneDetect's ContentDetector."""
+    max_pixels: int = field(default_factory=max_pixels)
+    """The most pixels that a source may have: of a picture, of all frames of an animation, of a frame of a video."""
 
     def __post_init__(self) -> None:
         if not self.frames:
@@ -201,6 +199,7 @@ class DecodeSettings:
                 raise InputError(f"frames is {length}: expected {TEMPORAL_STRIDE}k + 1 (1, 5, 9, ...)")
         check_number("fps", self.fps, 0, above=True)
         check_number("threshold", self.threshold, 0, above=True)
+        check_number("max_pixels", self.max_pixels, 1, integer=True)
         height, width = self.size
         if height < MULTIPLE or width < MULTIPLE or height % MULTIPLE or width % MULTIPLE:
             raise InputError(f"size is {width}x{height}: expected width and height in multiples of {MULTIPLE}")
@@ -238,7 +237,7 @@ def read_bytes(item: Item) -> bytes:
     stop = None if item.size is None else item.offset + item.size
     data = _patiently(item.url, lambda system, path: system.cat_file(path, start=item.offset, end=stop))
     if item.size is not None and len(data) > item.size:
-        raise _UnfitError(NO_RANGES)
+        raise MediaError(NO_RANGES)
     return data
 
 
@@ -291,99 +290,57 @@ class Decode:
             for clip in self._clips(item):
                 yield replace(clip, caption=caption, group=item.group, index=item.index, number=clips)
                 clips += 1
-        except _UnfitError as error:
-            yield rejected(str(error))
+        except MediaError as error:
+            yield rejected(f"broken: it {error}" if str(error) in (EMPTY, NO_FORMAT) else str(error))
         except Exception as error:  # decoders raise many kinds
             yield rejected(f"broken: {_said(error)}" + (f" (after {clips} clips, which are kept)" if clips else ""))
 
     def _clips(self, item: Item) -> Iterator[Clip]:
         """The clips of a file, without its caption."""
         with ExitStack() as stack:
-            picture = _open_picture(item, stack)
-            if picture is None:
-                yield from self._video_clips(item, stack)
-            elif getattr(picture, "n_frames", 1) > 1:
-                yield from self._animation_clips(item, picture)
-            else:
-                frames = np.asarray(upright_rgb(picture))[None]  # (1, H, W, 3)
-                fitted = fit_frames(frames, self._choose_size(*frames.shape[1:3]))
+            media = open_media(_open_file(item, stack), _file_name(item), self.settings.max_pixels)
+            stack.callback(media.close)
+            if media.is_still:
+                _, _, frame = next(media.frames())
+                size = self._choose_size(*frame.size)
+                fitted = fit_frames(frame.pixels(size)[None], size)
                 yield Clip(item.source, 0.0, 0.0, self.settings.fps, "", fitted)
+                return
+            yield from self._cut(item.source, self._scenes(media), media.rate)
+            if (problem := media.problem()) is not None:
+                raise MediaError(problem)
 
-    def _video_clips(self, item: Item, stack: ExitStack) -> Iterator[Clip]:
-        container = _open_video(item, stack)
-        if not container.streams.video:
-            raise _UnfitError("has no video stream")
-        stream = container.streams.video[0]
-        stream.thread_type = "NONE"  # with several threads, a damaged frame is not told every time
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        if not rate:
-            raise _UnfitError("tells no frame rate")
-        aspect = float(stream.sample_aspect_ratio or 1)  # of one pixel, width to height
+    def _scenes(self, media: Media) -> Iterator[tuple[int, Timed[Frame]]]:
+        """Frames with the numbers of their scenes, which end at cuts too."""
         detector = _content_detector(self.settings.threshold) if self.settings.cuts else None
-        damaged = decodable = 0
-        end = 0.0  # of the last frame, in seconds
-
-        def decoded() -> Iterator[tuple[int, Timed[av.VideoFrame]]]:
-            """Frames with the numbers of their scenes. A damaged one is left out with those after it, which are made
-            from it, up to a frame that stands by itself; there a new scene begins."""
-            nonlocal damaged, decodable, end
-            scene, whole = 0, True
-            for number, frame in enumerate(container.decode(stream)):
-                decodable = number + 1
-                end = (number / rate if frame.time is None else frame.time) + 1 / rate
-                if frame.is_corrupt or not (whole or frame.key_frame):
-                    damaged += 1
-                    whole = False
-                    continue
-                if detector is not None and _is_cut(detector, number, frame, rate):
-                    scene += 1
-                yield scene + damaged, (number / rate if frame.time is None else frame.time, frame)
-                whole = True
-
-        yield from self._cut(item.source, decoded(), rate, lambda frame: _video_pixels(frame, aspect))
-        if damaged:
-            raise _UnfitError(f"has {damaged} damaged frames, which are left out")
-        if decodable < COMPLETE * stream.frames:
-            raise _UnfitError(
-                f"breaks off: has {decodable} of the {stream.frames} frames that it tells, which are kept"
-            )
-        if not stream.frames and end < COMPLETE * (told := _told_seconds(container, stream)):
-            raise _UnfitError(f"breaks off: has {end:.2f} of the {told:.2f} seconds that it tells, which are kept")
-
-    def _animation_clips(self, item: Item, picture: Image.Image) -> Iterator[Clip]:
-        """An animated gif, webp or png: one scene."""
-        times: list[float] = []
-        pixels: list[NDArray[np.uint8]] = []
-        shown = 0.0
-        for frame in ImageSequence.Iterator(picture):
-            times.append(shown)
-            pixels.append(np.asarray(upright_rgb(frame)))
-            shown += frame.info.get("duration", 0) / 1000 or DURATION
-        frames = ((0, timed) for timed in zip(times, pixels, strict=True))
-        yield from self._cut(item.source, frames, len(times) / shown, lambda frame: frame)
+        cuts = 0
+        for number, (scene, at, frame) in enumerate(media.frames()):
+            if detector is not None and isinstance(frame, VideoPicture):
+                cuts += _is_cut(detector, number, frame.frame, media.rate)
+            yield scene + cuts, (at, frame)
 
     def _cut(
         self,
         source: str,
-        frames: Iterable[tuple[int, Timed[T]]],
+        frames: Iterable[tuple[int, Timed[Frame]]],
         rate: float,
-        to_pixels: Callable[[T], NDArray[np.uint8]],
     ) -> Iterator[Clip]:
         """Frames with the numbers of their scenes, `rate` of them a second -> clips of one scene each."""
+        if not rate:
+            raise MediaError("tells no frame rate")
         asked = self.settings.fps
         if rate < SLOWEST * asked:
             least = SLOWEST * asked
-            raise _UnfitError(f"has {rate:g} frames a second: expected at least {least:g}, half of the fps asked for")
+            raise MediaError(f"has {rate:g} frames a second: expected at least {least:g}, half of the fps asked for")
         fps = asked if rate > asked * (1 + SAME_RATE) else rate
         size: tuple[int, int] | None = None
         longest = length = clips = 0
 
-        def fitted(scene: Iterable[Timed[T]]) -> Iterator[Timed[NDArray[np.uint8]]]:
+        def fitted(scene: Iterable[Timed[Frame]]) -> Iterator[Timed[NDArray[np.uint8]]]:
             nonlocal size, length
             for length, (at, frame) in enumerate(nearest_frames(scene, fps, 1 / rate), start=1):  # noqa: B007
-                pixels = to_pixels(frame)
-                size = size or self._choose_size(*pixels.shape[:2])
-                yield at, fit_frames(pixels[None], size)[0]
+                size = size or self._choose_size(*frame.size)
+                yield at, fit_frames(frame.pixels(size)[None], size)[0]
 
         for _, scene in groupby(told_apart(frames), key=lambda pair: pair[0]):
             for part in cut_lengths(fitted(timed for _, timed in scene), self.settings.frames):
@@ -395,21 +352,17 @@ class Decode:
         if not clips:
             scenes = ", in its longest scene" if self.settings.cuts else ""
             least = min(self.settings.frames)
-            raise _UnfitError(f"has {longest} frames at {fps:g} a second{scenes}: expected at least {least}")
+            raise MediaError(f"has {longest} frames at {fps:g} a second{scenes}: expected at least {least}")
 
     def _choose_size(self, height: int, width: int) -> tuple[int, int]:
         size = choose_size(height, width, self.buckets)
         enlarged = max(size[0] / height, size[1] / width)
         if enlarged > ENLARGED:
-            raise _UnfitError(
+            raise MediaError(
                 f"is {width}x{height}, too small: it would be enlarged {enlarged:.2f} times for {size[1]}x{size[0]},"
                 f" expected at most {ENLARGED:g}"
             )
         return size
-
-
-class _UnfitError(Exception):
-    """What is said against a file that can be read."""
 
 
 def told_apart(frames: Iterable[tuple[int, Timed[T]]]) -> Iterator[tuple[tuple[int, int], Timed[T]]]:
@@ -420,25 +373,6 @@ def told_apart(frames: Iterable[tuple[int, Timed[T]]]) -> Iterator[tuple[tuple[i
         breaks += at < before or at - before > STANDSTILL
         before = at
         yield (scene, breaks), (at, frame)
-
-
-def nearest_frames(frames: Iterable[Timed[T]], fps: float, shown: float) -> Iterator[Timed[T]]:
-    """`fps` frames a second of those with their times: the nearest to each moment, counted from the first. The last is
-    `shown` for so many seconds."""
-    before: Timed[T] | None = None
-    start, count = 0.0, 0
-    for at, frame in frames:
-        if before is None:
-            start = at
-        else:
-            while start + count / fps <= (before[0] + at) / 2:
-                yield start + count / fps, before[1]
-                count += 1
-        before = at, frame
-    if before is not None:
-        while start + count / fps <= before[0] + shown / 2:  # where a next frame would be nearer
-            yield start + count / fps, before[1]
-            count += 1
 
 
 def cut_lengths(frames: Iterable[T], lengths: Iterable[int]) -> Iterator[list[T]]:
@@ -465,53 +399,21 @@ def cut_lengths(frames: Iterable[T], lengths: Iterable[int]) -> Iterator[list[T]
         yield waiting[:1]
 
 
-def _open_picture(item: Item, stack: ExitStack) -> Image.Image | None:
-    """A picture, or None for a video. A name that does not say which is looked into."""
-    suffix = PurePosixPath(item.url or item.source).suffix.lower()
-    if item.size is not None:  # in a tar, which is what `url` names
-        suffix = PurePosixPath(item.source).suffix.lower()
-    if suffix in VIDEOS:
-        return None
-    try:
-        return stack.enter_context(Image.open(io.BytesIO(read_bytes(item))))
-    except UnidentifiedImageError:
-        if suffix in PICTURES:
-            raise ValueError("it is damaged, or of no known format") from None
-        return None
+def _file_name(item: Item) -> str:
+    """The name that may tell what a file is: in a tar, which is what `url` names, its own."""
+    return PurePosixPath(item.source if item.size is not None else item.url or item.source).name
 
 
-def _open_video(item: Item, stack: ExitStack) -> "av.container.InputContainer":
-    """Local files are read as they are decoded, others as a whole if they are part of a tar, else by pieces."""
+def _open_file(item: Item, stack: ExitStack) -> BinaryIO:
+    """Local files are read as they are decoded, videos elsewhere by pieces, other files as a whole."""
     if item.data is not None or item.size is not None:
-        file: Any = io.BytesIO(read_bytes(item))
-    elif "://" not in item.url:
-        file = item.url
-    else:
-        system, path = open_place(item.url)
-        file = stack.enter_context(system.open(path, "rb"))
-    return stack.enter_context(av.open(file, "r", metadata_errors="replace"))  # titles in any encoding
-
-
-def _told_seconds(container: "av.container.InputContainer", stream: av.VideoStream) -> float:
-    """How long a video is by what its file says, 0 if that is nothing. Matroska tells it in a tag, as 00:00:05.250, or
-    of sound and pictures together."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "").strip("\0 ")):
-        hours, minutes, seconds = map(float, match.groups())
-        return 3600 * hours + 60 * minutes + seconds
-    return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0
-
-
-def _video_pixels(frame: av.VideoFrame, aspect: float) -> NDArray[np.uint8]:
-    """(H, W, 3), upright, with square pixels."""
-    pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-    if not math.isclose(aspect, 1, rel_tol=0.01):
-        height, width = pixels.shape[:2]
-        square = Image.fromarray(pixels).resize((round(width * aspect), height), Image.Resampling.BICUBIC)
-        pixels = np.asarray(square)
-    turns = round((frame.rotation or 0) / 90) % 4  # counterclockwise, as the file asks
-    return np.ascontiguousarray(np.rot90(pixels, turns))
+        return io.BytesIO(read_bytes(item))
+    system, path = open_place(item.url)
+    if isinstance(system, LocalFileSystem):
+        return stack.enter_context(open_plain(path))
+    if PurePosixPath(item.url).suffix.lower() not in VIDEOS:
+        return io.BytesIO(read_bytes(item))
+    return cast(BinaryIO, stack.enter_context(system.open(path, "rb")))
 
 
 def _content_detector(threshold: float) -> Any:

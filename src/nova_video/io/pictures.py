@@ -28,6 +28,8 @@ SIGNATURES = {
     b"8BPS": "a Photoshop file",
     b"<svg": "SVG",
     b"gimp xcf": "a GIMP file",
+    b"#EXTM3U": "a playlist",
+    b"ffconcat": "a playlist",
     b"\xff\x0a": "JPEG XL",
     b"\x00\x00\x00\x0cJXL ": "JPEG XL",
 }
@@ -71,13 +73,18 @@ class Picture:
             )
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) as shown: upright, and reduced if it is large."""
+    def whole_size(self) -> tuple[int, int]:
+        """(H, W), upright."""
         width, height = self.image.size
         turned = self.image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         if turned and self.image.format != "TIFF":  # which Pillow turns itself
             width, height = height, width
-        factor = _reduction(self.image)
+        return height, width
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) as it is read: upright, and reduced if it is large."""
+        (height, width), factor = self.whole_size, _reduction(self.image)
         return -(-height // factor), -(-width // factor)
 
     def still(self) -> NDArray[np.uint8]:

@@ -306,6 +306,20 @@ def test_sentence_that_is_no_text(run: Run) -> None:
     assert (code, "not found" in err) == (2, True)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    media.write_media(np.zeros((1, 8, 8, 3), np.uint8), tmp_path / "x.png", 8, {"prompt": "a whale"})
+    command = [sys.executable, "-m", "nova_video", "info", "x.png"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=tmp_path, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "nova: the output cannot be written: No space left on device\n")
+
+
+def test_a_sentence_without_quotes(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run("generate", "a", "whale", "moving", "--model", "./none")
+    assert "got 3 sentences of one word each: a sentence is to be in quotes" in caplog.text
+
+
 def test_a_reader_that_has_enough_is_no_fault(run: Run) -> None:
     media.write_media(np.zeros((2, 8, 8, 3), np.uint8), "whale.mp4", 8, {"prompt": "a whale"})
     command = subprocess.Popen(

@@ -5,6 +5,7 @@ Ctrl-C is exit code 130, SIGTERM 143. Results go to stdout, all else to stderr.
 """
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -47,6 +48,7 @@ from nova_video.extras import install_command
 from nova_video.io.text import printable
 
 LEFT_ALONE, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EIO)
 EXTRAS = {  # package -> the extra that brings it
     "tensorboard": "train",
     "torchdata": "train",
@@ -177,6 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes the rest when it ends
         return 0
     except OSError as error:
+        if error.filename is None and error.errno in FULL:  # files are named where they are written
+            return _complain(f"the output cannot be written: {error.strerror}")
         return _complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except (RuntimeError, TypeError) as error:
         if "MPS" in str(error):  # what torch says of operations and types that Apple's GPUs lack

@@ -271,6 +271,7 @@ def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> N
 def _prompts(args: Generate) -> list[str]:
     """The sentences of the command line, then those of the file; or else that of the clip to go on from."""
     prompts = [_text("the sentence", prompt) for prompt in args.prompt]
+    _warn_of_lacking_quotes(prompts)
     if args.prompts is not None:
         lines = read_text(args.prompts).split("\n")
         prompts += [line.strip() for line in lines if line.strip()]
@@ -293,6 +294,11 @@ def _text(name: str, typed: str) -> str:
         return os.fsencode(typed).decode()
     except UnicodeError:
         raise InputError(f"{name} is {typed!r}: expected text in UTF-8 or in the terminal's encoding") from None
+
+
+def _warn_of_lacking_quotes(prompts: Sequence[str]) -> None:
+    if len(prompts) > 2 and not any(" " in prompt for prompt in prompts):
+        log.warning("got %d sentences of one word each: a sentence is to be in quotes", len(prompts))
 
 
 def _sentence_of(path: Path) -> str:

@@ -27,6 +27,7 @@ from nova_video.given import (
 )
 from nova_video.io.fit import fit_frames
 from nova_video.pixels import image_to_pixels, output_form, unit_frames
+from nova_video.request import GenerateRequest
 
 BYTES = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 3), dtype=np.uint8)
 FLOATS = np.random.default_rng(1).random((3, 6, 8, 3), dtype=np.float32)
@@ -362,3 +363,24 @@ def test_enlarged_canvas() -> None:
     assert masks[:, 0].all()
     with pytest.raises(InputError, match="outpaint is 0: expected"):
         enlarge(Clip(BYTES), None, 0)
+
+
+def test_pictures_are_taken_as_they_are_shown() -> None:
+    """Turned as their EXIF says, on white where they are clear; what cannot be shown is named."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.new("RGBA", (8, 6), (255, 0, 0, 0))
+    turned.info["exif"] = exif.tobytes()
+    request = GenerateRequest("a whale", image=turned)
+    for clip in (one([turned]), one(turned), request.given_clips[0]):
+        assert clip.size == (8, 6)
+        assert (clip.frames == 255).all()
+    assert read_masks(turned).shape == (1, 8, 6)
+    deep = Image.fromarray(np.zeros((4, 4), np.float32))
+    for call, name in [
+        (lambda: GenerateRequest("a whale", image=deep), "image has"),
+        (lambda: read_clips([deep]), "video: a picture has"),
+        (lambda: read_masks(deep), "mask_image: a picture has"),
+    ]:
+        with pytest.raises(InputError, match=f"^{name} pixels of floating point: expected 8 or 16 bit$"):
+            call()

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from nova_video.errors import InputError
+from nova_video.errors import InputError, MediaError
 from nova_video.io.decode import MediaFile, upright_srgb
 from nova_video.io.fit import cover_box, fit_frames
 from nova_video.io.timing import nearest_frames
@@ -150,13 +150,21 @@ def _read_clip(name: str, clip: Any) -> Clip:
 def _frame(name: str, frame: Any) -> np.ndarray:
     """One frame -> (H, W, 3)."""
     if isinstance(frame, Image.Image):
-        return np.asarray(upright_srgb(frame))
+        return _shown(name, frame)
     if not _is_frame(frame):
         raise InputError(f"{name}: got {_told(frame)} as a frame: expected a PIL image or an array (H, W, 3)")
     array = _channels_last(name, frame.unsqueeze(0))[0] if isinstance(frame, Tensor) else frame
     if array.shape[2] != 3:
         raise InputError(f"{name}: got {_told(frame)} as a frame: expected a PIL image or an array (H, W, 3)")
     return array
+
+
+def _shown(name: str, image: Image.Image) -> np.ndarray:
+    """A picture as it is shown, (H, W, 3)."""
+    try:
+        return np.asarray(upright_srgb(image))
+    except MediaError as error:
+        raise InputError(f"{name}: a picture {error}") from None
 
 
 def _channels_last(name: str, clip: Tensor) -> np.ndarray:
@@ -201,7 +209,7 @@ def read_masks(mask_image: object) -> np.ndarray:
         file.check_budget(file.count(), *file.size)
         return np.concatenate([_brighter(frame.pixels()[None]) for frame in file.frames()])
     if isinstance(mask_image, Image.Image):
-        return _brighter(np.asarray(upright_srgb(mask_image))[None])
+        return _brighter(_shown("mask_image", mask_image)[None])
     values = mask_image
     if isinstance(values, Tensor):
         values = (values.float() if values.is_floating_point() else values).detach().cpu().numpy()

@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from nova_video.errors import InputError
+from nova_video.errors import InputError, MediaError
 from nova_video.given import Clip, masks_of, read_clips, read_masks
+from nova_video.io.decode import upright_srgb
 from nova_video.plan import Capabilities, Plan, make_plan
 from nova_video.sampling.shortcuts import Shortcuts, shortcuts_of
 from nova_video.settings import Defaults, check_number, check_setting
@@ -167,8 +168,9 @@ class GenerateRequest:
             raise InputError("got both of image and video: expected one of them")
         if self.image is not None:
             _check_image(self.image)
+            object.__setattr__(self, "image", _upright(self.image))  # the dataclass is frozen for everyone else
         if self.video is not None:
-            object.__setattr__(self, "video", read_clips(self.video))  # the dataclass is frozen for everyone else
+            object.__setattr__(self, "video", read_clips(self.video))
         if not self.edits:
             return
         name = "strength" if self.mask_image is None else "mask_image"
@@ -214,7 +216,7 @@ class GenerateRequest:
         """Given pixels, a picture as a clip of one frame."""
         if self.image is None:
             return self.video_pixels or ()
-        return (Clip(np.asarray(as_picture(self.image).convert("RGB"))[None]),)
+        return (Clip(np.asarray(as_picture(self.image))[None]),)
 
     @property
     def prompts(self) -> list[Timeline[str]] | None:
@@ -292,6 +294,14 @@ def _check_embeds(name: str, embeds: object) -> None:
 
 def as_picture(image: Picture) -> Image.Image:
     return Image.fromarray(image) if isinstance(image, np.ndarray) else image
+
+
+def _upright(image: Picture) -> Image.Image:
+    """A picture as it is shown: turned as its EXIF says, in sRGB, on white."""
+    try:
+        return upright_srgb(as_picture(image))
+    except MediaError as error:
+        raise InputError(f"image {error}") from None
 
 
 def _check_image(image: object) -> None:

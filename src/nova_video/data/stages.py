@@ -40,7 +40,7 @@ from nova_video.extras import install_command
 from nova_video.given import SAME_RATE
 from nova_video.io.decode import EMPTY, NO_FORMAT, PICTURES, VIDEOS, Frame, Media, open_media, open_plain
 from nova_video.io.fit import fit_frames
-from nova_video.io.text import LFS_POINTER, POINTED, printable
+from nova_video.io.text import LFS_POINTER, printable
 from nova_video.io.timing import Timed, nearest_frames
 from nova_video.io.videos import VideoPicture
 from nova_video.settings import check_number, max_pixels
@@ -466,8 +466,6 @@ def decode_with_motion(decode: Decode, motion: Motion, item: Item) -> Iterator[C
                 found = motion(found)
             except Exception as error:  # of one clip
                 found = found.rejected(error)
-        elif item.problem is None and is_pointer(item):
-            found = replace(found, reason=POINTED)
         yield found
 
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from nova_video.errors import InputError, MediaError, first_line
 from nova_video.io.fit import fit_frames
 from nova_video.io.pictures import SURE_DURATION, Picture, upright_srgb
+from nova_video.io.text import LFS_POINTER, POINTED
 from nova_video.io.timing import nearest_frames, repeats, steady_rate
 from nova_video.settings import max_pixels
 
@@ -128,9 +129,12 @@ def open_media(file: BinaryIO, name: str = "", limit: int | None = None) -> Medi
     `limit` bounds pixels times frames of a picture, and the pixels of a video's frames; None: `settings.max_pixels`.
     """
     limit = max_pixels() if limit is None else limit
-    if not file.read(1):
-        raise MediaError(EMPTY)
+    head = file.read(len(LFS_POINTER))
     file.seek(0)
+    if not head:
+        raise MediaError(EMPTY)
+    if head == LFS_POINTER:
+        raise MediaError(POINTED)
     try:
         return Media(Picture(file, limit))
     except MediaError as error:

@@ -62,21 +62,12 @@ def main(args: Memory) -> None:
 def ways() -> list[tuple[str, Callable[[NovaPipeline, torch.device], Any]]]:
     """Name, and what prepares a pipeline whose parts are in the processor's memory."""
 
-    def whole(pipe: NovaPipeline, device: torch.device) -> None:
-        pipe.to(device)
-        pipe.vae.disable_fast_decode()
-
-    def fast(pipe: NovaPipeline, device: torch.device) -> None:
-        pipe.to(device)
-        pipe.vae.enable_fast_decode()
-
     return [
         ("low memory", lambda pipe, device: enable_low_memory(pipe, device)),
         ("low memory, tiled", lambda pipe, device: enable_low_memory(pipe, device, tiled=True)),
         ("low memory, text in int8", lambda pipe, device: enable_low_memory(pipe, device, text_encoder="int8")),
         ("the library's whole-model offload", lambda pipe, device: pipe.enable_model_cpu_offload(device=device)),
-        ("all on the device, fast decode", fast),
-        ("all on the device, plain decode", whole),
+        ("all on the device", lambda pipe, device: pipe.to(device)),
     ]
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,7 +202,7 @@ def test_tiling_bounds_the_tile_and_stays_close(tiny: AutoencoderKLCausalTiny, m
     monkeypatch.setattr(
         AutoencoderKLCausalTiny,
         "decode_clip",
-        lambda self, z, context: sizes.append(z.shape[-2:]) or self.decoder(z, context),
+        lambda self, z, context, fast: sizes.append(z.shape[-2:]) or self.decoder(z, context),
     )
     latents = noise(1, 16, 1, 12, 16)
     whole = tiny.decode(latents).sample
@@ -461,9 +462,9 @@ def test_decoding_in_pieces_is_bounded_in_memory(either: VideoAutoencoder, monke
     sizes = []
     decode = type(either).decode
 
-    def counted(z: torch.Tensor, context: int = 0) -> DecoderOutput:
+    def counted(z: torch.Tensor, context: int = 0, fast: bool = False) -> DecoderOutput:
         sizes.append(z.shape[2])
-        return decode(either, z, context)
+        return decode(either, z, context, fast)
 
     monkeypatch.setattr(either, "decode", counted)
     most = 0
@@ -512,22 +513,12 @@ def uneven() -> AutoencoderKLOpenSora:
     return vae.eval().requires_grad_(False)
 
 
-@pytest.fixture
-def fast(uneven: AutoencoderKLOpenSora) -> Iterator[AutoencoderKLOpenSora]:
-    uneven.enable_fast_decode()
-    yield uneven
-    uneven.disable_fast_decode()
-    uneven.disable_tiling()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("num_latents", "batch"), [(1, 1), (2, 2), (5, 1), (7, 2)])
 def test_fast_decode_gives_the_plain_pixels(uneven: AutoencoderKLOpenSora, num_latents: int, batch: int) -> None:
     latents = clip_latents(uneven, num_latents, batch, (3, 5))
     plain = uneven.decode(latents).sample
-    uneven.enable_fast_decode()
-    pixels = uneven.decode(latents).sample
-    uneven.disable_fast_decode()
+    pixels = uneven.decode(latents, fast=True).sample
     assert_close(pixels, plain, 2e-5)
     assert torch.equal(uneven.decode(latents).sample, plain)
 
@@ -541,16 +532,36 @@ def test_fast_decode_is_the_same_in_parts_of_any_length(uneven: AutoencoderKLOpe
 
 
 @torch.no_grad()
-def test_fast_decode_streams_and_tiles(fast: AutoencoderKLOpenSora, monkeypatch) -> None:
-    latents = clip_latents(fast, 7, size=(4, 6))
-    pieces = decoded_in_pieces(StreamDecoder(fast), latents)
-    assert torch.equal(torch.cat(pieces, dim=2), fast.decode(latents).sample)
-    monkeypatch.setattr(fast, "tile_size", 32)
-    monkeypatch.setattr(fast, "tile_overlap", 16)
-    fast.enable_tiling()
-    tiled = fast.decode(latents).sample
-    fast.disable_fast_decode()
-    assert_close(tiled, fast.decode(latents).sample, 2e-5)
+def test_fast_decode_streams_and_tiles(uneven: AutoencoderKLOpenSora, monkeypatch) -> None:
+    latents = clip_latents(uneven, 7, size=(4, 6))
+    pieces = decoded_in_pieces(StreamDecoder(uneven, fast=True), latents)
+    assert torch.equal(torch.cat(pieces, dim=2), uneven.decode(latents, fast=True).sample)
+    monkeypatch.setattr(uneven, "tile_size", 32)
+    monkeypatch.setattr(uneven, "tile_overlap", 16)
+    monkeypatch.setattr(uneven, "use_tiling", True)
+    assert_close(uneven.decode(latents, fast=True).sample, uneven.decode(latents).sample, 2e-5)
+
+
+@torch.no_grad()
+def test_threads_decode_each_in_their_own_way(uneven: AutoencoderKLOpenSora) -> None:
+    """One fast, one plainly, at once: each gives the bits that it gives alone, and no weight moves."""
+    latents = clip_latents(uneven, 5, size=(3, 5))
+    alone = {fast: uneven.decode(latents, fast=fast).sample for fast in (False, True)}
+    places = [weight.data_ptr() for weight in uneven.parameters()]
+    made: dict[bool, list[bool]] = {False: [], True: []}
+
+    def work(fast: bool) -> None:
+        with torch.no_grad():
+            for _ in range(10):
+                made[fast].append(torch.equal(uneven.decode(latents, fast=fast).sample, alone[fast]))
+
+    threads = [threading.Thread(target=work, args=(fast,)) for fast in made]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == {False: [True] * 10, True: [True] * 10}
+    assert [weight.data_ptr() for weight in uneven.parameters()] == places
 
 
 @torch.no_grad()
@@ -563,22 +574,15 @@ def test_fast_decode_in_half_precision_is_no_farther_off(uneven: AutoencoderKLOp
         latents = noise(1, 4, 5, 3, 4, seed=seed)
         exact = uneven.decode(latents).sample
         for way in errors:
-            half.use_fast_decode = way == "fast"
-            made = half.decode(latents.to(torch.bfloat16)).sample.float()
+            made = half.decode(latents.to(torch.bfloat16), fast=way == "fast").sample.float()
             errors[way] += float((made - exact).square().mean().sqrt())
     assert errors["fast"] <= 1.1 * errors["plain"]
 
 
-def test_gradients_go_through_the_plain_modules(fast: AutoencoderKLOpenSora) -> None:
-    latents = clip_latents(fast, 2).requires_grad_()
-    fast.decode(latents).sample.sum().backward()
+def test_gradients_go_through_the_plain_modules(uneven: AutoencoderKLOpenSora) -> None:
+    latents = clip_latents(uneven, 2).requires_grad_()
+    uneven.decode(latents, fast=True).sample.sum().backward()
     assert latents.grad is not None
-
-
-def test_fast_layout_is_saved_as_any_other(fast: AutoencoderKLOpenSora, tmp_path: Path) -> None:
-    fast.save_pretrained(tmp_path)
-    loaded = AutoencoderKLOpenSora.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), fast.parameters(), strict=True))
 
 
 def test_parts_cover_the_frames() -> None:

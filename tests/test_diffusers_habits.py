@@ -9,7 +9,7 @@ its checks has a test here or in test_pipeline.py, test_lora.py or test_memory.p
 - `test_encode_prompt_works_in_isolation` is kept, with features as a list, since prompts have different lengths.
 - attention processors, `test_attention_slicing_forward_pass` and xformers: there are no processors to swap; the two
   switches change nothing and say so.
-- layerwise casting and group offload of the transformer are refused by name; `fp8=True` and `low_memory` replace them.
+- group offload of the transformer and the autoencoder: both stay whole on the device, and `low_memory` replaces it.
 - StableDiffusion's safety checker and IP adapters: there are none.
 """
 
@@ -345,6 +345,48 @@ def test_switches_without_an_effect_say_so(pipe: NovaPipeline, caplog: pytest.Lo
         pipe.enable_attention_slicing()
         pipe.enable_xformers_memory_efficient_attention()
     assert ["changes nothing" in record.message for record in caplog.records] == [True, True]
+
+
+def test_layerwise_casting_rounds_the_weights_of_blocks(tiny_checkpoint: Path) -> None:
+    """Stored in 8 bits, computed in float32: what a model with weights rounded beforehand gives, in threads too."""
+    cast, rounded = (quiet(NovaPipeline.from_pretrained(tiny_checkpoint)) for _ in range(2))
+    cast.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    for encoder in (rounded.transformer.video_encoder, rounded.transformer.image_encoder):
+        for module in encoder.blocks.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.to(torch.float8_e4m3fn).to(torch.float32)
+    stored = cast.transformer.image_encoder.blocks[0]
+    assert (stored.attn.qkv.weight.dtype, stored.norm1.weight.dtype) == (torch.float8_e4m3fn, torch.float32)
+    assert cast.transformer.dtype == torch.float32
+    expected = draw(rounded, num_frames=5, **QUICK)
+    made: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: made.append(draw(cast, num_frames=5, **QUICK))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for compile in (True, False):
+        made.append(draw(cast, num_frames=5, compile=compile, **QUICK))
+    assert len(made) == 4
+    for each in made:
+        np.testing.assert_allclose(each, expected, atol=1e-4)
+    with pytest.raises(InputError, match="cast already"):
+        cast.transformer.enable_layerwise_casting()
+
+
+@pytest.mark.parametrize("kind", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}])
+def test_group_offload_leaves_transformer_and_autoencoder_whole(
+    pipe: NovaPipeline, tiny_checkpoint: Path, kind: dict[str, Any]
+) -> None:
+    offloaded = quiet(NovaPipeline.from_pretrained(tiny_checkpoint))
+    offloaded.enable_group_offload(torch.device("cpu"), **kind)
+    hooked = {
+        name: any(hasattr(module, "_diffusers_hook") for module in getattr(offloaded, name).modules())
+        for name in ("text_encoder", "transformer", "vae")
+    }
+    assert hooked == {"text_encoder": True, "transformer": False, "vae": False}
+    options = {"num_frames": 5, "fps": 8, **QUICK}
+    assert np.array_equal(draw(offloaded, **options), draw(pipe))
 
 
 def test_to_another_dtype_and_back(tiny_checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ from conftest import CONFORMANCE
 from nova_video import NovaPipeline
 from nova_video.errors import InputError
 from nova_video.memory import LowMemory, Turn, enable_low_memory, quantise, take_turns
+from nova_video.request import GenerateRequest
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "num_diffusion_steps": 2, "num_frames": 5, "output_type": "pt"}
 
@@ -33,7 +34,8 @@ def test_low_memory_keeps_the_result(tiny_checkpoint: Path) -> None:
     enable_low_memory(pipe, "cpu")
     assert pipe.is_offloaded
     assert pipe.execution_device.type == "cpu"
-    assert pipe.vae.use_fast_decode
+    plan = GenerateRequest(prompt="a whale", **QUICK).resolve(pipe.defaults, pipe.capabilities)
+    assert pipe.decodes_fast(plan)
     assert not pipe.vae.use_tiling
     for _ in range(2):
         assert (made(pipe) - expected).abs().max() < 1e-4

@@ -17,6 +17,7 @@ from nova_video.errors import InputError
 from nova_video.loading import lasting_name, load_adapter
 from nova_video.memory import Turn
 from nova_video.model import NOVATransformer3DModel
+from nova_video.model.casting import is_cast
 from nova_video.model.lora import (
     LORA_BASE,
     Unfused,
@@ -59,6 +60,8 @@ class AdapterMixin(LoraBaseMixin):
         """
         require_peft()
         self._expect_unfused("another is loaded")
+        if is_cast(self.transformer):
+            raise InputError("layerwise casting is on: expected adapters loaded and fused before it")
         names = adapter_names(self.transformer)
         if adapter_name in names:
             raise InputError(

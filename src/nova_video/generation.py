@@ -424,7 +424,7 @@ class _Decoder:
                 self.pushed += vae.decode_piece(self.pushed)
             before = range(max(self.pushed - vae.decode_context, 0), self.pushed)
             scaled = [unscale_latents(vae, state.frames[frame].to(vae.dtype)) for frame in before]
-            self.pieces = StreamDecoder(vae, scaled, decoded=self.pushed)
+            self.pieces = StreamDecoder(vae, scaled, decoded=self.pushed, fast=generation.pipe.decodes_fast(plan))
         self.first_pixel = plan.first_pixel(self.pushed)
         """Of the next piece."""
 

@@ -16,7 +16,6 @@ from accelerate.utils import send_to_device
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
-from nova_video.autoencoders.base import VideoAutoencoder
 from nova_video.errors import InputError
 from nova_video.extras import install_command
 
@@ -79,8 +78,6 @@ def enable_low_memory(
     pipe.transformer._hf_hook.on_leave = pipe.drop_graphs
     if pipe.vae is not None:
         pipe.vae.enable_slicing()
-        if isinstance(pipe.vae, VideoAutoencoder):
-            pipe.vae.enable_fast_decode()
         if tiled:
             pipe.vae.enable_tiling()
 

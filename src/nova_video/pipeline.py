@@ -38,6 +38,7 @@ from nova_video.keywords import CALL_HINTS, OPEN_HINTS, refuse_keywords
 from nova_video.loading import check_parts, load_parts, load_scheduler, resolve_checkpoint
 from nova_video.memory import LowMemory, Turn, enable_low_memory
 from nova_video.model import NOVATransformer3DModel
+from nova_video.model.casting import is_cast
 from nova_video.model.lora import adapter_names, adapter_state
 from nova_video.model_card import CARD, card_facts, pipeline_card
 from nova_video.plan import Capabilities, Plan
@@ -342,6 +343,21 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
     def disable_vae_tiling(self) -> None:
         self.require_vae("tiling").disable_tiling()
 
+    def enable_group_offload(
+        self,
+        onload_device: torch.device,
+        *options: Any,
+        exclude_modules: str | list[str] | None = None,
+        **named: Any,
+    ) -> None:
+        """diffusers' group offload, for the text encoder: transformer and autoencoder stay whole on the device.
+
+        Their calls are no `forward`, where that offload brings weights. `low_memory` lets them take turns.
+        """
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
+        excluded += [name for name in ("transformer", "vae") if name not in excluded]
+        super().enable_group_offload(onload_device, *options, exclude_modules=excluded, **named)
+
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
         """Nothing, and says so: attention is computed without ever holding a whole matrix of scores."""
         log.warning(
@@ -511,7 +527,6 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             with span(self.stopwatch, "text"):
                 texts, negatives = self._prompt_features(request, plan)
             given, pixels = self._given(request, plan, random)
-            self._choose_decoding(plan)
             self.bring(self.transformer)
             state = SamplingState.create(
                 self.transformer,
@@ -601,7 +616,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         model, device = self._fp8_model() if fp8 else self.transformer, self.execution_device
         if not compile:
             return PlainEngine(model)
-        if device.type != "cuda":
+        if device.type != "cuda" or is_cast(model):  # blocks that cast their weights are called as they are
             return FastEngine(model, DirectRunner())
         compiles = can_compile(device)
         self._compiled |= compiles
@@ -617,6 +632,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
 
     def _fp8_model(self) -> NOVATransformer3DModel:
         """The transformer with products in 8 bits, made once for the weights that are there."""
+        if is_cast(self.transformer):
+            raise InputError("fp8 is True with layerwise casting: expected one of them")
         if self.is_offloaded:
             raise InputError("fp8 needs the transformer to stay on the GPU: expected no offloading with it")
         pointers = tuple(weight.data_ptr() for weight in self.transformer.parameters())
@@ -626,15 +643,18 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
                 self._fp8 = weights, with_fp8_blocks(self.transformer)
             return self._fp8[1]
 
-    def _choose_decoding(self, plan: Plan) -> None:
-        """The autoencoder's own fast arrangement, on a GPU, but for the plain loop."""
+    def decodes_fast(self, plan: Plan) -> bool:
+        """The autoencoder's own fast arrangement decodes: on a GPU, but for the plain loop, and in low memory.
+
+        That arrangement reads weights where they are, so not under the library's hooks, which bring them to a module's
+        `forward`.
+        """
         vae = self.vae
-        if self.execution_device.type != "cuda" or self.is_offloaded or not isinstance(vae, VideoAutoencoder):
-            return
-        if plan.compile and not vae.use_fast_decode:
-            vae.enable_fast_decode()
-        elif vae.use_fast_decode and not plan.compile:
-            vae.disable_fast_decode()
+        if not isinstance(vae, VideoAutoencoder) or any(hasattr(module, "_diffusers_hook") for module in vae.modules()):
+            return False
+        if isinstance(getattr(vae, "_hf_hook", None), Turn):
+            return True
+        return plan.compile and self.execution_device.type == "cuda" and not self.is_offloaded
 
     def drop_graphs(self) -> None:
         """Let go of captured graphs and their memory; compiled code stays."""

@@ -33,7 +33,6 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
     """Pixels over which neighbouring tiles are blended."""
     use_slicing = False
     use_tiling = False
-    use_fast_decode = False
     decode_context = 1
     """Latent frames that must stand before a piece of a clip for its pixels to be those of the whole clip: one at
     least, since a piece with nothing before it is a clip's beginning."""
@@ -42,8 +41,11 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
         """Whole clip (B, 3, T, H, W) -> moments (B, 2C, F, h, w)."""
         raise NotImplementedError
 
-    def decode_clip(self, z: Tensor, context: int = 0) -> Tensor:
-        """Latents (B, C, F, h, w) -> pixels (B, 3, T, H, W), without those of the `context` leading latent frames."""
+    def decode_clip(self, z: Tensor, context: int = 0, fast: bool = False) -> Tensor:
+        """Latents (B, C, F, h, w) -> pixels (B, 3, T, H, W), without those of the `context` leading latent frames.
+
+        `fast` as in `decode`.
+        """
         raise NotImplementedError
 
     def decode_piece(self, decoded: int) -> int:
@@ -64,17 +66,19 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
 
     @apply_forward_hook
-    def decode(self, z: Tensor, context: int = 0) -> DecoderOutput:
+    def decode(self, z: Tensor, context: int = 0, fast: bool = False) -> DecoderOutput:
         """Unscaled latents of a clip or a picture -> pixels, about [-1, 1] (not clamped).
 
-        The `context` leading latent frames are only looked at: no pixels of theirs are given out.
+        The `context` leading latent frames are only looked at: no pixels of theirs are given out. `fast` decodes by the
+        arrangement that is faster and smaller, if the autoencoder has one: the same numbers, rounded elsewhere. Where
+        gradients are wanted, the plain modules decode.
         """
         clip = _as_clip(z, self.config.latent_channels, "latents")
         if not 0 <= context < clip.shape[2]:
             raise InputError(
                 f"context must leave latent frames to decode: expected 0 to {clip.shape[2] - 1}, got {context}"
             )
-        pixels = torch.cat([self._decode_tiles(part, context) for part in self._slices(clip)])  # (B, 3, T, H, W)
+        pixels = torch.cat([self._decode_tiles(part, context, fast) for part in self._slices(clip)])  # (B, 3, T, H, W)
         return DecoderOutput(sample=pixels.squeeze(2) if z.ndim == 4 else pixels)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> DecoderOutput:
@@ -95,14 +99,6 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
     def disable_tiling(self) -> None:
         self.use_tiling = False
 
-    def enable_fast_decode(self) -> None:
-        """Decode by the arrangement that is faster and smaller, if the autoencoder has one: the same numbers, rounded
-        elsewhere. Where gradients are wanted, the plain modules decode."""
-        self.use_fast_decode = True
-
-    def disable_fast_decode(self) -> None:
-        self.use_fast_decode = False
-
     def _slices(self, clip: Tensor) -> tuple[Tensor, ...]:
         return clip.split(1) if self.use_slicing else (clip,)
 
@@ -112,11 +108,11 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
         s = self.spatial_stride
         return map_tiles(self.encode_clip, clip, s, self.tile_size // s, self.tile_overlap // s, 1)
 
-    def _decode_tiles(self, clip: Tensor, context: int) -> Tensor:
+    def _decode_tiles(self, clip: Tensor, context: int, fast: bool) -> Tensor:
         if not self.use_tiling:
-            return self.decode_clip(clip, context)
+            return self.decode_clip(clip, context, fast)
         s = self.spatial_stride
-        decode = partial(self.decode_clip, context=context)
+        decode = partial(self.decode_clip, context=context, fast=fast)
         return map_tiles(decode, clip, 1, self.tile_size // s, self.tile_overlap // s, s)
 
 

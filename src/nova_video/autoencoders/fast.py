@@ -140,25 +140,26 @@ def decode_tile(decoder: "Decoder", z: Tensor, pieces: Pieces | None = None, val
         for upsampler in level.upsamplers or ():  # type: ignore[union-attr]
             conv = upsampler.conv
             clip = (double_clip if conv.kernel_size[0] > 1 else double_frames)(conv, clip, pieces, values)
-    out = decoder.conv_out
+    out, weight = decoder.conv_out, laid_out(decoder.conv_out)
     scale, shift = affine(decoder.conv_norm_out, clip)
     window = Window(clip, clip.parts[0].shape)
     pixels = []
     for part in taken(clip):
         window.push(part, scale, shift, pieces)
-        pixels.append(pieces.convolve(window.frames, out.weight, _bias(out), None, False, (0, 0))[0])
+        pixels.append(pieces.convolve(window.frames, weight, _bias(out), None, False, (0, 0))[0])
     return torch.cat(pixels).permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
 
 
 def resnet(block: "ResnetBlock3D", x: Clip, pieces: Pieces) -> Clip:
     """A residual block; x is used up, part by part, and its parts become the output's where their shape allows."""
     scale, shift = affine(block.norm1, x)
+    weight = laid_out(block.conv1)
     hidden = Clip([], x.sums.new_zeros(()), x.frames)
     kept: list[Tensor] = []
     window = Window(x, x.parts[0].shape)
     for part in taken(x):
         window.push(part, scale, shift, pieces)
-        made, sums = pieces.convolve(window.frames, block.conv1.weight, _bias(block.conv1), None, False, (0, 0))
+        made, sums = pieces.convolve(window.frames, weight, _bias(block.conv1), None, False, (0, 0))
         hidden.parts.append(made)
         hidden.sums = hidden.sums + sums
         short = block.conv_shortcut
@@ -166,14 +167,13 @@ def resnet(block: "ResnetBlock3D", x: Clip, pieces: Pieces) -> Clip:
         del part, made
     del window
     scale, shift = affine(block.norm2, hidden)
+    weight = laid_out(block.conv2)
     out = Clip([], x.sums.new_zeros(()), x.frames)
     window = Window(hidden, hidden.parts[0].shape)
     for part in taken(hidden):
         window.push(part, scale, shift, pieces)
         del part
-        made, sums = pieces.convolve(
-            window.frames, block.conv2.weight, _bias(block.conv2), kept[len(out.parts)], True, (0, 0)
-        )
+        made, sums = pieces.convolve(window.frames, weight, _bias(block.conv2), kept[len(out.parts)], True, (0, 0))
         out.parts.append(made)
         out.sums = out.sums + sums
     return out
@@ -210,17 +210,17 @@ def halved(weight: Tensor, axis: int, place: int) -> Tensor:
 def double_clip(conv: nn.Conv3d, x: Clip, pieces: Pieces, values: int) -> Clip:
     """Twice the rows, the columns and, but for the first, the frames; then a convolution over all three."""
     _, H, W, C = x.parts[0].shape
-    frames, bias = 2 * x.frames - 1, _bias(conv)
+    frames, weight, bias = 2 * x.frames - 1, laid_out(conv), _bias(conv)
     write = pieces.double(torch.cat(list(taken(x))))
     out = Clip([], x.sums.new_zeros(()), frames)
     lengths = parts_of(frames, 4 * H * W * max(C, conv.out_channels), values)
-    window = conv.weight.new_zeros(lengths[0] + BEFORE, 2 * H + 2, 2 * W + 2, C)
+    window = weight.new_zeros(lengths[0] + BEFORE, 2 * H + 2, 2 * W + 2, C)
     start = 0
     for length in lengths:
         known = min(start, BEFORE)
         write(start - known, window[BEFORE - known : BEFORE + length, 1:-1, 1:-1])
         window[: BEFORE - known] = window[BEFORE]
-        made, sums = pieces.convolve(window[: BEFORE + length], conv.weight, bias, None, False, (0, 0))
+        made, sums = pieces.convolve(window[: BEFORE + length], weight, bias, None, False, (0, 0))
         out.parts.append(made)
         out.sums = out.sums + sums
         start += length
@@ -285,6 +285,14 @@ def affine(norm: nn.GroupNorm, clip: Clip) -> tuple[Tensor, Tensor]:
 
 def _resnet(block: Any) -> "ResnetBlock3D":
     return block
+
+
+def laid_out(conv: nn.Conv3d) -> Tensor:
+    """The weight with its channels last, as the convolutions read it: a copy for one layer of one tile.
+
+    The module keeps its own, which another thread may be decoding with plainly.
+    """
+    return conv.weight.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _bias(conv: nn.Conv3d) -> Tensor:

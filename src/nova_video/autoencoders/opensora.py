@@ -294,29 +294,15 @@ class AutoencoderKLOpenSora(VideoAutoencoder):
     def encode_clip(self, x: Tensor) -> Tensor:
         return map_time_tiles(lambda tile: self.quant_conv(self.encoder(tile)), x, self.tile_frames)
 
-    def decode_clip(self, z: Tensor, context: int = 0) -> Tensor:
+    def decode_clip(self, z: Tensor, context: int = 0, fast: bool = False) -> Tensor:
         size = (self.tile_frames - 1) // self.temporal_stride + 1
-        pixels = map_time_tiles(lambda tile: self._decode_tile(self.post_quant_conv(tile)), z, size)
+        pixels = map_time_tiles(lambda tile: self._decode_tile(self.post_quant_conv(tile), fast), z, size)
         return pixels[:, :, self.temporal_stride * (context - 1) + 1 :] if context else pixels
 
-    def _decode_tile(self, z: Tensor) -> Tensor:
-        if not self.use_fast_decode or z.shape[2] == 1 or torch.is_grad_enabled():  # one frame has a short way already
+    def _decode_tile(self, z: Tensor, fast: bool) -> Tensor:
+        if not fast or z.shape[2] == 1 or torch.is_grad_enabled():  # one frame has a short way already
             return self.decoder(z)
         return torch.cat([decode_tile(self.decoder, clip) for clip in z.split(1)])
-
-    def enable_fast_decode(self) -> None:
-        super().enable_fast_decode()
-        self._lay_out(torch.channels_last_3d)  # as its convolutions read them
-
-    def disable_fast_decode(self) -> None:
-        super().disable_fast_decode()
-        self._lay_out(torch.contiguous_format)
-
-    def _lay_out(self, memory_format: torch.memory_format) -> None:
-        """The same weights of the decoder's convolutions in another order in memory."""
-        for parameter in self.decoder.parameters():
-            if parameter.ndim == 5:
-                parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
     def decode_piece(self, decoded: int) -> int:
         """A tile: the first has nothing before it, later ones begin with the latent frame they share."""

@@ -159,7 +159,7 @@ class AutoencoderKLCausalTiny(VideoAutoencoder):
     def encode_clip(self, x: Tensor) -> Tensor:
         return self.encoder(x)
 
-    def decode_clip(self, z: Tensor, context: int = 0) -> Tensor:
+    def decode_clip(self, z: Tensor, context: int = 0, fast: bool = False) -> Tensor:
         return self.decoder(z, context)
 
     def decode_piece(self, decoded: int) -> int:

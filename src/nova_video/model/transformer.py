@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from nova_video.errors import InputError
 from nova_video.model.attention import Mask, block_causal_mask
+from nova_video.model.casting import cast_blocks, is_cast
 from nova_video.model.denoiser import Denoiser, DenoiserBlock
 from nova_video.model.embeddings import (
     TABLE_LEN,
@@ -213,7 +214,7 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     _supports_gradient_checkpointing = False
     _no_split_modules = ["Block", "DenoiserBlock"]
-    _skip_layerwise_casting_patterns = ["norm", "pos_embed", "text_embed"]
+    _supports_group_offloading = False  # weights are read by calls that are no `forward`
 
     @register_to_config
     def __init__(
@@ -251,6 +252,29 @@ class NOVATransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.image_encoder = ImageEncoder(image_depth, width, image_dim, self.patch_size)
         self.image_decoder = Denoiser(mlp_depth, mlp_width, width, image_dim, self.patch_size)
         self.initialize_weights()
+
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        skip_modules_pattern: tuple[str, ...] | None = None,
+        skip_modules_classes: tuple[type[nn.Module], ...] | None = None,
+        non_blocking: bool = False,
+    ) -> None:
+        """Store the linear weights of both encoders' blocks in `storage_dtype`, and compute in `compute_dtype`.
+
+        Blocks are cast one at a time, which is slower and takes less memory. It cannot be taken back.
+        """
+        if skip_modules_pattern is not None or skip_modules_classes is not None:
+            raise InputError("skip_modules_pattern or _classes is given: expected none, blocks are cast as a whole")
+        if is_cast(self) or getattr(self, "peft_config", None):
+            raise InputError(
+                "the transformer is cast already or has adapters: expected a plain one; fuse adapters and unload them"
+            )
+        compute_dtype = compute_dtype or self.dtype
+        self.to(compute_dtype)
+        blocks: list[nn.Module] = [*self.video_encoder.blocks, *self.image_encoder.blocks]
+        cast_blocks(blocks, storage_dtype, compute_dtype, non_blocking)
 
     def initialize_weights(self) -> None:
         """To train from scratch: normal(0.02) linears; the denoiser's gates and output start at zero, as in DiT."""

@@ -312,7 +312,7 @@ def test_no_config(checkpoint: Path) -> None:
         load_transformer(checkpoint)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 100_000])
 def test_unreadable_config(checkpoint: Path, text: str) -> None:
     (checkpoint / "transformer" / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(InputError, match=r"config\.json: "):

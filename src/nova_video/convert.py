@@ -39,7 +39,7 @@ from nova_video.loading import (
 from nova_video.media import make_readable
 from nova_video.settings import SETTINGS_FILE, CheckpointSettings, check_local
 from nova_video.text.encoders import text_width
-from nova_video.weights import DIFFUSERS_WEIGHTS, PICKLES, has_weights, read_json
+from nova_video.weights import DIFFUSERS_WEIGHTS, PICKLES, has_weights, shard_files
 
 WRAPPERS = ("state_dict", "model_state_dict", "ema_state_dict", "model", "module", "ema")
 """Names under which trainers store the weights beside other values."""
@@ -129,10 +129,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for suffix in ("safetensors", "bin"):
         index = folder / f"{DIFFUSERS_WEIGHTS}.{suffix}.index.json"
         if index.is_file():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-                raise InputError(f"{index}: expected a weight_map of key to file name")
-            return [folder / Path(name).name for name in sorted(set(shards.values()))]
+            return shard_files(index)
         if (single := folder / f"{DIFFUSERS_WEIGHTS}.{suffix}").is_file():
             return [single]
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)

@@ -30,10 +30,7 @@ def find_weights(folder: Path, base: str, variant: str | None = None) -> Weights
         middle = "" if kind is None else f".{kind}"
         index, single = folder / f"{base}.safetensors.index{middle}.json", folder / f"{base}{middle}.safetensors"
         if index.is_file():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-                raise InputError(f"{index}: expected a weight_map of key to file name")
-            return Weights([folder / Path(name).name for name in sorted(set(shards.values()))], kind)
+            return Weights(shard_files(index), kind)
         if single.is_file():
             return Weights([single], kind)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
@@ -43,6 +40,14 @@ def find_weights(folder: Path, base: str, variant: str | None = None) -> Weights
             + (f"; {_convert_line(folder)} makes them of these" if base == DIFFUSERS_WEIGHTS else "")
         )
     raise InputError(f"{folder}: has no weights: expected {base}.safetensors")
+
+
+def shard_files(index: Path) -> list[Path]:
+    """The files that an index of shards names, beside it."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise InputError(f"{index}: expected a weight_map of key to file name")
+    return [index.parent / Path(name).name for name in sorted(set(shards.values()))]
 
 
 def has_weights(folder: Path, base: str) -> bool:
@@ -77,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} not found: expected every component folder to hold its config") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object")

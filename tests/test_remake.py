@@ -1,18 +1,17 @@
 """`nova generate --like`: a file's own record makes it again, in every setting, and says what has changed since."""
 
 import json
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nova_video import cli, media
+from conftest import Run
+from nova_video import media
 from nova_video.arguments import Edit, Generate
 from nova_video.remake import FIELDS, NOT_RECORDED
 
-Run = Callable[..., tuple[int, str, str]]
 QUICK = ["--sets", "2", "--diffusion-steps", "1"]
 EVERYTHING = [  # no default among them
     *("--negative", "the background", "--size", "96x64", "--fps", "6", "--sets", "3", "--diffusion-steps", "2"),
@@ -22,19 +21,6 @@ EVERYTHING = [  # no default among them
     *("--solver", "dpm++", "--last-steps", "0.5", "--guided-sets", "0.7", "--guidance-every", "2", "--no-compile"),
     *("--device", "cpu", "--dtype", "float32"),
 ]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `nova ARGUMENTS` in an empty folder and returns its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = cli.main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return call
 
 
 def write_noise(path: str, count: int = 1, metadata: object = None) -> None:

@@ -93,7 +93,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "image_guidance_scale": -1}, "image_guidance_scale is -1"),
     ({"prompt": "a", "motion_flow": -1}, "motion_flow is -1"),
     ({"prompt": "a", "flow_shift": 0}, "flow_shift is 0: expected a number of more than 0"),
-    ({"prompt": "a", "fps": 0}, "fps is 0: expected a number of more than 0"),
+    ({"prompt": "a", "fps": 0}, "fps is 0: expected a number of at least 0.1 and at most 1000"),
     ({"prompt": "a", "height": 0}, "height is 0"),
     ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
     ({"prompt": "a", "seed": -1}, "seed is -1"),

@@ -23,12 +23,14 @@ from nova_video.autoencoders import StreamDecoder, unscale_latents
 from nova_video.autoencoders.base import VideoAutoencoder
 from nova_video.errors import InputError
 from nova_video.model import set_sizes, unpatchify
+from nova_video.model.finite import first_not_finite
 from nova_video.pixels import output_form, unit_frames
 from nova_video.plan import Plan
 from nova_video.result import GenerateResult
 from nova_video.sampling.generate import SetDone, generate_sets
 from nova_video.sampling.state import SamplingState
 from nova_video.sampling.timing import span
+from nova_video.settings import shown
 
 if TYPE_CHECKING:
     from nova_video.pipeline import NovaPipeline
@@ -170,6 +172,9 @@ class Generation:
         """All frames; of a generation that a stream has begun, those that it has not handed out."""
         if self.plan.num_frames is None:
             raise InputError("num_frames is inf: expected a whole number, or pipe.stream, which goes on without end")
+        check_callback(callback_on_step_end)
+        if self.output_type != "latent":
+            self.plan.check_pixels()
         last: SetDone | None = None
         try:
             with self.pipe.progress_bar(total=self.total_steps) if show_progress else nullcontext() as bar:
@@ -210,7 +215,7 @@ class Generation:
     def _pixels(self, partial: Tensor | None) -> Any:
         pieces = self._untouched()
         if partial is not None:
-            pieces.append(unit_frames(self.pipe.decode_picture(partial).unsqueeze(2)))
+            pieces.append(self._unit(self.pipe.decode_picture(partial).unsqueeze(2)))
         else:
             decoder = self._decoder()
             pieces += [*self._push(decoder, self.state.done), *self._finish(decoder)]
@@ -228,6 +233,7 @@ class Generation:
         used. None: on a GPU, unless parts of the model take turns on it; on a CPU both would only share its cores.
         Closing the iterator, as leaving a loop over it does, stops the sampling.
         """
+        check_callback(callback_on_step_end)
         device = self.state.random.device
         if ahead is None:
             ahead = device.type == "cuda" and not self.pipe.is_offloaded
@@ -395,19 +401,38 @@ class Generation:
         """Pixels (B, 3, T, H, W) of a piece -> its frames that were not handed out and were asked for."""
         first = decoder.first_pixel
         decoder.first_pixel += pixels.shape[2]
-        frames = unit_frames(pixels)
+        frames = self._unit(pixels)
         if self.given is not None:
             frames = self.given.over(frames, first)
         last = decoder.first_pixel if self.plan.num_frames is None else self.plan.num_frames
         return frames[:, max(self.emitted - first, 0) : max(last - first, 0)]
 
+    def _unit(self, pixels: Tensor) -> Tensor:
+        """The autoencoder's pixels (B, 3, T, H, W) -> (B, T, 3, H, W) in [0, 1]. Raises InputError for what is not
+        finite, which would be black."""
+        if not bool(pixels.isfinite().all()):
+            vae = self.pipe.require_vae("decoding")
+            name = first_not_finite(vae)
+            cause = "a smaller scale, or another precision such as float32" if name is None else "finite weights"
+            known = "" if name is None else f", but its {name} is not"
+            raise InputError(f"the autoencoder's pixels are not finite: expected {cause}{known}")
+        return unit_frames(pixels)
+
     @torch.no_grad()
     def _picture(self, latents: Tensor) -> Any:
         """Latents (B, C, h, w) decoded by themselves, in the form of `output_type` ("pt" for "latent")."""
-        frames = unit_frames(self.pipe.decode_picture(latents).unsqueeze(2))
+        frames = self._unit(self.pipe.decode_picture(latents).unsqueeze(2))
         made = output_form(frames, "pt" if self.output_type == "latent" else self.output_type)
         pictures = [clip[0] for clip in made] if isinstance(made, list) else made[:, 0]
         return pictures[0] if self.bare else pictures
+
+
+def check_callback(callback: object) -> None:
+    """Raises InputError for a callback that cannot be called."""
+    if callback is not None and not callable(callback):
+        raise InputError(
+            f"callback_on_step_end is {shown(callback)}: expected a function of (pipe, step, frame, tensors)"
+        )
 
 
 class _Decoder:

@@ -314,6 +314,9 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             shiftable=self.trained_noise.is_flow,
             max_diffusion_steps=self.scheduler.config.num_train_timesteps,
             latent_channels=config.image_dim,
+            layers=len(self.transformer.video_encoder.blocks),
+            width=self.transformer.width,
+            value_bytes=self.transformer.dtype.itemsize,
             second_order=isinstance(self.scheduler, DDPMScheduler | FlowMatchEulerDiscreteScheduler),
         )
 
@@ -411,6 +414,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         guided_sets: float | None = None,
         guidance_every: int | None = None,
         fp8: bool | None = None,
+        memory_gb: float | None = None,
         disable_progress_bar: bool = False,
         num_videos_per_prompt: int | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
@@ -465,6 +469,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             guided_sets=guided_sets,
             guidance_every=guidance_every,
             fp8=fp8,
+            memory_gb=memory_gb,
             num_images_per_prompt=num_images_per_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,

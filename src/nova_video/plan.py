@@ -6,6 +6,7 @@ Pixel frames against latent ones: latent frame 0 is one pixel frame, every later
 """
 
 import math
+import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,14 @@ from nova_video.given import Clip
 from nova_video.sampling.context import Context
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.shortcuts import EXACT, Shortcuts
-from nova_video.settings import Defaults, check_number
+from nova_video.settings import LIMITS, Defaults, check_number
 from nova_video.timeline import Timeline
 
 if TYPE_CHECKING:
     from nova_video.request import GenerateRequest
 
+PIXEL_BYTES = 24  # red, green and blue as float32, twice while pieces are joined
+ACTIVATIONS = 12  # values of a token at once within a block: query, key and value, the hidden layer, sums
 ENDLESS_CONTEXT = 33  # pixel frames: of a clip without end, where the checkpoint says nothing; the released length
 
 
@@ -52,6 +55,12 @@ class Capabilities:
     latent_channels: int = 4
     second_order: bool = True
     """A noise schedule that DPM-Solver++ knows."""
+    layers: int = 0
+    """Blocks of the temporal encoder, which has a cache."""
+    width: int = 0
+    """Values of a token within both encoders."""
+    value_bytes: int = 4
+    """Of a weight or activation."""
 
     def latent_count(self, num_frames: int) -> int:
         """Whole latent frames that cover so many pixel frames."""
@@ -94,6 +103,27 @@ class Plan:
     shortcuts: Shortcuts = EXACT
     compile: bool = True
     """Arranged for speed, not the plain loop."""
+    memory_gb: float | None = None
+    """Most memory that it may take by an estimate; None: what the machine has."""
+
+    def check_pixels(self) -> None:
+        """Raises InputError if the machine cannot hold all frames at once, which only a stream does without."""
+        if self.num_frames is not None:
+            self.check_memory({"its pixels": self.batch * self.num_frames * self.height * self.width * PIXEL_BYTES})
+
+    def check_memory(self, parts: dict[str, int]) -> None:
+        """Raises InputError where `parts`, estimated in bytes, are more than the bound."""
+        bound, whose = machine_memory(), "this machine has"
+        if self.memory_gb is not None:
+            bound, whose = self.memory_gb * 1e9, "memory_gb allows"
+        if sum(parts.values()) > bound:
+            frames = "endless" if self.num_frames is None else f"{self.num_frames:,}"
+            listed = ", ".join(f"{name} about {amount_of(size)}" for name, size in parts.items())
+            raise InputError(
+                f"{self.batch:,} of {frames} frames of {self.width}x{self.height} would take more memory than {whose}:"
+                f" {listed}: expected at most {amount_of(int(min(bound, 1e30)))}; fewer frames, a smaller size or a"
+                " bounded context (context_frames) take less"
+            )
 
     @property
     def passes(self) -> int:
@@ -150,7 +180,7 @@ def make_plan(request: "GenerateRequest", defaults: Defaults, model: Capabilitie
         if context.frames is not None:
             used = min(used, context.frames - 1)
         offset = given - model.pixel_count(used)
-    return Plan(
+    plan = Plan(
         batch=request.num_prompts * request.num_images_per_prompt,
         height=height,
         width=width,
@@ -170,7 +200,38 @@ def make_plan(request: "GenerateRequest", defaults: Defaults, model: Capabilitie
         edits=request.edits,
         shortcuts=shortcuts,
         compile=request.compile is not False,
+        memory_gb=request.memory_gb,
     )
+    plan.check_memory(sampling_memory(plan, model))
+    return plan
+
+
+def sampling_memory(plan: Plan, model: Capabilities) -> dict[str, int]:
+    """Bytes that sampling holds at once, estimated by what."""
+    rows, text = plan.batch * plan.passes, model.text_len + 2
+    tokens = 4 * plan.height * plan.width // model.size_multiple**2  # of a frame; the temporal encoder has a quarter
+    slots = plan.context.slots(plan.latent_frames) * tokens // 4
+    token = rows * model.width * model.value_bytes
+    return {
+        "the cache of earlier frames": 2 * model.layers * (text + slots) * token,
+        "the encoders' activations": ACTIVATIONS * (tokens + tokens // 4 + text + slots) * token,
+    }
+
+
+def amount_of(size: int) -> str:
+    """Bytes in words."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9)):
+        if size >= factor:
+            return f"{size // factor:,} {unit}" if size < 10**24 else "more than there is"
+    return f"{max(1, size // 10**6)} MB"
+
+
+def machine_memory() -> float:
+    """Bytes of memory that this machine has, or infinity where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def _size(request: "GenerateRequest", model: Capabilities) -> tuple[int, int]:
@@ -212,6 +273,11 @@ def _num_frames(request: "GenerateRequest", defaults: Defaults, given: int, fps:
     asked = request.num_frames
     if request.seconds is not None:
         asked = request.seconds if math.isinf(request.seconds) else max(1, round(request.seconds * fps))
+        if not math.isinf(asked) and asked > LIMITS.frames:
+            raise InputError(
+                f"seconds is {request.seconds:g}, which is {asked:,} frames at {fps:g} fps: expected at most"
+                f" {LIMITS.frames:,} frames"
+            )
     if asked is None:
         return given if request.edits else defaults.num_frames
     return None if math.isinf(asked) else int(asked)

@@ -17,9 +17,9 @@ from torch import Tensor
 from nova_video.errors import InputError, MediaError
 from nova_video.given import Clip, masks_of, read_clips, read_masks
 from nova_video.io.decode import upright_srgb
-from nova_video.plan import Capabilities, Plan, make_plan
+from nova_video.plan import PIXEL_BYTES, Capabilities, Plan, amount_of, make_plan
 from nova_video.sampling.shortcuts import Shortcuts, shortcuts_of
-from nova_video.settings import Defaults, check_number, check_setting
+from nova_video.settings import LIMITS, Defaults, check_number, check_setting, check_whether, shown
 from nova_video.timeline import Timeline, is_timeline
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -109,6 +109,9 @@ class GenerateRequest:
     negative_prompt_embeds: Sequence[Tensor] | None = None
     output_type: str = "pil"
     """pil, np, pt, or latent (B, C, F, h, w)."""
+    memory_gb: float | None = None
+    """Most memory that the request may take, by an estimate (10^9 bytes); beyond it is refused before any work. None:
+    as much as this machine has. math.inf: no bound."""
     seed: int | None = None
     """Used where no generator is given. None: drawn anew, and told in the result."""
 
@@ -130,37 +133,67 @@ class GenerateRequest:
         if negative is not None and len(negative) not in (1, self.num_prompts):
             raise InputError(f"got {len(negative)} negative prompts: expected 1 or {self.num_prompts}, one a prompt")
         self._check_length()
+        self._check_amount("num_frames", LIMITS.frames)
         for field in fields(Defaults):
             value = getattr(self, field.name)
             if field.name in ("guidance_scale", "motion_flow") and value is not None:
                 for moment in Timeline.of(field.name, value).values:
                     check_setting(field.name, moment)
-            elif value is not None and value != math.inf:
+            elif value is not None and not (field.name == "num_frames" and _is_infinite(value)):
                 check_setting(field.name, value)
-        for name in ("height", "width", "num_images_per_prompt"):
+        for name, high in (("height", LIMITS.side), ("width", LIMITS.side), ("num_images_per_prompt", LIMITS.pictures)):
             if (value := getattr(self, name)) is not None:
+                self._check_amount(name, high)
                 check_number(name, value, 1, integer=True)
-        for name in ("guidance_trunc", "image_guidance_scale", "history_noise"):
-            check_number(name, getattr(self, name), 0)
+        if self.num_prompts * self.num_images_per_prompt > LIMITS.pictures:
+            raise InputError(
+                f"num_images_per_prompt is {self.num_images_per_prompt} with {self.num_prompts} prompts: expected at"
+                f" most {LIMITS.pictures:,} pictures or clips in one call"
+            )
+        check_number("guidance_trunc", self.guidance_trunc, 0)
+        for name in ("image_guidance_scale", "history_noise"):
+            check_number(name, getattr(self, name), 0, high=LIMITS.scale)
         for name in ("guidance_renorm", "hold_statistics", "strength"):
             if (value := getattr(self, name)) is not None:
                 check_number(name, value, 0, high=1)
         if self.flow_shift is not None:
-            check_number("flow_shift", self.flow_shift, 0, above=True)
+            check_number("flow_shift", self.flow_shift, 0, above=True, high=LIMITS.scale)
+        if self.memory_gb is not None and not _is_infinite(self.memory_gb):
+            check_number("memory_gb", self.memory_gb, 0, above=True)
+        for name in ("compile", "fp8"):
+            check_whether(name, getattr(self, name))
         if self.seed is not None:
             check_number("seed", self.seed, 0, integer=True, high=2**63 - 1)
         if self.output_type not in OUTPUT_TYPES:
-            raise InputError(f"output_type is {self.output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
+            raise InputError(f"output_type is {shown(self.output_type)}: expected one of {', '.join(OUTPUT_TYPES)}")
         _ = self.shortcuts  # checks itself
         self._check_given()
+
+    def _check_amount(self, name: str, high: int) -> None:
+        """Refuses more than `high`, and says what the pixels would have taken."""
+        value = getattr(self, name)
+        if not isinstance(value, int) or value <= high:
+            return
+        height, width, frames, pictures = (
+            found if isinstance(found, int) and found > 0 else default
+            for found, default in (
+                (self.height, 256),
+                (self.width, 256),
+                (self.num_frames, 1),
+                (self.num_images_per_prompt, 1),
+            )
+        )
+        taken = amount_of(height * width * frames * pictures * PIXEL_BYTES)
+        raise InputError(
+            f"{name} is {shown(value)}: expected a whole number of at least 1 and at most {high:,}; of"
+            f" {shown(width, 20)}x{shown(height, 20)} pixels, that would have taken {taken} of memory"
+        )
 
     def _check_length(self) -> None:
         if self.num_frames is not None and self.seconds is not None:
             raise InputError(f"got num_frames {self.num_frames} and seconds {self.seconds}: expected one of them")
-        if self.seconds is not None and self.seconds != math.inf:
-            check_number("seconds", self.seconds, 0, above=True)
-        if self.context_frames is not None and math.isinf(self.context_frames):
-            raise InputError("context_frames is inf: expected a whole number")
+        if self.seconds is not None and not _is_infinite(self.seconds):
+            check_number("seconds", self.seconds, 0, above=True, high=LIMITS.seconds)
 
     def _check_given(self) -> None:
         """What is given to begin with, read from files and brought to one form."""
@@ -290,6 +323,12 @@ def _check_embeds(name: str, embeds: object) -> None:
                 f"{features.dtype} {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
             )
             raise InputError(f"{name}: got {got} in the list: expected floating point tensors (tokens, width)")
+        if not bool(features.isfinite().all()):
+            raise InputError(f"{name}: got values that are not finite: expected finite features")
+
+
+def _is_infinite(value: object) -> bool:
+    return isinstance(value, float) and value == math.inf
 
 
 def as_picture(image: Picture) -> Image.Image:

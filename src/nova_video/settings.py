@@ -41,14 +41,63 @@ def check_number(
     """`value` is a finite number of at least `low` (more than it with `above`) and at most `high` (less than it with
     `below`), or an InputError."""
     kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
-    if isinstance(value, kinds) and not isinstance(value, bool) and is_finite(value):
-        number = float(value)
-        fits = high is None or number < high or (number == high and not below)
-        if fits and number >= low and not (above and number == low):
+    if isinstance(value, kinds) and not isinstance(value, bool) and is_finite(value):  # compared exactly, as it is
+        fits = high is None or value < high or (value == high and not below)
+        if fits and value >= low and not (above and value == low):
             return
     bound = f"{'more than' if above else 'at least'} {low:g}"
-    bound += "" if high is None else f" and {'less than' if below else 'at most'} {high:g}"
-    raise InputError(f"{name} is {value!r}: expected {'a whole number' if integer else 'a number'} of {bound}{hint}")
+    bound += "" if high is None else f" and {'less than' if below else 'at most'} {_bound(high)}"
+    raise InputError(
+        f"{name} is {shown(value)}: expected {'a whole number' if integer else 'a number'} of {bound}{hint}"
+    )
+
+
+def _bound(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) and number >= 10_000 else f"{number:g}"
+
+
+def check_whether(name: str, value: object) -> None:
+    """`value` is True, False or None, or an InputError."""
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"{name} is {shown(value)}: expected True or False")
+
+
+def shown(value: object, length: int = 60) -> str:
+    """A value for a message, cut where it is long: integers may have more digits than Python writes."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a number of about {int(value).bit_length() * 0.30103:.0f} digits" if isinstance(value, int) else "?"
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one request may ask for, of any model: more is a slip of the pen, and would fail after a long wait.
+
+    What a request would take of memory is estimated besides (`plan.py`), against `GenerateRequest.memory_gb`.
+    """
+
+    side: int = 16_384
+    """Height and width in pixels."""
+    frames: int = 1_000_000
+    """Pixel frames of a clip with an end, and of its context."""
+    pictures: int = 10_000
+    """Pictures or clips of one call: prompts times num_images_per_prompt."""
+    sets: int = 65_536
+    diffusion_steps: int = 100_000
+    """Also at most those that the noise schedule was trained with."""
+    least_fps: float = 0.1
+    fps: float = 1_000.0
+    seconds: float = 1_000_000.0
+    scale: float = 1_000.0
+    """Guidance scales, the shift of a schedule, scales of adapters, standard deviations of noise."""
+    motion: float = 100_000.0
+    """Pixels a frame."""
+
+
+LIMITS = Limits()
 
 
 def is_finite(value: Any) -> bool:
@@ -114,12 +163,18 @@ class Defaults:
 
 def check_setting(name: str, value: object) -> None:
     """The bounds of the settings that have a default."""
-    if name == "num_inference_steps":
-        check_number(name, value, 1, integer=True, hint=SETS)
-    elif name in ("num_frames", "num_diffusion_steps", "context_frames", "sink_frames"):
-        check_number(name, value, 1, integer=True)
-    else:
-        check_number(name, value, 0, integer=name == "reanchor_frames", above=name == "fps")
+    counts = {"num_inference_steps": LIMITS.sets, "num_diffusion_steps": LIMITS.diffusion_steps}
+    hint = SETS if name == "num_inference_steps" else ""
+    if name == "fps":
+        check_number(name, value, LIMITS.least_fps, high=LIMITS.fps)
+    elif name == "guidance_scale":
+        check_number(name, value, 0, high=LIMITS.scale)
+    elif name == "motion_flow":
+        check_number(name, value, 0, high=LIMITS.motion)
+    else:  # "reanchor_frames" is 0 for never
+        check_number(
+            name, value, name != "reanchor_frames", integer=True, high=counts.get(name, LIMITS.frames), hint=hint
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nova_video.errors import InputError
 from nova_video.model import NOVATransformer3DModel, masking, patchify, unpatchify
+from nova_video.model.finite import first_not_finite
 from nova_video.model.patches import gather_tokens, scatter_tokens
 from nova_video.sampling.beside import beside
 from nova_video.sampling.context import REFERENCE_FRAMES, Statistics, hold_statistics
@@ -55,7 +57,7 @@ def generate_sets(
         if state.open is None:
             given = state.given.get(state.done)
             if given is not None and given.redraw == 0:
-                finish_frame(state, given.latents)
+                finish_frame(model, state, given.latents)
                 continue
             with span(stopwatch, "temporal"):
                 condition = encode_next_frame(engine, state)
@@ -204,7 +206,7 @@ def reveal_set(
     state.step += 1
     if whole:
         latents = unpatchify(frame.tokens, model.patch_size, state.grid)
-        finish_frame(state, latents if state.done in state.given else held(state, latents))
+        finish_frame(model, state, latents if state.done in state.given else held(state, latents))
         state.open = None
     return done
 
@@ -229,8 +231,13 @@ def set_features(
     return features[:, : ids.shape[1]]
 
 
-def finish_frame(state: SamplingState, latents: Tensor) -> None:
-    """The next frame (B, C, h, w) is whole."""
+def finish_frame(model: NOVATransformer3DModel, state: SamplingState, latents: Tensor) -> None:
+    """The next frame (B, C, h, w) is whole. Raises InputError for values that are not finite: nothing is made of them.
+
+    On a GPU this waits for the frame, once a frame.
+    """
+    if not bool(latents.isfinite().all()):
+        raise InputError(f"latent frame {state.done} has values that are not finite: {why_not_finite(model, state)}")
     begin = state.segments[state.segment_at(state.done)].begin
     if state.context.hold_statistics > 0:
         statistics = Statistics.of(latents, begin)
@@ -243,6 +250,21 @@ def finish_frame(state: SamplingState, latents: Tensor) -> None:
     if state.finished:  # nothing reads it again, and decoding needs the room
         state.cache.release()
         state.cached = None
+
+
+def why_not_finite(model: NOVATransformer3DModel, state: SamplingState) -> str:
+    """The likeliest reason, for a message."""
+    if (name := first_not_finite(model)) is not None:
+        return f"expected finite weights, but the transformer's {name} is not"
+    given = state.given.get(state.done)
+    if given is not None and not bool(given.latents.isfinite().all()):
+        return "expected finite latents of what is given; the autoencoder may need float32"
+    texts = (segment.text for segment in state.segments)
+    if not all(bool(text.isfinite().all()) for text in texts):
+        return "expected finite features of the prompt; the text encoder may need float32"
+    if model.dtype == torch.float16:
+        return "expected another precision, since float16 overflows: bfloat16 or float32"
+    return "expected smaller guidance, noise or adapter scales"
 
 
 def held(state: SamplingState, latents: Tensor) -> Tensor:

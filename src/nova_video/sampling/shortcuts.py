@@ -10,7 +10,7 @@ from typing import Any, Literal
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from nova_video.errors import InputError
-from nova_video.settings import check_number
+from nova_video.settings import check_number, check_whether, shown
 
 PresetName = Literal["exact", "balanced", "fast"]
 Solver = Literal["own", "dpm++"]
@@ -43,7 +43,8 @@ class Shortcuts:
         check_number("guided_sets", self.guided_sets, 0, high=1)
         check_number("guidance_every", self.guidance_every, 1, integer=True)
         if self.solver not in ("own", "dpm++"):
-            raise InputError(f"solver is {self.solver!r}: expected own or dpm++")
+            raise InputError(f"solver is {shown(self.solver)}: expected own or dpm++")
+        check_whether("fp8", self.fp8)
 
     def steps_of(self, index: int, num_sets: int, num_steps: int) -> int:
         """Denoising steps of set `index` of a frame's `num_sets`."""
@@ -65,9 +66,9 @@ PRESETS: dict[PresetName, Shortcuts] = {
 
 def shortcuts_of(preset: str | None, **parts: Any) -> Shortcuts:
     """A preset with the parts that are not None in place of its own."""
-    name = preset or "exact"
-    if name not in PRESETS:
-        raise InputError(f"preset is {preset!r}: expected one of {', '.join(PRESETS)}")
+    name = "exact" if preset is None else preset
+    if not isinstance(name, str) or name not in PRESETS:
+        raise InputError(f"preset is {shown(preset)}: expected one of {', '.join(PRESETS)}")
     own = {field.name: getattr(PRESETS[name], field.name) for field in fields(Shortcuts)}
     return Shortcuts(**own | {part: value for part, value in parts.items() if value is not None})
 

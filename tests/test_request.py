@@ -1,6 +1,7 @@
 """Requests: what None means, what every bound refuses, and that the error says what was got and what is expected."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,52 @@ def test_wrong_settings_file(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         CheckpointSettings.load(tmp_path)
     assert "nova.json" in str(caught.value)
+
+
+AMOUNTS = [
+    ({"height": 10**6, "width": 10**6}, "height is 1000000.*at most 16,384; of 1000000x1000000 pixels, .* 24 TB"),
+    ({"num_frames": 10**9}, "num_frames is 1000000000: .*at most 1,000,000"),
+    ({"num_images_per_prompt": 10**9}, "num_images_per_prompt is 1000000000: .*at most 10,000; .* TB of memory"),
+    ({"num_images_per_prompt": 10**400}, "num_images_per_prompt is 1000.*more than there is"),
+    ({"num_inference_steps": 10**12}, "num_inference_steps is 1000000000000: .*at most 65,536"),
+    ({"num_inference_steps": math.inf}, "num_inference_steps is inf"),
+    ({"num_diffusion_steps": 10**12}, "num_diffusion_steps is 1000000000000: .*at most 100,000"),
+    ({"fps": 1e-5}, "fps is 1e-05: expected a number of at least 0.1 and at most 1000"),
+    ({"fps": 1e9}, "fps is 1000000000.0: .*at most 1000"),
+    ({"fps": math.inf}, "fps is inf"),
+    ({"seconds": 1e300}, "seconds is 1e[+]300"),
+    ({"context_frames": math.inf}, "context_frames is inf"),
+    ({"context_frames": 10**5000}, "context_frames is a number of about 5000 digits"),
+    ({"guidance_scale": math.inf}, "guidance_scale is inf"),
+    ({"guidance_scale": 1e30}, "guidance_scale is 1e[+]30: .*at most 1000"),
+    ({"history_noise": 1e30}, "history_noise is 1e[+]30"),
+    ({"flow_shift": 1e30}, "flow_shift is 1e[+]30"),
+    ({"seed": 2**63}, "seed is 9223372036854775808"),
+    ({"preset": {}}, "preset is {}: expected one of exact"),
+    ({"preset": []}, r"preset is \[\]: expected one of exact"),
+    ({"solver": 5}, "solver is 5: expected own or dpm"),
+    ({"compile": "yes"}, "compile is 'yes': expected True or False"),
+    ({"fp8": 1}, "fp8 is 1: expected True or False"),
+    ({"prompt": None, "prompt_embeds": [torch.full((2, 32), math.nan)]}, "prompt_embeds: got values that are not"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), AMOUNTS, ids=[message[:40] for _, message in AMOUNTS])
+def test_amounts_are_bounded_without_a_model(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        GenerateRequest(**{"prompt": "a whale", **values})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+def test_memory_is_estimated() -> None:
+    """What cannot be held is refused, with what would take it; `memory_gb` is the bound."""
+    model = replace(VIDEO, any_size=True, layers=16, width=1024)
+    with pytest.raises(InputError, match=r"16384x16384 would take more memory .* encoders' activations about .* GB"):
+        GenerateRequest("a", height=16_384, width=16_384).resolve(Defaults(), model)
+    with pytest.raises(InputError, match="memory_gb allows: the cache of earlier frames about 3 GB, .*context_frames"):
+        GenerateRequest("a", num_frames=10_000, memory_gb=2).resolve(Defaults(), model)
+    plan = GenerateRequest("a", num_frames=10_000, memory_gb=math.inf).resolve(Defaults(), model)
+    plan.check_pixels()
+    with pytest.raises(InputError, match="its pixels about 1 GB: expected at most 1 GB"):
+        replace(plan, memory_gb=1.0).check_pixels()

@@ -146,8 +146,19 @@ class Making:
     """auto (an NVIDIA GPU if there is one, else cpu), cpu, cuda, cuda:N or mps (an Apple GPU; untested)."""
     dtype: Annotated[Dtype | None, one_of(Dtype), arg(help_behavior_hint=AUTO)] = None
     """Precision; auto is float16 on a GPU and float32 elsewhere."""
+    memory_gb: Annotated[float | None, arg(metavar="GB", help_behavior_hint="(default: this machine's)")] = None
+    """Refuse what would take more memory than this, by an estimate; inf: no bound."""
     json: bool = False
     """Print one JSON object a file."""
+
+
+def model_of(args: Making) -> str:
+    """The model's name; an empty one is what a variable of the shell that is not set leaves."""
+    if args.model is None:
+        return MODEL
+    if not args.model.strip():
+        raise InputError(f"model is {args.model!r}: expected a name, a checkpoint folder or a hub id")
+    return args.model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nova_video.arguments import MODEL, Edit, Generate, Making
+from nova_video.arguments import Edit, Generate, Making, model_of
 from nova_video.console import checkpoint_defaults, load_pipeline, outline_pipeline
 from nova_video.errors import InputError
 from nova_video.io.text import read_text
@@ -90,6 +90,8 @@ def run_generate(args: Generate) -> None:
     with all_held(args.state, _file_of_live(args)):
         for plan in _check_requests(args, requests):
             _check_length(args, plan)
+            if not args.live:
+                plan.check_pixels()
         pipe = _pipeline(args)
         batch, made = args.batch or _own_batch(args, pipe), 0
         with progress(len(requests)) as watch:
@@ -156,7 +158,7 @@ def _make(
 
 def _check_requests(args: Making, requests: "Sequence[GenerateRequest]") -> "list[Plan]":
     """Say what is wrong with any request before the model's weights are read."""
-    outline = outline_pipeline(args.model or MODEL)
+    outline = outline_pipeline(model_of(args))
     can = outline.capabilities
     plans = [request.resolve(outline.defaults, can) for request in requests]
     height, width = plans[0].height, plans[0].width
@@ -178,7 +180,7 @@ def _sheet(args: Generate, path: Path, prompts: Sequence[str]) -> Sheet:
         raise InputError(f"cannot write the sheet {path}: expected {', '.join(SHEET_SUFFIXES)}")
     check_place(path)
     title = prompts[0] if len(set(prompts)) == 1 else f"{len(prompts)} results of {len(set(prompts))} sentences"
-    return Sheet(path, title, f"made by {args.model or MODEL}")
+    return Sheet(path, title, f"made by {model_of(args)}")
 
 
 def _check_length(args: Generate, plan: "Plan") -> None:
@@ -348,7 +350,7 @@ def _pipeline(args: Making) -> "NovaPipeline":
         raise InputError(f"lora {args.lora} not found: expected a safetensors file or its folder")
     scale = 1.0 if args.lora_scale is None else args.lora_scale
     return load_pipeline(
-        args.model or MODEL, args.device or "auto", args.dtype or "auto", _low_memory(args), args.lora, scale
+        model_of(args), args.device or "auto", args.dtype or "auto", _low_memory(args), args.lora, scale
     )
 
 
@@ -393,11 +395,9 @@ def _requests(args: Generate, prompts: Sequence[str]) -> "list[GenerateRequest]"
         video=read_clips(args.video) if args.video is not None else None,
         num_frames=args.num_frames,
         seconds=args.seconds,
-        motion_flow=_timeline(
-            args.motion, args.motion_at, lambda: checkpoint_defaults(args.model or MODEL).motion_flow
-        ),
+        motion_flow=_timeline(args.motion, args.motion_at, lambda: checkpoint_defaults(model_of(args)).motion_flow),
         guidance_scale=_timeline(
-            args.guidance, args.guidance_at, lambda: checkpoint_defaults(args.model or MODEL).guidance_scale
+            args.guidance, args.guidance_at, lambda: checkpoint_defaults(model_of(args)).guidance_scale
         ),
         history_noise=args.history_noise or 0.0,
         reanchor_frames=args.reanchor_frames,
@@ -436,6 +436,7 @@ def _request(args: Making, prompt: str, seed: int) -> "GenerateRequest":
         guidance_every=args.guidance_every,
         fp8=args.fp8 or None,
         compile=False if args.no_compile else None,
+        memory_gb=args.memory_gb,
         seed=seed,
         output_type="np",
     )

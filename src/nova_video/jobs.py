@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nova_video.arguments import MODEL, Making
+from nova_video.arguments import Making, model_of
 from nova_video.console import progress_bar
 from nova_video.errors import InputError, Terminated
 from nova_video.io.files import held, reserved
@@ -145,7 +145,7 @@ def make_record(
     """What a file says of how it was made; `given` is what the command had beside a sentence."""
     from nova_video import record
 
-    origin: dict[str, Any] = {"model": args.model or MODEL}
+    origin: dict[str, Any] = {"model": model_of(args)}
     if args.lora is not None:
         origin |= {"lora": str(args.lora), "lora_scale": 1.0 if args.lora_scale is None else args.lora_scale}
     return record.make_record(request, generation, given, origin)

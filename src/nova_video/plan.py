@@ -211,10 +211,11 @@ def sampling_memory(plan: Plan, model: Capabilities) -> dict[str, int]:
     rows, text = plan.batch * plan.passes, model.text_len + 2
     tokens = 4 * plan.height * plan.width // model.size_multiple**2  # of a frame; the temporal encoder has a quarter
     slots = plan.context.slots(plan.latent_frames) * tokens // 4
+    read = text + (slots if plan.context.frames is not None else tokens // 4)  # at once by the temporal encoder
     token = rows * model.width * model.value_bytes
     return {
         "the cache of earlier frames": 2 * model.layers * (text + slots) * token,
-        "the encoders' activations": ACTIVATIONS * (tokens + tokens // 4 + text + slots) * token,
+        "the encoders' activations": ACTIVATIONS * (tokens + tokens // 4 + read) * token,
     }
 
 

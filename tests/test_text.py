@@ -1,11 +1,15 @@
 """Text files of users: what is text, what is refused, and what a terminal gets to see."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nova_video.data.dataset import DatasetInfo
 from nova_video.errors import InputError
 from nova_video.io.text import decode_text, parse_json, printable, read_text, read_toml
+from nova_video.settings import CheckpointSettings
+from nova_video.weights import read_json
 
 SENTENCE = "a whale, ein Hügel, 鲸鱼\nsecond"
 
@@ -72,3 +76,24 @@ def test_nothing_that_a_terminal_obeys_is_shown() -> None:
     assert printable("a\n\tb", keep="\n") == "a\n\\tb"
     assert printable(b"caf\xe9.png".decode("utf-8", "surrogateescape")) == "caf\\xe9.png"
     assert printable("\ud83d") == "\\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("nova.json", CheckpointSettings.load),
+        ("config.json", lambda folder: read_json(folder / "config.json")),
+        ("dataset.json", DatasetInfo.load),
+    ],
+)
+def test_json_beside_weights(name: str, read: Callable[[Path], object], tmp_path: Path) -> None:
+    """A byte order mark, as editors on Windows write it, does no harm; endless nesting is one line."""
+    (tmp_path / name).write_text("\ufeff{}", encoding="utf-8")
+    if name == "dataset.json":
+        with pytest.raises(InputError, match="expected a JSON object with format"):
+            read(tmp_path)
+    else:
+        read(tmp_path)
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(InputError, match="nested too deeply"):
+        read(tmp_path)

@@ -7,7 +7,6 @@ keys, so there is no converter. Only safetensors are read, and whatever is wrong
 
 import glob
 import inspect
-import json
 import logging
 import re
 import shlex
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSora
 from nova_video.errors import InputError, first_line
+from nova_video.io.text import parse_json
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_PREFIX, Adapter, check_adapter
 from nova_video.model.lora_forms import read_forms
@@ -334,7 +334,7 @@ def load_adapter(name_or_path: str | Path, model: NOVATransformer3DModel, weight
         tensors = load_file(path)
         with safe_open(str(path), framework="pt") as file:
             told = (file.metadata() or {}).get(LORA_METADATA)
-        settings = None if told is None else json.loads(told)
+        settings = None if told is None else parse_json(told)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: expected a safetensors file with an adapter ({error})") from None
     config_path = path.with_name(ADAPTER_CONFIG)

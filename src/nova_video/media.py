@@ -29,6 +29,7 @@ from PIL import Image, PngImagePlugin
 from nova_video.errors import InputError, MediaError
 from nova_video.io.decode import Media, MediaFile, opened
 from nova_video.io.files import naming
+from nova_video.io.text import parse_json
 
 Frames = NDArray[np.uint8]  # (F, H, W, 3)
 
@@ -386,7 +387,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     with opened(path) as media:
         record = _record(media)
     try:
-        metadata = json.loads(record)
+        metadata = parse_json(record)
     except (TypeError, ValueError):
         metadata = None
     if not isinstance(metadata, dict):

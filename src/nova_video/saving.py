@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nova_video.errors import InputError
 from nova_video.generation import Generation, GivenPixels
+from nova_video.io.text import parse_json
 from nova_video.model import NOVATransformer3DModel
 from nova_video.plan import plan_as_json, plan_from_json
 from nova_video.sampling.context import Statistics
@@ -192,7 +193,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise InputError(f"there is no file {path}: expected a saved generation")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get(KEY, "null"))
+            facts = parse_json((file.metadata() or {}).get(KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()} if facts else {}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{path} is not a saved generation: {error}") from None

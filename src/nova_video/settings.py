@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from nova_video.errors import InputError
+from nova_video.io.text import decode_text, parse_json
 from nova_video.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ class CheckpointSettings:
         if not path.is_file():
             return cls(vocabulary=vocabulary)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(decode_text(path.read_bytes()))
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error})") from None
         return replace(cls.from_json(values, path), vocabulary=vocabulary)

@@ -1,6 +1,5 @@
 """The files of a part of a checkpoint: its config, and which files hold its weights, read by their headers alone."""
 
-import json
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from nova_video.errors import InputError
+from nova_video.io.text import decode_text, parse_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
@@ -79,7 +79,7 @@ def read_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
 def read_json(path: Path) -> dict[str, Any]:
     """A component's config."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(decode_text(path.read_bytes()))
     except FileNotFoundError:
         raise InputError(f"{path} not found: expected every component folder to hold its config") from None
     except (ValueError, OSError, RecursionError) as error:

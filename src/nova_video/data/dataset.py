@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nova_video.errors import InputError, first_line
 from nova_video.extras import install_command
+from nova_video.io.text import decode_text, parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -87,7 +88,7 @@ class DatasetInfo:
     def load(cls, place: str | Path) -> "DatasetInfo":
         url = join(place, "dataset.json")
         try:
-            values = json.loads(read_file(url))
+            values = parse_json(decode_text(read_file(url)))
         except FileNotFoundError:
             raise InputError(f"{place}: has no dataset.json: expected a dataset written by `nova encode`") from None
         except InputError:  # of the place

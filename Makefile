@@ -7,14 +7,17 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-DEMO_PROMPT ?= a whale moving left on a blue background
+DEMO_PROMPT ?= a panda growing on a green background
 
 .PHONY: demo test test-slow check data clean
 
 demo: .venv/.demo
-	$(BIN)/nova generate "$(DEMO_PROMPT)" --output demo.mp4 --seed 0
+	@echo 'Making demo.mp4: "$(DEMO_PROMPT)", in less than a minute.'
+	@$(BIN)/nova generate "$(DEMO_PROMPT)" --output demo.mp4 --seed 0
+	@echo 'This small model knows 285 emoji in motion: $(BIN)/nova words. Free text takes a released checkpoint and a GPU:'
+	@echo '$(BIN)/nova generate "a red panda in the snow" --model BAAI/nova-d48w1024-osp480 --num-frames 33'
 
 test: .venv/.dev
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
@@ -38,11 +41,12 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/.demo: pyproject.toml constraints.txt | .venv/bin/python
+	@echo 'Installing PyTorch and what else the model needs into .venv: some minutes and 2 GB.'
 	$(PIP) --editable '.[demo]'
 	touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[train,data,eval,demo,docs,lowmem,dev]'
+	$(PIP) --quiet --editable '.[train,data,eval,demo,docs,lowmem,dev]'
 	touch $@ .venv/.demo
 
 # The art (MIT) is fetched by package name and never committed.

@@ -1,4 +1,4 @@
-"""The commands and python of the README and the docs run as they are printed.
+"""The commands and python of the docs run as they are printed; test_readme_walk.py runs those of the README.
 
 Every ```bash and ```python block of a document is one test, run in the order of the page in a folder of its own that
 looks like the clone. A block that cannot run here says so in a comment right above it: <!-- not run in tests: why -->
@@ -33,15 +33,18 @@ class Block:
     """Why it is not run."""
 
 
-def blocks() -> list[Block]:
+def blocks(*pages: Path) -> list[Block]:
     found = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in pages:
         text = page.read_text(encoding="utf-8")
         for match in BLOCK.finditer(text):
             line = text.count("\n", 0, match.start("text")) + 1
             name = str(page.relative_to(ROOT))
             found.append(Block(name, line, match["kind"], match["text"], match["why"]))
     return found
+
+
+DOCS = blocks(*sorted((ROOT / "docs").glob("*.md")))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("block", blocks(), ids=lambda block: f"{block.page}:{block.line}")
+@pytest.mark.parametrize("block", DOCS, ids=lambda block: f"{block.page}:{block.line}")
 def test_block_runs(block: Block, clone: Path) -> None:
     if block.why is not None:
         pytest.skip(block.why)
@@ -72,7 +75,7 @@ def test_block_runs(block: Block, clone: Path) -> None:
 
 
 def test_there_are_blocks() -> None:
-    run = [block for block in blocks() if block.why is None]
-    assert {block.kind for block in run if block.page == "README.md"} == {"bash", "python"}
+    run = [block for block in DOCS if block.why is None]
+    assert {block.kind for block in run} == {"bash", "python"}
     assert any("nova generate" in block.text for block in run)
     assert any("nova train" in block.text for block in run)

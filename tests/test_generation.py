@@ -335,13 +335,16 @@ def test_statistics_are_held(causal: NovaPipeline) -> None:
 
 
 def test_a_timeline_takes_over_at_its_time(pipe: NovaPipeline) -> None:
-    """At 8 frames a second, 0.6 s is frame 4.8: latent frame 2, frames 5 to 8, is the first that begins after it."""
+    """At 8 frames a second, 0.6 s is frame 4.8: latent frame 2, frames 5 to 8, is the first that begins after it.
+
+    A second sentence is encoded together with the first, which changes the first's features by rounding.
+    """
     arguments: dict[str, Any] = {"num_frames": 17, "fps": 8, "output_type": "latent", **QUICK}
     plain = pipe(WHALE, generator=seeded(), **arguments).frames
     steered = pipe([(0, WHALE), (0.6, APPLE)], generator=seeded(), **arguments).frames
-    assert torch.equal(steered[:, :, :2], plain[:, :, :2])
-    assert (steered[:, :, 2] - plain[:, :, 2]).abs().max() > 1e-4
-    assert torch.equal(pipe([(0, WHALE), (0.6, WHALE)], generator=seeded(), **arguments).frames, plain)
+    close(steered[:, :, :2], plain[:, :, :2])
+    assert (steered[:, :, 2] - plain[:, :, 2]).abs().max() > 1e-3
+    close(pipe([(0, WHALE), (0.6, WHALE)], generator=seeded(), **arguments).frames, plain)
     assert torch.equal(pipe([[0, WHALE], [0.5, APPLE]], generator=seeded(), **arguments).frames, steered)
     assert not torch.equal(pipe([(0, WHALE), (0.7, APPLE)], generator=seeded(), **arguments).frames, steered)
 
@@ -512,7 +515,7 @@ def test_another_process_goes_on(tiny_checkpoint: Path, tiled: NovaPipeline, tmp
     code = f"""
 import numpy, torch
 from nova_video import NovaPipeline
-torch.set_num_threads(1)
+torch.set_num_threads({torch.get_num_threads()})
 pipe = NovaPipeline.from_pretrained({str(tiny_checkpoint)!r})
 numpy.save({str(result)!r}, pipe.resume({str(state)!r}).run().frames)
 """

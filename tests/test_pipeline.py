@@ -278,7 +278,9 @@ def test_negative_prompts(videos: NovaPipeline) -> None:
     assert torch.equal(call(prompt_embeds=[encoded[0]], negative_prompt_embeds=[encoded[0][:0]]), table)
     assert not torch.equal(table, plain)
     pair = call(prompt=["a whale", "a red apple"], negative_prompt=["blue", "green"])
-    assert torch.equal(call(prompt=["a whale", "a red apple"], negative_prompt="blue")[0], pair[0])
+    close(
+        call(prompt=["a whale", "a red apple"], negative_prompt="blue")[0], pair[0]
+    )  # one text less in the encoder's batch
 
 
 def test_guidance_off_with_features(images: NovaPipeline) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nova_video.arguments import (
+    MODEL,
     BenchPresets,
     BenchSample,
     BenchTrain,
@@ -33,6 +34,7 @@ from nova_video.arguments import (
     EvaluateEmoji,
     Generate,
     Info,
+    Making,
     Train,
     Words,
     one_line_errors,
@@ -46,6 +48,7 @@ from nova_video.cli_words import run_words
 from nova_video.errors import InputError, Terminated, first_line
 from nova_video.extras import install_command
 from nova_video.io.text import printable
+from nova_video.startup import hide, sleep_while_waiting
 
 LEFT_ALONE, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EIO)
@@ -151,6 +154,19 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
 }
 
 
+def _prepare_process(command: object) -> None:
+    """Settings of the process that a quick start needs."""
+    sleep_while_waiting()
+    if not isinstance(command, Making) or getattr(command, "resume", None) is not None:
+        return
+    unused = {"torchao"}
+    if command.lora is None:
+        unused.add("peft")
+    if command.model in (None, MODEL):  # the schedulers of others may need it
+        unused.add("scipy")
+    hide(unused)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of `nova` with these arguments."""
     for stream in (sys.stdout, sys.stderr):
@@ -164,6 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with stopped_by_sigterm():
             command = parse(sys.argv[1:] if arguments is None else arguments)
+            if arguments is None:  # this process is the command's own
+                _prepare_process(command)
             COMMANDS[type(command)](command)
             sys.stdout.flush()
     except KeyboardInterrupt as stop:

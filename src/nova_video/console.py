@@ -4,6 +4,8 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from nova_video.startup import reveal, use_fitting_threads
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -31,6 +33,7 @@ def load_pipeline(
 
     from nova_video.pipeline import NovaPipeline
 
+    reveal()
     diffusers.utils.logging.disable_progress_bar()  # the bars of loading; sampling has ours
     transformers.utils.logging.disable_progress_bar()
     pipe = NovaPipeline.from_pretrained(
@@ -45,6 +48,8 @@ def load_pipeline(
         merge(pipe.transformer)
     if low_memory is None:
         pipe.to(place)
+    if place.type == "cpu":
+        use_fitting_threads(pipe.transformer.num_parameters())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

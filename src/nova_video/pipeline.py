@@ -16,14 +16,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-import diffusers
 import huggingface_hub
 import numpy as np
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,6 +41,7 @@ from nova_video.model.lora import adapter_names, adapter_state
 from nova_video.model_card import CARD, card_facts, pipeline_card
 from nova_video.plan import Capabilities, Plan
 from nova_video.record import make_records
+from nova_video.registration import register
 from nova_video.request import GenerateRequest, Mask, Number, Picture, Prompt, Video
 from nova_video.result import GenerateResult
 from nova_video.sampling.engine import DirectRunner, Engine, FastEngine, PlainEngine, say_once
@@ -986,5 +985,4 @@ def _dtype_of(part: str, torch_dtype: Dtypes) -> torch.dtype | None:
 
 # diffusers finds the class of a saved pipeline by name among its own: here it learns of this one. Its generic ways in,
 # `DiffusionPipeline.from_pretrained` and the Auto classes, then work once this package is imported.
-diffusers.NovaPipeline = NovaPipeline
-AUTO_TEXT2IMAGE_PIPELINES_MAPPING["nova"] = NovaPipeline
+register("nova", NovaPipeline)

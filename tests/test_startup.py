@@ -23,7 +23,7 @@ try:
 except SystemExit as stop:
     code = stop.code
 loaded = [name for name in json.loads(os.environ["NAMES"]) if sys.modules.get(name) is not None]
-print(json.dumps({"code": code, "loaded": loaded, "policy": os.environ["OMP_WAIT_POLICY"]}), file=sys.stderr)
+print(json.dumps({"code": code, "loaded": loaded, "policy": os.environ.get("OMP_WAIT_POLICY")}), file=sys.stderr)
 """
 
 

@@ -300,6 +300,8 @@ class Decode:
         with ExitStack() as stack:
             media = open_media(_open_file(item, stack), _file_name(item), self.settings.max_pixels)
             stack.callback(media.close)
+            if media.picture is not None:
+                self._choose_size(*media.picture.size)  # raises before an animation's frames are gone through
             if media.is_still:
                 _, _, frame = next(media.frames())
                 size = self._choose_size(*frame.size)

@@ -57,6 +57,9 @@ class Picture:
         self._check_pixels(1, max_pixels)
         self.frames = 1
         if self.image.format in ANIMATED:
+            width, height = self.image.size
+            if self.image.format == "GIF":  # Pillow would go through all of them first
+                self._check_pixels(_count_gif(file, max_pixels // (width * height) + 1), max_pixels, " or more")
             self.frames = getattr(self.image, "n_frames", 1)
             self._check_pixels(self.frames, max_pixels)
         elif self.image.format == "TIFF" and getattr(self.image, "n_frames", 1) > 1:
@@ -64,10 +67,10 @@ class Picture:
         if (coding := named_coding(file, self.image.format)) is not None:
             self.image.info["nova_coding"] = coding
 
-    def _check_pixels(self, frames: int, max_pixels: int) -> None:
+    def _check_pixels(self, frames: int, max_pixels: int, more: str = "") -> None:
         width, height = self.image.size
         if frames * width * height > max_pixels:
-            several = f"{frames} frames of " if frames > 1 else ""
+            several = f"{frames} frames{more} of " if frames > 1 else ""
             raise MediaError(
                 f"has {several}{width}x{height} pixels: expected at most {max_pixels} in all (NOVA_MAX_PIXELS)"
             )
@@ -122,6 +125,27 @@ def _open(file: BinaryIO) -> Image.Image:
             raise MediaError(f"is {other_format(file) or 'damaged, or of no known format'}") from None
         finally:
             Image.MAX_IMAGE_PIXELS = bound
+
+
+def _count_gif(file: BinaryIO, most: int) -> int:
+    """The frames of a GIF by its blocks, of which no more than `most` are counted."""
+    place = file.tell()
+    file.seek(10)
+    count, packed = 0, file.read(3)[0]
+    file.seek(3 << (packed & 7) + 1 if packed & 0x80 else 0, 1)  # its palette
+    while count < most and (kind := file.read(1)) in (b"!", b","):
+        if kind == b"!":
+            file.seek(1, 1)  # the extension's label
+        else:
+            count += 1
+            packed = (file.read(9) or b"\0")[-1]
+            file.seek((3 << (packed & 7) + 1 if packed & 0x80 else 0) + 1, 1)  # a palette and the width of codes
+        while size := file.read(1)[:1]:
+            if size == b"\0":
+                break
+            file.seek(size[0], 1)
+    file.seek(place)
+    return count
 
 
 def other_format(file: BinaryIO) -> str:

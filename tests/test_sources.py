@@ -603,6 +603,7 @@ def test_wrong_places(tmp_path: Path) -> None:
         (tmp_path / "a.mp4", "got the file"),
         ("memory://nothing/here", "memory://nothing/here: there is nothing there"),
         ("nosuch://x/y", "nosuch://x/y: cannot be opened: Protocol not known: nosuch"),
+        (os.fsdecode(b"caf\xe9"), "its name is not UTF-8: expected a place that a dataset can name"),
     ]:
         with pytest.raises(InputError) as error:
             opened(place)

@@ -84,6 +84,8 @@ class SourceSettings:
     def __post_init__(self) -> None:
         check_number("group", self.group, 1, integer=True)
         object.__setattr__(self, "place", self.place.rstrip("/") or self.place)  # the same place, and known as that
+        if name_problem(self.place):
+            raise InputError(f"{self.place}: its name is not UTF-8: expected a place that a dataset can name")
         first, chained, _ = self.place.partition("::")
         if chained and "://" in first:  # what is in it would be named without the rest
             raise InputError(f"{self.place}: is in an archive: expected {WHAT_THERE_IS}, none of them in another file")

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -276,6 +278,42 @@ def test_a_run_makes_a_checkpoint_that_opens(recipe: DatasetTransformerRecipe, t
     assert (folder / "samples.png").is_file()
     kept = load_recipe(folder / "recipe.toml")
     assert kept.model == ModelRecipe(("vit_d2w64", "vit_d4w64", "mlp_d2w64"), 4, False, 8, 4, (64, 96))
+
+
+def test_exports_open_by_diffusers_and_tell_what_they_are(
+    recipe: DatasetTransformerRecipe, tiny_checkpoint: Path, tiny_text_encoder: Path, tmp_path: Path
+) -> None:
+    """A whole model, with a text encoder that is linked to or named; and adapters."""
+    start = Path(shutil.copytree(tiny_checkpoint, tmp_path / "whales"))
+    (start / "README.md").write_text("---\nlicense: mit\ndatasets:\n- someone/clips\ntags:\n- sea\n---\n")
+    recipe = replace(recipe, steps=1, init=str(start))
+    linked = train(replace(recipe, output=str(tmp_path / "linked")))
+    named = train(replace(recipe, output=str(tmp_path / "named"), text_encoder=str(tiny_text_encoder)))
+    for folder in (linked, named):
+        index = json.loads((folder / "model_index.json").read_text())
+        assert index["_class_name"] == "NovaPipeline"
+        for door in (DiffusionPipeline, NovaPipeline):
+            pipe = door.from_pretrained(str(folder))
+            pipe.set_progress_bar_config(disable=True)
+            assert type(pipe) is NovaPipeline
+            assert pipe.defaults.num_frames == 9
+            pipe("a whale", num_frames=1, num_inference_steps=1, num_diffusion_steps=1, output_type="latent")
+    adapters = train(replace(recipe, output=str(tmp_path / "adapters"), lora=LoraRecipe(2)))
+    assert not (adapters / "model_index.json").exists()
+    for folder, tags in ((linked, {"sea", "nova-video"}), (adapters, {"sea", "lora"})):
+        card = ModelCard.load(folder / "README.md")
+        data = card.data.to_dict()
+        assert (data["base_model"], data["license"], data["datasets"]) == ("whales", "mit", ["someone/clips"])
+        assert tags <= {*data["tags"]}
+        opened = start if folder == adapters else "FOLDER"
+        assert f'pipe = NovaPipeline.from_pretrained("{opened}")' in card.content
+    assert 'pipe.load_lora_weights("FOLDER")' in card.content
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.safetensors") if start not in path.parents}
+    mask = os.umask(0)
+    os.umask(mask)
+    assert modes == {0o666 & ~mask}
+    with pytest.raises(InputError, match="is an adapter, without .*expected the model it was trained for"):
+        NovaPipeline.from_pretrained(adapters)
 
 
 def test_the_card_tells_of_its_own_run(recipe: DatasetTransformerRecipe, dataset: Path) -> None:

@@ -533,7 +533,16 @@ def test_a_world_s_schedule_is_that_of_init(transformer_recipe: TransformerRecip
 def test_the_loop_writes_what_it_says(transformer_recipe: TransformerRecipe) -> None:
     recipe = replace(transformer_recipe, log=replace(LOG, validate_every=6))
     folder = train(recipe)
-    parts = {"transformer", "vae", "scheduler", "nova.json", "vocabulary.json", "recipe.toml", "README.md"}
+    parts = {
+        "transformer",
+        "vae",
+        "scheduler",
+        "nova.json",
+        "vocabulary.json",
+        "recipe.toml",
+        "README.md",
+        "model_index.json",
+    }
     assert {path.name for path in folder.iterdir()} == parts
     assert Vocabulary.load(folder) == EmojiWorld.load(recipe.data.world).vocabulary(
         recipe.data.frames, recipe.data.pairs > 0

@@ -28,7 +28,7 @@ from PIL import Image, PngImagePlugin
 
 from nova_video.errors import InputError, MediaError
 from nova_video.io.decode import Media, MediaFile, opened
-from nova_video.io.files import naming
+from nova_video.io.files import make_readable, naming
 from nova_video.io.text import parse_json
 
 Frames = NDArray[np.uint8]  # (F, H, W, 3)
@@ -100,13 +100,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def make_readable(path: Path) -> None:
-    """Give a file the mode that the umask asks for: safetensors makes its own for their owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def write_media(frames: Frames, path: str | Path, fps: float, metadata: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from nova_video.devices import choose_device
 from nova_video.errors import InputError
 from nova_video.generation import CALLING, Generation, GivenPixels, StepCallback
 from nova_video.given import known_tokens, masks_at, same_rate, to_pixels
+from nova_video.io.files import make_readable
 from nova_video.keywords import CALL_HINTS, OPEN_HINTS, refuse_keywords
 from nova_video.loading import check_parts, load_parts, load_scheduler, resolve_checkpoint
 from nova_video.memory import LowMemory, Turn, enable_low_memory
@@ -239,6 +240,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
                 "fused before that if they are to be in it"
             )
         super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
+        for path in folder.rglob("*.safetensors"):
+            make_readable(path)
         self.settings.save(folder)
         name = repo_id or folder.resolve().name
         if not (folder / CARD).exists():

@@ -12,6 +12,13 @@ from nova_video.errors import InputError
 log = logging.getLogger(__name__)
 
 
+def make_readable(path: Path) -> None:
+    """Give a file the mode that the umask asks for: safetensors makes its own for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def naming(path: Path, *others: Path) -> Iterator[None]:
     """Errors of the system while `path` is written name it: they name none, or one of `others`, which stand for it."""

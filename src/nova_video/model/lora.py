@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nova_video.errors import InputError
 from nova_video.extras import install_command
+from nova_video.io.files import make_readable
 from nova_video.model.transformer import NOVATransformer3DModel
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -120,6 +121,7 @@ def save_lora(
     folder.mkdir(parents=True, exist_ok=True)
     path, aside = folder / LORA_FILE, folder / f".{LORA_FILE}"
     save_file(tensors, aside, metadata)
+    make_readable(aside)
     aside.replace(path)
     return path
 

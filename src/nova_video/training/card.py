@@ -1,13 +1,15 @@
 """The model card of a run: README.md beside the weights, and the recipes they were made with. Used by `trainer.py`."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nova_video.loading import lasting_name
+from huggingface_hub import ModelCardData
+
+from nova_video.loading import resolve_checkpoint
+from nova_video.model_card import card_facts
 from nova_video.training.checkpoint import Progress
 from nova_video.training.log import DETAILS
 from nova_video.training.recipe import AutoencoderRecipe, TransformerRun
@@ -49,8 +51,8 @@ def newest_sheet(folder: Path, step: int) -> Path | None:
 def card(task: Task[Any, Any, Any], record: Record, has_sheet: bool) -> str:
     recipe, progress, segments = task.recipe, record.progress, record.segments
     devices = dict.fromkeys(segment.devices for segment in segments if segment.devices)
-    lines = ["---", *_metadata(task), "---", "", f"# {recipe.name}", ""]
-    lines += [_what(task), "", "## Use", "", "```bash", f"{_use(recipe)}", "```", ""]
+    lines = ["---", _metadata(task), "---", "", f"# {recipe.name}", ""]
+    lines += [_what(task), "", "## Use", "", "```bash", f"{_use(recipe)}", "```", "", *_use_in_python(recipe)]
     if has_sheet:
         lines += [f"![Samples]({SHEET})", ""]
     lines += [
@@ -116,17 +118,25 @@ def _recipe_names(segments: Sequence[Segment]) -> list[str]:
     return [*(f"recipe-{number:04d}.toml" for number in range(len(segments) - 1)), RECIPE]
 
 
-def _metadata(task: Task[Any, Any, Any]) -> list[str]:
-    """The head of the card, which the Hugging Face Hub reads."""
-    recipe = task.recipe
-    lines = ["library_name: nova-video", f"pipeline_tag: {_kind(task)}"]
-    adapters = isinstance(recipe, TransformerRun) and bool(recipe.lora.rank)
-    tags = ["nova-video", "autoencoder" if isinstance(recipe, AutoencoderRecipe) else "nova"]
+def _metadata(task: Task[Any, Any, Any]) -> str:
+    """The head of the card, which the Hugging Face Hub reads: license, tags and datasets of `init` hold here too."""
+    recipe, facts, base = task.recipe, dict[str, Any](), None
+    tags = ["nova-video", "autoencoder" if isinstance(recipe, AutoencoderRecipe) else "nova", _kind(task)]
     if isinstance(recipe, TransformerRun) and recipe.init:
-        relation = "adapter" if adapters else "finetune"
-        lines += [f"base_model: {json.dumps(lasting_name(recipe.init))}", f"base_model_relation: {relation}"]
-    tags += ["lora"] if adapters else []
-    return [*lines, "tags:", *(f"- {tag}" for tag in tags)]
+        place = Path(recipe.init)
+        base = place.resolve().name if place.is_dir() else recipe.init
+        facts = card_facts(resolve_checkpoint(recipe.init))
+        tags += ["lora"] if recipe.lora.rank else []
+    data = ModelCardData(
+        library_name="nova-video",
+        pipeline_tag=None if isinstance(recipe, AutoencoderRecipe) else _kind(task),
+        base_model=base,
+        license=facts.get("license"),
+        datasets=list(dict.fromkeys([*facts.get("datasets", ()), *task.hub_datasets()])) or None,
+        tags=list(dict.fromkeys([*tags, *facts.get("tags", ())])),
+    )
+    head: str = data.to_yaml()
+    return head
 
 
 def _kind(task: Task[Any, Any, Any]) -> str:
@@ -157,3 +167,14 @@ def _use(recipe: Any) -> str:
     if recipe.lora.rank:
         return f'nova generate "..." --model {recipe.init} --lora FOLDER'
     return 'nova generate "..." --model FOLDER'
+
+
+def _use_in_python(recipe: Any) -> list[str]:
+    """The lines that open the folder: there is no code in it."""
+    if isinstance(recipe, AutoencoderRecipe):
+        return []
+    opened = recipe.init if recipe.lora.rank else "FOLDER"
+    lines = ["```python", "from nova_video import NovaPipeline", ""]
+    lines.append(f'pipe = NovaPipeline.from_pretrained("{opened}")')
+    lines += ['pipe.load_lora_weights("FOLDER")'] if recipe.lora.rank else []
+    return [*lines, "```", ""]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nova_video.errors import InputError, first_line
-from nova_video.media import make_readable
+from nova_video.io.files import make_readable
 from nova_video.settings import check_number
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

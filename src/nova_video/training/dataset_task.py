@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -54,6 +55,7 @@ from nova_video.training.transformer import (
     draw_latents,
     make_model,
     make_scheduler,
+    note_text_parts,
 )
 
 HELD_OUT = 64  # clips that validation looks at
@@ -260,6 +262,11 @@ class DatasetTask(TransformerTask):
                 log.warning("the data of %s start at their beginning: the run has read none of them yet", size.name)
             self.readers[size] = Reader(own, loader)
 
+    def hub_datasets(self) -> list[str]:
+        places = (self.recipe.dataset.path, str(self.info.settings.get("source", "")))
+        names = (re.match(r"hf://(?:datasets/)?([\w-][\w.-]*/[\w-][\w.-]*)", place) for place in places)
+        return list(dict.fromkeys(name[1] for name in names if name is not None))
+
     def data_identity(self) -> str:
         """A hash of the shards' names and rows and of what the first rows are."""
         shards: list[Any] = [
@@ -413,6 +420,7 @@ class DatasetTask(TransformerTask):
             for part, place in (("text_encoder", name), ("tokenizer", tokenizer)):
                 if not (folder / part).exists():
                     os.symlink(Path(place).resolve(), folder / part)
+            note_text_parts(folder)
 
 
 def send(value: Tensor, device: torch.device) -> Tensor:

@@ -107,6 +107,10 @@ class Task(ABC, Generic[M, V, B]):
         """A mark that changes with what is learned from, where there is one."""
         return ""
 
+    def hub_datasets(self) -> list[str]:
+        """Datasets of the Hugging Face Hub that are learned from, for the model card."""
+        return []
+
     def score(self, folder: Path, clips: int) -> dict[str, float]:
         """Scores of the model exported to `folder`, where there is a judge."""
         return {}

@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nova_video.errors import InputError
-from nova_video.media import alone_in, atomic_path, make_readable
+from nova_video.io.files import make_readable
+from nova_video.media import alone_in, atomic_path
 from nova_video.model.attention import allow_kernels, allowed_kernels
 from nova_video.settings import AttentionKernels
 from nova_video.training.autoencoder import AutoencoderTask

@@ -5,6 +5,7 @@ Where samples come from and how the model is looked at is said by `world_task.py
 """
 
 import copy
+import json
 from abc import abstractmethod
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from nova_video.training.loss import (
 )
 from nova_video.training.recipe import SMALL, ModelRecipe, TransformerRun
 from nova_video.training.task import LossParts, Task
+from nova_video.weights import read_json
 
 MASK_MULTIPLE = 16  # numbers of revealed tokens are padded to it, where every sample has its own
 
@@ -194,10 +196,19 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
             return
         half = NOVATransformer3DModel.from_config(model.config)
         half.load_state_dict(model.state_dict())
-        half.half().save_pretrained(folder / "transformer")
-        copy.deepcopy(vae).half().save_pretrained(folder / "vae")
-        self.scheduler.save_pretrained(folder / "scheduler")
-        CheckpointSettings(text_encoder and lasting_name(text_encoder), self.defaults).save(folder)
+        settings = CheckpointSettings(text_encoder and lasting_name(text_encoder), self.defaults)
+        NovaPipeline(half.half(), self.scheduler, copy.deepcopy(vae).half(), settings=settings).save_pretrained(folder)
+
+
+def note_text_parts(folder: Path) -> None:
+    """Name the classes of an export's text encoder and tokenizer in model_index.json, for `DiffusionPipeline`."""
+    index = folder / "model_index.json"
+    kinds = {
+        "text_encoder": read_json(folder / "text_encoder" / "config.json").get("architectures", [None])[0],
+        "tokenizer": read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class"),
+    }
+    known = {part: ["transformers", kind] for part, kind in kinds.items() if kind}
+    index.write_text(json.dumps(read_json(index) | known, indent=2) + "\n", encoding="utf-8")
 
 
 def check_text_of_init(init: str) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nova_video.errors import InputError, first_line
+from nova_video.io.files import make_readable
 from nova_video.loading import (
     COMPONENTS,
     PART_SUFFIXES,
@@ -36,7 +37,6 @@ from nova_video.loading import (
     outline_transformer,
     resolve_checkpoint,
 )
-from nova_video.media import make_readable
 from nova_video.settings import SETTINGS_FILE, CheckpointSettings, check_local
 from nova_video.text.encoders import text_width
 from nova_video.weights import DIFFUSERS_WEIGHTS, PICKLES, has_weights, shard_files

@@ -28,6 +28,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nova_video import NovaPipeline
 from nova_video.errors import InputError
@@ -387,6 +388,22 @@ def test_group_offload_leaves_transformer_and_autoencoder_whole(
     assert hooked == {"text_encoder": True, "transformer": False, "vae": False}
     options = {"num_frames": 5, "fps": 8, **QUICK}
     assert np.array_equal(draw(offloaded, **options), draw(pipe))
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where a tensor that is no table of a scheduler is in float64, which Apple's GPUs (mps) lack."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else [made]:
+            assert not (isinstance(tensor, Tensor) and tensor.dtype == torch.float64 and tensor.dim() > 1), func
+        return made
+
+
+def test_nothing_is_computed_in_float64(pipe: NovaPipeline) -> None:
+    with NoFloat64():
+        draw(pipe, image=Image.new("RGB", (96, 64)), guidance_renorm=0.5, image_guidance_scale=1.0)
+        draw(pipe, compile=False, preset="fast", history_noise=0.1)
 
 
 def test_to_another_dtype_and_back(tiny_checkpoint: Path) -> None:

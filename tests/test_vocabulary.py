@@ -177,6 +177,13 @@ def test_python_is_warned_once_a_call(small: Path, caplog: pytest.LogCaptureFixt
         ]
 
 
+def test_a_record_has_the_problems_of_its_own_prompt(small: Path) -> None:
+    from nova_video.request import GenerateRequest
+
+    result = NovaPipeline.from_pretrained(small).generate(GenerateRequest(["a wale", "a whale"], **QUICK))
+    assert [record["warnings"] for record in result.records] == [['not known: "wale"; did you mean "whale"?'], []]
+
+
 def test_words_travel_with_the_checkpoint(small: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     NovaPipeline.from_pretrained(small).save_pretrained(tmp_path)
     assert Vocabulary.load(tmp_path) == Vocabulary.load(small)

@@ -525,7 +525,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         elif request.output_type != "latent":
             self.require_vae(f"output_type {request.output_type!r}")
         generators = self._generators(request, generator, plan.batch)
-        unknown = self._unknown_words(request, plan)
+        unknown = self.unknown_words(request.prompts or [], request.negative_prompts or [], plan)
         if unknown:
             lines = (line if line.endswith("?") else f"{line}." for line in unknown)
             log.warning("%s %s", " ".join(lines), HINT)
@@ -683,12 +683,12 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
 
     # Text ---------------------------------------------------------------------------------------------------------
 
-    def _unknown_words(self, request: GenerateRequest, plan: Plan) -> tuple[str, ...]:
-        """What of a request's prompts is beyond the checkpoint's vocabulary, if it has one."""
+    def unknown_words(self, prompts: Sequence[Timeline[str]], negatives: Sequence[str], plan: Plan) -> tuple[str, ...]:
+        """What of prompts is beyond the checkpoint's vocabulary, if it has one."""
         if self.settings.vocabulary is None:
             return ()
-        prompts = [text for timeline in request.prompts or [] for text in timeline.values]
-        return self.settings.vocabulary.check(prompts, request.negative_prompts or [], picture=plan.num_frames == 1)
+        texts = [text for timeline in prompts for text in timeline.values]
+        return self.settings.vocabulary.check(texts, negatives, picture=plan.num_frames == 1)
 
     def _prompt_features(self, request: GenerateRequest, plan: Plan) -> tuple[list[list[Tensor]], list[Tensor]]:
         """Features (tokens, width) of every prompt for each of its moments, and of a negative for each, if guided."""

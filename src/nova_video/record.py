@@ -46,7 +46,8 @@ def make_record(
         "dtype": str(pipe.dtype).removeprefix("torch."),
     }
     record = {"prompt": request.prompt, "negative": request.negative_prompt, "seed": request.seed}
-    said = {"warnings": list(generation.warnings)} if generation.warnings else {}
+    unknown = pipe.unknown_words(request.prompts or [], request.negative_prompts or [], plan)
+    said = {"warnings": list(unknown)} if unknown else {}
     return {**record, **origin, **said, "settings": settings, "nova_video": __version__}
 
 
@@ -86,6 +87,10 @@ def make_records(request: "GenerateRequest", generation: "Generation") -> list[d
         if plan.batch > 1 and len(seeds) == 1:  # one generator draws for all of them
             own |= {"picture": index + 1, "pictures": plan.batch}
         records.append({**whole, **own})
+        if several and "warnings" in whole:  # those of this picture's own prompt
+            prompts = (request.prompts or [])[number : number + 1]
+            negative = [own["negative"]] if own["negative"] else []
+            records[-1]["warnings"] = list(pipe.unknown_words(prompts, negative, plan))
     made: list[dict[str, Any]] = json.loads(json.dumps(records, default=_plain))
     return made
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -266,7 +267,8 @@ class VideoPicture:
     @property
     def _turns(self) -> tuple[int, bool]:
         """Quarter turns counterclockwise that bring the frame upright, and whether it is mirrored after them."""
-        data = self.frame.side_data.get("DISPLAYMATRIX")
+        # the frame's own attribute would hold the frame in a cycle for ever
+        data = cast(Any, SideDataContainer)(self.frame).get("DISPLAYMATRIX")
         if data is None:
             return 0, False
         a, b, _, c, d = struct.unpack("9i", bytes(cast(Any, data)))[:5]

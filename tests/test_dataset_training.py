@@ -917,6 +917,26 @@ def test_data_that_are_read_otherwise_start_anew(
     assert "the data start anew" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("crafted", "message"),
+    [
+        (None, "is NoneType, of nothing"),
+        ({}, "is dict, of nothing"),
+        ({"a": 1}, "State doesn't contain key"),
+        ({"micro_batches": {"0": {"pass": -1, "rows": None}}}, "has a pass that is -1: expected a whole number"),
+        ({"micro_batches": {"0": {"pass": "x", "rows": None}}}, "has a pass that is 'x'"),
+        ({"micro_batches": {"0": {"pass": 0, "rows": {}}}}, "has rows that are no place"),
+        ({"micro_batches": {"0": 1}}, "has a micro batch without pass and rows"),
+    ],
+)
+def test_crafted_places_in_the_data_are_refused(crafted: Any, message: str, recipe: DatasetTransformerRecipe) -> None:
+    task = DatasetTask(recipe, CPU)
+    task.open_data([0], 1, {})
+    places = {name: place if name == "how" else crafted for name, place in task.places().items()}
+    with pytest.raises(InputError, match=f"^the checkpoint's place in the data of .* {re.escape(message)}"):
+        task.open_data([0], 1, places)
+
+
 def test_an_interrupt_while_readers_start_only_asks(
     recipe: DatasetTransformerRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

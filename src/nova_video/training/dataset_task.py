@@ -40,13 +40,13 @@ from nova_video.data.encoders import (
     text_names,
 )
 from nova_video.data.sheets import Entry, draw_sheet
-from nova_video.errors import InputError
+from nova_video.errors import InputError, first_line
 from nova_video.loading import HUB_ID, resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel
 from nova_video.settings import CheckpointSettings, Defaults
 from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.training.recipe import DatasetRecipe, DatasetTransformerRecipe
-from nova_video.training.stream import Loaded, collate, is_held_out, joined, open_loader, state_of
+from nova_video.training.stream import Loaded, check_state, collate, is_held_out, joined, open_loader, state_of
 from nova_video.training.transformer import (
     Batch,
     Material,
@@ -256,11 +256,22 @@ class DatasetTask(TransformerTask):
                 data.held_out,
             )
             names = [f"{number}:{size.name}" for number in own]
-            if places and all(name in places for name in names):
-                loader.load_state_dict(joined([places[name] for name in names]))
-            elif places:
+            is_known = bool(places) and all(name in places for name in names)
+            if places and not is_known:
                 log.warning("the data of %s start at their beginning: the run has read none of them yet", size.name)
-            self.readers[size] = Reader(own, loader)
+            try:
+                if is_known:
+                    for name in names:
+                        check_state(places[name])
+                    loader.load_state_dict(joined([places[name] for name in names]))
+                self.readers[size] = Reader(own, loader)
+            except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+                if not is_known:
+                    raise
+                raise InputError(
+                    f"the checkpoint's place in the data of {size.name} {first_line(error)}: expected what the run"
+                    " wrote, or the checkpoint before it"
+                ) from error
 
     def hub_datasets(self) -> list[str]:
         places = (self.recipe.dataset.path, str(self.info.settings.get("source", "")))

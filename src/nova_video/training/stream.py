@@ -26,6 +26,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nova_video.data.dataset import Sample, Shard, to_sample
 from nova_video.errors import InputError
+from nova_video.settings import check_number
 
 EMPTY_PASSES = 8
 """In a row, without a single row: more would find none either. Passes share the shards out differently."""
@@ -142,6 +143,23 @@ def joined(states: Sequence[Any]) -> Any:
     if MICRO in first:
         return {MICRO: {micro: rows for state in states for micro, rows in state[MICRO].items()}}
     return {name: joined([state[name] for state in states]) for name in first}
+
+
+def check_state(state: Any) -> None:
+    """Raises ValueError for what is no state of a loader: places in it are a pass and a place within that."""
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"is {type(state).__name__}, of nothing")
+    for name, value in state.items():
+        if name != MICRO:
+            if isinstance(value, dict) and value:
+                check_state(value)
+            continue
+        for place in value.values() if isinstance(value, dict) else [value]:
+            if not isinstance(place, dict) or not {"pass", "rows"} <= place.keys():
+                raise ValueError("has a micro batch without pass and rows")
+            check_number("has a pass that", place["pass"], 0, integer=True)
+            if place["rows"] is not None and not (isinstance(place["rows"], dict) and place["rows"]):
+                raise ValueError("has rows that are no place")
 
 
 class Mix:

@@ -442,7 +442,7 @@ def test_state_and_resume(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         interrupt_at(patch, 6)
         done = run("generate", "a whale", "-o", "x.png", "--state", "x.safetensors", *common)
-    assert done == (130, "", "nova: interrupted, to go on: nova generate --resume x.safetensors\n")
+    assert done == (130, "", "nova: interrupted, to go on: nova generate --resume x.safetensors -o x.png\n")
     assert files() == ["whole.png", "x.safetensors"]
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
@@ -456,7 +456,7 @@ def test_sigterm_is_as_control_c(run: Run, tiny_checkpoint: Path, monkeypatch: p
     common = ["--num-frames", 13, "--model", tiny_checkpoint, *QUICK]
     for step, state, message in [
         (1, [], "terminated"),
-        (6, ["--state", "my state"], "terminated, to go on: nova generate --resume 'my state'"),
+        (6, ["--state", "my state"], "terminated, to go on: nova generate --resume 'my state' -o a-whale.mp4"),
     ]:
         with monkeypatch.context() as patch:
             interrupt_at(patch, step, signal.SIGTERM)
@@ -475,7 +475,14 @@ def test_live_and_resume(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.Mo
     assert len(media.read_frames("x.mp4")[0]) == 17
     code, _, err = run("generate", "--resume", "x.safetensors", "-o", "y.mp4")
     assert code == 2
-    assert "got --output with a live clip" in err
+    assert "there is no file y.mp4: expected --output with the live clip" in err
+    media.write_media(np.zeros((2, 64, 96, 3), np.uint8), "y.mp4", 12, {"prompt": "precious"})
+    before = Path("y.mp4").read_bytes()
+    code, _, err = run("generate", "--resume", "x.safetensors", "-o", "y.mp4")
+    assert code == 2
+    assert "y.mp4 was not made by the run of this state" in err
+    assert Path("y.mp4").read_bytes() == before
+    Path("y.mp4").unlink()
     assert run("generate", "--resume", "x.safetensors") == (0, "x.mp4\n", "")
     (live, fps), (whole, _) = media.read_frames("x.mp4"), media.read_frames("whole.mp4")
     assert (live.shape, fps) == (whole.shape, 12)
@@ -530,6 +537,10 @@ def test_resume_what_cannot_be(run: Run, tiny_checkpoint: Path, monkeypatch: pyt
     code, _, err = run("generate", "a whale", "--state", "x.safetensors", *common)
     assert code == 2
     assert "x.safetensors is there already" in err
+    Path("x.mp4").write_text("precious")
+    code, _, err = run("generate", "--resume", "x.safetensors")
+    assert (code, err) == (2, "nova: x.mp4 is there already: expected --output with the file to write\n")
+    Path("x.mp4").unlink()
     assert files() == ["python.safetensors", "words.txt", "x.safetensors"]
 
 

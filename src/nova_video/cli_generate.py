@@ -12,11 +12,11 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from nova_video.arguments import Edit, Generate, Making, model_of
+from nova_video.arguments import Edit, Format, Generate, Making, model_of
 from nova_video.console import checkpoint_defaults, load_pipeline, outline_pipeline
 from nova_video.errors import InputError
 from nova_video.io.text import read_text
@@ -35,7 +35,7 @@ from nova_video.jobs import (
 )
 from nova_video.remake import describe_inputs, warn_of_changes, with_record
 from nova_video.script import with_script
-from nova_video.settings import check_number
+from nova_video.settings import LIMITS, check_number
 
 if TYPE_CHECKING:
     from nova_video.generation import Generation, StepCallback
@@ -45,6 +45,19 @@ if TYPE_CHECKING:
     from nova_video.request import GenerateRequest
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StateNotes:
+    """What the command keeps in a state, to go on as it began."""
+
+    record: dict[str, Any]
+    output: str
+    live: bool
+    format: Format | None = None
+    device: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = None
+
 
 FOR_ONE_CLIP = ("prompt_at", "motion_at", "guidance_at", "script", "live", "state")  # flags of a single sentence
 SMALL = ("low_memory", "tiled", "int8_text")  # flags for a small GPU
@@ -197,35 +210,61 @@ def _file_of_live(args: Generate) -> Path | None:
 
 def _resume(args: Generate, path: Path) -> None:
     """Go on from the state in a file, and keep it up to date."""
+    from nova_video.records import read_record
     from nova_video.saving import read_notes
 
     for field in fields(args):
         if getattr(args, field.name) != field.default and field.name not in WITH_RESUME:
             raise InputError(f"got {_flag(field.name)} with --resume: expected none, the settings are those in {path}")
-    notes = read_notes(path).get(NOTES)
-    if notes is None:
+    found = read_notes(path).get(NOTES)
+    if found is None:
         raise InputError(f"{path} was not kept by nova generate --state: expected a file that was")
-    wanted = args.format or notes.get("format")
-    if notes["live"] and args.output is not None:
-        raise InputError(f"got --output with a live clip: expected none, {path} goes on with {notes['output']}")
-    output = args.output or Path(notes["output"])
-    check_output(output, notes["live"], wanted)
+    notes = read_record(StateNotes, found, f"{path}: its notes")
+    wanted = args.format or notes.format
+    output = args.output or path.with_name(f"{path.stem}{Path(notes.output).suffix}")  # never a place the file names
+    if output == path:
+        raise InputError(f"{path} holds the state: expected --output with another file for the result")
+    check_output(output, notes.live, wanted)
+    if notes.live:
+        _check_live(output, notes.record)
+    elif args.output is None and output.exists():
+        raise InputError(f"{output} is there already: expected --output with the file to write")
     if args.state is not None:
         check_state(args.state)
-    record = notes["record"]
-    with all_held(path, args.state, output if notes["live"] else None):
+    record = notes.record
+    model, lora, scale = _parts_of(path, record)
+    with all_held(path, args.state, output if notes.live else None):
         pipe = load_pipeline(
-            args.model or record["model"],
-            args.device or notes["device"] or "auto",
-            args.dtype or notes["dtype"] or "auto",
+            model if args.model is None else model_of(args),
+            args.device or notes.device or "auto",
+            args.dtype or notes.dtype or "auto",
             _low_memory(args),
-            None if "lora" not in record else Path(record["lora"]),
-            record.get("lora_scale", 1.0),
+            lora,
+            scale,
         )
         generation = pipe.resume(path)
         with progress(1) as watch:
-            job = Job(generation, [output], [record], notes["live"], args.state or path, args.json, wanted == "frames")
+            job = Job(generation, [output], [record], notes.live, args.state or path, args.json, wanted == "frames")
             carry_out(job, watch(generation))
+
+
+def _check_live(output: Path, record: dict[str, Any]) -> None:
+    """The file that a live clip goes on in is the one that this run began: it says so inside."""
+    from nova_video.media import read_metadata
+
+    if not output.is_file():
+        raise InputError(f"there is no file {output}: expected --output with the live clip that the state goes on with")
+    if read_metadata(output) != record:
+        raise InputError(f"{output} was not made by the run of this state: expected --output with the clip that was")
+
+
+def _parts_of(path: Path, record: dict[str, Any]) -> tuple[str, Path | None, float]:
+    """The model, the adapter and its scale that a state's record names."""
+    model, lora, scale = record.get("model"), record.get("lora"), record.get("lora_scale", 1.0)
+    if not isinstance(model, str) or not model.strip() or not (lora is None or (isinstance(lora, str) and lora)):
+        raise InputError(f"{path}: its record names no model that can be opened: expected --model")
+    check_number(f"{path}: its lora_scale", scale, -LIMITS.scale, high=LIMITS.scale)
+    return model, None if lora is None else Path(lora), scale
 
 
 def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> None:

@@ -383,6 +383,19 @@ class Generation:
         """A decoder that stands at the piece of the next frame to hand out."""
         return _Decoder(self, self._untouched_latents)
 
+    @torch.no_grad()
+    def check_frames(self) -> None:
+        """Raises InputError if a finished frame that has to be decoded yet is not there: of a state that was saved."""
+        if self.output_type == "latent" or self.pipe.vae is None:
+            return
+        try:
+            first = self._decoder().pushed
+        except KeyError as error:
+            raise InputError(f"it lacks the latent frame {error}, which is needed to decode later ones") from None
+        missing = [frame for frame in range(first, self.state.done) if frame not in self.state.frames]
+        if missing:
+            raise InputError(f"it lacks the latent frame {missing[0]}, which is not decoded yet: expected it")
+
     def _push(self, decoder: "_Decoder", stop: int) -> Iterator[Tensor]:
         """Latent frames up to `stop` to the decoder -> pieces (B, T, 3, H, W) in [0, 1], given pixels put back."""
         while decoder.pushed < stop:

@@ -216,7 +216,7 @@ def carry_out(job: Job, on_step: "StepCallback") -> None:
         if job.state is None or not job.state.exists():
             raise
         word = "terminated" if isinstance(stop, Terminated) else "interrupted"
-        resume = shlex.join(["nova", "generate", "--resume", str(job.state)])
+        resume = shlex.join(["nova", "generate", "--resume", str(job.state), "-o", str(job.paths[0])])
         raise type(stop)(f"{word}, to go on: {resume}") from None
     if job.state is not None:
         job.state.unlink(missing_ok=True)

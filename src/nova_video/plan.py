@@ -17,7 +17,7 @@ from nova_video.given import Clip
 from nova_video.sampling.context import Context
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.shortcuts import EXACT, Shortcuts
-from nova_video.settings import LIMITS, Defaults, check_number
+from nova_video.settings import LIMITS, Defaults, check_number, check_setting
 from nova_video.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -239,13 +239,7 @@ def _size(request: "GenerateRequest", model: Capabilities) -> tuple[int, int]:
     own = model.image_size
     height = own[0] if request.height is None else request.height
     width = own[1] if request.width is None else request.width
-    multiple = model.size_multiple
-    if height % multiple or width % multiple:
-        raise InputError(f"size is {height}x{width}: expected height and width in multiples of {multiple}")
-    if (height, width) != own and not model.any_size:
-        raise InputError(
-            f"size is {height}x{width}: expected {own[0]}x{own[1]}, the only one this model's positions allow"
-        )
+    _check_size(height, width, model)
     latents = request.video_latents
     if latents is not None:
         expected = (model.latent_channels, height // model.image_stride, width // model.image_stride)
@@ -255,6 +249,16 @@ def _size(request: "GenerateRequest", model: Capabilities) -> tuple[int, int]:
                 f"{expected[2]}) for {height}x{width}"
             )
     return height, width
+
+
+def _check_size(height: int, width: int, model: Capabilities) -> None:
+    own, multiple = model.image_size, model.size_multiple
+    if height % multiple or width % multiple:
+        raise InputError(f"size is {height}x{width}: expected height and width in multiples of {multiple}")
+    if (height, width) != own and not model.any_size:
+        raise InputError(
+            f"size is {height}x{width}: expected {own[0]}x{own[1]}, the only one this model's positions allow"
+        )
 
 
 def _given_frames(request: "GenerateRequest", model: Capabilities, fps: float) -> int:
@@ -343,17 +347,60 @@ def _context(request: "GenerateRequest", defaults: Defaults, model: Capabilities
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """What `plan_from_json` reads, in types that JSON has."""
-    return asdict(plan)
+    """A plan in types that JSON has, as `records.read_record` reads it. The bound on memory is the next run's own."""
+    return asdict(plan) | {"memory_gb": None}
 
 
-def plan_from_json(values: dict[str, Any]) -> Plan:
-    guidance, motion = values["guidance"], values["motion_flow"]
-    changed = {
-        "grid": tuple(values["grid"]),
-        "context": Context(**values["context"]),
-        "shortcuts": Shortcuts(**values["shortcuts"]),
-        "guidance": Timeline(tuple(guidance["times"]), tuple(Guidance(**value) for value in guidance["values"])),
-        "motion_flow": Timeline(tuple(motion["times"]), tuple(motion["values"])),
-    }
-    return Plan(**values | changed)
+def check_plan(plan: Plan, model: Capabilities) -> None:
+    """Raises InputError for a plan that no request to this model would have made."""
+    check_number("batch", plan.batch, 1, integer=True, high=LIMITS.pictures)
+    for name in ("height", "width"):
+        check_number(name, getattr(plan, name), 1, integer=True, high=LIMITS.side)
+    _check_size(plan.height, plan.width, model)
+    if plan.grid != (plan.height // model.image_stride, plan.width // model.image_stride):
+        raise InputError(f"grid is {plan.grid}: expected that of {plan.height}x{plan.width}")
+    if plan.temporal_stride != model.temporal_stride:
+        raise InputError(f"temporal_stride is {plan.temporal_stride}: expected {model.temporal_stride}")
+    for name, value in (
+        ("num_frames", plan.num_frames),
+        ("fps", plan.fps),
+        ("num_inference_steps", plan.num_inference_steps),
+        ("num_diffusion_steps", plan.num_diffusion_steps),
+        *(("motion_flow", score) for score in plan.motion_flow.values),
+        *(("guidance_scale", guidance.scale) for guidance in plan.guidance.values),
+    ):
+        if value is not None or name != "num_frames":
+            check_setting(name, value)
+    check_number("num_diffusion_steps", plan.num_diffusion_steps, 1, integer=True, high=model.max_diffusion_steps)
+    for guidance in plan.guidance.values:
+        check_number("guidance_trunc", guidance.trunc, 0)
+        check_number("guidance_renorm", guidance.renorm, 0, high=1)
+        check_number("image_guidance_scale", guidance.image_scale, 0, high=LIMITS.scale)
+    if plan.flow_shift is not None:
+        check_number("flow_shift", plan.flow_shift, 0, above=True, high=LIMITS.scale)
+        if not model.shiftable:
+            raise InputError(f"flow_shift is {plan.flow_shift:g}: expected None, this model's schedule is not a flow")
+    if plan.shortcuts.solver != "own" and not model.second_order:
+        raise InputError(f"solver is {plan.shortcuts.solver}: expected a checkpoint with a DDPM or flow schedule")
+    if plan.num_frames != 1 and (not model.video or model.temporal_stride == 1):
+        raise InputError(f"num_frames is {plan.num_frames}: expected 1, since this model makes images")
+    check_number("given_frames", plan.given_frames, 0, integer=True, high=LIMITS.frames)
+    check_number("offset", plan.offset, 0, integer=True, high=max(plan.given_frames - 1, 0))
+    latents = None if plan.num_frames is None else model.latent_count(plan.num_frames - plan.offset)
+    if plan.latent_frames != latents or (latents is not None and latents < 1):
+        raise InputError(f"latent_frames is {plan.latent_frames}: expected {latents}")
+    _check_context(plan.context, endless=plan.num_frames is None)
+    plan.check_memory(sampling_memory(plan, model))
+
+
+def _check_context(context: Context, endless: bool) -> None:
+    check_number("context's sink", context.sink, 1, integer=True, high=LIMITS.frames)
+    check_number("context's carry", context.carry, 0, integer=True, high=LIMITS.frames)
+    if context.frames is not None:
+        check_number("context's frames", context.frames, context.sink + 2, integer=True, high=LIMITS.frames)
+    elif endless:
+        raise InputError("context's frames is None: expected a number, the clip has no end")
+    if context.reanchor is not None:
+        check_number("context's reanchor", context.reanchor, 1, integer=True, high=LIMITS.frames)
+    check_number("context's history_noise", context.history_noise, 0, high=LIMITS.scale)
+    check_number("context's hold_statistics", context.hold_statistics, 0, high=1)

@@ -16,16 +16,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nova_video.errors import InputError
+from nova_video.errors import InputError, first_line
 from nova_video.generation import Generation, GivenPixels
 from nova_video.io.text import parse_json
 from nova_video.model import NOVATransformer3DModel
-from nova_video.plan import plan_as_json, plan_from_json
+from nova_video.plan import plan_as_json
+from nova_video.records import read_record
 from nova_video.sampling.context import Statistics
 from nova_video.sampling.generate import restore_context
-from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.state import GivenFrame, OpenFrame, SamplingState, Segment
+from nova_video.saved_facts import Facts, check_facts
+from nova_video.settings import shown
 
 if TYPE_CHECKING:
     from nova_video.pipeline import NovaPipeline
@@ -106,38 +108,38 @@ def save_generation(generation: Generation, path: Path) -> None:
         if generation.given.filled is not None:
             tensors["filled"] = generation.given.filled
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with atomic_path(path) as part_path:
-        save_file(own, part_path, metadata={KEY: json.dumps(facts)})
+    try:
+        with atomic_path(path) as part_path:
+            save_file(own, part_path, metadata={KEY: json.dumps(facts)})
+    except SafetensorError as error:  # what it makes of a full disk; an older file stays as it was
+        raise InputError(f"the state {path} could not be written: {first_line(error)}") from None
 
 
 def load_generation(pipe: "NovaPipeline", path: Path) -> Generation:
     """The generation that was saved, with the same model; its cache is filled again."""
-    facts, tensors = _read(path)
-    model, device = pipe.transformer, pipe.execution_device
+    facts, tensors = load_file_facts(path)
+    model = pipe.transformer
     mark, dtype = model_mark(model), str(model.dtype).removeprefix("torch.")
-    if facts["dtype"] != dtype:
-        raise InputError(f"{path} was saved with a model in {facts['dtype']}: expected {dtype}, this one's precision")
-    if facts["model"] != mark:  # weights in another precision have another
-        raise InputError(f"{path} was saved with another model (mark {facts['model']}): expected {mark}, this one's")
-    plan = plan_from_json(facts["plan"])
-    generators = []
-    for index, place in enumerate(facts["generators"]):
-        if torch.device(place).type not in ("cpu", device.type):
-            raise InputError(f"{path} draws its random numbers on {place}: expected a model on such a device")
-        generators.append(torch.Generator(place))
-        generators[-1].set_state(tensors[f"generator.{index}"])
+    if (other := facts.get("dtype")) != dtype:
+        raise InputError(f"{path} was saved with a model in {_word(other)}: expected {dtype}, this one's precision")
+    if (other := facts.get("model")) != mark:  # weights in another precision have another
+        raise InputError(f"{path} was saved with another model (mark {_word(other)}): expected {mark}, this one's")
+    try:
+        return _restore(pipe, facts, tensors)
+    except InputError as error:
+        raise InputError(f"{path} cannot be gone on with: {error}") from None
+
+
+def _restore(pipe: "NovaPipeline", values: dict[str, Any], tensors: dict[str, Tensor]) -> Generation:
+    model, device = pipe.transformer, pipe.execution_device
+    facts = read_record(Facts, values, "its record")
+    check_facts(facts, tensors, pipe)
+    plan = facts.plan
+    generators = [_generator(place, tensors[f"generator.{i}"], device) for i, place in enumerate(facts.generators)]
     moved = {
         name: tensor.to(device) for name, tensor in tensors.items() if not name.startswith(("generator", "pixels"))
     }
-    segments = [
-        Segment(
-            part["start"],
-            moved[f"text.{part['text']}"],
-            Guidance(**part["guidance"]),
-            part["begin"],
-        )
-        for part in facts["segments"]
-    ]
+    segments = [Segment(part.start, moved[f"text.{part.text}"], part.guidance, part.begin) for part in facts.segments]
     state = SamplingState.create(
         model,
         segments,
@@ -146,62 +148,86 @@ def load_generation(pipe: "NovaPipeline", path: Path) -> Generation:
         num_sets=plan.num_inference_steps,
         num_diffusion_steps=plan.num_diffusion_steps,
         random=RandomState(generators, device, model.dtype),
-        passes=facts["passes"],
+        passes=facts.passes,
         context=plan.context,
         shortcuts=plan.shortcuts,
         given={
             int(frame): GivenFrame(moved[f"given.{frame}.latents"], moved.get(f"given.{frame}.known"), redraw)
-            for frame, redraw in facts["given"].items()
+            for frame, redraw in facts.given.items()
         },
     )
     state.frames, state.heard = (_numbered(name, moved) for name in ("frames", "heard"))
     state.order = moved.get("order")
-    state.cached, state.built, state.cached_segment = facts["cached"], facts["built"], facts["cached_segment"]
-    state.done, state.step = facts["done"], facts["step"]
-    if "reference" in facts:
+    state.cached = None if facts.cached is None else list(facts.cached)
+    state.built, state.cached_segment = facts.built, facts.cached_segment
+    state.done, state.step = facts.done, facts.step
+    if facts.reference is not None:
         state.reference = Statistics(
-            **facts["reference"], mean=moved["reference.mean"], deviation=moved["reference.deviation"]
+            facts.reference.begin, facts.reference.count, moved["reference.mean"], moved["reference.deviation"]
         )
-    if "open" in facts:
+    if facts.open is not None:
         parts: dict[str, Any] = {name: moved.get(f"open.{name}") for name in OPEN_TENSORS}
-        state.open = OpenFrame(**parts, **facts["open"])
+        state.open = OpenFrame(**parts, known=facts.open.known, sizes=list(facts.open.sizes), sets=facts.open.sets)
+        if state.open.sizes != state.sizes(state.done):
+            sizes = state.sizes(state.done)
+            raise InputError(f"its open frame's sizes are {shown(state.open.sizes)}: expected {shown(sizes)}")
     pipe.bring(model)
     restore_context(model, state)
-    return Generation(
+    generation = Generation(
         pipe,
         plan,
         state,
         pipe.request_scheduler(plan.flow_shift),
-        output_type=facts["output_type"],
-        bare=facts["bare"],
-        seeds=tuple(facts["seeds"]),
+        output_type=facts.output_type,
+        bare=facts.bare,
+        seeds=facts.seeds,
         given=GivenPixels(tensors["pixels"], tensors.get("filled")) if "pixels" in tensors else None,
-        emitted=facts["emitted"],
-        notes=facts["notes"],
-        records=facts.get("records"),
+        emitted=facts.emitted,
+        notes=facts.notes,
+        records=list(facts.records),
     )
+    generation.check_frames()
+    return generation
+
+
+def _generator(place: str, state: Tensor, device: torch.device) -> torch.Generator:
+    """A generator that stands where it stood, on the processor or on the model's kind of device."""
+    try:
+        if torch.device(place).type not in ("cpu", device.type):
+            raise InputError(f"its random numbers are drawn on {place}: expected a model on such a device")
+        generator = torch.Generator(place)
+        generator.set_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"its generator on {shown(place)} cannot be restored: {first_line(error)}") from None
+    return generator
 
 
 def read_notes(path: str | Path) -> dict[str, Any]:
     """The `Generation.notes` in a file, without the model."""
-    notes: dict[str, Any] = _read(Path(path))[0]["notes"]
+    notes = load_file_facts(Path(path))[0].get("notes")
+    if not isinstance(notes, dict):
+        raise InputError(f"{path} has {shown(notes)} for notes: expected an object")
     return notes
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_file_facts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise InputError(f"there is no file {path}: expected a saved generation")
     try:
         with safe_open(path, framework="pt") as file:
             facts = parse_json((file.metadata() or {}).get(KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()} if facts else {}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise InputError(f"{path} is not a saved generation: {error}") from None
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a saved generation: {first_line(error)}") from None
     if not isinstance(facts, dict):
         raise InputError(f"{path} is a safetensors file, but not a saved generation")
     if facts.get("format") != FORMAT:
-        raise InputError(f"{path} was saved in format {facts.get('format')}: expected {FORMAT}, this version's")
+        raise InputError(f"{path} was saved in format {shown(facts.get('format'))}: expected {FORMAT}, this version's")
     return facts, tensors
+
+
+def _word(value: object) -> str:
+    return value if isinstance(value, str) and len(value) < 40 else shown(value)
 
 
 def _numbered(name: str, tensors: dict[str, Tensor]) -> dict[int, Tensor]:

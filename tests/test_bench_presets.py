@@ -49,7 +49,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         image_dim=4,
         image_size=(128, 128),
         image_stride=8,
-        size_multiple=32,
         image_base_size=(8, 8),
         video_base_size=(2, 4, 4),
         video_mixer_rank=-1,

@@ -113,6 +113,7 @@ def test_signature() -> None:
             "guided_sets",
             "guidance_every",
             "fp8",
+            "memory_gb",
             "disable_progress_bar",
             "num_videos_per_prompt",
             "callback_on_step_end_tensor_inputs",

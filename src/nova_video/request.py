@@ -323,7 +323,7 @@ def _check_embeds(name: str, embeds: object) -> None:
                 f"{features.dtype} {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
             )
             raise InputError(f"{name}: got {got} in the list: expected floating point tensors (tokens, width)")
-        if not bool(features.isfinite().all()):
+        if not features.is_meta and not bool(features.isfinite().all()):  # benchmarks check shapes alone
             raise InputError(f"{name}: got values that are not finite: expected finite features")
 
 

@@ -176,6 +176,15 @@ def test_nothing_is_left_to_fill_in() -> None:
         assert not re.search(r"TODO|FIXME|TBD|<the |<this |fills this", page.read_text(encoding="utf-8")), page
 
 
+def test_seconds_of_the_start() -> None:
+    found = json.loads((ROOT / "benchmarks" / "measured" / "first_picture.json").read_text(encoding="utf-8"))
+    text = " ".join((ROOT / "docs" / "speed.md").read_text(encoding="utf-8").split())
+    picture, clip = (row["processor_seconds"] for row in found["rows"])
+    assert f"{picture:.1f} seconds of processor time for a picture of the bundled model and {clip:.1f} for its" in text
+    assert f"`{found['command']}` on two cores of `{found['device']}`" in text
+    assert found["cores"] == 2
+
+
 def test_times_of_the_page_on_speed() -> None:
     pairs = json.loads((ROOT / "benchmarks" / "measured" / "pairs.json").read_text(encoding="utf-8"))
     text = " ".join((ROOT / "docs" / "speed.md").read_text(encoding="utf-8").split())

@@ -142,7 +142,7 @@ class GenerateRequest:
             elif value is not None and not (field.name == "num_frames" and _is_infinite(value)):
                 check_setting(field.name, value)
         for name, high in (("height", LIMITS.side), ("width", LIMITS.side), ("num_images_per_prompt", LIMITS.pictures)):
-            if (value := getattr(self, name)) is not None:
+            if (value := getattr(self, name)) is not None or name == "num_images_per_prompt":
                 self._check_amount(name, high)
                 check_number(name, value, 1, integer=True)
         if self.num_prompts * self.num_images_per_prompt > LIMITS.pictures:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from conftest import CONFORMANCE
 from nova_video import NovaPipeline
 from nova_video.errors import InputError
+from nova_video.loading import outline_autoencoder, outline_transformer
 from nova_video.records import read_record
 from nova_video.request import GenerateRequest
 from nova_video.saved_facts import Facts, check_facts
@@ -85,7 +86,7 @@ def changed(data: st.DataObject, values: Any) -> Any:
 def one_line(error: InputError) -> None:
     assert "\n" not in str(error)
     assert len(str(error)) < 1500
-    assert re.search(r"expected|lacks|not |cannot|unknown|need", str(error)), str(error)
+    assert re.search(r"expected|lacks|not |cannot|unknown|need|can be made", str(error)), str(error)
 
 
 @DRAWS
@@ -187,3 +188,30 @@ def test_saved_states(data: st.DataObject, state: tuple[dict[str, Any], dict[str
     assert taken.plan.grid == tuple(facts["plan"]["grid"])
     assert (taken.done, taken.step, taken.passes) == (facts["done"], facts["step"], facts["passes"])
     assert KEY
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_configs_of_models(part: str, count: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No model is made of what it cannot be, and nothing hangs; a model that is made has the config's values."""
+    source = CONFORMANCE / "text-to-video" / part
+    folder = tmp_path_factory.mktemp(part)
+    (folder / "diffusion_pytorch_model.safetensors").symlink_to(source / "diffusion_pytorch_model.safetensors")
+    whole = json.loads((source / "config.json").read_text())
+    outline = outline_transformer if part == "transformer" else outline_autoencoder
+
+    @settings(DRAWS, max_examples=count)
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        values = changed(data, whole)
+        (folder / "config.json").write_text(json.dumps(values))
+        try:
+            model = outline(folder)
+        except InputError as error:
+            one_line(error)
+            return
+        for name, value in values.items():
+            if name in model.config and not name.startswith("_") and name != "image_size":
+                assert json.loads(json.dumps(model.config[name], default=list)) == value
+
+    check()

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSora
+from nova_video.autoencoders.bounds import check_autoencoder_config
 from nova_video.errors import InputError, first_line
 from nova_video.io.text import parse_json
 from nova_video.model import NOVATransformer3DModel
@@ -250,7 +251,12 @@ def outline_autoencoder(
 
     The class that the config names is tried first: a released config may bear another name, or none.
     """
-    name = read_json(folder / "config.json").get("_class_name")
+    config = read_json(folder / "config.json")
+    try:
+        check_autoencoder_config(config)
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
+    name = config.get("_class_name")
     if stored is None:
         stored = read_shapes(find_weights(folder, DIFFUSERS_WEIGHTS, variant).files)
     problem = None

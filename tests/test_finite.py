@@ -69,6 +69,15 @@ def test_a_callback_is_a_function() -> None:
         open_pipeline()(prompt_embeds=embeds(), callback_on_step_end=5, **QUICK)  # type: ignore[arg-type]
 
 
+def test_arguments_of_other_kinds(tmp_path: Path) -> None:
+    pipe = open_pipeline()
+    with pytest.raises(InputError, match="generator: got 5: expected one"):
+        pipe(prompt_embeds=embeds(), generator=5, **QUICK)  # type: ignore[arg-type]
+    for scale in (math.inf, math.nan, 1e30):
+        with pytest.raises(InputError, match="the adapter's scale is .*: expected a number of at least -1000"):
+            pipe.load_lora_weights(tmp_path, scale=scale)
+
+
 def test_nothing_is_written(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the command, of a checkpoint whose weights are not finite."""
     pipe = NovaPipeline.from_pretrained(tiny_checkpoint)

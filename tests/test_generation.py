@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from nova_video import NovaPipeline
@@ -560,13 +561,15 @@ def test_saving_leaves_an_older_state_alone_when_it_fails(
     generation.save(state)
     before = state.read_bytes()
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+    for failure in (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")):
 
-    monkeypatch.setattr("nova_video.saving.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        generation.save(state)
-    assert state.read_bytes() == before
+        def full(*_: Any, failure: Exception = failure, **__: Any) -> None:
+            raise failure
+
+        monkeypatch.setattr("nova_video.saving.save_file", full)
+        with pytest.raises((OSError, InputError), match=r"state.safetensors.*No space left|No space left.*state.safe"):
+            generation.save(state)
+        assert state.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
 

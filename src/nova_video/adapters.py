@@ -28,7 +28,7 @@ from nova_video.model.lora import (
     save_lora,
     unfuse,
 )
-from nova_video.settings import CheckpointSettings
+from nova_video.settings import LIMITS, CheckpointSettings, check_number
 
 COMPONENTS = ("transformer",)
 
@@ -59,6 +59,7 @@ class AdapterMixin(LoraBaseMixin):
         `scale` 0 it changes nothing, with 1 it is as it was trained. `set_adapters` uses several together.
         """
         require_peft()
+        check_number("the adapter's scale", scale, -LIMITS.scale, high=LIMITS.scale)
         self._expect_unfused("another is loaded")
         if is_cast(self.transformer):
             raise InputError("layerwise casting is on: expected adapters loaded and fused before it")

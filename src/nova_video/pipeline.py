@@ -53,7 +53,7 @@ from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, reques
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
 from nova_video.sampling.timing import Stopwatch, span
 from nova_video.saving import load_generation
-from nova_video.settings import CheckpointSettings, Defaults
+from nova_video.settings import CheckpointSettings, Defaults, shown
 from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.timeline import Timeline
 from nova_video.vocabulary import HINT
@@ -571,9 +571,10 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             return [torch.Generator(self.execution_device).manual_seed(seed)]
         if isinstance(generator, torch.Generator):
             return [generator]
-        generators = list(generator)
+        generators = list(generator) if isinstance(generator, Sequence) else []
         if len(generators) not in (1, batch) or not all(isinstance(g, torch.Generator) for g in generators):
-            raise InputError(f"generator: got a list of {len(generators)}: expected one, or {batch}, one a picture")
+            got = f"a list of {len(generators)}" if isinstance(generator, Sequence) else shown(generator)
+            raise InputError(f"generator: got {got}: expected one, or {batch}, one a picture")
         return generators
 
     # What a callback reads off the pipeline: of its own call, which is that of its thread -----------------------------

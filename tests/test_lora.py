@@ -508,7 +508,7 @@ def test_the_command_takes_an_adapter(
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
         assert run("again.png", "--lora", adapter, "--state", "kept.safetensors") == 130
-    assert cli.main(["generate", "--resume", "kept.safetensors", "--device", "cpu"]) == 0
+    assert cli.main(["generate", "--resume", "kept.safetensors", "-o", "again.png", "--device", "cpu"]) == 0
     assert media.read_metadata("again.png")["lora"] == str(adapter)
     assert (media.read_frames("again.png")[0] == full).all()
     capsys.readouterr()

@@ -346,9 +346,7 @@ class Decode:
 
         for _, scene in groupby(told_apart(frames), key=lambda pair: pair[0]):
             for part in cut_lengths(fitted(timed for _, timed in scene), self.settings.frames):
-                start, end = part[0][0], part[0][0] + len(part) / fps
-                stack = np.stack([pixels for _, pixels in part])  # (F, H, W, 3)
-                yield Clip(source, round(start, 6), round(end, 6), fps, "", stack)
+                yield _take_clip(source, part, fps)
                 clips += 1
             longest = max(longest, length)
         if not clips:
@@ -365,6 +363,14 @@ class Decode:
                 f" expected at most {ENLARGED:g}"
             )
         return size
+
+
+def _take_clip(source: str, part: list[Timed[NDArray[np.uint8]]], fps: float) -> Clip:
+    """The clip of a stretch of frames, which is emptied: it is not held twice while the next one is read."""
+    start, end = part[0][0], part[0][0] + len(part) / fps
+    frames = np.stack([pixels for _, pixels in part])  # (F, H, W, 3)
+    part.clear()
+    return Clip(source, round(start, 6), round(end, 6), fps, "", frames)
 
 
 def told_apart(frames: Iterable[tuple[int, Timed[T]]]) -> Iterator[tuple[tuple[int, int], Timed[T]]]:

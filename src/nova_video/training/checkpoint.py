@@ -225,7 +225,7 @@ def load_checkpoint(path: Path, model: nn.Module, average: Average, optimizer: t
     for name, target in (targets | moments).items():
         if name in tensors:
             check_tensor(path, name, tensors[name], target)
-    learned = {name for key, name in steps.items() if key in tensors}
+    learned = [name for key, name in steps.items() if key in tensors]  # every process has them in this order
     for key, name in steps.items():
         if key in tensors:
             check_step(path, key, tensors[key])

@@ -369,6 +369,10 @@ def test_what_is_no_adapter_is_refused(pipe: NovaPipeline, adapter: Path, tmp_pa
     with pytest.raises(InputError, match="expected a safetensors file with an adapter"):
         pipe.load_lora_weights(tmp_path)
     tensors = load_file(adapter / LORA_FILE)
+    name = next(iter(tensors))
+    save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, tmp_path / LORA_FILE)
+    with pytest.raises(InputError, match=f"{name} has values that are not finite: expected finite weights"):
+        pipe.load_lora_weights(tmp_path)
     settings = {"transformer.r": 4, "transformer.unheard": 1, "transformer.target_modules": ["attn.qkv"]}
     save_file(tensors, tmp_path / LORA_FILE, {LORA_METADATA: json.dumps(settings)})
     with pytest.raises(InputError, match="no LoRA that peft can make: .*unheard"):

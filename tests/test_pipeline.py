@@ -695,3 +695,10 @@ def test_gpu_gives_the_same_picture(tiny_checkpoint: Path, videos: NovaPipeline,
     assert pipe("a whale", generator=torch.Generator("cuda").manual_seed(0), **QUICK).images[0].size == (96, 64)
     if way == "offload":
         assert {part.device.type for part in (pipe.transformer, pipe.vae, pipe.text_encoder)} == {"cpu"}
+
+
+def test_more_sets_than_tokens_are_said(tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
+    pipe.start(GenerateRequest(prompt_embeds=[torch.zeros(2, 32)], num_inference_steps=999, output_type="latent"))
+    sets = len(set_sizes(24, 999))
+    assert f"num_inference_steps (sets) is 999, and a frame has 24 tokens: each is made in {sets} sets" in caplog.text

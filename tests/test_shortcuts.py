@@ -1,5 +1,6 @@
 """Shortcuts do what they say and no more; presets are shares of a checkpoint's own numbers."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from nova_video.errors import InputError
 from nova_video.model import set_sizes
-from nova_video.plan import Capabilities, plan_as_json, plan_from_json
+from nova_video.plan import Capabilities, Plan, plan_as_json
+from nova_video.records import read_record
 from nova_video.request import GenerateRequest
 from nova_video.sampling.diffusion import Schedule
 from nova_video.sampling.engine import DirectRunner, FastEngine, PlainEngine
@@ -174,7 +176,7 @@ def test_presets_are_shares_of_the_checkpoint_s_own() -> None:
     assert (named.num_inference_steps, named.num_diffusion_steps) == (12, 7)
     assert (named.shortcuts.solver, named.shortcuts.guidance_every) == ("own", 1)
     assert named.shortcuts.last_steps == fast.last_steps
-    assert plan_from_json(plan_as_json(quick)) == quick
+    assert read_record(Plan, json.loads(json.dumps(plan_as_json(quick))), "plan") == quick
 
 
 @pytest.mark.parametrize(

@@ -343,6 +343,9 @@ def load_adapter(name_or_path: str | Path, model: NOVATransformer3DModel, weight
         settings = None if told is None else parse_json(told)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: expected a safetensors file with an adapter ({error})") from None
+    broken = next((key for key, value in tensors.items() if not bool(value.isfinite().all())), None)
+    if broken is not None:
+        raise InputError(f"{path}: {broken} has values that are not finite: expected finite weights")
     config_path = path.with_name(ADAPTER_CONFIG)
     config = read_json(config_path) if settings is None and config_path.is_file() else None
     own, scaled = read_forms(model, tensors, config, str(path))

@@ -36,7 +36,7 @@ from nova_video.io.files import make_readable
 from nova_video.keywords import CALL_HINTS, OPEN_HINTS, refuse_keywords
 from nova_video.loading import check_parts, load_parts, load_scheduler, resolve_checkpoint
 from nova_video.memory import LowMemory, Turn, enable_low_memory
-from nova_video.model import NOVATransformer3DModel
+from nova_video.model import NOVATransformer3DModel, set_sizes
 from nova_video.model.casting import is_cast
 from nova_video.model.lora import adapter_names, adapter_state
 from nova_video.model_card import CARD, card_facts, pipeline_card
@@ -551,6 +551,13 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         except BaseException:
             self.maybe_free_model_hooks()
             raise
+        if request.num_inference_steps is not None and request.num_inference_steps > state.num_tokens:
+            log.warning(
+                "num_inference_steps (sets) is %d, and a frame has %d tokens: each is made in %d sets",
+                request.num_inference_steps,
+                state.num_tokens,
+                len(set_sizes(state.num_tokens, state.num_sets)),
+            )
         generation = Generation(
             self,
             plan,

@@ -36,6 +36,7 @@ NOT_RECORDED = (  # of a run and not of a result, or another way to say a settin
         "prompts",
         "batch",
         "num_images",
+        "memory_gb",
     ),
     *("seconds", "size", "prompt_at", "motion_at", "guidance_at"),
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nova_video.model.denoiser import Denoiser, DenoiserBlock
 from nova_video.model.vit import Attention
+from nova_video.sampling import guidance as formulas
 from nova_video.sampling.context import Context
 from nova_video.sampling.engine import (
     SAID,
@@ -128,6 +129,15 @@ class HalvedGuidance(Guidance):
         return super().combine(outputs / 2, passes)
 
 
+def halve_output(model: Any) -> None:
+    model.image_decoder.register_forward_hook(lambda *called: called[-1] / 2)
+
+
+def replace_forward(model: Any) -> None:
+    forward = model.image_decoder.forward
+    model.image_decoder.forward = lambda *args, **kwargs: forward(*args, **kwargs) / 2
+
+
 def set_class(part: str, kind: type[Any]) -> Callable[[Any], None]:
     def change(model: Any) -> None:
         model.get_submodule(part).__class__ = kind
@@ -142,6 +152,8 @@ def set_class(part: str, kind: type[Any]) -> Callable[[Any], None]:
         (set_class("image_decoder.blocks.0", HalvedBlock), Guidance(4.0), "image_decoder (HalvedBlock) is a class"),
         (set_class("image_encoder.blocks.2.attn", HalvedAttention), Guidance(4.0), "image_encoder (HalvedAttention)"),
         (set_class("video_encoder.blocks.0.attn", HalvedAttention), Guidance(4.0), "video_encoder (HalvedAttention)"),
+        (halve_output, Guidance(4.0), "image_decoder (Denoiser) is a class of its own or has a hook"),
+        (replace_forward, Guidance(4.0), "image_decoder (Denoiser) is a class of its own or has a hook"),
         (None, HalvedGuidance(4.0), "HalvedGuidance is a guidance of its own"),
     ],
 )
@@ -166,6 +178,20 @@ def test_a_class_of_its_own_is_called(
     assert (quick - stock).abs().max() > 1e-2
     (record,) = caplog.records
     assert said in record.message
+
+
+@pytest.mark.parametrize("renorm", [1.0, 0.5])
+def test_both_ways_follow_the_formula_of_guidance(renorm: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    guidance, combine = Guidance(4.0, renorm=renorm), formulas.combine
+
+    def made(engine: Callable[[Any], Engine]) -> Tensor:
+        return run("rotary-flow", engine, make_state(open_model("rotary-flow"), embeds(), guidance))
+
+    stock = made(fast)
+    monkeypatch.setattr(formulas, "combine", lambda outputs, *others: combine(outputs / 2, *others))
+    quick = made(fast)
+    close(quick, made(PlainEngine))
+    assert (quick - stock).abs().max() > 1e-2
 
 
 def test_sets_are_padded_with_a_token_of_their_own() -> None:

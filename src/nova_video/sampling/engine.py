@@ -25,9 +25,10 @@ from nova_video.model.embeddings import Rotary
 from nova_video.model.patches import gather_tokens
 from nova_video.model.transformer import ApplyBlock, ImageEncoder, VideoEncoder
 from nova_video.model.vit import Attention, Block, Mlp
+from nova_video.sampling import guidance as formulas
 from nova_video.sampling.diffusion import Schedule, SetNoise, denoise_set, linear_step, predicted_data
 from nova_video.sampling.fused import foreign_denoiser_part, run_fused, supports
-from nova_video.sampling.guidance import Guidance, Prediction, combine, pass_weights
+from nova_video.sampling.guidance import Guidance, Prediction, pass_weights
 
 ROWS_AT_ONCE = 1 << 16  # tokens times steps whose modulations are computed together: bounds their memory
 SAID: set[str] = set()  # of `say_once`, in this process
@@ -143,11 +144,11 @@ class FastEngine:
 
     @cached_property
     def plain(self) -> PlainEngine | None:
-        """The engine for a model with a part of another class; None where every part is known."""
+        """The engine for a model with a part of another class or with a hook; None where every part is known."""
         part = foreign_part(self.model)
         if part is None:
             return None
-        say_once(f"{part} is a class of its own: it is computed by the plain loop, which is slower")
+        say_once(f"{part} is a class of its own or has a hook: it is computed by the plain loop, which is slower")
         return PlainEngine(self.model)
 
     def context(self, condition: Tensor, tokens: Tensor, positions: Positions) -> Tensor:
@@ -400,7 +401,7 @@ def guided_prediction(
 ) -> Prediction:
     """x (B, S, P) float32 under the modulations of n passes -> their prediction."""
     output = denoiser.predict(torch.cat([x.to(modulations[0].dtype)] * passes), modulations)
-    return combine(output, passes, scales[0], scales[1])
+    return formulas.combine(output, passes, scales[0], scales[1])
 
 
 def run_any(

@@ -229,7 +229,10 @@ def blocks_of(denoiser: Denoiser) -> list[DenoiserBlock]:
 
 
 def foreign_denoiser_part(denoiser: Denoiser) -> nn.Module | None:
-    """A part of another class than the fast ways were written for: they would not call what it overrides."""
+    """A part of another class than the fast ways were written for, or with a hook or a `forward` of its own.
+
+    The fast ways would not call what it overrides.
+    """
     parts: list[tuple[nn.Module, type[nn.Module]]] = [
         (denoiser, Denoiser),
         (denoiser.patch_embed, PatchEmbed),
@@ -237,10 +240,17 @@ def foreign_denoiser_part(denoiser: Denoiser) -> nn.Module | None:
         (denoiser.norm, AdaLayerNorm),
     ]
     for block in denoiser.blocks:
+        parts.append((block, DenoiserBlock))
         if type(block) is not DenoiserBlock:
-            return block
+            break
         parts += [(block.norm1, AdaLayerNorm), (block.proj, Projection), (block.norm2, nn.LayerNorm)]
-    return next((part for part, known in parts if type(part) is not known), None)
+    return next((part for part, known in parts if type(part) is not known or _is_hooked(part)), None)
+
+
+def _is_hooked(part: nn.Module) -> bool:
+    """True if calling the module does more than its class says; hooks of libraries that only move weights aside."""
+    moved = hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook")
+    return bool(part._forward_hooks or part._forward_pre_hooks or ("forward" in vars(part) and not moved))
 
 
 # How products are cut -------------------------------------------------------------------------------------------------

@@ -124,6 +124,17 @@ def test_ways_to_another_pipeline_keep_parts_and_settings(pipe: NovaPipeline, tm
     assert ways["from_pipe"].transformer is pipe.transformer
 
 
+@pytest.mark.parametrize("part", ["transformer", "scheduler", "vae", "text_encoder", "tokenizer"])
+def test_parts_given_to_diffusers_own_pipeline_are_taken(pipe: NovaPipeline, tmp_path: Path, part: str) -> None:
+    pipe.save_pretrained(tmp_path)
+    mine = getattr(pipe, part)
+    assert getattr(DiffusionPipeline.from_pretrained(str(tmp_path), **{part: mine}), part) is mine
+    if part in NovaPipeline._optional_components:
+        assert getattr(DiffusionPipeline.from_pretrained(str(tmp_path), **{part: None}), part) is None
+        without = {name: value for name, value in pipe.components.items() if name != part}
+        assert getattr(NovaPipeline(**without), part) is None
+
+
 def test_from_pipe_leaves_the_dtype_of_shared_parts(tiny_checkpoint: Path) -> None:
     half = NovaPipeline.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)
     assert NovaPipeline.from_pipe(half).transformer.dtype == torch.bfloat16

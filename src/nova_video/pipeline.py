@@ -921,6 +921,17 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         return torch.device(hook.execution_device) if isinstance(hook, CpuOffload) else self.transformer.device
 
 
+# diffusers' own `from_pretrained` takes only the parameters without a default for parts, and ignores a part given for
+# another one. The signature that it reads therefore shows no default for the optional parts; Python uses them still.
+_signature = inspect.signature(NovaPipeline.__init__)
+NovaPipeline.__init__.__signature__ = _signature.replace(  # type: ignore[attr-defined]
+    parameters=[
+        parameter.replace(default=parameter.empty) if name in NovaPipeline._optional_components else parameter
+        for name, parameter in _signature.parameters.items()
+    ]
+)
+
+
 def _from_frame(timeline: Timeline[Any], plan: Plan, frame: int) -> Any:
     """The value that holds at a latent frame: each takes over with the first that begins at its time or later."""
     return [

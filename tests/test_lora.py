@@ -285,6 +285,8 @@ FORMS = {  # what stands before a layer's name, and names of its halves
     "no prefix": ("", PEFT),
     "comfy": ("diffusion_model.", PEFT),
     "comfy, down and up": ("diffusion_model.", KOHYA),
+    "comfy, whole": ("model.diffusion_model.", PEFT),
+    "comfy by peft": ("base_model.model.diffusion_model.", PEFT),
     "kohya": ("lora_unet_", KOHYA),
     "peft, named": ("base_model.model.", ("lora_A.default", "lora_B.default")),
 }
@@ -348,6 +350,8 @@ def test_folders_of_peft(pipe: NovaPipeline, tmp_path: Path, config: dict[str, A
         ("lora_unet_{}.lora_mid.weight", "LoCon with a Tucker core"),
         ("lora_te_text_model_layer.lora_down.weight", "LoRA of a text encoder"),
         ("transformer.{}.lora_B.bias", "LoRA with biases"),
+        ("diffusion_model.{}.diff", "whole differences of weights"),
+        ("diffusion_model.{}.diff_b", "whole differences of weights"),
     ],
 )
 def test_other_kinds_of_adapters_are_refused_by_name(pipe: NovaPipeline, tmp_path: Path, key: str, kind: str) -> None:
@@ -377,8 +381,74 @@ def test_what_is_no_adapter_is_refused(pipe: NovaPipeline, adapter: Path, tmp_pa
     save_file(tensors, tmp_path / LORA_FILE, {LORA_METADATA: json.dumps(settings)})
     with pytest.raises(InputError, match="no LoRA that peft can make: .*unheard"):
         pipe.load_lora_weights(tmp_path)
+    for told, message in (("[1]", "is list: expected a JSON object"), ('{"r": 4}', "has no target_modules")):
+        save_file(tensors, tmp_path / LORA_FILE, {LORA_METADATA: told})
+        with pytest.raises(InputError, match=message):
+            pipe.load_lora_weights(tmp_path)
+    for patterns in ({"rank_pattern": [1]}, {"alpha_pattern": {"(": 2}}):
+        told = json.dumps({"r": 4, "target_modules": ["attn.qkv"], **patterns})
+        save_file(tensors, tmp_path / LORA_FILE, {LORA_METADATA: told})
+        with pytest.raises(InputError, match="no LoRA that peft can make: ") as error:
+            pipe.load_lora_weights(tmp_path)
+        assert "\n" not in str(error.value)
+    save_file({key: value.long() for key, value in tensors.items()}, tmp_path / LORA_FILE)
+    with pytest.raises(InputError, match="is torch.int64: expected floating point values"):
+        pipe.load_lora_weights(tmp_path)
     shutil.copy(adapter / LORA_FILE, tmp_path / "named.safetensors")
     pipe.load_lora_weights(tmp_path, weight_name="named.safetensors")
+    (tmp_path / LORA_FILE).rename(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="but named.safetensors, other.safetensors: expected weight_name"):
+        pipe.load_lora_weights(tmp_path)
+    (tmp_path / "other.safetensors").unlink()
+    pipe.load_lora_weights(tmp_path.parent, subfolder=tmp_path.name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]: expected a number by the name"),
+        ({"rank_pattern": "x"}, "rank_pattern is 'x': expected"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern has a name that is no pattern"),
+        (torch.ones(2), r"\.alpha has 2 values: expected one"),
+    ],
+)
+def test_settings_of_adapters_that_are_wrong(pipe: NovaPipeline, tmp_path: Path, change: Any, message: str) -> None:
+    a, b = halves(pipe)[LAYERS[0]]
+    tensors = {f"{LAYERS[0]}.lora_A.weight": a, f"{LAYERS[0]}.lora_B.weight": b}
+    if isinstance(change, dict):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(change))
+    else:
+        tensors[f"{LAYERS[0]}.alpha"] = change
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=message):
+        pipe.load_lora_weights(tmp_path)
+
+
+def test_adapters_in_8_bit_floats(pipe: NovaPipeline, tmp_path: Path) -> None:
+    tensors = {
+        f"{layer}.lora_{half}.weight": tensor.to(torch.float8_e4m3fn)
+        for layer, both in halves(pipe).items()
+        for half, tensor in zip("AB", both, strict=True)
+    }
+    save_file(tensors, tmp_path / LORA_FILE)
+    pipe.load_lora_weights(tmp_path)
+    found = lora_state_dict(pipe.transformer, "default_0")
+    assert all(torch.equal(found[key], value.float()) for key, value in tensors.items())
+
+
+def test_keywords_of_adapters(pipe: NovaPipeline, adapter: Path, tmp_path: Path) -> None:
+    """Those of diffusers that change nothing are taken, others refused."""
+    harmless: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": True, "local_files_only": True}
+    pipe.load_lora_weights(adapter, token=None, hotswap=False, **harmless)
+    for call, message in (
+        (lambda: pipe.load_lora_weights({}), "pretrained_model_name_or_path is dict: expected a file"),
+        (lambda: pipe.load_lora_weights(adapter, hotswap=True), "hotswap is no argument.*: expected unload_lora_w"),
+        (lambda: pipe.load_lora_weights(adapter, weigth_name="x"), "expected weight_name"),
+        (lambda: pipe.save_lora_weights(tmp_path, transformer_lora_layers={}), "expected adapter_name"),
+        (lambda: pipe.save_lora_weights(tmp_path, {}), "adapter_name is dict: expected one of"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
 
 
 # Sampling ----------------------------------------------------------------------------------------------------------

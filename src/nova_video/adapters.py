@@ -4,6 +4,7 @@
 it away; of several, `set_adapters` says which are used and how much. What is not here is the library's `LoraBaseMixin`.
 """
 
+import inspect
 import logging
 import warnings
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from typing import Any
 
 from diffusers.loaders.lora_base import LoraBaseMixin
 
-from nova_video.errors import InputError
+from nova_video.errors import InputError, first_line
+from nova_video.keywords import LOAD_LORA_HINTS, SAVE_LORA_HINTS, refuse_keywords
 from nova_video.loading import lasting_name, load_adapter
 from nova_video.memory import Turn
 from nova_video.model import NOVATransformer3DModel
@@ -31,6 +33,15 @@ from nova_video.model.lora import (
 from nova_video.settings import LIMITS, CheckpointSettings, check_number
 
 COMPONENTS = ("transformer",)
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+"""Arguments with which an adapter is fetched from the hub."""
+HARMLESS: dict[str, tuple[object, ...]] = {
+    "use_safetensors": (True, None),
+    "low_cpu_mem_usage": (True, False, None),
+    "hotswap": (False,),
+    "prefix": (None, "transformer"),
+}
+"""Arguments of diffusers' `load_lora_weights` with the values that change nothing here."""
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +63,27 @@ class AdapterMixin(LoraBaseMixin):
         weight_name: str | None = None,
         adapter_name: str | None = None,
         scale: float = 1.0,
+        *,
+        subfolder: str | None = None,
+        **others: Any,
     ) -> str:
         """Put an adapter beside the transformer's weights and use it, alone; returns its name.
 
-        A safetensors file, a folder with `weight_name` (default: pytorch_lora_weights.safetensors) or a hub id. With
-        `scale` 0 it changes nothing, with 1 it is as it was trained. `set_adapters` uses several together.
+        A safetensors file, a folder with `weight_name` (default: pytorch_lora_weights.safetensors) or a hub id, for
+        which `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` are taken too. With `scale` 0 it
+        changes nothing, with 1 it is as it was trained. `set_adapters` uses several together.
         """
+        given: object = pretrained_model_name_or_path
+        if not isinstance(given, str | Path):
+            got = type(given).__name__
+            raise InputError(f"pretrained_model_name_or_path is {got}: expected a file, a folder or a hub id")
+        hub = {name: value for name, value in others.items() if name in HUB}
+        refuse_keywords(
+            "load_lora_weights",
+            [name for name in others if name not in hub and others[name] not in HARMLESS.get(name, ())],
+            LOAD_LORA_HINTS,
+            (*inspect.signature(self.load_lora_weights).parameters, *HUB),
+        )
         require_peft()
         check_number("the adapter's scale", scale, -LIMITS.scale, high=LIMITS.scale)
         self._expect_unfused("another is loaded")
@@ -68,7 +94,7 @@ class AdapterMixin(LoraBaseMixin):
             raise InputError(
                 f"adapter_name is {adapter_name!r}, which is loaded: expected another, or it unloaded first"
             )
-        adapter = load_adapter(pretrained_model_name_or_path, self.transformer, weight_name)
+        adapter = load_adapter(pretrained_model_name_or_path, self.transformer, weight_name, subfolder, **hub)
         name = adapter_name or next(name for n in range(len(names) + 1) if (name := f"default_{n}") not in names)
         self._bring_home()
         try:
@@ -77,8 +103,8 @@ class AdapterMixin(LoraBaseMixin):
                 self.transformer.load_lora_adapter(
                     adapter.tensors, prefix=None, adapter_name=name, metadata=adapter.settings
                 )
-        except (TypeError, ValueError, RuntimeError) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
+        except Exception as error:  # of settings that peft does not expect: it raises many kinds
+            reason = first_line(error.__cause__ or error)
             raise InputError(f"adapter {pretrained_model_name_or_path}: no LoRA that peft can make: {reason}") from None
         self.transformer.eval()
         self.transformer.set_adapters([name], [scale])
@@ -97,9 +123,13 @@ class AdapterMixin(LoraBaseMixin):
         self._unfused = None
         self._merged_adapters: set[str] = set()
 
-    def save_lora_weights(self, save_directory: str | Path, adapter_name: str | None = None) -> Path:
+    def save_lora_weights(self, save_directory: str | Path, adapter_name: str | None = None, **others: Any) -> Path:
         """Write an adapter that is loaded, as `load_lora_weights` opens it."""
+        known = inspect.signature(self.save_lora_weights).parameters
+        refuse_keywords("save_lora_weights", others, SAVE_LORA_HINTS, known)
         names = adapter_names(self.transformer)
+        if not isinstance(adapter_name, str | None):
+            raise InputError(f"adapter_name is {type(adapter_name).__name__}: expected one of {names}")
         if (adapter_name or (names[0] if len(names) == 1 else None)) not in names:
             raise InputError(f"adapter_name is {adapter_name!r}: expected one of {names}")
         return save_lora(self.transformer, Path(save_directory), adapter_name or names[0])

@@ -45,6 +45,25 @@ CALL_HINTS = {
 }
 """For calls of the pipeline."""
 
+LOAD_LORA_HINTS = {
+    "hotswap": "unload_lora_weights before it, or set_adapters",
+    "use_safetensors": "a safetensors file: pickles are never read",
+    "prefix": "none: the names in the file tell it",
+    "proxies": "the environment variable HTTPS_PROXY",
+    "adapter_weights": "scale",
+    "lora_scale": "scale",
+    "network_alphas": "none: alphas are read from the file",
+}
+"""For `load_lora_weights`."""
+
+SAVE_LORA_HINTS = {
+    "transformer_lora_layers": "adapter_name: an adapter that is loaded is what is written",
+    "transformer_lora_adapter_metadata": "adapter_name: an adapter that is loaded is written with its own settings",
+    "weight_name": "none: the file is pytorch_lora_weights.safetensors",
+    "safe_serialization": "none: a safetensors file is always written",
+}
+"""For `save_lora_weights`."""
+
 
 def refuse_keywords(call: str, given: Iterable[str], hints: Mapping[str, str], known: Iterable[str]) -> None:
     """`given` is empty, or an InputError says what to give in the first one's place."""

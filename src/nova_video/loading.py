@@ -330,12 +330,18 @@ def _check_text_keys(folder: Path, stored: Iterable[str], model: PreTrainedModel
         raise InputError(f"{folder}: weights do not fit {type(model).__name__}: extra keys {_some(extra)}")
 
 
-def load_adapter(name_or_path: str | Path, model: NOVATransformer3DModel, weight_name: str | None = None) -> Adapter:
+def load_adapter(
+    name_or_path: str | Path,
+    model: NOVATransformer3DModel,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    **hub: Any,
+) -> Adapter:
     """A low-rank adapter for the model: a safetensors file, a folder with one, or a hub id; checked key by key.
 
-    Files of peft, diffusers, ComfyUI and kohya are read (`model/lora_forms.py`).
+    Files of peft, diffusers, ComfyUI and kohya are read (`model/lora_forms.py`). `hub`: for `hf_hub_download`.
     """
-    path = _find_adapter(name_or_path, weight_name)
+    path = _find_adapter(name_or_path, weight_name, subfolder, hub)
     try:
         tensors = load_file(path)
         with safe_open(str(path), framework="pt") as file:
@@ -343,6 +349,9 @@ def load_adapter(name_or_path: str | Path, model: NOVATransformer3DModel, weight
         settings = None if told is None else parse_json(told)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: expected a safetensors file with an adapter ({error})") from None
+    if not isinstance(settings, dict | None):
+        raise InputError(f"{path}: its metadata {LORA_METADATA} is {type(settings).__name__}: expected a JSON object")
+    tensors = {key: value.float() if value.itemsize == 1 else value for key, value in tensors.items()}
     broken = next((key for key, value in tensors.items() if not bool(value.isfinite().all())), None)
     if broken is not None:
         raise InputError(f"{path}: {broken} has values that are not finite: expected finite weights")
@@ -357,14 +366,23 @@ def load_adapter(name_or_path: str | Path, model: NOVATransformer3DModel, weight
         raise InputError(f"{path}: has alpha both as tensors and in its metadata: expected one of them")
     else:
         settings = {key.removeprefix(LORA_PREFIX): value for key, value in settings.items()}
+        if not settings.get("target_modules"):
+            raise InputError(f"{path}: its metadata has no target_modules: expected the names of the layers")
     adapter = Adapter(own, settings)
     check_adapter(model, adapter, str(path))
     return adapter
 
 
-def _find_adapter(name_or_path: str | Path, weight_name: str | None) -> Path:
-    """The file of an adapter; in a folder or on the hub the one of that name, or diffusers' name, or peft's."""
+def _find_adapter(
+    name_or_path: str | Path, weight_name: str | None, subfolder: str | None, hub: Mapping[str, Any]
+) -> Path:
+    """The file of an adapter; in a folder or on the hub the one of that name, or diffusers' name, or peft's.
+
+    A folder may also have one safetensors file of any other name.
+    """
     path = Path(name_or_path).expanduser()
+    if subfolder is not None and path.is_dir():
+        path /= subfolder
     names = (LORA_FILE, PEFT_FILE) if weight_name is None else (weight_name,)
     listed = " or ".join(names)
     if path.is_file():
@@ -373,17 +391,22 @@ def _find_adapter(name_or_path: str | Path, weight_name: str | None) -> Path:
         for name in names:
             if (path / name).is_file():
                 return path / name
-        raise InputError(f"adapter {name_or_path}: the folder has no {listed}: expected one that has")
+        files = sorted(path.glob("*.safetensors"))
+        if weight_name is None and len(files) == 1:
+            return files[0]
+        there = f", but {', '.join(file.name for file in files[:5])}" if files else ""
+        instead = "weight_name with one of these" if files else "one that has"
+        raise InputError(f"adapter {path}: the folder has no {listed}{there}: expected {instead}")
     if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name_or_path):
         raise InputError(
             f"adapter {str(name_or_path)!r} not found: expected a file, a folder with {listed}, or a hub id"
         )
     for name in names:
         try:
-            found = Path(hf_hub_download(name_or_path, name))
+            place = hf_hub_download(name_or_path, name, subfolder=subfolder, **hub)
             if name == PEFT_FILE:
-                hf_hub_download(name_or_path, ADAPTER_CONFIG)  # lies beside it
-            return found
+                hf_hub_download(name_or_path, ADAPTER_CONFIG, subfolder=subfolder, **hub)  # lies beside it
+            return Path(str(place))
         except EntryNotFoundError as error:
             if name == names[-1]:
                 raise InputError(f"adapter {name_or_path!r}: has no {listed} on the hub: {first_line(error)}") from None

@@ -43,10 +43,11 @@ OTHER_KINDS = {
     "lora_embedding_": "LoRA of an embedding",
     "text_encoder": "LoRA of a text encoder",
     "lora_te": "LoRA of a text encoder",
-    ".diff": "whole differences of weights",
     ".bias": "LoRA with biases",
 }
 """Parts of names by which the kinds are known that are not read."""
+DIFFERENCES = (".diff", ".diff_b")
+"""Ends of the names of whole differences of weights."""
 
 
 def read_forms(
@@ -64,14 +65,18 @@ def read_forms(
     found: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
     for key, tensor in tensors.items():
-        if (kind := next((kind for part, kind in OTHER_KINDS.items() if part in key), None)) is not None:
+        if (kind := _other_kind(key)) is not None:
             raise InputError(f"{where}: is {kind}, by its {key}: expected LoRA of linear layers of the transformer")
         if key.endswith(".alpha"):
+            if tensor.numel() != 1:
+                raise InputError(f"{where}: {key} has {tensor.numel()} values: expected one")
             alphas[_layer(key.removesuffix(".alpha"), layers, flat, where)] = float(tensor)
             continue
         match = WEIGHT.fullmatch(key)
         if match is None:
             raise InputError(f"{where}: has {key}: expected names such as transformer.<layer>.lora_A.weight")
+        if not tensor.is_floating_point():
+            raise InputError(f"{where}: {key} is {tensor.dtype}: expected floating point values")
         name = f"{_layer(match['layer'], layers, flat, where)}.{HALVES.get(match['half'], match['half'])}.weight"
         if name in found:
             raise InputError(f"{where}: has {name} twice, the second as {key}: expected one of each")
@@ -89,6 +94,13 @@ def linear_names(model: nn.Module) -> set[str]:
         if isinstance(getattr(module, "base_layer", module), nn.Linear)
         and not re.search(r"\.(base_layer|lora_[AB])(\.|$)", name)
     }
+
+
+def _other_kind(key: str) -> str | None:
+    """The kind of adapter that a tensor is of by its name, where it is one that is not read."""
+    if key.endswith(DIFFERENCES):
+        return "whole differences of weights"
+    return next((kind for part, kind in OTHER_KINDS.items() if part in key), None)
 
 
 def _layer(written: str, layers: set[str], flat: Mapping[str, list[str]], where: str) -> str:
@@ -110,6 +122,9 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
     kind = config.get("peft_type", "LORA")
     if str(kind).upper() != "LORA":
         raise InputError(f"{where}: peft_type is {kind!r}: expected LORA")
+    for name in ("alpha_pattern", "rank_pattern"):
+        if not isinstance(config.get(name) or {}, Mapping):
+            raise InputError(f"{where}: {name} is {config[name]!r}: expected a number by the name of each layer")
     others = {"use_dora": "DoRA", "fan_in_fan_out": "LoRA of transposed weights", "lora_bias": "LoRA with biases"}
     for name, kind in others.items():
         if config.get(name):
@@ -140,7 +155,10 @@ def _settings(
 def _config_alpha(config: Mapping[str, Any], layer: str, rank: int, where: str) -> float:
     """What adapter_config.json says of a layer; its rank, where there is none."""
     patterns = config.get("alpha_pattern") or {}
-    own = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), None)
+    try:
+        own = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), None)
+    except re.error as error:
+        raise InputError(f"{where}: alpha_pattern has a name that is no pattern of layers: {error}") from None
     alpha = own if own is not None else config.get("lora_alpha", rank)
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise InputError(f"{where}: lora_alpha is {alpha!r}: expected a number")

@@ -274,6 +274,9 @@ def test_encoded_prompts_give_what_sentences_give(pipe: NovaPipeline) -> None:
         ("num_inference_step", "num_inference_steps"),
         ("sigmas", "num_diffusion_steps and flow_shift"),
         ("eta", "DDPMScheduler"),
+        ("sets", "num_inference_steps"),
+        ("num_sets", "num_inference_steps"),
+        ("seed", "generator"),
     ],
 )
 def test_unknown_arguments_name_what_to_write(pipe: NovaPipeline, name: str, expected: str) -> None:

@@ -143,6 +143,17 @@ FLOW_REFUSED = [
         r"expected dpmsolver\+\+",
     ),
     ("UniPCMultistepScheduler", AS_FLOW | {"use_karras_sigmas": True}, "use_karras_sigmas True: expected False"),
+    *(
+        (name, options | {"num_train_timesteps": 500}, f"{name} with num_train_timesteps 500: expected 1000")
+        for name, options in (
+            ("FlowMatchEulerDiscreteScheduler", {}),
+            ("FlowMatchHeunDiscreteScheduler", {}),
+            ("UniPCMultistepScheduler", AS_FLOW),
+            ("DPMSolverMultistepScheduler", AS_FLOW),
+        )
+    ),
+    ("UniPCMultistepScheduler", AS_FLOW | {"predict_x0": False}, "predict_x0 False: expected True"),
+    ("UniPCMultistepScheduler", AS_FLOW | {"solver_type": "bh1"}, "solver_type bh1: expected bh2"),
     ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, "use_dynamic_shifting True: expected False"),
     ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas True: expected False"),
     *(
@@ -161,6 +172,14 @@ DIFFUSION_REFUSED = [
     ("DDIMScheduler", {"thresholding": True}, "thresholding True: expected False"),
     ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type continuous: expected discrete"),
     ("DDPMScheduler", {"variance_type": "fixed_large"}, "variance_type fixed_large: expected fixed_small"),
+    ("DDIMScheduler", {"clip_sample": True}, "DDIMScheduler with clip_sample True: expected False"),
+    ("DDPMScheduler", {"clip_sample": True}, "DDPMScheduler with clip_sample True: expected False"),
+    ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "solver_type bh1: expected bh2"),
+    *(
+        (f"{name}MultistepScheduler", {option: True}, f"{option} True: expected False")
+        for name in ("DPMSolver", "DEIS", "UniPC")
+        for option in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+    ),
 ]
 
 
@@ -170,6 +189,33 @@ def test_what_does_not_fit_is_refused_by_name(own: Any, refused: list[tuple[str,
         with pytest.raises(InputError, match=message) as caught:
             check_scheduler(make(name, own, **options), TrainedNoise.of(own))
         assert "\n" not in str(caught.value)
+
+
+def test_settings_that_do_not_say_how_many_steps_take_any() -> None:
+    check_scheduler(FlowMatchEulerDiscreteScheduler(500), TrainedNoise("flow_prediction"))
+
+
+def test_a_clamp_that_was_trained_with_is_kept() -> None:
+    """Solvers have none, and are taken with it in the config that they were made from."""
+    own = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True, clip_sample_range=2.0)
+    for name in ("DDPMScheduler", "DDIMScheduler", "UniPCMultistepScheduler"):
+        check_scheduler(make(name, own), TrainedNoise.of(own))
+    check_scheduler(make("UniPCMultistepScheduler", own), TrainedNoise.of(DDPM))
+    with pytest.raises(InputError, match="with clip_sample_range 1: expected 2,"):
+        check_scheduler(make("DDIMScheduler", own, clip_sample_range=1.0), TrainedNoise.of(own))
+    with pytest.raises(InputError, match="with clip_sample False: expected True"):
+        check_scheduler(DDPM, TrainedNoise.of(own))
+
+
+@pytest.mark.parametrize("scheduler", [None, "euler", DDIMScheduler])
+def test_what_is_no_scheduler_is_refused(emoji: NovaPipeline, scheduler: Any) -> None:
+    own = emoji.scheduler
+    try:
+        emoji.scheduler = scheduler
+        with pytest.raises(InputError, match="scheduler is .*: expected one of diffusers' schedulers"):
+            draw(emoji, 2)
+    finally:
+        emoji.scheduler = own
 
 
 @pytest.fixture(scope="module")

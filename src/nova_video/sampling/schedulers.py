@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, SchedulerMixin
 
 from nova_video.errors import InputError
+from nova_video.settings import shown
 
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 SOLVERS = (
@@ -27,10 +28,12 @@ DIFFUSION = ("DDPMScheduler", "DDIMScheduler")
 SIGMAS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 """Diffusion in terms of sigmas; they know the predictions epsilon and v_prediction. Heun's steps are not among them: of
 eight steps, from sigmas as large as those of a cosine schedule, they make values far outside the data."""
-UNSUPPORTED = ("thresholding", "use_dynamic_shifting", "invert_sigmas")
-"""Options that act on whole pictures, need a length of sequence, or swap noise and data."""
-OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-"""Sigmas of diffusion, which the solvers take in place of those of flow matching."""
+UNSUPPORTED = (
+    *("thresholding", "use_dynamic_shifting", "invert_sigmas"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
+)
+"""Options that act on whole pictures, need a length of sequence, swap noise and data, or take other sigmas. With other
+sigmas of diffusion most solvers fail, and those of flow matching would be replaced."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,22 @@ class TrainedNoise:
     """flow_prediction, or what DDPM's denoiser predicts: epsilon, v_prediction or sample."""
     kept: tuple[float, ...] = ()
     """Cumulative products of alpha of a diffusion; empty for flow matching."""
+    steps: int | None = None
+    """The number of timesteps, which scales the times that the model reads; None: unknown."""
+    clip: float | None = None
+    """The bound to which a diffusion's predicted data are clamped; None: they are not."""
 
     @classmethod
     def of(cls, scheduler: Any) -> "TrainedNoise":
         """The training that a scheduler assumes."""
-        if _is_a(scheduler, FLOW):
-            return cls("flow_prediction")
-        prediction = str(scheduler.config.get("prediction_type", type(scheduler).__name__))
+        config = scheduler.config
+        steps = config.get("num_train_timesteps")
+        prediction = str(config.get("prediction_type", type(scheduler).__name__))
+        if _is_a(scheduler, FLOW) or prediction == "flow_prediction":
+            return cls("flow_prediction", steps=steps)
         kept: Any = getattr(scheduler, "alphas_cumprod", None)
-        return cls(prediction, () if kept is None or prediction == "flow_prediction" else tuple(kept.tolist()))
+        clip = float(config.get("clip_sample_range", 1)) if config.get("clip_sample") else None
+        return cls(prediction, () if kept is None else tuple(kept.tolist()), steps, clip)
 
     @property
     def is_flow(self) -> bool:
@@ -58,6 +68,8 @@ class TrainedNoise:
 
 def check_scheduler(scheduler: Any, trained: TrainedNoise) -> None:
     """Raises InputError if the scheduler does not step along the noise schedule that the weights were trained with."""
+    if not isinstance(scheduler, SchedulerMixin):
+        raise InputError(f"scheduler is {shown(scheduler)}: expected one of diffusers' schedulers")
     name, config = type(scheduler).__name__, scheduler.config
     fitting: tuple[str, ...] = (*FLOW, *SOLVERS) if trained.is_flow else (*DIFFUSION, *SOLVERS)
     if trained.prediction in ("epsilon", "v_prediction"):
@@ -77,12 +89,18 @@ def check_scheduler(scheduler: Any, trained: TrainedNoise) -> None:
                 )
         if (algorithm := str(config.get("algorithm_type", "deis"))) in ("dpmsolver", "sde-dpmsolver"):
             raise InputError(f"scheduler is {name} with algorithm_type {algorithm}: expected {algorithm}++ for a flow")
-        unsupported: tuple[str, ...] = (*UNSUPPORTED, *OTHER_SIGMAS)
-    else:
-        unsupported = UNSUPPORTED
-    for option in unsupported:
+    for option in UNSUPPORTED:
         if config.get(option):
             raise InputError(f"scheduler is {name} with {option} {config[option]}: expected False")
+    if _is_a(scheduler, ("UniPCMultistepScheduler",)):
+        for option, value in (("predict_x0", True), ("solver_type", "bh2")):  # with others it fails or makes NaN
+            if config[option] != value:
+                raise InputError(f"scheduler is {name} with {option} {config[option]}: expected {value}")
+    if trained.is_flow and trained.steps not in (None, config.num_train_timesteps):
+        raise InputError(
+            f"scheduler is {name} with num_train_timesteps {config.num_train_timesteps}: expected {trained.steps}, as"
+            f" this checkpoint was trained with: {name}.from_config(pipe.scheduler.config)"
+        )
     if not trained.is_flow:
         _check_diffusion(scheduler, trained, learned)
 
@@ -101,7 +119,16 @@ def _check_diffusion(scheduler: Any, trained: TrainedNoise, learned: str) -> Non
         raise InputError(f"scheduler is {name} with timestep_type {config.timestep_type}: expected discrete")
     if _is_a(scheduler, ("DDPMScheduler",)) and config.variance_type != "fixed_small":
         raise InputError(f"scheduler is {name} with variance_type {config.variance_type}: expected fixed_small")
-    kept = TrainedNoise.of(scheduler).kept
+    own = TrainedNoise.of(scheduler)
+    if _is_a(scheduler, DIFFUSION) and own.clip != trained.clip:  # the others never clamp, whatever their config holds
+        option, found, expected = "clip_sample", str(own.clip is not None), str(trained.clip is not None)
+        if own.clip is not None and trained.clip is not None:
+            option, found, expected = "clip_sample_range", f"{own.clip:g}", f"{trained.clip:g}"
+        raise InputError(
+            f"scheduler is {name} with {option} {found}: expected {expected}, as this checkpoint was trained with:"
+            f" {name}.from_config(pipe.scheduler.config)"
+        )
+    kept = own.kept
     if len(kept) != len(trained.kept) or not torch.allclose(
         torch.tensor(kept), torch.tensor(trained.kept), rtol=1e-3, atol=1e-6
     ):

@@ -143,6 +143,21 @@ def test_from_pipe_leaves_the_dtype_of_shared_parts(tiny_checkpoint: Path) -> No
         NovaPipeline.from_pipe(half, vea=None)
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("shards_first", [True, False])
+def test_saves_into_the_same_folder(
+    pipe: NovaPipeline, tmp_path: Path, shards_first: bool, variant: str | None
+) -> None:
+    """One with shards and one without: the later one is what opens."""
+    for shards in (shards_first, not shards_first):
+        for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
+            next(part.parameters()).data.fill_(float(shards))
+        pipe.save_pretrained(tmp_path, variant=variant, max_shard_size="200KB" if shards else None)
+    opened = NovaPipeline.from_pretrained(tmp_path, variant=variant)
+    for part in (opened.transformer, opened.vae, opened.text_encoder):
+        assert next(part.parameters()).unique().tolist() == [float(not shards_first)]
+
+
 def test_variants(pipe: NovaPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "both")
     other = NovaPipeline.from_pipe(pipe)

@@ -57,6 +57,7 @@ from nova_video.settings import CheckpointSettings, Defaults, shown
 from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.timeline import Timeline
 from nova_video.vocabulary import HINT
+from nova_video.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, index_or_single
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Dtypes = torch.dtype | dict[str, torch.dtype] | None
@@ -239,6 +240,11 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
                 f"the transformer has adapters ({', '.join(names)}): expected them unloaded before it is saved, and "
                 "fused before that if they are to be in it"
             )
+        for part in ("transformer", "vae", "text_encoder"):
+            if getattr(self, part) is not None:
+                base = TRANSFORMERS_WEIGHTS if part == "text_encoder" else DIFFUSERS_WEIGHTS
+                for path in index_or_single(folder / part, base, variant):  # an older save may have the other of both
+                    path.unlink(missing_ok=True)
         super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
         for path in folder.rglob("*.safetensors"):
             make_readable(path)

@@ -27,8 +27,7 @@ class Weights:
 def find_weights(folder: Path, base: str, variant: str | None = None) -> Weights:
     """One file or the shards of an index: of the variant, or else in their plain form, or else as fp16 or bf16."""
     for kind in dict.fromkeys([variant, None, "fp16", "bf16"]):
-        middle = "" if kind is None else f".{kind}"
-        index, single = folder / f"{base}.safetensors.index{middle}.json", folder / f"{base}{middle}.safetensors"
+        index, single = index_or_single(folder, base, kind)
         if index.is_file():
             return Weights(shard_files(index), kind)
         if single.is_file():
@@ -40,6 +39,12 @@ def find_weights(folder: Path, base: str, variant: str | None = None) -> Weights
             + (f"; {_convert_line(folder)} makes them of these" if base == DIFFUSERS_WEIGHTS else "")
         )
     raise InputError(f"{folder}: has no weights: expected {base}.safetensors")
+
+
+def index_or_single(folder: Path, base: str, variant: str | None = None) -> tuple[Path, Path]:
+    """The index of the shards that weights may lie in, and the one file that they may lie in."""
+    middle = "" if variant is None else f".{variant}"
+    return folder / f"{base}.safetensors.index{middle}.json", folder / f"{base}{middle}.safetensors"
 
 
 def shard_files(index: Path) -> list[Path]:

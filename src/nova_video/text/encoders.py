@@ -134,6 +134,19 @@ def text_width(name: str) -> int:
     return width
 
 
+def text_class(name: str) -> str | None:
+    """The transformers class that `load_text_model` makes of a text encoder; None where transformers knows none."""
+    try:
+        kind = type(_read_config(find_text_encoder(name)))
+    except Exception:  # as above
+        return None
+    for auto in (AutoModelForTextEncoding, AutoModel):
+        if kind in auto._model_mapping:
+            found = auto._model_mapping[kind]
+            return str((found[0] if isinstance(found, tuple) else found).__name__)
+    return None
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone. What its file says of truncation and padding is dropped: both are decided here, by call."""
     place = find_tokenizer(name)

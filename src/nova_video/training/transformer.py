@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from nova_video.autoencoders import scale_latents
@@ -25,6 +26,7 @@ from nova_video.model.vit import Block
 from nova_video.pipeline import NovaPipeline
 from nova_video.sampling.schedulers import new_scheduler
 from nova_video.settings import CheckpointSettings
+from nova_video.text.encoders import text_class
 from nova_video.training.blocks import TemporalMasks, checkpointed, compile_blocks
 from nova_video.training.flops import step_flops
 from nova_video.training.lora import add_lora, save_lora
@@ -203,10 +205,10 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
 def note_text_parts(folder: Path) -> None:
     """Name the classes of an export's text encoder and tokenizer in model_index.json, for `DiffusionPipeline`."""
     index = folder / "model_index.json"
-    kinds = {
-        "text_encoder": read_json(folder / "text_encoder" / "config.json").get("architectures", [None])[0],
-        "tokenizer": read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class"),
-    }
+    tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class")
+    if not hasattr(transformers, str(tokenizer)) and (folder / "tokenizer" / "tokenizer.json").is_file():
+        tokenizer = "PreTrainedTokenizerFast"
+    kinds = {"text_encoder": text_class(str(folder / "text_encoder")), "tokenizer": tokenizer}
     known = {part: ["transformers", kind] for part, kind in kinds.items() if kind}
     index.write_text(json.dumps(read_json(index) | known, indent=2) + "\n", encoding="utf-8")
 

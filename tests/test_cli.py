@@ -757,7 +757,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no mask": (["edit", "plain.png", "an owl", "--mask", "none.png"], "there is no file none.png"),
     "mask of another size": (
         ["edit", "plain.png", "an owl", "--mask", "small.png"],
-        "mask_image is 3x2: expected 4x4, the size of the picture it belongs to",
+        "mask_image is 2x3: expected 4x4, the size of the picture it belongs to",
     ),
     "too strong": (["edit", "plain.png", "an owl", "--strength", "1.5"], "strength is 1.5: expected"),
     "no border": (["edit", "plain.png", "an owl", "--outpaint", "0"], "outpaint is 0: expected"),

@@ -598,7 +598,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mask_image": square()}, "got mask_image without image or video"),
     ({"strength": 0.5}, "got strength without image or video"),
     ({"strength": 1.5, "image": PICTURE}, "strength is 1.5: expected a number of at least 0 and at most 1"),
-    ({"mask_image": square()[:32], "image": PICTURE}, "mask_image is 32x96: expected 64x96"),
+    ({"mask_image": square()[:32], "image": PICTURE}, "mask_image is 96x32: expected 96x64"),
     ({"mask_image": np.stack([square()] * 3), "video": clip(9)}, "got 3 masks: expected 1, or 9"),
     ({"mask_image": square(), "video": clip(9), "num_frames": 5}, "num_frames is 5 with 9 frames to edit"),
     ({"mask_image": square(), "video": torch.randn(1, 4, 2, 8, 12)}, "mask_image with latents"),

@@ -146,9 +146,9 @@ def test_latents_and_pixels_are_told_apart() -> None:
         (torch.zeros(3, 6, 8, 3), "video: got float32 (3, 6, 8, 3)"),
         (torch.zeros(3, 3, 6, 8, dtype=torch.uint8), "video: got uint8 (3, 3, 6, 8)"),
         (torch.full((1, 4, 2, 3, 3), torch.nan), "video: got float32 (1, 4, 2, 3, 3), empty or not finite"),
-        ([PICTURES[0], PICTURES[0].resize((4, 4))], "video: got frames of 4x4, 6x8: expected frames of one size"),
-        ([BYTES, BYTES[:2]], "got clips of 3 frames of 6x8, 2 frames of 6x8: expected the same length, size and rate"),
-        ((Clip(BYTES, 8), Clip(BYTES, 12)), "3 frames of 6x8 at 8 fps, 3 frames of 6x8 at 12 fps"),
+        ([PICTURES[0], PICTURES[0].resize((4, 4))], "video: got frames of 4x4, 8x6: expected frames of one size"),
+        ([BYTES, BYTES[:2]], "got clips of 3 frames of 8x6, 2 frames of 8x6: expected the same length, size and rate"),
+        ((Clip(BYTES, 8), Clip(BYTES, 12)), "3 frames of 8x6 at 8 fps, 3 frames of 8x6 at 12 fps"),
     ],
 )
 def test_wrong_clips(video: Any, message: str) -> None:
@@ -226,7 +226,7 @@ def test_several_masks(tmp_path: Path) -> None:
         (HOLE * 255.0, "mask_image: got floats from 0 to 255: expected them in [0, 1]"),
         (HOLE[0], "mask_image: got bool (8,)"),
         (HOLE[None, None], "mask_image: got bool (1, 1, 6, 8)"),
-        ([HOLE, HOLE[:2]], "mask_image: got masks of 2x8, 6x8: expected masks of one size"),
+        ([HOLE, HOLE[:2]], "mask_image: got masks of 8x2, 8x6: expected masks of one size"),
     ],
 )
 def test_wrong_masks(mask: Any, message: str) -> None:
@@ -241,7 +241,7 @@ def test_masks_of_a_clip() -> None:
     assert np.array_equal(masks_of(each, clip), each)
     with pytest.raises(InputError, match="got 2 masks: expected 1, or 3, one a given frame"):
         masks_of(each[:2], clip)
-    with pytest.raises(InputError, match="mask_image is 6x7: expected 6x8, the size of the picture it belongs to"):
+    with pytest.raises(InputError, match="mask_image is 7x6: expected 8x6, the size of the picture it belongs to"):
         masks_of(HOLE[None, :, :7], clip)
 
 

@@ -96,7 +96,7 @@ def read_clips(video: object, name: str = "video") -> tuple[Clip, ...] | Tensor:
     told = {(len(clip), clip.size, clip.fps) for clip in clips}
     if len(told) > 1:
         each = ", ".join(
-            f"{len(clip)} frames of {clip.size[0]}x{clip.size[1]}" + (f" at {clip.fps:g} fps" if clip.fps else "")
+            f"{len(clip)} frames of {clip.size[1]}x{clip.size[0]}" + (f" at {clip.fps:g} fps" if clip.fps else "")
             for clip in clips
         )
         raise InputError(f"{name}: got clips of {each}: expected the same length, size and rate")
@@ -130,7 +130,7 @@ def _read_clip(name: str, clip: Any) -> Clip:
         frames = [_frame(name, entry) for entry in clip]
         shapes = {frame.shape for frame in frames}
         if len(shapes) > 1 or len({frame.dtype for frame in frames}) > 1:
-            each = ", ".join(sorted(f"{shape[0]}x{shape[1]}" for shape in shapes))
+            each = ", ".join(sorted(f"{shape[1]}x{shape[0]}" for shape in shapes))
             raise InputError(f"{name}: got frames of {each}: expected frames of one size and kind in a clip")
         if not frames:
             raise InputError(f"{name}: got an empty list: expected {CLIP_FORMS}")
@@ -200,7 +200,7 @@ def read_masks(mask_image: object) -> np.ndarray:
         if not mask_image:
             raise InputError(f"mask_image: got an empty list: expected {MASK_FORMS}")
         masks = [read_masks(mask) for mask in mask_image]
-        sizes = sorted({f"{mask.shape[1]}x{mask.shape[2]}" for mask in masks})
+        sizes = sorted({f"{mask.shape[2]}x{mask.shape[1]}" for mask in masks})
         if len(sizes) > 1:
             raise InputError(f"mask_image: got masks of {', '.join(sizes)}: expected masks of one size")
         return np.concatenate(masks)
@@ -239,7 +239,7 @@ def masks_of(masks: np.ndarray, clip: Clip) -> np.ndarray:
     """One mask (M, H, W) for all frames of a clip, or one a frame -> one a frame, (F, H, W)."""
     if masks.shape[1:] != clip.size:
         raise InputError(
-            f"mask_image is {masks.shape[1]}x{masks.shape[2]}: expected {clip.size[0]}x{clip.size[1]}, the size of the "
+            f"mask_image is {masks.shape[2]}x{masks.shape[1]}: expected {clip.size[1]}x{clip.size[0]}, the size of the "
             "picture it belongs to"
         )
     if len(masks) not in (1, len(clip)):

@@ -177,10 +177,34 @@ def test_all_display_matrices(tmp_path: Path, matrix: tuple[int, ...]) -> None:
         assert np.abs(corners(frame) - [RED, GREEN, BLUE, BLACK]).max() <= 6
 
 
-def test_slanted_videos_are_refused(tmp_path: Path) -> None:
+SLANTED = "turns or shears by other than quarter turns"
+
+
+@pytest.mark.parametrize(
+    ("matrix", "said"),
+    [
+        ((0.7071, 0.7071, -0.7071, 0.7071), SLANTED),
+        ((1, 1 / 3, 0, 1), SLANTED),
+        ((1, 0, 0, 0), SLANTED),
+        ((0, 2, -1, 0), "both turns and stretches"),
+    ],
+)
+def test_slanted_videos_are_refused(tmp_path: Path, matrix: tuple[float, ...], said: str) -> None:
     path = write(tmp_path / "a.mp4", grey([0] * 5))
-    with_matrix(path, (0.7071, 0.7071, -0.7071, 0.7071))
-    assert refused(path) == "is turned by 45 degrees: expected a multiple of 90"
+    with_matrix(path, matrix)
+    assert refused(path) == f"has a display matrix that {said}"
+
+
+@pytest.mark.parametrize(
+    ("matrix", "width"), [((2, 0, 0, 1), 192), ((1, 0, 0, 2), 48), ((2, 0, 0, 2), 96), ((0, 0, 0, 0), 96)]
+)
+def test_matrices_that_stretch(tmp_path: Path, matrix: tuple[float, ...], width: int) -> None:
+    """The height stays, as for pixels that are not square. A matrix of zeros says nothing."""
+    path = write(tmp_path / "a.mp4", [quarters()] * 5)
+    with_matrix(path, matrix)
+    frame = read_frames(path)[0][0]
+    assert frame.shape == (64, width, 3)
+    assert np.abs(corners(frame) - [RED, GREEN, BLUE, BLACK]).max() <= 6
 
 
 def test_square_pixels(tmp_path: Path) -> None:
@@ -371,14 +395,53 @@ def test_combs_are_gone(tmp_path: Path) -> None:
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
-def test_sound_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cover", [False, True])
+def test_sound_alone(tmp_path: Path, cover: bool) -> None:
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        picture = add_cover(container) if cover else None
         stream = container.add_stream("aac", rate=8000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         sound.rate = 8000
-        container.mux(stream.encode(sound))
-        container.mux(stream.encode())
+        packets = [*stream.encode(sound), *stream.encode()]
+        container.mux([picture, *packets] if picture is not None else packets)
     assert refused(tmp_path / "a.mp4") == "has no video stream"
+
+
+def add_cover(container: av.container.OutputContainer) -> av.Packet:
+    """A red picture that comes with a film or with music, as the next stream of its file."""
+    cover = container.add_stream("mjpeg", rate=1)
+    cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+    cover.disposition = av.stream.Disposition.attached_pic
+    red = av.VideoFrame.from_ndarray(np.full((32, 32, 3), RED, np.uint8), format="rgb24")
+    return [*cover.encode(red), *cover.encode()][0]
+
+
+def test_a_cover_before_the_film(tmp_path: Path) -> None:
+    film = write(tmp_path / "film.mp4", grey(range(0, 200, 10)))
+    with av.open(str(film)) as source, av.open(str(tmp_path / "a.mp4"), "w") as container:
+        picture = add_cover(container)
+        stream = container.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        for packet in packets:
+            packet.stream = stream
+        container.mux([picture, *packets])
+    data = (tmp_path / "a.mp4").read_bytes()
+    start, place = data.index(b"moov") + 4, data.index(b"udta") - 4
+    (tmp_path / "a.mp4").write_bytes(data[:start] + data[place:] + data[start:place])  # the cover first, as by a tagger
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert [stream.width for stream in container.streams.video] == [32, 96]
+    assert np.array_equal(read_frames(tmp_path / "a.mp4")[0], read_frames(film)[0])
+    assert isinstance(encoded(tmp_path / "a.mp4"), Clip)
+
+
+@pytest.mark.parametrize("name", ["a.h264", "a.hevc"])
+def test_raw_streams_have_no_times(tmp_path: Path, name: str) -> None:
+    """Their frames come one after the other at the rate of the stream."""
+    path = write(tmp_path / name, grey(range(0, 200, 10)), {"a.hevc": "libx265"}.get(name, "libx264"))
+    file = MediaFile(path)
+    assert file.count() == 20
+    assert file.read()[:, 32, 48, 0].astype(int) == pytest.approx(np.arange(0, 200, 10), abs=4)
+    assert isinstance(encoded(path), Clip)
 
 
 def test_frames_that_change(tmp_path: Path) -> None:

@@ -298,10 +298,10 @@ def _read_packets(path: Path, count: int) -> list[av.Packet]:
     with opened(path) as media:
         if media.video is None:
             raise MediaError("is a picture: expected a video that was written here")
-        container = media.video.container
+        container, stream = media.video.container, media.video.stream
         try:
-            as_encoded = BitStreamFilterContext("h264_mp4toannexb", container.streams.video[0])
-            packets = [part for packet in container.demux(video=0) if packet.size for part in as_encoded.filter(packet)]
+            as_encoded = BitStreamFilterContext("h264_mp4toannexb", stream)
+            packets = [part for packet in container.demux(stream) if packet.size for part in as_encoded.filter(packet)]
         except (av.FFmpegError, IndexError) as error:
             raise InputError(f"cannot go on with {path}: it is not a video that was written here") from error
     packets = packets[:count]

@@ -29,6 +29,7 @@ CONTAINERS = (
 HEAD, INDEX = 2**16, 2**26  # bytes that are looked into: of a file's beginning, of an mp4's index
 COMPLETE = 0.9  # of the frames or seconds that a file tells of: with fewer, it is said to break off
 ASPECT = 0.01  # pixels that are wider or higher by less are square
+SLANT = 0.01  # of the largest part of a display matrix: smaller parts are rounded
 HD = (1280, 576)  # a video of at least this width, or more than this height, is of BT.709 if it does not say
 MATRICES = (0, 1, 2, 3, 4, 5, 6, 7, 9)  # code points of H.273 that swscale converts; RGB is 0
 MATRIX_NAMES = {8: "ycgco", 10: "bt2020c", 12: "chroma-derived-nc", 13: "chroma-derived-c", 14: "ictcp", 15: "ipt-c2"}
@@ -60,9 +61,11 @@ class Video:
             self.container = av.open(file, "r", options=options, metadata_errors="replace")
         except (av.FFmpegError, OSError) as error:
             raise MediaError("is damaged, or of no known format") from error
-        if not self.container.streams.video:
+        cover = av.stream.Disposition.attached_pic  # a picture that comes with a film or with music
+        found = [stream for stream in self.container.streams.video if not stream.disposition & cover]
+        if not found:
             raise MediaError("has no video stream")
-        self.stream = self.container.streams.video[0]
+        self.stream = found[0]
         self.stream.thread_type = "NONE"  # with several threads, a damaged frame is not told every time
         self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 0)
         """Frames a second as the file tells, 0 if it does not."""
@@ -87,20 +90,23 @@ class Video:
 
     def packet_times(self) -> list[float]:
         """Times of the frames, rising, told by the file without decoding it. Recordings that were joined follow one
-        another."""
+        another. A raw stream tells no times: its frames come at its rate, as in `decode`."""
         times: list[float] = []
         recording: list[float] = []
-        before, base = -math.inf, self.stream.time_base or 0
+        before, base, untimed = -math.inf, self.stream.time_base or 0, 0
         for packet in self.container.demux(self.stream):
             at = packet.dts if packet.pts is None else packet.pts
-            if not packet.size or packet.is_discard or at is None:
+            if not packet.size or packet.is_discard:
+                continue
+            if at is None:
+                untimed += 1
                 continue
             if packet.dts is not None:
                 if packet.dts < before:
                     times, recording = _joined(times, recording, self.rate), []
                 before = packet.dts
             recording.append(float(at * base))
-        return _joined(times, recording, self.rate)
+        return _joined(times, recording, self.rate) or [number / (self.rate or 1) for number in range(untimed)]
 
     def decode(self) -> Iterator[tuple[int, float, "VideoPicture"]]:
         """Frames with their scenes and times. A damaged one is left out with those after it, which are made from it, up
@@ -272,9 +278,14 @@ class VideoPicture:
         if data is None:
             return 0, False
         a, b, _, c, d = struct.unpack("9i", bytes(cast(Any, data)))[:5]
-        signs = tuple(round(value / max(abs(a), abs(b), abs(c), abs(d), 1)) for value in (a, b, c, d))
+        largest = max(abs(a), abs(b), abs(c), abs(d))
+        if not largest:  # it says nothing
+            return 0, False
+        signs = tuple(0 if abs(value) < SLANT * largest else (1 if value > 0 else -1) for value in (a, b, c, d))
         if signs not in TURNS:
-            raise MediaError(f"is turned by {abs(self.frame.rotation):g} degrees: expected a multiple of 90")
+            raise MediaError("has a display matrix that turns or shears by other than quarter turns")
+        if not signs[0] and not math.isclose(abs(b), abs(c), rel_tol=ASPECT):
+            raise MediaError("has a display matrix that both turns and stretches")  # its aspect is told ambiguously
         return TURNS[signs]
 
     def _matrix(self) -> int:

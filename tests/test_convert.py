@@ -87,14 +87,17 @@ def test_averaged_weights(place: Callable[[Path], Path], tmp_path: Path) -> None
     assert load_transformer(convert(output, tmp_path / "plain")).mask_embed.mask_token.any()
 
 
-@pytest.mark.parametrize("form", ["nested", "wrapped", "legacy", "shards", "other name"])
+@pytest.mark.parametrize("form", ["nested", "wrapped", "compiled", "legacy", "shards", "fp16 shards", "other name"])
 def test_forms_of_pickled_weights(form: str, tmp_path: Path) -> None:
     weights = trained_weights()
     folder = write_output(tmp_path / "run") / "transformer"
     if form == "nested":
-        torch.save({"step": 5, "state_dict": weights}, folder / BIN)
+        torch.save({"step": 5, "ema": {"decay": 0.9, "module": {"state_dict": weights}}}, folder / BIN)
     elif form == "wrapped":
         torch.save({f"module.{key}": value for key, value in weights.items()}, folder / BIN)
+    elif form == "compiled":
+        named = {f"transformer.module._orig_mod.{key.replace('.0.', '.0._orig_mod.')}": weights[key] for key in weights}
+        torch.save(named, folder / BIN)
     elif form == "legacy":
         torch.save(weights, folder / BIN, _use_new_zipfile_serialization=False)
     elif form == "other name":
@@ -105,19 +108,23 @@ def test_forms_of_pickled_weights(form: str, tmp_path: Path) -> None:
         for name, part in zip(shards, (keys[::2], keys[1::2]), strict=True):
             torch.save({key: weights[key] for key in part}, folder / name)
         weight_map = {key: shards[number % 2] for number, key in enumerate(keys)}
-        (folder / f"{BIN}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        index = f"{BIN}.index.json" if form == "shards" else f"{BIN}.index.fp16.json"
+        (folder / index).write_text(json.dumps({"weight_map": weight_map}))
     state = load_transformer(convert(tmp_path / "run", tmp_path / "new")).state_dict()
     assert all(torch.equal(state[key], value.float()) for key, value in weights.items())
 
 
-def test_a_padding_table_that_was_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [WEIGHTS, "diffusion_pytorch_model.fp16.safetensors"])
+def test_a_padding_table_that_was_left_out(name: str, tmp_path: Path) -> None:
     """It is the base's: training leaves it as it was."""
+    base = Path(shutil.copytree(BASE, tmp_path / "base"))
+    (base / "transformer" / WEIGHTS).rename(base / "transformer" / name)
     weights = trained_weights()
     table = weights.pop("text_embed.weight")
     source = write_output(tmp_path / "run", weights)
     with pytest.raises(InputError, match="has no text_embed.weight.*: expected --base"):
         convert(source, tmp_path / "new")
-    state = load_transformer(convert(source, tmp_path / "new", str(BASE))).state_dict()
+    state = load_transformer(convert(source, tmp_path / "new", str(base))).state_dict()
     assert torch.equal(state["text_embed.weight"], table.float())
 
 
@@ -168,6 +175,7 @@ def test_a_pickle_runs_nothing(form: str, tmp_path: Path, capsys: pytest.Capture
         (lambda w: w.update({"mask_embed.bos_token": torch.zeros(1, 7)}), r"wrong shapes mask_embed\.bos_token"),
         (lambda w: w.update({"mask_embed.bos_token": torch.full((1, 64), torch.nan)}), "values that are not finite"),
         (lambda w: w.update({"mask_embed.bos_token": torch.ones(1, 64, dtype=torch.long)}), "expected dense floating"),
+        (lambda w: w.update({"mask_embed.bos_token": torch.ones(1, 64, device="meta")}), "a shape and no values"),
         (lambda w: w.update(step=5), "holds 'step' of type int: expected tensors"),
         (lambda w: [w.pop(key) for key in list(w) if key.startswith("text_embed")], "class-conditional"),
     ],
@@ -212,3 +220,19 @@ def test_places_that_are_refused(tmp_path: Path) -> None:
     (source / "text_encoder" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="has features of width 64: expected 32"):
         convert(source, tmp_path / "new", str(BASE))
+
+
+def test_a_base_with_a_pickled_text_encoder_is_refused(tmp_path: Path) -> None:
+    base = Path(shutil.copytree(BASE, tmp_path / "base"))
+    for path in (base / "text_encoder").glob("model*"):
+        path.unlink()
+    (base / "text_encoder" / "pytorch_model.bin").touch()
+    with pytest.raises(InputError, match=r"has only pickled weights, pytorch_model.bin: expected model.safetensors"):
+        convert(write_output(tmp_path / "run"), tmp_path / "new", str(base))
+    assert not (tmp_path / "new").exists()
+
+
+def test_half_precision_names_are_a_source(tmp_path: Path) -> None:
+    base = Path(shutil.copytree(BASE, tmp_path / "base"))
+    (base / "transformer" / WEIGHTS).rename(base / "transformer" / WEIGHTS.replace(".safe", ".fp16.safe"))
+    assert NovaPipeline.from_pretrained(convert(base, tmp_path / "new")).vae is not None

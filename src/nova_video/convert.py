@@ -39,10 +39,23 @@ from nova_video.loading import (
 )
 from nova_video.settings import SETTINGS_FILE, CheckpointSettings, check_local
 from nova_video.text.encoders import text_width
-from nova_video.weights import DIFFUSERS_WEIGHTS, PICKLES, has_weights, shard_files
+from nova_video.weights import (
+    DIFFUSERS_WEIGHTS,
+    PICKLES,
+    TRANSFORMERS_WEIGHTS,
+    VARIANTS,
+    find_weights,
+    has_weights,
+    index_or_single,
+    shard_files,
+)
 
 WRAPPERS = ("state_dict", "model_state_dict", "ema_state_dict", "model", "module", "ema")
 """Names under which trainers store the weights beside other values."""
+PREFIXES = ("module.", "transformer.")
+"""What wrappers put before every name: of several GPUs, of a whole pipeline."""
+COMPILED = "_orig_mod."
+"""What torch.compile puts into the names, before all of them or those of the modules that it compiled."""
 OTHERS = tuple(name for name in COMPONENTS if name != "transformer")
 PADDING_TABLE = "text_embed.weight"
 
@@ -127,11 +140,12 @@ def _root(folder: Path) -> Path:
 def _weight_files(folder: Path) -> list[Path]:
     """The files of one state dict: named as diffusers does, or the only pickle there. Empty where there are none."""
     for suffix in ("safetensors", "bin"):
-        index = folder / f"{DIFFUSERS_WEIGHTS}.{suffix}.index.json"
-        if index.is_file():
-            return shard_files(index)
-        if (single := folder / f"{DIFFUSERS_WEIGHTS}.{suffix}").is_file():
-            return [single]
+        for variant in VARIANTS:
+            index, single = index_or_single(folder, DIFFUSERS_WEIGHTS, variant, suffix)
+            if index.is_file():
+                return shard_files(index)
+            if single.is_file():
+                return [single]
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if len(pickles) > 1:
         names = ", ".join(path.name for path in pickles[:5])
@@ -173,6 +187,7 @@ def _check_others(model: Any, places: dict[str, Path]) -> None:
         width = text_width(str(place))
         if width != config.text_token_dim:
             raise InputError(f"{place}: has features of width {width}: expected {config.text_token_dim}")
+        find_weights(place, TRANSFORMERS_WEIGHTS)
 
 
 # Weights --------------------------------------------------------------------------------------------------------------
@@ -195,8 +210,7 @@ def _base_table(found: Source, base: Path | None) -> Tensor:
             " with the model that it began with"
         )
     log.info("%s has no %s: that of %s is taken", found.folder, PADDING_TABLE, base)
-    files = _weight_files(component_folder(base, "transformer"))
-    tensors = read_weights([path for path in files if path.suffix == ".safetensors"])
+    tensors = read_weights(find_weights(component_folder(base, "transformer"), DIFFUSERS_WEIGHTS).files)
     if PADDING_TABLE not in tensors:
         raise InputError(f"{base}: has no {PADDING_TABLE} in safetensors: expected a model with that padding table")
     return tensors[PADDING_TABLE]
@@ -213,6 +227,8 @@ def _filled(outline: ModelMixin, tensors: dict[str, Tensor], folder: Path) -> Mo
     """The model with these weights, as they are stored."""
     check_weights(folder, outline, {key: tuple(value.shape) for key, value in tensors.items()})
     for key, value in tensors.items():
+        if value.is_meta:
+            raise InputError(f"{folder}: {key} has a shape and no values: expected trained weights")
         if not value.is_floating_point() or value.layout is not torch.strided:
             raise InputError(f"{folder}: {key} is {value.dtype}, {value.layout}: expected dense floating point values")
         if not value.isfinite().all():
@@ -227,8 +243,9 @@ def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in files:
         tensors |= _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    if tensors and all(key.startswith("module.") for key in tensors):  # as a wrapper of several GPUs names them
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    tensors = {key.replace(COMPILED, ""): value for key, value in tensors.items()}
+    while prefix := next((each for each in PREFIXES if tensors and all(key.startswith(each) for key in tensors)), None):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
 
 
@@ -249,9 +266,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:  # torch raises many kinds for a damaged file
         raise InputError(f"{path}: not readable as weights of torch ({first_line(error)})") from None
-    for name in WRAPPERS:
-        if isinstance(values, dict) and isinstance(values.get(name), dict):
-            values = values[name]
+    for _ in WRAPPERS:  # one inside another
+        inner = [values[name] for name in WRAPPERS if isinstance(values, dict) and isinstance(values.get(name), dict)]
+        values = inner[0] if inner else values
     if not isinstance(values, dict) or not values:
         raise InputError(f"{path}: holds {type(values).__name__}: expected a state dict")
     for key, value in values.items():

@@ -13,6 +13,8 @@ from nova_video.io.text import decode_text, parse_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
+VARIANTS = (None, "fp16", "bf16")
+"""What the files' names may say of the weights, in the order in which they are looked for."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Weights:
 
 def find_weights(folder: Path, base: str, variant: str | None = None) -> Weights:
     """One file or the shards of an index: of the variant, or else in their plain form, or else as fp16 or bf16."""
-    for kind in dict.fromkeys([variant, None, "fp16", "bf16"]):
+    for kind in dict.fromkeys([variant, *VARIANTS]):
         index, single = index_or_single(folder, base, kind)
         if index.is_file():
             return Weights(shard_files(index), kind)
@@ -41,10 +43,12 @@ def find_weights(folder: Path, base: str, variant: str | None = None) -> Weights
     raise InputError(f"{folder}: has no weights: expected {base}.safetensors")
 
 
-def index_or_single(folder: Path, base: str, variant: str | None = None) -> tuple[Path, Path]:
+def index_or_single(
+    folder: Path, base: str, variant: str | None = None, suffix: str = "safetensors"
+) -> tuple[Path, Path]:
     """The index of the shards that weights may lie in, and the one file that they may lie in."""
     middle = "" if variant is None else f".{variant}"
-    return folder / f"{base}.safetensors.index{middle}.json", folder / f"{base}{middle}.safetensors"
+    return folder / f"{base}.{suffix}.index{middle}.json", folder / f"{base}{middle}.{suffix}"
 
 
 def shard_files(index: Path) -> list[Path]:

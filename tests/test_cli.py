@@ -613,7 +613,7 @@ def test_long_sentence_is_cut_with_one_warning(
     code, *_ = run("generate", "a whale " * 9, "-o", "x.png", "--model", tiny_checkpoint, *QUICK)
     assert code == 0
     assert [record.message.split(",")[0] for record in caplog.records if record.name.startswith("nova_video")] == [
-        "1 of 2 prompts longer than the 8 tokens the model reads"
+        "a prompt is longer than the 8 tokens the model reads"
     ]
 
 
@@ -663,6 +663,9 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "misspelt option": (["generate", "a whale", "--sede=3"], "unknown option --sede: expected --seed or "),
     "half an option": (["generate", "a whale", "--num_fr", "3"], "unknown option --num-fr: expected --num-frames\n"),
     "option with two meanings": (["generate", "a whale", "--steps", "3"], "expected --sets (sets of tokens that a fra"),
+    "another tool's option": (["generate", "a whale", "--resolution", "128x128"], "expected --size\n"),
+    "nearly two meanings": (["generate", "a whale", "--stepz", "3"], "--stepz: expected --sets (sets of tokens"),
+    "seed of many digits": (["generate", "a whale", "--seed", "1" * 5000], "...: expected --seed N"),
     "sentence as an option": (["generate", "--prompt", "a whale"], "--prompt: expected the sentence in quotes"),
     "misspelt option of a group": (["bench", "sample", "--config", "x", "--repeat", "1"], "expected --repeats\n"),
     "one argument too many": (["info", "plain.png", "an owl"], "'an owl' is one too many: expected what nova info"),

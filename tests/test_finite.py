@@ -92,6 +92,7 @@ def test_nothing_is_written(tmp_path: Path, tiny_checkpoint: Path, capsys: pytes
     assert not list(made.iterdir())
 
 
-def test_an_empty_name_of_a_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["generate", "a whale", "--model", ""]) != 0
-    assert "model is '': expected a name" in capsys.readouterr().err
+@pytest.mark.parametrize("words", [["words", "--model", ""], ["generate", "a whale", "--image", " "]])
+def test_empty_values_of_options_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) != 0
+    assert f"{words[-2]} is empty: expected a value" in capsys.readouterr().err

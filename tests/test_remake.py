@@ -42,6 +42,10 @@ def test_every_setting_comes_back(run: Run, tiny_checkpoint: Path, caplog: pytes
     assert run("generate", "--like", "first.png", "-o", "again.png") == (0, "again.png\n", "")
     assert Path("again.png").read_bytes() == Path("first.png").read_bytes()
     assert messages(caplog) == ["the given clip, 96x64 at 12 fps, is taken as 96x64 at 6 fps"]
+    assert run("generate", "--like", "first.png", "--format", "frames", "-o", "frames")[0] == 0
+    assert run("generate", "--like", "frames", "-o", "more")[0] == 0
+    assert media.read_metadata("more")["seed"] == 7
+    messages(caplog)
     Path("place").mkdir()
     for name in ("first.png", "given.png"):
         Path(name).rename(Path("place") / name)

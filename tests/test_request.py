@@ -74,6 +74,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["a", None]}, "prompt is None"),
     ({"prompt": []}, r"prompt is \[\]"),
     ({"prompt": 3}, "prompt is 3"),
+    ({"prompt": "a \ud800"}, "prompt is 'a .ud800': expected text that UTF-8 can hold"),
+    ({"prompt": "a", "negative_prompt": "\ud800"}, "negative_prompt is '.ud800': expected text that UTF-8 can hold"),
     ({"prompt": "a", "negative_prompt": 3}, "negative_prompt is 3"),
     ({"prompt": ["a", "b", "c"], "negative_prompt": ["d", "e"]}, "got 2 negative prompts: expected 1 or 3"),
     ({"prompt": "a", "negative_prompt": "b", "negative_prompt_embeds": [FEATURES]}, "both of negative"),

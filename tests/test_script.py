@@ -122,6 +122,8 @@ WRONG = {
     "text as a number": ("prompt = 3", "prompt is 3: expected text in quotes"),
     "file as a number": ("image = 3\n" + SCENE, "image is 3: expected the name of a file in quotes"),
     "unknown choice": ("dtype = 'float8'\n" + SCENE, "dtype is 'float8': expected one of auto, float32"),
+    "number of many digits": (f"fps = {'9' * 400}\n" + SCENE, "fps is 9999999999"),
+    "time of many digits": (SCENE + f"[[scene]]\nat = {'9' * 400}\nprompt = 'b'", "scene 2: at is 9999999999"),
     "time as text": ("[[scene]]\nat = 'now'\nprompt = 'a whale'", "scene 1: at is 'now': expected a number"),
 }
 

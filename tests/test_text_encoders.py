@@ -113,7 +113,7 @@ def test_long_prompt_warns_once_and_keeps_its_end_token(tiny: Pair, caplog: pyte
     assert [len(row) for row in ids] == [8, 4, 8]
     assert ids[0] == tiny[0]("a whale moving left a whale")["input_ids"]
     assert len(caplog.records) == 1
-    assert "2 of 3 prompts longer than the 8 tokens" in caplog.text
+    assert "2 prompts are longer than the 8 tokens" in caplog.text
     assert "the longest has 23" in caplog.text
 
 

@@ -61,6 +61,7 @@ def test_the_end() -> None:
         ([(0, 5), (math.inf, 3)], "motion_flow changes at inf s"),
         ([(math.nan, 5)], "motion_flow changes at nan s"),
         ([(0, 5), 3], "motion_flow has 3 in its timeline: expected (seconds, value) pairs"),
+        ([(0, 5), (10**400, 3)], "motion_flow changes at 1000000000"),
         ([("0", 5)], "motion_flow has ('0', 5) in its timeline"),
         ([(0, 5, 6)], "motion_flow has (0, 5, 6) in its timeline"),
     ],

@@ -10,7 +10,9 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -66,7 +68,14 @@ MEANINGS = {
     "--checkpoint": "--model",
     "--low-vram": "--low-memory",
     "--cpu-offload": "--low-memory",
+    "--resolution": "--size",
+    "--num-samples": "--num-images",
+    "--num-videos": "--num-images",
+    "-s": "--seed",
+    "-p": "the sentence in quotes, without an option",
 }
+MAY_BE_EMPTY = ("--negative", "--negative-prompt")
+LONGEST_SHOWN = 200  # letters of what was typed, in a message
 
 
 def one_of(literal: Any) -> PrimitiveConstructorSpec[Any]:
@@ -615,6 +624,9 @@ def parse(arguments: Sequence[str]) -> Any:
         raise SystemExit(0)
     if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         return Train(Path(arguments[1]), tuple(arguments[2:]))  # what follows is the recipe's
+    for option, value in pairwise(arguments):
+        if option.startswith("--") and not value.strip() and option not in MAY_BE_EMPTY:
+            raise InputError(f"{option} is empty: expected a value")
     arguments = _with_command(arguments)
     with one_line_errors(arguments):
         command, unknown = tyro.cli(
@@ -678,10 +690,16 @@ def unknown_option(word: str, options: Sequence[str], usage: str) -> InputError:
     if not word.startswith("-"):
         return InputError(f"argument {word!r} is one too many: expected what {usage} lists")
     name = word.split("=")[0].replace("_", "-")
-    meant = MEANINGS.get(name)
-    if meant is not None and set(re.findall("--[a-z-]+", meant)) <= set(options):
-        return InputError(f"unknown option {name}: expected {meant}")
-    return unknown("option", name, options, f"what {usage} lists")
+    meant = {key: text for key, text in MEANINGS.items() if set(re.findall("--[a-z-]+", text)) <= set(options)}
+    near = name if name in meant else next(iter(get_close_matches(name, meant, 1, cutoff=0.85)), None)
+    if near is not None and (near == name or not get_close_matches(name, options, 1, cutoff=0.85)):
+        return InputError(f"unknown option {name}: expected {meant[near]}")
+    return unknown("option", shorten(name, LONGEST_SHOWN), options, f"what {usage} lists")
+
+
+def shorten(text: str, length: int) -> str:
+    """Text cut to a length, for a message."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 @contextlib.contextmanager
@@ -703,7 +721,9 @@ def one_line_errors(arguments: Sequence[str]) -> Iterator[None]:
         usage = next((line for line in lines[rule + 1 :] if re.match(r"--?\w", line)), None)
         if usage is not None and (match := UNREADABLE.match(text)) is not None:
             option = next((name for name in match[1].split("/") if name in arguments), match[1].split("/")[-1])
-            text = f"{option} is {match[2]}: expected {option} {usage.split(' ', 1)[1].split(', -')[0]}"
+            form = usage.split(" ", 1)[1].split(", -")[0]
+            text = f"{option} is {shorten(match[2], LONGEST_SHOWN)}: expected {option} {form}"
         text = RECORD.sub("", text)
-        given = f"got: nova {shlex.join(arguments)}" if arguments else "got nothing"
+        typed = shorten(shlex.join(arguments), LONGEST_SHOWN)
+        given = f"got: nova {typed}" if arguments else "got nothing"
         raise InputError(f"{text or 'cannot understand these arguments'} ({given})") from None

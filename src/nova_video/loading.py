@@ -77,6 +77,8 @@ def resolve_checkpoint(
     """
     if isinstance(name_or_path, str) and _is_packaged(name_or_path):
         return PACKAGED_MODELS / name_or_path
+    if not str(name_or_path).strip():
+        raise InputError(f"model is {str(name_or_path)!r}: expected {_packaged_names()}a folder or a hub id")
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder

@@ -152,7 +152,9 @@ def _settings(path: Path, record: dict[str, Any], changes: dict[str, Any]) -> di
             settings[name] = _found(path, settings[name], record)
     one = settings.get("num_frames") == 1
     suffix = "frames" if path.is_dir() else path.suffix.lower().lstrip(".").replace("jpeg", "jpg")
-    if suffix != ("png" if one else "mp4") and suffix in get_args(Format) and changes.get("output") is None:
+    output = changes.get("output")
+    named = output is not None and output.suffix != ""
+    if suffix != ("png" if one else "mp4") and suffix in get_args(Format) and not named and "format" not in changes:
         settings["format"] = suffix
     return settings
 

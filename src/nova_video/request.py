@@ -303,12 +303,23 @@ def _check_prompt(prompt: object) -> None:
     for text in [text for entry in several for text in Timeline.of("prompt", entry).values]:
         if not isinstance(text, str):
             raise InputError(f"prompt is {text!r}: expected a sentence; an empty one is the null prompt")
+        _check_letters("prompt", text)
 
 
 def _check_negative(prompt: object) -> None:
     prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, Sequence) or not all(isinstance(text, str) for text in prompts):
         raise InputError(f"negative_prompt is {prompt!r}: expected a sentence or a list of them")
+    for text in prompts:
+        _check_letters("negative_prompt", text)
+
+
+def _check_letters(name: str, text: str) -> None:
+    """Raises InputError for lone surrogates, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} is {text!r}: expected text that UTF-8 can hold") from None
 
 
 def _check_embeds(name: str, embeds: object) -> None:

@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from nova_video.arguments import Generate
 from nova_video.errors import InputError
 from nova_video.io.text import read_toml
+from nova_video.settings import shown
 
 NOT_IN_SCRIPTS = (
     "prompts",
@@ -117,5 +118,8 @@ def check_value(where: str, value: Any, kind: Any) -> Any:
         return value
     accepted: tuple[type, ...] = {float: (int, float), Path: (str,)}.get(kind, (kind,))
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{where} is {value!r}: expected {EXPECTED[kind]}")
-    return kind(value)
+        raise InputError(f"{where} is {shown(value)}: expected {EXPECTED[kind]}")
+    try:
+        return kind(value)
+    except (OverflowError, ValueError):  # an integer of hundreds of digits, a path with NUL
+        raise InputError(f"{where} is {shown(value)}: expected {EXPECTED[kind]}") from None

@@ -4,7 +4,6 @@
 never changes is a timeline of one entry.
 """
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from numbers import Real
 from typing import Any, Generic, TypeGuard, TypeVar
 
 from nova_video.errors import InputError
+from nova_video.settings import is_finite, shown
 
 T = TypeVar("T")
 
@@ -46,8 +46,9 @@ class Timeline(Generic[T]):
         for entry in value:
             if not _is_pair(entry):
                 raise InputError(f"{name} has {entry!r} in its timeline: expected (seconds, value) pairs")
-            if not (math.isfinite(entry[0]) and entry[0] >= 0):
-                raise InputError(f"{name} changes at {entry[0]:g} s: expected a time of at least 0")
+            if not (is_finite(entry[0]) and entry[0] >= 0):
+                time = f"{entry[0]:g}" if is_finite(entry[0]) else shown(entry[0])
+                raise InputError(f"{name} changes at {time} s: expected a time of at least 0")
         times = tuple(float(entry[0]) for entry in value)
         if times[0] != 0:
             raise InputError(f"{name} starts at {times[0]:g} s: expected a timeline whose first time is 0")

@@ -83,6 +83,8 @@ class SourceSettings:
 
     def __post_init__(self) -> None:
         check_number("group", self.group, 1, integer=True)
+        if not self.place.strip():
+            raise InputError(f"the source is {self.place!r}: expected a folder, a file or a URL")
         object.__setattr__(self, "place", self.place.rstrip("/") or self.place)  # the same place, and known as that
         if name_problem(self.place):
             raise InputError(f"{self.place}: its name is not UTF-8: expected a place that a dataset can name")

@@ -194,8 +194,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length:
         return ids
     longest = max(long, key=lambda index: len(ids[index]))
     logger.warning(
-        "%d of %d prompts longer than the %d tokens the model reads, cut there; the longest has %d: %s",
-        *(len(long), len(prompts), max_length, len(ids[longest]), shorten(prompts[longest], 60, placeholder="...")),
+        "%s longer than the %d tokens the model reads, cut there; the longest has %d: %s",
+        "a prompt is" if len(long) == 1 else f"{len(long)} prompts are",
+        *(max_length, len(ids[longest]), shorten(prompts[longest], 60, placeholder="...")),
     )
     cut = tokenizer([prompts[index] for index in long], padding=False, truncation=True, max_length=max_length)
     for index, row in zip(long, cut["input_ids"], strict=True):

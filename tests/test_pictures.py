@@ -26,6 +26,7 @@ from nova_video.io.colour import (
 )
 from nova_video.io.decode import upright_srgb
 from nova_video.io.pictures import Picture, named_coding
+from nova_video.media import load_image, read_frames
 
 ANY_SIZE = 2**29
 PRO_PHOTO: Primaries = ((0.3457, 0.3585), (0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001))
@@ -298,14 +299,26 @@ def test_animations(kind: str) -> None:
     assert np.array_equal(picture.still(), frames[0])
 
 
-def test_several_pictures_in_a_file_are_no_animation(caplog: pytest.LogCaptureFixture) -> None:
-    """Of the pages of a TIFF, and the pictures of a phone's JPEG (MPO), the first is meant."""
+def test_several_pictures_in_a_file_are_no_animation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the pages of a TIFF, and the pictures of a phone's JPEG (MPO), the first is meant; of pages, that is said."""
     pages = [Image.new("RGB", (8, 8), (level, 0, 0)) for level in (10, 200)]
     for kind in ("TIFF", "MPO"):
         picture = Picture(saved(pages[0], kind, save_all=True, append_images=pages[1:]), ANY_SIZE)
         assert picture.frames == 1
         assert picture.still()[0, 0, 0] == pytest.approx(10, abs=2)
-    assert "a TIFF file has 2 pages: the first one is taken" in caplog.text
+    path = tmp_path / "a.tif"
+    pages[0].copy().save(path, save_all=True, append_images=[pages[1].copy()])
+    for read_file in (load_image, read_frames):
+        caplog.clear()
+        read_file(path)
+        assert caplog.messages == [f"{path} has several pages: the first one is taken"]
+
+
+def test_the_first_frame_of_an_animation_is_said_to_be_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    frames = [Image.new("L", (8, 8), level) for level in (10, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert load_image(tmp_path / "a.gif").getpixel((0, 0)) == (10, 10, 10)
+    assert caplog.messages == [f"{tmp_path / 'a.gif'} is an animation of 2 frames: the first one is taken"]
 
 
 # Bounds --------------------------------------------------------------------------------------------------------------
@@ -323,6 +336,18 @@ def test_budget() -> None:
             Picture(file, 1_000_000)
         assert str(caught.value).startswith(said)
         Picture(file, 2_400_000)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("GIF", "3 frames or more"), ("PNG", "4 frames"), ("WEBP", "4 frames")])
+def test_frames_are_bounded(kind: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few their pixels are: many small ones take long to go through."""
+    frames = [Image.new("L", (8, 8), 60 * level) for level in range(4)]
+    file = saved(frames[0], kind, save_all=True, append_images=frames[1:])
+    monkeypatch.setattr("nova_video.io.pictures.MOST_FRAMES", 4)
+    assert Picture(file, ANY_SIZE).frames == 4
+    monkeypatch.setattr("nova_video.io.pictures.MOST_FRAMES", 2)
+    with pytest.raises(MediaError, match=f"^has {said}: expected at most 2$"):
+        Picture(file, ANY_SIZE)
 
 
 def test_large_pictures_are_reduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

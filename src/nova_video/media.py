@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from nova_video.errors import InputError, MediaError
-from nova_video.io.decode import Media, MediaFile, opened
+from nova_video.io.decode import Media, MediaFile, opened, warn_of_pages
 from nova_video.io.files import make_readable, naming
 from nova_video.io.text import parse_json
 
@@ -410,6 +410,9 @@ def load_image(path: str | Path) -> Image.Image:
     with opened(path) as media:
         if media.picture is None:
             raise MediaError("is a video: expected a picture")
+        warn_of_pages(media, path)
+        if media.picture.frames > 1:
+            log.warning("%s is an animation of %d frames: the first one is taken", path, media.picture.frames)
         return Image.fromarray(media.picture.still())
 
 

@@ -38,7 +38,7 @@ from nova_video.data.sidecars import MOST_TEXT, caption_from
 from nova_video.errors import InputError, MediaError
 from nova_video.extras import install_command
 from nova_video.given import SAME_RATE
-from nova_video.io.decode import EMPTY, NO_FORMAT, PICTURES, VIDEOS, Frame, Media, open_media, open_plain
+from nova_video.io.decode import EMPTY, NO_FORMAT, PICTURES, VIDEOS, Frame, Media, open_media, open_plain, warn_of_pages
 from nova_video.io.fit import fit_frames
 from nova_video.io.text import LFS_POINTER, printable
 from nova_video.io.timing import Timed, nearest_frames
@@ -300,6 +300,7 @@ class Decode:
         with ExitStack() as stack:
             media = open_media(_open_file(item, stack), _file_name(item), self.settings.max_pixels)
             stack.callback(media.close)
+            warn_of_pages(media, item.source)
             if media.picture is not None:
                 self._choose_size(*media.picture.size)  # raises before an animation's frames are gone through
             if media.is_still:

@@ -10,6 +10,7 @@ rightly is refused by name. Only plain files are opened, and nothing but the fil
 Legend: F frames, H W pixels.
 """
 
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -31,12 +32,25 @@ from nova_video.settings import max_pixels
 if TYPE_CHECKING:  # PyAV is imported when a video is opened
     from nova_video.io.videos import Video
 
-__all__ = ["PICTURES", "VIDEOS", "Frame", "Media", "MediaFile", "open_media", "open_plain", "opened", "upright_srgb"]
+__all__ = [
+    "PICTURES",
+    "VIDEOS",
+    "Frame",
+    "Media",
+    "MediaFile",
+    "open_media",
+    "open_plain",
+    "opened",
+    "upright_srgb",
+    "warn_of_pages",
+]
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp", ".mts")
 EMPTY = "is empty"
 NO_FORMAT = "is damaged, or of no known format"
+
+log = logging.getLogger(__name__)
 
 
 class Frame(Protocol):
@@ -188,6 +202,12 @@ def opened(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[M
         raise InputError(f"cannot read the {kind or 'file '}{place}: {first_line(error)}") from error
 
 
+def warn_of_pages(media: Media, name: object) -> None:
+    """Says that of several pages the first one is taken."""
+    if media.picture is not None and media.picture.has_pages:
+        log.warning("%s has several pages: the first one is taken", name)
+
+
 class MediaFile:
     """A picture or clip in a file, known by its size, rate and length, and decoded only when it is read."""
 
@@ -195,6 +215,7 @@ class MediaFile:
         """InputError for a file that is neither, or cannot be shown rightly."""
         self.path = Path(path)
         with opened(self.path) as media:
+            warn_of_pages(media, self.path)
             self.fps: float | None = None
             """Frames a second: what the file tells, or that of most frames where it varies. None: a still picture."""
             times = [0.0]

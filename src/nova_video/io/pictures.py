@@ -36,6 +36,7 @@ SIGNATURES = {
 """Other formats, by the first bytes of their files, so that an error can name them."""
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")
 HEAD = 65536  # bytes in which a PNG or AVIF names its coding
+MOST_FRAMES = 100_000  # of an animation: small frames take long to go through, however few their pixels
 LARGE = 2**26  # pixels: a larger picture is reduced by a whole number as soon as it is read
 DURATION = 0.1  # seconds a frame of an animation is shown if its file does not say
 SURE_DURATION = 0.03  # seconds: a gif tells hundredths apart, so that rounding makes shorter frames uneven
@@ -52,18 +53,22 @@ class Picture:
     """An opened picture, or animation, whose pixels are still to be read."""
 
     def __init__(self, file: BinaryIO, max_pixels: int) -> None:
-        """MediaError for a picture of another format, or of more than `max_pixels` pixels (times frames)."""
+        """MediaError for a picture of another format, or of more than `max_pixels` pixels (times frames) or
+        `MOST_FRAMES` frames."""
         self.image = _open(file)
         self._check_pixels(1, max_pixels)
         self.frames = 1
+        self.has_pages = False
+        """Whether a TIFF holds more pictures than the first one."""
         if self.image.format in ANIMATED:
             width, height = self.image.size
             if self.image.format == "GIF":  # Pillow would go through all of them first
-                self._check_pixels(_count_gif(file, max_pixels // (width * height) + 1), max_pixels, " or more")
+                most = min(max_pixels // (width * height), MOST_FRAMES) + 1
+                self._check_pixels(_count_gif(file, most), max_pixels, " or more")
             self.frames = getattr(self.image, "n_frames", 1)
             self._check_pixels(self.frames, max_pixels)
-        elif self.image.format == "TIFF" and getattr(self.image, "n_frames", 1) > 1:
-            log.warning("a TIFF file has %d pages: the first one is taken", getattr(self.image, "n_frames", 1))
+        elif self.image.format == "TIFF":
+            self.has_pages = getattr(self.image, "is_animated", False)  # Pillow would go through all to count them
         if (coding := named_coding(file, self.image.format)) is not None:
             self.image.info["nova_coding"] = coding
 
@@ -74,6 +79,8 @@ class Picture:
             raise MediaError(
                 f"has {several}{width}x{height} pixels: expected at most {max_pixels} in all (NOVA_MAX_PIXELS)"
             )
+        if frames > MOST_FRAMES:
+            raise MediaError(f"has {frames} frames{more}: expected at most {MOST_FRAMES}")
 
     @property
     def whole_size(self) -> tuple[int, int]:

@@ -184,12 +184,13 @@ def test_variants(pipe: NovaPipeline, tmp_path: Path) -> None:
         ({"torch_dtype": torch.float16, "dtype": torch.float16}, "got both of torch_dtype and dtype"),
         ({"custom_pipeline": "x"}, "custom_pipeline is no argument.*no code"),
         ({"quantization_config": {}}, "quantization_config is no argument.*fp8=True"),
+        ({"pretrained_model_name_or_path": None}, "model is None: expected a folder or a hub id"),
         ({"revison": "main"}, "revison is no argument of from_pretrained: expected revision"),
     ],
 )
 def test_ways_to_open_that_are_refused(tiny_checkpoint: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        NovaPipeline.from_pretrained(tiny_checkpoint, **options)
+        NovaPipeline.from_pretrained(**{"pretrained_model_name_or_path": tiny_checkpoint, **options})
 
 
 def test_ways_to_open_that_change_nothing_here(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -279,6 +280,37 @@ def test_encoded_prompts_give_what_sentences_give(pipe: NovaPipeline) -> None:
     again = draw(pipe, prompt=None, prompt_embeds=embeds, negative_prompt_embeds=negatives)
     assert np.array_equal(again, draw(pipe, prompt=["a whale", "a red apple"], negative_prompt="blue"))
     assert pipe.encode_prompt("a whale", do_classifier_free_guidance=False)[1] is None
+
+
+def test_encode_prompt_takes_the_arguments_of_others(pipe: NovaPipeline) -> None:
+    """The order is that of StableDiffusion: device, pictures a prompt, guidance, negatives."""
+    expected, negatives = pipe.encode_prompt(["a whale", "a red apple"], negative_prompt="blue")
+    rows, others = pipe.encode_prompt(["a whale", "a red apple"], "cpu", 2, True, "blue", prompt_embeds=None)
+    assert negatives is not None
+    assert others is not None
+    assert len(others) == 1
+    for made, row in zip([*rows, *others], [*expected[:1] * 2, *expected[1:] * 2, *negatives], strict=True):
+        torch.testing.assert_close(made, row, rtol=0, atol=0)
+    embeds, both = pipe.encode_prompt("a whale", device=torch.device("cpu"), num_images_per_prompt=2)
+    twice = draw(pipe, prompt="a whale", num_frames=1, num_images_per_prompt=2)
+    made = draw(pipe, prompt=None, prompt_embeds=embeds, negative_prompt_embeds=both, num_frames=1)
+    np.testing.assert_allclose(made, twice, atol=1e-4)  # the shapes of two prompts are not those of one
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda"}, "device is 'cuda': expected cpu"),
+        ({"device": "nowhere"}, "device is 'nowhere': expected cpu"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0: expected a whole number"),
+        ({"num_videos_per_prompt": 2}, "num_videos_per_prompt is no argument.*: expected num_images_per_prompt"),
+        ({"prompt_embeds": []}, "prompt_embeds is no argument of encode_prompt: expected it in the call"),
+        ({"clip_skip": 2}, "clip_skip is no argument of encode_prompt: expected prompt_embeds"),
+    ],
+)
+def test_encode_prompt_refuses_the_rest(pipe: NovaPipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pipe.encode_prompt("a whale", **options)
 
 
 @pytest.mark.parametrize(
@@ -440,3 +472,32 @@ def test_to_another_dtype_and_back(tiny_checkpoint: Path) -> None:
     assert moved.to(torch.bfloat16).transformer.dtype == torch.bfloat16
     assert draw(moved, **QUICK).dtype == np.float32
     assert moved.to("cpu", torch.float32).vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:99", torch.device("cuda:99"), "nowhere", "auto"])
+def test_to_a_device_that_is_not_there(pipe: NovaPipeline, monkeypatch: pytest.MonkeyPatch, device: Any) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for move in (lambda: pipe.to(device), lambda: pipe.to(device=device), lambda: pipe.to(device, torch.float32)):
+        with pytest.raises(InputError, match="device") as caught:
+            move()
+        assert "\n" not in str(caught.value)
+    assert pipe.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("transformer", None, "transformer is None: expected NOVATransformer3DModel"),
+        ("scheduler", None, "scheduler is None: expected SchedulerMixin"),
+        ("vae", torch.nn.Linear(1, 1), "vae is Linear: expected ModelMixin"),
+        ("text_encoder", "a/folder", "text_encoder is str: expected PreTrainedModel"),
+    ],
+)
+def test_parts_that_are_none(pipe: NovaPipeline, part: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"{message}$"):
+        NovaPipeline(**pipe.components | {part: value})
+
+
+def test_a_transformer_that_torch_compile_wraps_is_a_part(pipe: NovaPipeline) -> None:
+    wrapped = torch.compile(pipe.transformer)
+    assert NovaPipeline(**pipe.components | {"transformer": wrapped}).transformer is wrapped

@@ -136,6 +136,9 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, failure: type[Bas
         ("clip", "its extension is 'missing'"),
         ("nowhere/clip.mp4", "there is no folder"),
         ("folder.mp4", "it is a folder"),
+        ("x" * 300 + ".png", "cannot write .*xxx.png: File name too long"),
+        ("x" * 240 + ".png", "cannot write .*xxx.png: File name too long"),  # with what it has while it is written
+        ("nul\0.png", "cannot write .*: embedded null byte"),
     ],
 )
 def test_wrong_places(tmp_path: Path, name: str, message: str) -> None:

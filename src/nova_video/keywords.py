@@ -48,6 +48,18 @@ CALL_HINTS = {
 }
 """For calls of the pipeline."""
 
+ENCODE_HINTS = {
+    "prompt_2": CALL_HINTS["prompt_2"],
+    "clip_skip": CALL_HINTS["clip_skip"],
+    "max_sequence_length": CALL_HINTS["max_sequence_length"],
+    "prompt_embeds": "it in the call of the pipeline, where it stands for prompt",
+    "negative_prompt_embeds": "it in the call of the pipeline, where it stands for negative_prompt",
+    "num_videos_per_prompt": "num_images_per_prompt",
+    "lora_scale": "set_adapters, for the scales of adapters",
+    "dtype": "none: features have the text encoder's dtype",
+}
+"""For `NovaPipeline.encode_prompt`."""
+
 LOAD_LORA_HINTS = {
     "hotswap": "unload_lora_weights before it, or set_adapters",
     "use_safetensors": "a safetensors file: pickles are never read",

@@ -11,6 +11,7 @@ import logging
 import re
 import shlex
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ from nova_video.io.text import parse_json
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_PREFIX, Adapter, check_adapter
 from nova_video.model.lora_forms import read_forms
-from nova_video.settings import check_number
+from nova_video.settings import check_number, shown
 from nova_video.text.encoders import UNUSED_WEIGHTS, find_text_encoder, load_text_model, load_tokenizer
 from nova_video.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_json, read_shapes
 
@@ -75,6 +76,8 @@ def resolve_checkpoint(
 
     Of the hub's, the parts named in `without` are left there.
     """
+    if not isinstance(name_or_path, str | PathLike):
+        raise InputError(f"model is {shown(name_or_path)}: expected a folder or a hub id")
     if isinstance(name_or_path, str) and _is_packaged(name_or_path):
         return PACKAGED_MODELS / name_or_path
     if not str(name_or_path).strip():
@@ -139,14 +142,15 @@ def load_scheduler(checkpoint: Path) -> Any:
     return read_scheduler(component_folder(checkpoint, "scheduler"))
 
 
-def check_parts(given: Mapping[str, Any]) -> None:
-    """Each part that stands in for a checkpoint's own is of its kind, a place to load it from, or None."""
+def check_parts(given: Mapping[str, Any], or_places: bool = True) -> None:
+    """Each part is of its kind, or None where it is optional; with `or_places` also a place to load it from."""
     for name, part in given.items():
-        if isinstance(part, (str, Path)) or (part is None and name in OPTIONAL):
+        if (or_places and isinstance(part, (str, Path))) or (part is None and name in OPTIONAL):
             continue
-        if not isinstance(part, PART_CLASSES[name]):
+        if not isinstance(getattr(part, "_orig_mod", part), PART_CLASSES[name]):  # what torch.compile has wrapped
             got = "None" if part is None else type(part).__name__
-            raise InputError(f"{name} is {got}: expected {PART_CLASSES[name].__name__}, or the folder of one")
+            places = ", or the folder of one" if or_places else ""
+            raise InputError(f"{name} is {got}: expected {PART_CLASSES[name].__name__}{places}")
 
 
 def load_parts(

@@ -55,6 +55,12 @@ def check_output(path: Path) -> None:
         raise InputError(
             f"cannot write {path}: its extension is {path.suffix or 'missing'!r}, expected {_listed(SUFFIXES)}"
         )
+    try:
+        os.lstat(_part_of(path))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # such as a name that is too long
+        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder, expected a file name")
     if not path.parent.is_dir():
@@ -89,10 +95,15 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
+def _part_of(path: Path) -> Path:
+    """A new name beside `path`, for what is written to it."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; renamed to it when the block ends well, removed when it does not."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    temporary = _part_of(path)
     try:
         with naming(path, temporary):
             yield temporary

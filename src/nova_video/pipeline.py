@@ -33,7 +33,7 @@ from nova_video.errors import InputError
 from nova_video.generation import CALLING, Generation, GivenPixels, StepCallback
 from nova_video.given import known_tokens, masks_at, same_rate, to_pixels
 from nova_video.io.files import make_readable
-from nova_video.keywords import CALL_HINTS, OPEN_HINTS, refuse_keywords
+from nova_video.keywords import CALL_HINTS, ENCODE_HINTS, OPEN_HINTS, refuse_keywords
 from nova_video.loading import check_parts, load_parts, load_scheduler, resolve_checkpoint
 from nova_video.memory import LowMemory, Turn, enable_low_memory
 from nova_video.model import NOVATransformer3DModel, set_sizes
@@ -89,14 +89,18 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         settings: CheckpointSettings | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(
-            transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
-        )
-        if vae is not None and vae.config.latent_channels != transformer.config.image_dim:
-            raise InputError(
-                f"vae has {vae.config.latent_channels} latent channels: expected the transformer's "
-                f"{transformer.config.image_dim}"
-            )
+        parts = {
+            "transformer": transformer,
+            "scheduler": scheduler,
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "tokenizer": tokenizer,
+        }
+        check_parts(parts, or_places=False)
+        self.register_modules(**parts)
+        channels = transformer.config.image_dim
+        if vae is not None and (found := vae.config.get("latent_channels")) != channels:
+            raise InputError(f"vae has {found} latent channels: expected the transformer's {channels}")
         given = CheckpointSettings() if settings is None else settings
         self.settings = CheckpointSettings.from_json(dict(given)) if isinstance(given, Mapping) else given
         self._named_text_parts: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
@@ -214,6 +218,13 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         if (place := getattr(pipeline.config, "_name_or_path", None)) is not None:
             pipe.register_to_config(_name_or_path=place)
         return pipe if torch_dtype is None else pipe.to(dtype=torch_dtype)
+
+    def to(self, *args: Any, **options: Any) -> Self:
+        """diffusers' own: a device, a dtype or both. A device that is not there is an InputError."""
+        place = options.get("device", args[0] if args else None)
+        if isinstance(place, str | torch.device):
+            _device_of(place, "device")
+        return super().to(*args, **options)
 
     def save_pretrained(
         self,
@@ -730,22 +741,36 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
     def encode_prompt(
         self,
         prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = True,
+        negative_prompt: str | Sequence[str] | None = None,
+        **others: Any,
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """`prompt_embeds` and `negative_prompt_embeds` for a call: features (tokens, width) of each sentence.
 
-        Calls repeat them for several pictures a prompt. Without guidance the second is None.
+        With `num_images_per_prompt` each is repeated in place; calls do that too, so give it to one of the two. A
+        single negative stays one, for all prompts. Without guidance the second is None. `device` is the pipeline's.
         """
-        request = GenerateRequest(prompt=prompt, negative_prompt=negative_prompt)
+        known = inspect.signature(self.encode_prompt).parameters
+        refuse_keywords(
+            "encode_prompt", [name for name, value in others.items() if value is not None], ENCODE_HINTS, known
+        )
+        own = self.execution_device
+        if device is not None and not _is_device(device, own):
+            raise InputError(f"device is {shown(device)}: expected {own}, where the pipeline is, or None")
+        request = GenerateRequest(
+            prompt=prompt, negative_prompt=negative_prompt, num_images_per_prompt=num_images_per_prompt
+        )
         texts = [text for timeline in request.prompts or [] for text in timeline.values]
         negatives = (request.negative_prompts or [""]) if do_classifier_free_guidance else []
         try:
             encoded = self._encode_text(list(dict.fromkeys([*texts, *negatives])))
         finally:
             self.maybe_free_model_hooks()
-        return [encoded[text] for text in texts], [encoded[text] for text in negatives] or None
+        repeats = 1 if len(negatives) == 1 else num_images_per_prompt
+        features = [encoded[text] for text in texts for _ in range(num_images_per_prompt)]
+        return features, [encoded[text] for text in negatives for _ in range(repeats)] or None
 
     def _encode_text(self, texts: list[str]) -> dict[str, Tensor]:
         """Features (tokens, width) by sentence."""
@@ -983,18 +1008,27 @@ def _upload(folder: Path, repo_id: str, *, create_pr: bool = False, **options: A
     return str(commit)
 
 
-def _device_of(device_map: object) -> torch.device:
-    """The one device that `device_map` names; strategies that spread parts over several are refused."""
+def _device_of(device_map: object, name: str = "device_map") -> torch.device:
+    """The one device that the argument `name` names; strategies that spread parts over several are refused."""
     if isinstance(device_map, str | torch.device) and device_map not in ("auto", "balanced", "balanced_low_0"):
         try:
             device = torch.device(device_map)
         except RuntimeError:
-            raise InputError(f"device_map is {device_map!r}: expected a device such as 'cuda'") from None
+            raise InputError(f"{name} is {device_map!r}: expected a device such as 'cuda'") from None
         return choose_device(str(device))
     raise InputError(
-        f"device_map is {device_map!r}: expected one device such as 'cuda'; parts are not spread over several, and"
+        f"{name} is {device_map!r}: expected one device such as 'cuda'; parts are not spread over several, and"
         " low_memory=True lets them take turns on a small GPU"
     )
+
+
+def _is_device(device: Any, own: torch.device) -> bool:
+    """Whether a device, or what names one, is `own`."""
+    try:
+        asked = torch.device(device)
+    except (RuntimeError, TypeError):
+        return False
+    return asked.type == own.type and asked.index in (None, own.index or 0)
 
 
 def _check_dtypes(dtypes: Any) -> Dtypes:

@@ -56,6 +56,12 @@ def test_a_picture_needs_no_optional_library(tmp_path: Path) -> None:
     assert (found["code"], found["loaded"]) == (0, [])
 
 
+def test_other_commands_load_no_quantisation(tmp_path: Path) -> None:
+    """Importing it prints lines that say nothing about the command."""
+    found = run(["encode", "nowhere", "-o", "new"], ("diffusers", "torchao"), tmp_path)
+    assert (found["code"], found["loaded"]) == (2, ["diffusers"])
+
+
 def test_what_was_hidden_can_be_imported_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     startup.hide({"colorsys", "json"})

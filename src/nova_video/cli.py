@@ -157,9 +157,10 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
 def _prepare_process(command: object) -> None:
     """Settings of the process that a quick start needs."""
     sleep_while_waiting()
+    hide({"torchao"})  # what it is needed for reveals it
     if not isinstance(command, Making) or getattr(command, "resume", None) is not None:
         return
-    unused = {"torchao"}
+    unused = set()
     if command.lora is None:
         unused.add("peft")
     if command.model in (None, MODEL):  # the schedulers of others may need it

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nova_video.errors import InputError
 from nova_video.extras import install_command
+from nova_video.startup import reveal
 
 if TYPE_CHECKING:
     from nova_video.pipeline import NovaPipeline
@@ -84,6 +85,7 @@ def enable_low_memory(
 
 def quantise(module: nn.Module) -> None:
     """Weights of the linear layers in 8 bits with a scale for each output, products in the dtype they had."""
+    reveal()
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:

@@ -13,6 +13,7 @@ from nova_video.errors import InputError
 from nova_video.extras import install_command
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import merge
+from nova_video.startup import reveal
 
 CAPABILITY = (8, 9)  # Ada and Hopper
 
@@ -20,6 +21,7 @@ CAPABILITY = (8, 9)  # Ada and Hopper
 def with_fp8_blocks(model: NOVATransformer3DModel) -> NOVATransformer3DModel:
     """A copy of the model on its GPU; only the blocks of both encoders differ. Adapters are part of its weights."""
     check_fp8(model.device, model.dtype)
+    reveal()
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, PerTensor, quantize_
     except ImportError:

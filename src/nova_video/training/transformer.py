@@ -26,6 +26,7 @@ from nova_video.model.vit import Block
 from nova_video.pipeline import NovaPipeline
 from nova_video.sampling.schedulers import new_scheduler
 from nova_video.settings import CheckpointSettings
+from nova_video.startup import reveal
 from nova_video.text.encoders import text_class
 from nova_video.training.blocks import TemporalMasks, checkpointed, compile_blocks
 from nova_video.training.flops import step_flops
@@ -330,6 +331,7 @@ def use_fp8(model: NOVATransformer3DModel, device: torch.device) -> None:
     """The encoders' and the denoiser's linear layers multiply in 8 bit floats, by torchao."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise InputError(f"precision = 'fp8' on {device}: expected a GPU that has 8 bit floats (Ada, Hopper or later)")
+    reveal()
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:

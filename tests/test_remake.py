@@ -124,6 +124,7 @@ def test_what_has_changed_is_said(run: Run, tiny_checkpoint: Path, caplog: pytes
     assert messages(caplog) == [
         "x.png was made with settings that this command has not, and that are left out: flow_shift",
         "given.png has changed since x.png was made with it",
+        "given.png is an animation of 2 frames: the first one is taken",
         f"the weights of {tiny_checkpoint} have changed since x.png was made: the result will differ",
         "x.png was made on cuda in float32, this is cpu in float32: random numbers or rounding differ",
     ]

@@ -27,15 +27,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nova_video.autoencoders import AutoencoderKLOpenSora
-from nova_video.benchmarks.sample import digits
-from nova_video.benchmarks.script import result_of, write_result
+from nova_video.bench.sample import digits
+from nova_video.bench.script import result_of, write_result
+from nova_video.common.devices import choose_device
+from nova_video.common.errors import InputError
 from nova_video.data.dataset import read_shard, write_shard
 from nova_video.data.encode import EncodeSettings, encode_dataset
 from nova_video.data.encoders import EncodeLatents, EncodeText
 from nova_video.data.sources import SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, Motion, read_bytes
-from nova_video.devices import choose_device
-from nova_video.errors import InputError
 from nova_video.text.encoders import find_text_encoder
 
 LEAST_CALLS = 3

@@ -23,13 +23,13 @@ import torch
 import tyro
 from torch import Tensor
 
-from nova_video.benchmarks.configs import SIZES, build
-from nova_video.benchmarks.script import result_of, write_result
-from nova_video.devices import choose_device
+from nova_video.bench.configs import SIZES, build
+from nova_video.bench.script import result_of, write_result
+from nova_video.common.devices import choose_device
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.patches import gather_tokens
-from nova_video.pipeline import NovaPipeline
-from nova_video.request import GenerateRequest
+from nova_video.pipeline.pipeline import NovaPipeline
+from nova_video.pipeline.request import GenerateRequest
 from nova_video.sampling.generate import SetDone, generate_sets, reveal
 from nova_video.sampling.state import SamplingState
 

@@ -24,10 +24,8 @@ import tyro
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from nova_video.benchmarks.script import result_of, write_result
-from nova_video.model.denoiser import Denoiser
-from nova_video.sampling.diffusion import Schedule, linear_step
-from nova_video.sampling.fused import (
+from nova_video.bench.script import result_of, write_result
+from nova_video.fast.fused import (
     Layout,
     Tile,
     choose_layout,
@@ -35,6 +33,8 @@ from nova_video.sampling.fused import (
     launched_early,
     rank_tiles,
 )
+from nova_video.model.denoiser import Denoiser
+from nova_video.sampling.diffusion import Schedule, linear_step
 from nova_video.sampling.guidance import Guidance, combine, pass_weights
 from nova_video.sampling.schedulers import request_scheduler
 

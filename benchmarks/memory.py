@@ -1,8 +1,8 @@
 """What a video takes on a small card, and at what price: `python benchmarks/memory.py --help`.
 
 Builds the released text-to-video model at its size with random weights, and a random text encoder of Phi-2's size, and
-makes the 33x480x768 clip from a sentence: with all parts on the GPU and in the ways of `nova_video.memory`. Prints peak
-memory and time of each as soon as it is there, also for one that fails, and writes those so far as JSON.
+makes the 33x480x768 clip from a sentence: with all parts on the GPU and in the ways of `nova_video.pipeline.offload`.
+Prints peak memory and time of each as soon as it is there, also for one that fails, and writes those so far as JSON.
 """
 
 import gc
@@ -18,11 +18,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PhiConfig, PhiModel, PreTrainedTokenizerFast
 
 from nova_video import NovaPipeline
-from nova_video.benchmarks.configs import SIZES, build, resized
-from nova_video.benchmarks.script import result_of, write_result
-from nova_video.devices import choose_device, choose_dtype
-from nova_video.errors import InputError
-from nova_video.memory import enable_low_memory
+from nova_video.bench.configs import SIZES, build, resized
+from nova_video.bench.script import result_of, write_result
+from nova_video.common.devices import choose_device, choose_dtype
+from nova_video.common.errors import InputError
+from nova_video.pipeline.offload import enable_low_memory
 
 PROMPT = "a whale moving left on a blue background"
 

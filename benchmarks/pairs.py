@@ -15,8 +15,8 @@ import torch
 import tyro
 
 from nova_video import NovaPipeline
-from nova_video.benchmarks.script import result_of, write_result
-from nova_video.devices import choose_device
+from nova_video.bench.script import result_of, write_result
+from nova_video.common.devices import choose_device
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ import tyro
 from diffusers import AutoencoderKL
 
 from nova_video.autoencoders import AutoencoderKLOpenSora
-from nova_video.benchmarks.sample import GIB, digits
-from nova_video.benchmarks.script import result_of, write_result
+from nova_video.bench.sample import GIB, digits
+from nova_video.bench.script import result_of, write_result
+from nova_video.common.devices import choose_device
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
 from nova_video.data.encoders import autoencoder_info
-from nova_video.devices import choose_device
 from nova_video.training.recipe import DatasetTransformerRecipe, load_recipe
 from nova_video.training.trainer import train
 

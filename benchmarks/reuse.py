@@ -21,18 +21,18 @@ import torch
 import tyro
 from torch import Tensor
 
-from nova_video.benchmarks import presets
-from nova_video.benchmarks.preset_outcome import Outcome
-from nova_video.benchmarks.script import result_of, write_result
-from nova_video.data.world import EmojiWorld
-from nova_video.devices import choose_device
-from nova_video.evaluation.emoji import EmojiSettings
-from nova_video.evaluation.rates import Paired
-from nova_video.loading import resolve_checkpoint
+from nova_video.bench.script import result_of, write_result
+from nova_video.common.devices import choose_device
 from nova_video.model import Positions
 from nova_video.model.patches import gather_tokens
+from nova_video.pipeline.loading import resolve_checkpoint
 from nova_video.sampling.engine import DirectRunner, FastEngine, in_passes
-from nova_video.sampling.shortcuts import EXACT, Shortcuts
+from nova_video.sampling.presets import EXACT, Shortcuts
+from nova_worlds.evaluation.emoji import EmojiSettings
+from nova_worlds.evaluation.rates import Paired
+from nova_worlds.presets import presets
+from nova_worlds.presets.preset_outcome import Outcome
+from nova_worlds.world import EmojiWorld
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import tyro
 
-from nova_video.benchmarks.scaling import tables
-from nova_video.benchmarks.tables import filled
-from nova_video.benchmarks.train_rows import read_train_rows, usual_rows
-from nova_video.media import atomic_path
+from nova_video.bench.scaling import tables
+from nova_video.bench.tables import filled
+from nova_video.bench.train_rows import read_train_rows, usual_rows
+from nova_video.io.media import atomic_path
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,9 +15,9 @@ import torch
 import tyro
 
 from nova_video import NovaPipeline
-from nova_video.benchmarks.script import result_of, write_result
-from nova_video.devices import choose_device, choose_dtype
-from nova_video.request import GenerateRequest
+from nova_video.bench.script import result_of, write_result
+from nova_video.common.devices import choose_device, choose_dtype
+from nova_video.pipeline.request import GenerateRequest
 
 TENTH = 0.1  # of the frames are compared: those after the first tenth with the last ones
 

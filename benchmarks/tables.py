@@ -7,13 +7,13 @@ from pathlib import Path
 
 import tyro
 
-from nova_video.benchmarks.plots import PLOTS, is_current, write_plots
-from nova_video.benchmarks.preset_rows import presets_table, read_preset_rows
-from nova_video.benchmarks.rows import read_rows
-from nova_video.benchmarks.tables import filled, tables
-from nova_video.benchmarks.targets import sampling_targets, training_targets
-from nova_video.benchmarks.train_rows import read_train_rows, train_commands, train_table
-from nova_video.media import atomic_path
+from nova_video.bench.plots import PLOTS, is_current, write_plots
+from nova_video.bench.rows import read_rows
+from nova_video.bench.tables import filled, tables
+from nova_video.bench.targets import sampling_targets, training_targets
+from nova_video.bench.train_rows import read_train_rows, train_commands, train_table
+from nova_video.io.media import atomic_path
+from nova_worlds.presets.preset_rows import presets_table, read_preset_rows
 
 FOLDER = Path(__file__).resolve().parent
 

@@ -1,7 +1,7 @@
 """How long decoding a clip takes, and what it holds: `python benchmarks/vae.py --help`.
 
 Times the released video autoencoder with random weights, decoded by its plain modules and in the arrangements of
-`autoencoders/fast.py`, and compares every result with that of the plain modules in float32. With `--convolutions` the
+`fast/autoencoder.py`, and compares every result with that of the plain modules in float32. With `--convolutions` the
 convolutions of its levels too, by the library and by the kernel in tiles of several sizes. Prints a line for each as
 soon as it is there, also for one that fails, and writes those so far as JSON.
 """
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from nova_video.autoencoders import AutoencoderKLOpenSora, fast
-from nova_video.benchmarks.script import result_of, write_result
-from nova_video.devices import choose_device, choose_dtype
+from nova_video.autoencoders import AutoencoderKLOpenSora
+from nova_video.bench.script import result_of, write_result
+from nova_video.common.devices import choose_device, choose_dtype
+from nova_video.fast import autoencoder as fast
 
 REPEATS = 5
 # Convolutions of the released decoder with the most work: frames of a part, rows, columns, inputs, outputs, kernel.
@@ -103,7 +104,7 @@ def ways() -> list[tuple[str, bool, Callable[[], fast.Pieces] | None]]:
     """Name, whether weights have their channels last, and the pieces; None for the plain modules."""
 
     def kernels(name: str) -> fast.Pieces:
-        from nova_video.autoencoders import kernels
+        from nova_video.fast import autoencoder_kernels as kernels
 
         pieces: fast.Pieces = getattr(kernels, name)
         return pieces
@@ -243,7 +244,7 @@ def convolution_ways(
 
     def kernel(tile: tuple[int, ...] | None) -> Callable[[], Tensor]:
         def work() -> Tensor:
-            from nova_video.autoencoders import kernels
+            from nova_video.fast import autoencoder_kernels as kernels
 
             return kernels.convolve(
                 window, weight, bias, out, False, (0, 0), None if not tile else kernels.Tile(*tile)

@@ -12,8 +12,8 @@ from drawing import attention, autoencoder, beyond, curves, network, samples, sh
 from drawing.requests import reveal_frame
 from drawing.style import save
 
-from nova_video.loading import resolve_checkpoint
-from nova_video.pipeline import NovaPipeline
+from nova_video.pipeline.loading import resolve_checkpoint
+from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.training.recipe import TransformerRecipe, load_recipe
 
 DOCS = Path(__file__).resolve().parent

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from nova_video import cli
+from nova_video.cli import main as cli
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 CAMERA_CLIPS = Path(__file__).parents[1] / "data" / "downloads" / "clips"  # of the clone, for the next run
@@ -128,7 +128,7 @@ def camera_clips() -> Path:
 @contextmanager
 def another_process_writes(folder: Path) -> Iterator[None]:
     """Until it is killed."""
-    program = "import sys; from pathlib import Path; from nova_video.media import alone_in\n"
+    program = "import sys; from pathlib import Path; from nova_video.io.media import alone_in\n"
     program += "with alone_in(Path(sys.argv[1])): print('there', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", program, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

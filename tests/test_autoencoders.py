@@ -22,10 +22,10 @@ from nova_video.autoencoders import (
     unscale_latents,
 )
 from nova_video.autoencoders.base import VideoAutoencoder
-from nova_video.autoencoders.fast import decode_tile, parts_of
 from nova_video.autoencoders.opensora import CausalConv3d, first_frame_padded
 from nova_video.autoencoders.tiling import map_tiles, tile_starts
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
+from nova_video.fast.autoencoder import decode_tile, parts_of
 
 CASE = Path(__file__).parent / "conformance" / "text-to-video"
 
@@ -594,7 +594,8 @@ def test_parts_cover_the_frames() -> None:
 
 KERNELS = """
 import torch
-from nova_video.autoencoders import AutoencoderKLOpenSora, fast, kernels
+from nova_video.autoencoders import AutoencoderKLOpenSora
+from nova_video.fast import autoencoder as fast, autoencoder_kernels as kernels
 
 assert kernels.agree(torch.device("cpu"), torch.float16) is None
 torch.manual_seed(0)
@@ -622,7 +623,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nova_video.autoencoders import kernels
+from nova_video.fast import autoencoder_kernels as kernels
 
 
 def compiles(kernel, types, **constants):

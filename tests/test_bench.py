@@ -16,18 +16,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import CONFORMANCE
-from nova_video import cli
-from nova_video.arguments import BenchSample, parse
-from nova_video.benchmarks.configs import SIZES, TEXT_DIM, build, resized
-from nova_video.benchmarks.floor import RATES, Floor, count_work, device_rates, floor_of, temporal_steps
-from nova_video.benchmarks.plots import PLOTS, is_current, write_plots
-from nova_video.benchmarks.rows import PARTS, Row, as_lines, cells, read_rows, record_row, write_rows
-from nova_video.benchmarks.sample import Asked, Runs, measure, request_of
-from nova_video.benchmarks.tables import EMPTY, RELEASED, filled, released_seconds, sweeps, tables
-from nova_video.benchmarks.targets import SAMPLING, sampling_targets
-from nova_video.errors import InputError
-from nova_video.pipeline import NovaPipeline
-from nova_video.request import GenerateRequest
+from nova_video.bench.configs import SIZES, TEXT_DIM, build, resized
+from nova_video.bench.floor import RATES, Floor, count_work, device_rates, floor_of, temporal_steps
+from nova_video.bench.plots import PLOTS, is_current, write_plots
+from nova_video.bench.rows import PARTS, Row, as_lines, cells, read_rows, record_row, write_rows
+from nova_video.bench.sample import Asked, Runs, measure, request_of
+from nova_video.bench.tables import EMPTY, RELEASED, filled, released_seconds, sweeps, tables
+from nova_video.bench.targets import SAMPLING, sampling_targets
+from nova_video.cli import main as cli
+from nova_video.cli.arguments import BenchSample, parse
+from nova_video.common.errors import InputError
+from nova_video.pipeline.pipeline import NovaPipeline
+from nova_video.pipeline.request import GenerateRequest
 
 H200 = RATES["H200"]
 CLIPS = str(CONFORMANCE / "text-to-video")
@@ -264,7 +264,7 @@ def test_wrong_input_is_found_before_the_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rows.json").write_text("no rows")
-    monkeypatch.setattr("nova_video.benchmarks.sample.measure", None)
+    monkeypatch.setattr("nova_video.bench.sample.measure", None)
     assert cli.main(["bench", "sample", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error

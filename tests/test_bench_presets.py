@@ -11,12 +11,20 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from conftest import save_tiny_bert, save_tiny_tokenizer
-from nova_video import cli
-from nova_video.arguments import BenchPresets, parse
 from nova_video.autoencoders import AutoencoderKLCausalTiny
-from nova_video.benchmarks import presets
-from nova_video.benchmarks.preset_outcome import digest, load_tensors, save_tensors
-from nova_video.benchmarks.preset_rows import (
+from nova_video.bench.tables import EMPTY
+from nova_video.cli import main as cli
+from nova_video.cli.arguments import BenchPresets, parse
+from nova_video.common.errors import InputError
+from nova_video.common.settings import CheckpointSettings, Defaults
+from nova_video.model import NOVATransformer3DModel
+from nova_video.pipeline.pipeline import NovaPipeline
+from nova_video.sampling.presets import PRESETS
+from nova_worlds.evaluation.emoji import EmojiSettings
+from nova_worlds.evaluation.rates import Paired
+from nova_worlds.presets import presets
+from nova_worlds.presets.preset_outcome import digest, load_tensors, save_tensors
+from nova_worlds.presets.preset_rows import (
     PresetRow,
     Score,
     as_aligned,
@@ -25,17 +33,9 @@ from nova_video.benchmarks.preset_rows import (
     recorded,
     write_preset_rows,
 )
-from nova_video.benchmarks.presets import OTHER_SEED, VARIANTS, Asked, Maker, frames_of, measure_presets
-from nova_video.benchmarks.tables import EMPTY
-from nova_video.data.shapes import prepare_shapes
-from nova_video.data.world import EmojiWorld
-from nova_video.errors import InputError
-from nova_video.evaluation.emoji import EmojiSettings
-from nova_video.evaluation.rates import Paired
-from nova_video.model import NOVATransformer3DModel
-from nova_video.pipeline import NovaPipeline
-from nova_video.sampling.shortcuts import PRESETS
-from nova_video.settings import CheckpointSettings, Defaults
+from nova_worlds.presets.presets import OTHER_SEED, VARIANTS, Asked, Maker, frames_of, measure_presets
+from nova_worlds.shapes import prepare_shapes
+from nova_worlds.world import EmojiWorld
 
 SETTINGS = EmojiSettings(num_clips=3, num_pairs=2, num_frames=5, batch_size=2)
 
@@ -75,7 +75,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(autouse=True)
 def no_judging_of_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short clips and few of them: real renders are judged in other tests."""
-    monkeypatch.setattr("nova_video.evaluation.emoji.JUDGE_CLIPS", 5)
+    monkeypatch.setattr("nova_worlds.evaluation.emoji.JUDGE_CLIPS", 5)
     monkeypatch.setattr(presets, "JUDGE_CLIPS", 2)
     monkeypatch.setattr(presets, "check_judge", lambda rates, judged: None)
 

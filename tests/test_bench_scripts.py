@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nova_video.benchmarks.script import result_of, script_command, write_result
+from nova_video.bench.script import result_of, script_command, write_result
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 OTHERS = ("tables", "scaling")  # they measure nothing

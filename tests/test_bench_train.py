@@ -18,13 +18,11 @@ import pytest
 import torch
 
 from conftest import CONFORMANCE
-from nova_video import cli
-from nova_video.arguments import BenchTrain, parse
-from nova_video.benchmarks.configs import BATCHES, SIZES, fill_zeros
-from nova_video.benchmarks.rows import record_row
-from nova_video.benchmarks.tables import EMPTY
-from nova_video.benchmarks.targets import training_targets
-from nova_video.benchmarks.train import (
+from nova_video.bench.configs import BATCHES, SIZES, fill_zeros
+from nova_video.bench.rows import record_row
+from nova_video.bench.tables import EMPTY
+from nova_video.bench.targets import training_targets
+from nova_video.bench.train import (
     OPTIMIZER,
     AskedTraining,
     GivenTask,
@@ -34,13 +32,16 @@ from nova_video.benchmarks.train import (
     open_model,
     warm_up_variants,
 )
-from nova_video.benchmarks.train_rows import TrainRow, read_train_rows, train_line, train_table, usual_rows
-from nova_video.errors import InputError
-from nova_video.model import NOVATransformer3DModel, flash
+from nova_video.bench.train_rows import TrainRow, read_train_rows, train_line, train_table, usual_rows
+from nova_video.cli import main as cli
+from nova_video.cli.arguments import BenchTrain, parse
+from nova_video.common.errors import InputError
+from nova_video.common.settings import AttentionKernels
+from nova_video.fast import flash
+from nova_video.model import NOVATransformer3DModel
 from nova_video.model.attention import allowed_kernels
 from nova_video.model.vit import Attention
 from nova_video.sampling.schedulers import new_scheduler
-from nova_video.settings import AttentionKernels
 from nova_video.training.blocks import TemporalMasks
 from nova_video.training.checkpoint import Average
 from nova_video.training.flops import step_flops
@@ -196,7 +197,7 @@ def test_wrong_input_is_found_before_the_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nova_video.benchmarks.train.measure_training", None)
+    monkeypatch.setattr("nova_video.bench.train.measure_training", None)
     assert cli.main(["bench", "train", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -14,17 +14,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from nova_video.arguments import PartName as TypedPart
-from nova_video.arguments import parse
-from nova_video.cli import main
-from nova_video.data.clips import CANVAS, SIZES, SPAN, object_path
-from nova_video.data.shapes import prepare_shapes
-from nova_video.data.words import COLORS, MOTIONS, STILL
-from nova_video.data.world import EmojiWorld
-from nova_video.errors import InputError
-from nova_video.evaluation.benchmark import GENERATED, REAL, RECONSTRUCTED, LongSettings
-from nova_video.evaluation.beyond import BeyondReport, BeyondSettings, asked_cases, evaluate_beyond
-from nova_video.evaluation.parts import (
+from nova_video.cli.arguments import PartName as TypedPart
+from nova_video.cli.arguments import parse
+from nova_video.cli.main import main
+from nova_video.common.errors import InputError
+from nova_worlds.clips import CANVAS, SIZES, SPAN, object_path
+from nova_worlds.evaluation.benchmark import GENERATED, REAL, RECONSTRUCTED, LongSettings
+from nova_worlds.evaluation.editing import BeyondReport, BeyondSettings, asked_cases, evaluate_beyond
+from nova_worlds.evaluation.parts import (
     GIVEN,
     OBEYED,
     PARTS,
@@ -35,8 +32,11 @@ from nova_video.evaluation.parts import (
     PartName,
     Steer,
 )
-from nova_video.evaluation.paths import has_room, render_path, steered_path
-from nova_video.evaluation.report import contact_sheet, print_beyond, write_report
+from nova_worlds.evaluation.paths import has_room, render_path, steered_path
+from nova_worlds.evaluation.report import contact_sheet, print_beyond, write_report
+from nova_worlds.shapes import prepare_shapes
+from nova_worlds.words import COLORS, MOTIONS, STILL
+from nova_worlds.world import EmojiWorld
 
 Change = Callable[[Part, Case, Tensor], Tensor]
 """What the stand-in makes of the right answer (N, F, H, W, 3)."""
@@ -49,7 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> EmojiWorld:
 
 @pytest.fixture(autouse=True)
 def few_real_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nova_video.evaluation.beyond.JUDGE_CLIPS", 12)
+    monkeypatch.setattr("nova_worlds.evaluation.editing.JUDGE_CLIPS", 12)
 
 
 class Answers:
@@ -263,7 +263,7 @@ def test_reconstructions_keep_what_is_given(world: EmojiWorld) -> None:
 def test_a_judge_that_misreads_is_refused(world: EmojiWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of("continue")
     answers = Answers(world, settings)
-    monkeypatch.setattr("nova_video.evaluation.judge.MOVES", 100.0)
+    monkeypatch.setattr("nova_worlds.evaluation.judge.MOVES", 100.0)
     with pytest.raises(InputError, match=r"reads only .* of motion right on 12 real renders for 'continue'"):
         evaluate_beyond(answers, world, settings)
     assert answers.calls == []
@@ -282,7 +282,7 @@ def test_the_command(
     prepare_shapes(tmp_path / "world", score_clips=1)
     monkeypatch.chdir(tmp_path)
     settings = BeyondSettings(parts=("inpaint",), num_clips=3)
-    monkeypatch.setattr("nova_video.cli_evaluate.load_pipeline", lambda *_: Answers(world, settings))
+    monkeypatch.setattr("nova_video.cli.evaluate.load_pipeline", lambda *_: Answers(world, settings))
     typed = ["--data", "world", "-o", "scores", "--parts", "inpaint", "--num-clips", "3"]
     assert main(["evaluate", "beyond", *typed]) == 0
     assert capsys.readouterr().out.endswith("scores\n")

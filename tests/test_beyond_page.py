@@ -16,13 +16,13 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 from drawing import beyond  # noqa: E402
 
-from nova_video.arguments import parse  # noqa: E402
-from nova_video.evaluation.rates import Rate  # noqa: E402
-from nova_video.generation import FrameReady, LatentPreview  # noqa: E402
-from nova_video.pipeline import NovaPipeline  # noqa: E402
-from nova_video.plan import ENDLESS_CONTEXT  # noqa: E402
+from nova_video.cli.arguments import parse  # noqa: E402
+from nova_video.cli.script import KEYS  # noqa: E402
+from nova_video.pipeline.generation import FrameReady, LatentPreview  # noqa: E402
+from nova_video.pipeline.pipeline import NovaPipeline  # noqa: E402
+from nova_video.pipeline.plan import ENDLESS_CONTEXT  # noqa: E402
 from nova_video.sampling.context import Context  # noqa: E402
-from nova_video.script import KEYS  # noqa: E402
+from nova_worlds.evaluation.rates import Rate  # noqa: E402
 
 PAGE = ROOT / "docs" / "beyond-one-clip.md"
 MODEL = ROOT / "src" / "nova_video" / "models" / "emoji"

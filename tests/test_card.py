@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from nova_video import fonts
 from nova_video.data import card, dataset, sheets
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample
 from nova_video.data.encoders import DecodeLatents, EncodeLatents, autoencoder_info
 from nova_video.data.sheets import Entry, draw_sheet
+from nova_video.io import fonts
 
 CLIP, PICTURE = Bucket(5, 32, 48), Bucket(1, 48, 32)
 

@@ -19,15 +19,16 @@ from PIL import Image
 
 import nova_video
 from conftest import Run
-from nova_video import cli, media
-from nova_video.arguments import parse
-from nova_video.errors import InputError
-from nova_video.extras import install_command
+from nova_video.cli import main as cli
+from nova_video.cli.arguments import parse
+from nova_video.cli.jobs import name_of
+from nova_video.common.errors import InputError
+from nova_video.common.extras import install_command
+from nova_video.io import media
 from nova_video.io.files import held
-from nova_video.jobs import name_of
-from nova_video.memory import LowMemory
-from nova_video.request import GenerateRequest
-from nova_video.sampling.shortcuts import PRESETS
+from nova_video.pipeline.offload import LowMemory
+from nova_video.pipeline.request import GenerateRequest
+from nova_video.sampling.presets import PRESETS
 
 QUICK = ["--sets", "2", "--diffusion-steps", "1"]
 
@@ -97,7 +98,7 @@ def test_low_memory_is_said_in_flags(run: Run, tiny_checkpoint: Path, monkeypatc
         asked.append(low_memory)
         raise InputError("enough")
 
-    monkeypatch.setattr("nova_video.pipeline.NovaPipeline.from_pretrained", load)
+    monkeypatch.setattr("nova_video.pipeline.pipeline.NovaPipeline.from_pretrained", load)
     common = ("generate", "a whale", "--model", tiny_checkpoint, "--device", "cpu", "--low-memory")
     for flags in ([], ["--tiled"], ["--int8-text", "--tiled"]):
         assert run(*common, *flags)[2] == "nova: enough\n"
@@ -162,7 +163,7 @@ def test_a_batch_that_finds_no_memory(
     run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where nobody chose its size, the results are made one at a time."""
-    from nova_video import cli_generate
+    from nova_video.cli import generate as cli_generate
 
     made: list[int] = []
 
@@ -255,7 +256,7 @@ def test_info_obeys_no_escape_sequence(run: Run) -> None:
 def test_output_that_is_not_utf_8(tmp_path: Path) -> None:
     """Letters that the terminal's encoding lacks are escaped, in help, results, errors and JSON."""
     media.write_media(np.zeros((1, 8, 8, 3), np.uint8), tmp_path / "鲸.png", 8, {"prompt": "鲸"})
-    program = "import sys; from nova_video.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = "import sys; from nova_video.cli.main import main; sys.exit(main(sys.argv[1:]))"
     for encoding, arguments, expected in [
         ("ascii", ["info", "鲸.png"], (0, b"prompt  \\u9cb8\n", b"")),
         ("ascii", ["info", "鲸.png", "--json"], (0, b'{"prompt": "\\u9cb8"}\n', b"")),
@@ -629,8 +630,8 @@ class GrayModel:
 
 def test_data_and_evaluate(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("data", "shapes", "-o", "world") == (0, "world: 10 objects\n", "")
-    monkeypatch.setattr("nova_video.cli_evaluate.load_pipeline", lambda *_: GrayModel())
-    monkeypatch.setattr("nova_video.evaluation.emoji.JUDGE_CLIPS", 12)
+    monkeypatch.setattr("nova_video.cli.evaluate.load_pipeline", lambda *_: GrayModel())
+    monkeypatch.setattr("nova_worlds.evaluation.emoji.JUDGE_CLIPS", 12)
     code, out, err = run(
         "evaluate", "emoji", "--data", "world", "-o", "scores", "--num-clips", 12, "--num-pairs", 4, "--guidance", 2
     )
@@ -646,7 +647,7 @@ def test_data_and_evaluate(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_defaults_of_evaluate_are_the_library_s() -> None:
-    from nova_video.evaluation.emoji import EmojiSettings
+    from nova_worlds.evaluation.emoji import EmojiSettings
 
     typed = parse(["evaluate", "emoji"])
     for name in ("num_clips", "num_pairs", "num_frames", "split", "seed", "batch_size"):
@@ -880,7 +881,7 @@ def test_limits_of_the_checkpoint(run: Run, tiny_checkpoint: Path, monkeypatch: 
     def load(*_: object, **__: object) -> None:
         pytest.fail("the model is loaded")
 
-    monkeypatch.setattr("nova_video.pipeline.NovaPipeline.from_pretrained", load)
+    monkeypatch.setattr("nova_video.pipeline.pipeline.NovaPipeline.from_pretrained", load)
     common = ["generate", "a whale", "-o", "x.mp4", "--model", tiny_checkpoint]
     for extra, message in [
         (["--size", "100x64"], "multiples of 32"),
@@ -896,7 +897,7 @@ def test_limits_of_the_checkpoint(run: Run, tiny_checkpoint: Path, monkeypatch: 
 def test_another_size_than_the_model_s_is_said(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     flags = ["-W", 96, "--num-frames", 1, "-o", "x.png", *QUICK]
     assert run("generate", "a whale on a blue background", *flags)[0] == 0
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("nova_video.cli")]
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("nova_video.cli.main")]
     assert said == ["size is 96x128: the model was trained at 128x128, others may look worse"]
     with Image.open("x.png") as image:
         assert image.size == (96, 128)
@@ -1014,8 +1015,8 @@ def test_help_and_import_are_quick_and_light(tmp_path: Path) -> None:
     """`import nova_video` and `nova --help` load no torch, start no connection and set no variable."""
     program = (
         "import os, sys, time; before = dict(os.environ); start = time.perf_counter()\n"
-        "import nova_video, nova_video.cli\n"
-        "try: nova_video.cli.main(['--help'])\n"
+        "import nova_video, nova_video.cli.main\n"
+        "try: nova_video.cli.main.main(['--help'])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "heavy = ('torch', 'diffusers', 'transformers', 'av', 'requests', 'httpx')\n"
         "print([name for name in heavy if name in sys.modules])\n"

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import CONFORMANCE
-from nova_video import NovaPipeline, cli
-from nova_video.convert import convert
-from nova_video.errors import InputError
-from nova_video.loading import load_autoencoder, load_transformer
+from nova_video import NovaPipeline
+from nova_video.cli import main as cli
+from nova_video.common.errors import InputError
+from nova_video.pipeline.convert import convert
+from nova_video.pipeline.loading import load_autoencoder, load_transformer
 
 BASE = CONFORMANCE / "published-flow"
 BIN = "diffusion_pytorch_model.bin"

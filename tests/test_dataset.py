@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from nova_video.common.errors import InputError
 from nova_video.data import dataset
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample
-from nova_video.errors import InputError
 
 BUCKET = Bucket(5, 16, 24)
 INFO = DatasetInfo("emoji", "ab12", latent_channels=4, spatial_stride=8, text_encoder="MiniLM", text_dim=6)

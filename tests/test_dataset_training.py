@@ -23,19 +23,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from conftest import another_process_writes
+from nova_video.common.errors import InputError
+from nova_video.common.extras import install_command
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
 from nova_video.data.encode import model_text
 from nova_video.data.encoders import autoencoder_info, text_names
-from nova_video.errors import InputError
-from nova_video.extras import install_command
-from nova_video.loading import load_transformer
-from nova_video.pipeline import NovaPipeline
+from nova_video.fast.training_graphs import StepGraphs
+from nova_video.pipeline.loading import load_transformer
+from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.training import dataset_task, stream
 from nova_video.training import log as log_module
 from nova_video.training import trainer as trainer_module
 from nova_video.training.checkpoint import Average, newest_checkpoint
 from nova_video.training.dataset_task import DatasetTask
-from nova_video.training.graphs import StepGraphs
 from nova_video.training.log import Log
 from nova_video.training.pool import fill_seed
 from nova_video.training.processes import Processes

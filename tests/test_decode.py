@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nova_video import media
+from nova_video.common.errors import InputError
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, Rejected
-from nova_video.errors import InputError
-from nova_video.given import Clip as GivenClip
-from nova_video.given import masks_at, masks_of, read_clips, read_masks
+from nova_video.io import media
 from nova_video.io.decode import MediaFile, open_plain, opened
+from nova_video.io.inputs import Clip as GivenClip
+from nova_video.io.inputs import masks_at, masks_of, read_clips, read_masks
 
 SIZE = (64, 96)
 SETTINGS = DecodeSettings((1, 5), 8.0, SIZE, one_size=True)

@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nova_video import NovaPipeline
-from nova_video.errors import InputError
-from nova_video.media import read_metadata
-from nova_video.settings import CheckpointSettings, Defaults
+from nova_video.common.errors import InputError
+from nova_video.common.settings import CheckpointSettings, Defaults
+from nova_video.io.media import read_metadata
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "num_diffusion_steps": 2}
 

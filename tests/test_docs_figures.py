@@ -20,7 +20,7 @@ from drawing import attention, autoencoder, beyond, curves, network, requests, s
 from nova_video.autoencoders import AutoencoderKLCausalTiny  # noqa: E402
 from nova_video.model import set_sizes  # noqa: E402
 from nova_video.model.attention import block_causal_mask  # noqa: E402
-from nova_video.pipeline import NovaPipeline  # noqa: E402
+from nova_video.pipeline.pipeline import NovaPipeline  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,12 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from nova_video.arguments import parse
-from nova_video.cli import main
-from nova_video.data.clips import SPAN, ClipSpec
-from nova_video.data.shapes import prepare_shapes
-from nova_video.data.words import MOTIONS, STILL
-from nova_video.data.world import EmojiWorld, to_uint8
-from nova_video.errors import InputError
-from nova_video.evaluation.benchmark import REAL, RECONSTRUCTED
-from nova_video.evaluation.drift import (
+from nova_video.cli.arguments import parse
+from nova_video.cli.main import main
+from nova_video.common.errors import InputError
+from nova_worlds.clips import SPAN, ClipSpec
+from nova_worlds.evaluation.benchmark import REAL, RECONSTRUCTED
+from nova_worlds.evaluation.drift import (
     ALL_FRAMES,
     MEASURES,
     PLAIN,
@@ -33,9 +30,12 @@ from nova_video.evaluation.drift import (
     measure,
     windows,
 )
-from nova_video.evaluation.judge import Judge
-from nova_video.evaluation.plot import draw_drift, write_plot
-from nova_video.evaluation.report import print_drift, write_report
+from nova_worlds.evaluation.judge import Judge
+from nova_worlds.evaluation.plot import draw_drift, write_plot
+from nova_worlds.evaluation.report import print_drift, write_report
+from nova_worlds.shapes import prepare_shapes
+from nova_worlds.words import MOTIONS, STILL
+from nova_worlds.world import EmojiWorld, to_uint8
 
 FRAMES = 41
 
@@ -158,7 +158,7 @@ class Blurring:
 
 
 def test_remedies_are_compared(world: EmojiWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nova_video.evaluation.drift.JUDGE_CLIPS", 12)
+    monkeypatch.setattr("nova_worlds.evaluation.drift.JUDGE_CLIPS", 12)
     settings = DriftSettings(num_clips=3, num_frames=FRAMES, batch_size=2, context_frames=17)
     model = Blurring(world, settings)
     model.vae = SimpleNamespace(
@@ -204,9 +204,9 @@ def test_the_command(
 ) -> None:
     prepare_shapes(tmp_path / "world", score_clips=1)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nova_video.evaluation.drift.JUDGE_CLIPS", 12)
+    monkeypatch.setattr("nova_worlds.evaluation.drift.JUDGE_CLIPS", 12)
     settings = DriftSettings(num_clips=1, num_frames=33)
-    monkeypatch.setattr("nova_video.cli_evaluate.load_pipeline", lambda *_: Blurring(world, settings))
+    monkeypatch.setattr("nova_video.cli.evaluate.load_pipeline", lambda *_: Blurring(world, settings))
     assert main(["evaluate", "drift", "--data", "world", "-o", "scores", "--num-clips", "1", "--num-frames", "33"]) == 0
     assert capsys.readouterr().out.endswith("scores\n")
     assert sorted(path.name for path in Path("scores").iterdir()) == ["plot.png", "scores.json", "sheet.png"]

@@ -16,19 +16,21 @@ import torch
 from PIL import Image
 
 from conftest import another_process_writes
-from nova_video import cli, loading, media
+from nova_video.cli import main as cli
+from nova_video.common.errors import InputError
+from nova_video.common.extras import install_command
 from nova_video.data import dataset as dataset_module
 from nova_video.data import encode as encode_module
 from nova_video.data import stages as stages_module
 from nova_video.data.dataset import Bucket, DatasetInfo, list_shards, read_shard
 from nova_video.data.encode import EncodeSettings, decode_settings, encode_dataset, source_settings
 from nova_video.data.encoders import EncodeText
-from nova_video.data.motion import flow_magnitude
 from nova_video.data.sources import SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item
-from nova_video.errors import InputError
-from nova_video.extras import install_command
-from nova_video.loading import load_autoencoder
+from nova_video.io import media
+from nova_video.io.motion import flow_magnitude
+from nova_video.pipeline import loading
+from nova_video.pipeline.loading import load_autoencoder
 from nova_video.training.recipe import DatasetRecipe, DatasetTransformerRecipe, LogRecipe, ModelRecipe
 from nova_video.training.trainer import train
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nova_video import loading
 from nova_video.autoencoders import AutoencoderKLCausalTiny
+from nova_video.common.errors import InputError
 from nova_video.data import encoders as encoders_module
 from nova_video.data.encoders import (
     EncodeLatents,
@@ -23,8 +23,8 @@ from nova_video.data.encoders import (
     same_text_encoder,
     text_names,
 )
-from nova_video.errors import InputError
-from nova_video.loading import PACKAGED_MODELS
+from nova_video.pipeline import loading
+from nova_video.pipeline.loading import PACKAGED_MODELS
 from nova_video.text.encoders import encode_prompts, load_text_encoder
 
 CONFORMANCE = Path(__file__).parent / "conformance"

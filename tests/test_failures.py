@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from nova_video.common.errors import InputError
 from nova_video.data.failures import IN_A_ROW, OneByOne, name_error
-from nova_video.errors import InputError
 
 
 def double(clips: Sequence[int]) -> list[int]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nova_video import media
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
+from nova_video.io import media
 from nova_video.io.files import held, naming, reserved
 
 

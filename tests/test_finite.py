@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from conftest import CONFORMANCE
-from nova_video import NovaPipeline, cli
-from nova_video.errors import InputError
+from nova_video import NovaPipeline
+from nova_video.cli import main as cli
+from nova_video.common.errors import InputError
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "num_diffusion_steps": 2, "num_frames": 5}
 

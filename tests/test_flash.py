@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nova_video.benchmarks.sample import versions
-from nova_video.model import flash
+from nova_video.bench.sample import versions
+from nova_video.fast import flash
 from nova_video.model.attention import allow_kernels, allowed_kernels, attend, attend_packed
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -123,7 +123,7 @@ def test_what_is_allowed_is_set_and_read() -> None:
 
 @pytest.mark.parametrize("loads", [False, True])
 def test_rows_name_what_loads_alone(loads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nova_video.benchmarks.sample.version", lambda name: "4")
+    monkeypatch.setattr("nova_video.bench.sample.version", lambda name: "4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(flash, "loads", lambda device: loads)
     assert ("flash-attn-4" in versions()) == loads

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nova_video.benchmarks.configs import SIZES, build
+from nova_video.bench.configs import SIZES, build
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.operations import attention, block, linear
 from nova_video.training.flops import device_peak, step_flops, step_parts

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from nova_video import cli
+from nova_video.cli import main as cli
+from nova_video.common.errors import InputError
 from nova_video.data import dataset as dataset_module
 from nova_video.data import encode as encode_module
 from nova_video.data import follow
@@ -25,7 +26,6 @@ from nova_video.data.encode import EncodeSettings, encode_dataset
 from nova_video.data.follow import Counts
 from nova_video.data.sources import SourceSettings
 from nova_video.data.stages import DecodeSettings, Item
-from nova_video.errors import InputError
 
 SIZE = (64, 96)
 Pictures = dict[str, tuple[int, str]]

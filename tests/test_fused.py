@@ -17,10 +17,8 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from nova_video.model.denoiser import Denoiser, DenoiserBlock
-from nova_video.sampling import fused
-from nova_video.sampling.diffusion import Schedule, linear_step, predicted_data
-from nova_video.sampling.fused import (
+from nova_video.fast import fused
+from nova_video.fast.fused import (
     Layout,
     Tile,
     blocks_of,
@@ -32,6 +30,8 @@ from nova_video.sampling.fused import (
     run_fused,
     supports,
 )
+from nova_video.model.denoiser import Denoiser, DenoiserBlock
+from nova_video.sampling.diffusion import Schedule, linear_step, predicted_data
 from nova_video.sampling.guidance import Guidance, pass_weights
 from nova_video.sampling.schedulers import request_scheduler
 
@@ -192,7 +192,7 @@ def test_cuts_change_nothing() -> None:
 def test_kernels_launched_early(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs one after the other: only that they read and multiply the same can be seen there."""
     if INTERPRETED:
-        from nova_video.sampling import fused_kernels
+        from nova_video.fast import fused_kernels
 
         for name in ("gdc_wait", "gdc_launch_dependents"):
             monkeypatch.setattr(fused_kernels, name, lambda: None)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from nova_video.model.gelu import gelu_of
+from nova_video.fast.gelu import gelu_of
 
 INTERPRETED = """
 import torch
 from torch.nn import functional
-from nova_video.model import gelu_kernel as kernels
+from nova_video.fast import gelu_kernel as kernels
 
 torch.manual_seed(0)
 numbers = 3 * torch.randn(150, 700)  # parts of programs' rows and columns

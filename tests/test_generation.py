@@ -19,10 +19,10 @@ from torch import Tensor
 
 from nova_video import NovaPipeline
 from nova_video.autoencoders import AutoencoderKLCausalTiny
-from nova_video.errors import InputError
-from nova_video.generation import FrameReady, Generation, LatentPreview, PartialFrame
-from nova_video.media import write_media
-from nova_video.request import GenerateRequest
+from nova_video.common.errors import InputError
+from nova_video.io.media import write_media
+from nova_video.pipeline.generation import FrameReady, Generation, LatentPreview, PartialFrame
+from nova_video.pipeline.request import GenerateRequest
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 QUICK = {"num_inference_steps": 2, "num_diffusion_steps": 2}
@@ -147,7 +147,7 @@ def test_one_clip_for_all_or_one_each(causal: NovaPipeline) -> None:
 
 
 def test_other_sizes_and_rates_are_converted_and_said(causal: NovaPipeline, caplog: pytest.LogCaptureFixture) -> None:
-    from nova_video.given import Clip
+    from nova_video.io.inputs import Clip
 
     given = Clip(clip(9).repeat(2, axis=1).repeat(2, axis=2), fps=24.0)  # 128x192
     made = causal(WHALE, video=given, num_frames=9, fps=12, generator=seeded(), output_type="np", **QUICK).frames[0]
@@ -566,7 +566,7 @@ def test_saving_leaves_an_older_state_alone_when_it_fails(
         def full(*_: Any, failure: Exception = failure, **__: Any) -> None:
             raise failure
 
-        monkeypatch.setattr("nova_video.saving.save_file", full)
+        monkeypatch.setattr("nova_video.pipeline.saving.save_file", full)
         with pytest.raises((OSError, InputError), match=r"state.safetensors.*No space left|No space left.*state.safe"):
             generation.save(state)
         assert state.read_bytes() == before

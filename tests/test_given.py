@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from nova_video import media
-from nova_video.errors import InputError
-from nova_video.given import (
+from nova_video.common.errors import InputError
+from nova_video.io import media
+from nova_video.io.fit import fit_frames
+from nova_video.io.inputs import (
     Clip,
     enlarge,
     fit_masks,
@@ -25,9 +26,8 @@ from nova_video.given import (
     same_rate,
     to_pixels,
 )
-from nova_video.io.fit import fit_frames
-from nova_video.pixels import image_to_pixels, output_form, unit_frames
-from nova_video.request import GenerateRequest
+from nova_video.io.pixels import image_to_pixels, output_form, unit_frames
+from nova_video.pipeline.request import GenerateRequest
 
 BYTES = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 3), dtype=np.uint8)
 FLOATS = np.random.default_rng(1).random((3, 6, 8, 3), dtype=np.float32)
@@ -346,7 +346,7 @@ def test_known_tokens() -> None:
 
 
 def test_importing_opens_no_video_library() -> None:
-    code = "import sys, nova_video.given, nova_video.timeline; sys.exit('av' in sys.modules)"
+    code = "import sys, nova_video.io.inputs, nova_video.pipeline.timeline; sys.exit('av' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nova_video.sampling.beside import beside
+from nova_video.fast.graphs import CudaRecorder, GraphRunner, Recording, can_compile
 from nova_video.sampling.context import Context
 from nova_video.sampling.engine import SAID, DirectRunner, FastEngine, Inputs, PlainEngine
 from nova_video.sampling.generate import generate_sets
-from nova_video.sampling.graphs import CudaRecorder, GraphRunner, Recording, can_compile
 from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.presets import PRESETS, PresetName
 from nova_video.sampling.schedulers import request_scheduler
-from nova_video.sampling.shortcuts import PRESETS, PresetName
+from nova_video.sampling.side_stream import beside
 from nova_video.sampling.state import GivenFrame
 from test_engine import embeds
 from test_sampling import GUIDANCES, close, make_state, open_model, open_scheduler

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny
-from nova_video.cli import main
+from nova_video.cli.main import main
+from nova_video.common.errors import InputError
 from nova_video.data import dataset
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample
 from nova_video.data.encode import EncodeSettings, encode_dataset
 from nova_video.data.inspect import check_dataset, compare_samples, comparison_sheet, psnr
 from nova_video.data.sources import SourceSettings
 from nova_video.data.stages import DecodeSettings
-from nova_video.errors import InputError
 
 CLIP, PICTURE = Bucket(5, 64, 64), Bucket(1, 64, 64)
 

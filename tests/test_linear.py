@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nova_video.model.linear import apply_apart, apply_linear
+from nova_video.fast.linear import apply_apart, apply_linear
 
 
 def whole(linear: nn.Module, x: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def test_gradients(
     call: Callable[[nn.Module, Tensor], Tensor], half: bool, frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of the layer, also under autocast and where some of it does not learn."""
-    monkeypatch.setattr("nova_video.model.linear.takes_kernels", lambda x: torch.compiler.is_compiling())
+    monkeypatch.setattr("nova_video.fast.linear.takes_kernels", lambda x: torch.compiler.is_compiling())
     torch.compiler.reset()
     torch.manual_seed(0)
     linear = nn.Linear(24, 32)

@@ -12,10 +12,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nova_video import NovaPipeline, loading
+from nova_video import NovaPipeline
 from nova_video.autoencoders import AutoencoderKLOpenSora
-from nova_video.errors import InputError
-from nova_video.loading import (
+from nova_video.common.errors import InputError
+from nova_video.pipeline import loading
+from nova_video.pipeline.loading import (
     load_autoencoder,
     load_scheduler,
     load_transformer,

@@ -13,13 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import nova_video.pipeline
-from nova_video import NovaPipeline, cli, media
-from nova_video.errors import InputError
+import nova_video.pipeline.pipeline
+from nova_video import NovaPipeline
+from nova_video.cli import main as cli
+from nova_video.common.errors import InputError
+from nova_video.fast.graphs import GraphRunner
+from nova_video.io import media
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_TARGETS, adapter_state, fuse, unfuse
 from nova_video.sampling.engine import DirectRunner, Engine, FastEngine, PlainEngine
-from nova_video.sampling.graphs import GraphRunner
 from nova_video.sampling.guidance import Guidance
 from nova_video.training.lora import add_lora, load_lora_state, lora_state_dict, merge, save_lora
 from nova_video.training.recipe import LoraRecipe
@@ -522,7 +524,7 @@ def test_8_bit_weights_are_made_again_with_the_adapter(
         merge(made)
         return made
 
-    monkeypatch.setattr(nova_video.pipeline, "with_fp8_blocks", merged_copy)
+    monkeypatch.setattr(nova_video.pipeline.pipeline, "with_fp8_blocks", merged_copy)
     seen = [pipe._fp8_model()]
     for change in (
         lambda: pipe.load_lora_weights(adapter, adapter_name="mine"),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nova_video import media
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
+from nova_video.io import media
 
 RECORD = {
     "prompt": 'a "café" — whale\n',

@@ -11,9 +11,9 @@ from torch import nn
 
 from conftest import CONFORMANCE
 from nova_video import NovaPipeline
-from nova_video.errors import InputError
-from nova_video.memory import LowMemory, Turn, enable_low_memory, quantise, take_turns
-from nova_video.request import GenerateRequest
+from nova_video.common.errors import InputError
+from nova_video.pipeline.offload import LowMemory, Turn, enable_low_memory, quantise, take_turns
+from nova_video.pipeline.request import GenerateRequest
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "num_diffusion_steps": 2, "num_frames": 5, "output_type": "pt"}
 
@@ -78,8 +78,8 @@ def test_from_pretrained_reaches_all_of_it(tiny_checkpoint: Path, monkeypatch: p
         enable_low_memory(pipe, "cpu", *more)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("nova_video.pipeline.enable_low_memory", on_cpu)
-    monkeypatch.setattr("nova_video.memory.quantise", lambda module: setattr(module, "quantised", True))
+    monkeypatch.setattr("nova_video.pipeline.pipeline.enable_low_memory", on_cpu)
+    monkeypatch.setattr("nova_video.pipeline.offload.quantise", lambda module: setattr(module, "quantised", True))
     pipe = NovaPipeline.from_pretrained(tiny_checkpoint, low_memory=asked)
     assert devices == ["cuda:0" if asked == "cuda:0" else "cuda"]
     assert isinstance(pipe.transformer._hf_hook, Turn)

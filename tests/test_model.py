@@ -10,7 +10,7 @@ from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
 from nova_video.model import NOVATransformer3DModel, mask_ratios, patchify, set_sizes, unpatchify
 from nova_video.model.embeddings import space_table
 from nova_video.model.patches import gather_tokens, scatter_tokens

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import nova_video.model
+from nova_video.fast.norm import norm_of
 from nova_video.model.denoiser import DenoiserBlock
-from nova_video.model.norm import norm_of
 
 INTERPRETED = """
 import torch
 from torch.nn import functional
-from nova_video.model.norm_kernel import STAGES, TOGETHER, norm_backward_kernel
+from nova_video.fast.norm_kernel import STAGES, TOGETHER, norm_backward_kernel
 
 torch.manual_seed(0)
 each = 8 * TOGETHER
@@ -64,9 +64,9 @@ def reference(x: Tensor, bias: Tensor | None, weight: Tensor, to_out: Tensor, ep
 def test_gradients_come_from_the_kernel(half: bool, frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """In compiled blocks: of the layer's bias too, under autocast, and where some weights do not learn."""
     kernels = SimpleNamespace(norm_backward=reference)
-    monkeypatch.setitem(sys.modules, "nova_video.model.norm_kernel", kernels)
+    monkeypatch.setitem(sys.modules, "nova_video.fast.norm_kernel", kernels)
     monkeypatch.setattr(nova_video.model, "norm_kernel", kernels, raising=False)
-    monkeypatch.setattr("nova_video.model.norm.takes_kernels", lambda x: torch.compiler.is_compiling())
+    monkeypatch.setattr("nova_video.fast.norm.takes_kernels", lambda x: torch.compiler.is_compiling())
     torch.compiler.reset()
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(24, 32), nn.LayerNorm(32))
@@ -113,7 +113,7 @@ def denoiser_gradients(block: DenoiserBlock, compiled: bool, half: bool, shape: 
 @pytest.mark.parametrize("half", [False, True])
 def test_gradients_of_the_denoiser(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By our formulas, in compiled blocks, as by autograd."""
-    monkeypatch.setattr("nova_video.model.norm.takes_kernels", lambda x: torch.compiler.is_compiling())
+    monkeypatch.setattr("nova_video.fast.norm.takes_kernels", lambda x: torch.compiler.is_compiling())
     torch.compiler.reset()
     torch.manual_seed(0)
     block = DenoiserBlock(32)

@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from nova_video.extras import install_command
+from nova_video.common.extras import install_command
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("train", "data", "eval", "demo", "docs", "lowmem", "dev")  # `flash` is for Hopper and Blackwell GPUs

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from nova_video.errors import MediaError
+from nova_video.common.errors import MediaError
 from nova_video.io.colour import (
     BT2020,
     D65,
@@ -25,8 +25,8 @@ from nova_video.io.colour import (
     to_srgb,
 )
 from nova_video.io.decode import upright_srgb
+from nova_video.io.media import load_image, read_frames
 from nova_video.io.pictures import Picture, named_coding
-from nova_video.media import load_image, read_frames
 
 ANY_SIZE = 2**29
 PRO_PHOTO: Primaries = ((0.3457, 0.3585), (0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001))

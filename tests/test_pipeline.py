@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nova_video import NovaPipeline
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
+from nova_video.common.settings import CheckpointSettings, Defaults
+from nova_video.io.pixels import image_to_pixels, output_form, unit_frames
 from nova_video.model import set_sizes
-from nova_video.pixels import image_to_pixels, output_form, unit_frames
-from nova_video.request import GenerateRequest
-from nova_video.settings import CheckpointSettings, Defaults
+from nova_video.pipeline.request import GenerateRequest
 from test_graphs import DirectRecorder
 
 CONFORMANCE = Path(__file__).parent / "conformance"
@@ -546,8 +546,8 @@ def test_release_drops_graphs_and_compiled_code(offloaded: bool, monkeypatch: py
     assert not resets  # nothing is compiled on a CPU
     monkeypatch.setattr(NovaPipeline, "execution_device", torch.device("cuda"))
     monkeypatch.setattr(NovaPipeline, "is_offloaded", offloaded)
-    monkeypatch.setattr("nova_video.pipeline.can_compile", lambda device: True)
-    monkeypatch.setattr("nova_video.pipeline.CudaRecorder", lambda device: DirectRecorder())
+    monkeypatch.setattr("nova_video.pipeline.pipeline.can_compile", lambda device: True)
+    monkeypatch.setattr("nova_video.pipeline.pipeline.CudaRecorder", lambda device: DirectRecorder())
     pipe.engine(compile=True)
     assert len(pipe._graphs) == (not offloaded)
     for _ in range(2):

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import CONFORMANCE
-from nova_video import NovaPipeline, cli
+from nova_video import NovaPipeline
 from nova_video.autoencoders import AutoencoderKLOpenSora
-from nova_video.benchmarks.configs import SIZES, Size
-from nova_video.loading import outline_transformer
-from nova_video.media import write_media
+from nova_video.bench.configs import SIZES, Size
+from nova_video.cli import main as cli
+from nova_video.io.media import write_media
 from nova_video.model import NOVATransformer3DModel
+from nova_video.pipeline.loading import outline_transformer
 from nova_video.text.encoders import encode_batch
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "num_diffusion_steps": 2}

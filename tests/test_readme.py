@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from nova_video.data.split import is_held_out
-from nova_video.data.words import COLORS, MOTIONS
-from nova_video.evaluation.rates import Rate
+from nova_worlds.evaluation.rates import Rate
+from nova_worlds.split import is_held_out
+from nova_worlds.words import COLORS, MOTIONS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from conftest import CONFORMANCE
-from nova_video.benchmarks.configs import SIZES, build
+from nova_video.bench.configs import SIZES, build
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
 from nova_video.data.encoders import autoencoder_info
-from nova_video.loading import load_transformer
+from nova_video.pipeline.loading import load_transformer
 from nova_video.training.recipe import DatasetTransformerRecipe, load_recipe, recipe_toml
 from nova_video.training.trainer import train
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from conftest import Run
-from nova_video import media
-from nova_video.arguments import Edit, Generate
-from nova_video.remake import FIELDS, NOT_RECORDED
+from nova_video.cli.arguments import Edit, Generate
+from nova_video.cli.remake import FIELDS, NOT_RECORDED
+from nova_video.io import media
 
 QUICK = ["--sets", "2", "--diffusion-steps", "1"]
 EVERYTHING = [  # no default among them

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from nova_video.errors import InputError
-from nova_video.plan import Capabilities
-from nova_video.request import GenerateRequest
+from nova_video.common.errors import InputError
+from nova_video.common.settings import CheckpointSettings, Defaults
+from nova_video.pipeline.plan import Capabilities
+from nova_video.pipeline.request import GenerateRequest
 from nova_video.sampling.guidance import Guidance
-from nova_video.settings import CheckpointSettings, Defaults
 
 VIDEO = Capabilities(
     image_size=(64, 96),

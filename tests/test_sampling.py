@@ -14,16 +14,16 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
 from nova_video.model import NOVATransformer3DModel, masking, patchify, random_order, set_sizes, unpatchify
 from nova_video.model.patches import gather_tokens
 from nova_video.sampling.context import Context
 from nova_video.sampling.diffusion import Schedule, ddpm_row, linear_step, predicted_data
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance, combine, pass_weights, renorm_ratio
+from nova_video.sampling.presets import EXACT, Shortcuts
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, request_scheduler
-from nova_video.sampling.shortcuts import EXACT, Shortcuts
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
 from nova_video.training.loss import NoiseTable, draw, draw_per_sample
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from conftest import CONFORMANCE
 from nova_video import NovaPipeline
-from nova_video.errors import InputError
-from nova_video.request import GenerateRequest
-from nova_video.saving import KEY
+from nova_video.common.errors import InputError
+from nova_video.pipeline.request import GenerateRequest
+from nova_video.pipeline.saving import KEY
 
 Facts, Tensors = dict[str, Any], dict[str, Tensor]
 

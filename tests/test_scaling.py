@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from nova_video.benchmarks.configs import SIZES
-from nova_video.benchmarks.scaling import (
+from nova_video.bench.configs import SIZES
+from nova_video.bench.scaling import (
     ETHERNET,
     GPUS,
     INFINIBAND,
@@ -25,7 +25,7 @@ from nova_video.benchmarks.scaling import (
     sample_bytes,
     tables,
 )
-from nova_video.benchmarks.train_rows import TrainRow
+from nova_video.bench.train_rows import TrainRow
 
 ROOT = Path(__file__).parents[1]
 LARGE = Model("large", values=10**9, parts=40, batch=8, seconds=0.3, measured=False)

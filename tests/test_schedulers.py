@@ -21,7 +21,7 @@ from diffusers import (
 from torch import Tensor
 
 from nova_video import NovaPipeline
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
 from nova_video.sampling.diffusion import Schedule, SetNoise, denoise_set
 from nova_video.sampling.guidance import Guidance, Prediction
 from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, request_scheduler

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nova_video import cli, media
-from nova_video.arguments import Generate
-from nova_video.errors import InputError
-from nova_video.script import KEYS, NOT_IN_SCRIPTS, read_script, with_script
+from nova_video.cli import main as cli
+from nova_video.cli.arguments import Generate
+from nova_video.cli.script import KEYS, NOT_IN_SCRIPTS, read_script, with_script
+from nova_video.common.errors import InputError
+from nova_video.io import media
 
 STORY = """
 seconds = 2.5

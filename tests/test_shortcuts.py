@@ -11,20 +11,20 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
+from nova_video.common.settings import Defaults
+from nova_video.fast.fp8 import check_fp8
 from nova_video.model import set_sizes
-from nova_video.plan import Capabilities, Plan, plan_as_json
-from nova_video.records import read_record
-from nova_video.request import GenerateRequest
+from nova_video.pipeline.plan import Capabilities, Plan, plan_as_json
+from nova_video.pipeline.records import read_record
+from nova_video.pipeline.request import GenerateRequest
 from nova_video.sampling.diffusion import Schedule
 from nova_video.sampling.engine import DirectRunner, FastEngine, PlainEngine
-from nova_video.sampling.fp8 import check_fp8
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.presets import EXACT, PRESETS, Shortcuts, second_order, shortcuts_of
 from nova_video.sampling.schedulers import request_scheduler
-from nova_video.sampling.shortcuts import EXACT, PRESETS, Shortcuts, second_order, shortcuts_of
 from nova_video.sampling.state import SamplingState
-from nova_video.settings import Defaults
 from test_engine import embeds
 from test_sampling import GUIDANCES, close, make_state, open_model, open_scheduler
 

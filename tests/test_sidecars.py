@@ -13,10 +13,10 @@ import fsspec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from nova_video.common.errors import InputError
 from nova_video.data.sidecars import caption_from
 from nova_video.data.sources import Source, SourceSettings, open_source
 from nova_video.data.stages import read_caption
-from nova_video.errors import InputError
 from nova_video.io.text import printable
 
 DRAWN = settings(max_examples=int(os.environ.get("DRAWN_INPUTS", "300")), deadline=None)  # more in tests/slow

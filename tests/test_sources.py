@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nova_video.common.errors import InputError
 from nova_video.data import dataset as dataset_module
 from nova_video.data import sources as sources_module
 from nova_video.data import stages as stages_module
 from nova_video.data.sources import Source, SourceSettings, TableSource, expand_braces, open_source
 from nova_video.data.stages import Item, read_bytes, read_caption
-from nova_video.errors import InputError
 
 NAMES = ["a.mp4", "b.png", "sub/c.webm"]
 CAPTIONS = {"a.mp4": "an a", "b.png": "a b", "sub/c.webm": "a c. And more."}

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nova_video import media
-from nova_video.data.motion import flow_magnitude
+from nova_video.common.errors import InputError
 from nova_video.data.stages import (
     ENLARGED,
     MULTIPLE,
@@ -31,8 +30,9 @@ from nova_video.data.stages import (
     size_buckets,
     told_apart,
 )
-from nova_video.errors import InputError
+from nova_video.io import media
 from nova_video.io.fit import fit_frames
+from nova_video.io.motion import flow_magnitude
 from nova_video.io.timing import nearest_frames
 
 SIZE = (64, 96)

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nova_video import startup
+from nova_video.common import startup
 
 CORE = ("torch", "diffusers", "transformers", "accelerate")
 DATA = ("cv2", "pandas", "datasets", "pyarrow", "ray")
 OPTIONAL = ("peft", "torchao", "scipy", "sklearn", "tensorboard", "matplotlib", *DATA)
 PROGRAM = """
 import json, os, sys
-from nova_video.cli import main
+from nova_video.cli.main import main
 sys.argv = ["nova", *json.loads(sys.argv[1])]
 try:
     code = main()

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from nova_video.common.errors import InputError
 from nova_video.data.dataset import Bucket, Sample, Shard, list_shards, write_shard
-from nova_video.errors import InputError
 from nova_video.training.stream import Rows, collate, is_held_out, joined, open_loader, state_of
 
 BUCKET = Bucket(5, 16, 16)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from nova_video.common.errors import InputError
+from nova_video.common.settings import CheckpointSettings
 from nova_video.data.dataset import DatasetInfo
-from nova_video.errors import InputError
 from nova_video.io.text import decode_text, parse_json, printable, read_text, read_toml
-from nova_video.settings import CheckpointSettings
-from nova_video.weights import read_json
+from nova_video.io.weights import read_json
 
 SENTENCE = "a whale, ein Hügel, 鲸鱼\nsecond"
 

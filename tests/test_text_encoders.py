@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from conftest import save_tiny_tokenizer
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
 from nova_video.text import encoders
 
 Pair = tuple[PreTrainedTokenizerBase, PreTrainedModel]

@@ -21,11 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nova_video.arguments import one_line_errors
 from nova_video.autoencoders import AutoencoderKLCausalTiny
-from nova_video.data import EmojiWorld
-from nova_video.data.shapes import prepare_shapes
-from nova_video.errors import InputError
+from nova_video.cli.arguments import one_line_errors
+from nova_video.common.errors import InputError
+from nova_video.fast.training_graphs import StepGraphs
+from nova_video.text.vocabulary import Vocabulary
 from nova_video.training import trainer as trainer_module
 from nova_video.training.card import Record
 from nova_video.training.checkpoint import (
@@ -36,7 +36,6 @@ from nova_video.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from nova_video.training.graphs import StepGraphs
 from nova_video.training.log import Log
 from nova_video.training.loss import Losses, NoiseTable, draw
 from nova_video.training.pool import Pool, Rows, fill_seed
@@ -62,8 +61,9 @@ from nova_video.training.trainer import (
     train,
 )
 from nova_video.training.transformer import Variant
-from nova_video.training.world_task import WorldTask, stretch
-from nova_video.vocabulary import Vocabulary
+from nova_worlds import EmojiWorld
+from nova_worlds.shapes import prepare_shapes
+from nova_worlds.transformer_task import WorldTask, stretch
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 

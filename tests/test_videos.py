@@ -9,11 +9,11 @@ import av
 import numpy as np
 import pytest
 
+from nova_video.common.errors import InputError
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, Rejected
-from nova_video.errors import InputError
 from nova_video.io.decode import MediaFile
+from nova_video.io.media import read_frames
 from nova_video.io.timing import repeats, steady_rate
-from nova_video.media import read_frames
 
 SIZE = (64, 96)
 RED, GREEN, BLUE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from nova_video import NovaPipeline
-from nova_video.cli import main
-from nova_video.data.captions import (
+from nova_video.cli.main import main
+from nova_video.common.errors import InputError
+from nova_video.pipeline.loading import PACKAGED_MODELS
+from nova_video.text.vocabulary import HINT, VOCABULARY_FILE, Vocabulary, WordList
+from nova_worlds.captions import (
     CLIP_WORDINGS,
     IMAGE_WORDINGS,
     PAIR_WORDINGS,
@@ -18,11 +21,8 @@ from nova_video.data.captions import (
     image_caption,
     pair_caption,
 )
-from nova_video.data.shapes import prepare_shapes
-from nova_video.data.words import COLORS, MOTIONS, RELATIONS, SPEEDS
-from nova_video.errors import InputError
-from nova_video.loading import PACKAGED_MODELS
-from nova_video.vocabulary import HINT, VOCABULARY_FILE, Vocabulary, WordList
+from nova_worlds.shapes import prepare_shapes
+from nova_worlds.words import COLORS, MOTIONS, RELATIONS, SPEEDS
 
 CAPTIONS = 2000  # drawn of each kind
 
@@ -161,7 +161,7 @@ QUICK = {"num_inference_steps": 1, "num_diffusion_steps": 1, "num_frames": 5, "o
 
 
 def test_python_is_warned_once_a_call(small: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from nova_video.request import GenerateRequest
+    from nova_video.pipeline.request import GenerateRequest
 
     pipe = NovaPipeline.from_pretrained(small)
     for prompt, said in (
@@ -178,7 +178,7 @@ def test_python_is_warned_once_a_call(small: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_a_record_has_the_problems_of_its_own_prompt(small: Path) -> None:
-    from nova_video.request import GenerateRequest
+    from nova_video.pipeline.request import GenerateRequest
 
     result = NovaPipeline.from_pretrained(small).generate(GenerateRequest(["a wale", "a whale"], **QUICK))
     assert [record["warnings"] for record in result.records] == [['not known: "wale"; did you mean "whale"?'], []]

@@ -21,10 +21,10 @@ from PIL import Image, ImageDraw
 
 from drawing.samples import cover
 from drawing.style import ABSENT, CHOSEN, FAINT, SPACE, TIME, save_photos
-from nova_video.generation import FrameReady, LatentPreview, PartialFrame
-from nova_video.given import Clip, enlarge, known_tokens
-from nova_video.pipeline import NovaPipeline
-from nova_video.request import GenerateRequest
+from nova_video.io.inputs import Clip, enlarge, known_tokens
+from nova_video.pipeline.generation import FrameReady, LatentPreview, PartialFrame
+from nova_video.pipeline.pipeline import NovaPipeline
+from nova_video.pipeline.request import GenerateRequest
 from nova_video.sampling.context import Context
 
 GIVEN, MADE = FAINT, SPACE  # frames' rims: what was given, what was made

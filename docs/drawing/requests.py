@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nova_video.pipeline import NovaPipeline
+from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.random import RandomState

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from drawing.style import CHOSEN, FAINT, HIDDEN, INK, SPACE, font, rgb, save_animation
 from nova_video.autoencoders import unscale_latents
+from nova_video.io.pixels import output_form, unit_frames
 from nova_video.model import patchify, random_order, set_sizes, unpatchify
-from nova_video.pipeline import NovaPipeline
-from nova_video.pixels import output_form, unit_frames
+from nova_video.pipeline.pipeline import NovaPipeline
 
 
 @dataclass(frozen=True)

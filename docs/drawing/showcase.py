@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from drawing.style import INK, font, rgb, save_animation
-from nova_video.pipeline import NovaPipeline
+from nova_video.pipeline.pipeline import NovaPipeline
 
 PROMPTS = (
     "a whale moving left on a blue background",

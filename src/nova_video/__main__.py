@@ -2,6 +2,6 @@
 
 import sys
 
-from nova_video.cli import main
+from nova_video.cli.main import main
 
 sys.exit(main())

@@ -15,7 +15,7 @@ PEAK = """
 import re, sys
 import av, numpy, PIL.Image, torch
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item
-from nova_video.given import read_clips
+from nova_video.io.inputs import read_clips
 
 def peak():  # ru_maxrss would begin with that of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024

@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny
+from nova_video.common.errors import InputError
 from nova_video.data import dataset, encode_ray
 from nova_video.data.dataset import Sample
 from nova_video.data.encode import Done, EncodeSettings, encode_dataset
 from nova_video.data.sources import SourceSettings
 from nova_video.data.stages import DecodeSettings
-from nova_video.errors import InputError
 
 psutil = pytest.importorskip("psutil")
 pytestmark = [

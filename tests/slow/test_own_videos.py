@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nova_video import media
 from nova_video.data.dataset import list_shards
+from nova_video.io import media
 from nova_video.training.checkpoint import newest_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_docs_commands import ROOT, blocks
 
-from nova_video import media
+from nova_video.io import media
 
 GREEN = np.array([50, 170, 80])
 LIMIT = 60  # seconds of the demo, without the installation, on two cores

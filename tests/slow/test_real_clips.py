@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nova_video import cli, media
+from nova_video.cli import main as cli
 from nova_video.data.dataset import Sample, list_shards, read_shard
 from nova_video.data.encoders import DecodeLatents
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item
+from nova_video.io import media
 from nova_video.io.fit import fit_frames
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from nova_video.autoencoders.tiling import map_tiles
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
 
 
 class VideoAutoencoder(ModelMixin, ConfigMixin):

@@ -17,8 +17,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from nova_video.autoencoders.base import VideoAutoencoder
-from nova_video.autoencoders.fast import decode_tile
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
+from nova_video.fast.autoencoder import decode_tile
 
 TEMPORAL_LEVELS = 2  # levels at which time halves or doubles: 4x in all
 

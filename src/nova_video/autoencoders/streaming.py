@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nova_video.autoencoders.base import VideoAutoencoder
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
 
 
 class StreamDecoder:

@@ -1,6 +1,4 @@
-"""Media and captions -> batches: the world of emoji in motion, and how it is prepared from art."""
+"""Encoded datasets: users' media and captions become latents and text features, read in shards by training.
 
-from nova_video.data.clips import ClipSpec
-from nova_video.data.world import EmojiWorld
-
-__all__ = ["ClipSpec", "EmojiWorld"]
+It may import `io`, `text`, `autoencoders`, `pipeline.loading` and `common`.
+"""

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nova_video.errors import InputError, first_line
-from nova_video.extras import install_command
+from nova_video.common.errors import InputError, first_line
+from nova_video.common.extras import install_command
 from nova_video.io.text import decode_text, parse_json
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nova_video.ahead import run_ahead
+from nova_video.common.errors import InputError
+from nova_video.common.settings import CheckpointSettings, check_local, check_number
 from nova_video.data.card import write_card
 from nova_video.data.dataset import (
     READERS,
@@ -54,13 +55,12 @@ from nova_video.data.follow import (
 )
 from nova_video.data.sources import Source, SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected, decode_with_motion
-from nova_video.errors import InputError
+from nova_video.io.media import alone_in, check_writable
+from nova_video.io.prefetch import run_ahead
 from nova_video.io.text import printable
-from nova_video.loading import lasting_name, outline_transformer, resolve_checkpoint, text_folder
-from nova_video.media import alone_in, check_writable
-from nova_video.settings import CheckpointSettings, check_local, check_number
+from nova_video.io.weights import read_json
+from nova_video.pipeline.loading import lasting_name, outline_transformer, resolve_checkpoint, text_folder
 from nova_video.text.encoders import text_width
-from nova_video.weights import read_json
 
 SHARD_BYTES = 256 << 20  # a group's samples of a bucket are split into shards of about so many
 TOGETHER = 16 << 20  # pixels that wait for the encoders here: several forward passes, so that few are part full

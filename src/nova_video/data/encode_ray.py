@@ -22,11 +22,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from nova_video.common.errors import InputError
+from nova_video.common.extras import install_command
 from nova_video.data.dataset import Sample
 from nova_video.data.failures import OneByOne, name_error
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected, decode_with_motion
-from nova_video.errors import InputError
-from nova_video.extras import install_command
 
 if TYPE_CHECKING:
     from nova_video.data.encode import EncodeSettings

@@ -25,17 +25,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nova_video.autoencoders.base import VideoAutoencoder
+from nova_video.common.devices import choose_device
+from nova_video.common.errors import InputError
+from nova_video.common.settings import CheckpointSettings
 from nova_video.data.dataset import first_sentence, join
-from nova_video.devices import choose_device
-from nova_video.errors import InputError
-from nova_video.loading import (
+from nova_video.io.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_shapes
+from nova_video.pipeline.loading import (
     HUB_ID,
     load_autoencoder,
     outline_autoencoder,
     resolve_checkpoint,
     text_folder,
 )
-from nova_video.settings import CheckpointSettings
 from nova_video.text.encoders import (
     encode_batch,
     find_text_encoder,
@@ -44,7 +45,6 @@ from nova_video.text.encoders import (
     load_tokenizer,
     text_width,
 )
-from nova_video.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_shapes
 
 # Pixels that go through the autoencoder together, at least one clip: on a GPU what keeps it busy (a clip of 17 frames
 # of 480x768 is 6 M), on a CPU what stays near its caches.

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch
 
-from nova_video.errors import InputError, first_line
+from nova_video.common.errors import InputError, first_line
 
 IN_A_ROW = 8  # clips: when so many fail one after the other, the fault is not in the clips
 

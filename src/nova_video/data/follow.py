@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any, TypeVar
 
+from nova_video.common.errors import InputError, first_line
 from nova_video.data.dataset import READERS, file_mark, local_path
 from nova_video.data.sources import Source, group_name
 from nova_video.data.stages import Item, read_caption
-from nova_video.errors import InputError, first_line
 
 UNKNOWN = "?"
 """In the place of a digest: older versions kept none."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nova_video.common.errors import InputError
 from nova_video.data.card import describe, name_of, pick
 from nova_video.data.dataset import (
     Bucket,
@@ -29,7 +30,6 @@ from nova_video.data.encoders import DecodeLatents, autoencoder_info, given_or_n
 from nova_video.data.sheets import Entry, draw_sheet
 from nova_video.data.sources import Source, open_source
 from nova_video.data.stages import Clip, Decode
-from nova_video.errors import InputError
 
 BRIGHTEST = 255
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from nova_video.fonts import drawable, font_for
+from nova_video.io.fonts import drawable, font_for
 
 PAGE, MARGIN, GUTTER = 1360, 40, 40  # pixels: width of a page, its border, between columns
 COLUMNS = 2

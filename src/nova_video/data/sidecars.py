@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
 from nova_video.io.text import EXPECTED_TEXT, decode_text, parse_json, printable
 
 FILE_NAME = "file_name"  # the column of a table that names its media

@@ -23,6 +23,9 @@ from itertools import islice
 from typing import Any
 from urllib.parse import quote, unquote
 
+from nova_video.common.errors import InputError, first_line
+from nova_video.common.extras import install_command
+from nova_video.common.settings import check_number
 from nova_video.data.dataset import file_mark, is_local, join, open_place, read_file
 from nova_video.data.sidecars import (
     FILE_NAME,
@@ -39,12 +42,9 @@ from nova_video.data.sidecars import (
     suffix,
 )
 from nova_video.data.stages import MEDIA, NO_RANGES, Item, is_pointer
-from nova_video.errors import InputError, first_line
-from nova_video.extras import install_command
 from nova_video.io.decode import VIDEOS
 from nova_video.io.folders import A_FOLDER, walk
 from nova_video.io.text import LFS_POINTER, POINTED, decode_text, parse_json, printable
-from nova_video.settings import check_number
 
 CAPTION = "caption"  # the column or key, unless another is named
 TEXTS = (".txt", ".json")

@@ -31,19 +31,19 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nova_video.common.errors import InputError, MediaError
+from nova_video.common.extras import install_command
+from nova_video.common.settings import check_number, max_pixels
 from nova_video.data.dataset import TEMPORAL_STRIDE, Bucket, Sample, open_place
 from nova_video.data.failures import name_error
-from nova_video.data.motion import flow_magnitude
 from nova_video.data.sidecars import MOST_TEXT, caption_from
-from nova_video.errors import InputError, MediaError
-from nova_video.extras import install_command
-from nova_video.given import SAME_RATE
 from nova_video.io.decode import EMPTY, NO_FORMAT, PICTURES, VIDEOS, Frame, Media, open_media, open_plain, warn_of_pages
 from nova_video.io.fit import fit_frames
+from nova_video.io.inputs import SAME_RATE
+from nova_video.io.motion import flow_magnitude
 from nova_video.io.text import LFS_POINTER, printable
 from nova_video.io.timing import Timed, nearest_frames
 from nova_video.io.videos import VideoPicture
-from nova_video.settings import check_number, max_pixels
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from nova_video.errors import MediaError
+from nova_video.common.errors import MediaError
 
 SDR_WHITE = 203.0  # nits of diffuse white in HDR, by ITU-R BT.2408
 HLG_PEAK = 1000.0  # nits of the display that HLG is rendered for

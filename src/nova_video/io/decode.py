@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nova_video.errors import InputError, MediaError, first_line
+from nova_video.common.errors import InputError, MediaError, first_line
+from nova_video.common.settings import max_pixels
 from nova_video.io.fit import fit_frames
 from nova_video.io.pictures import SURE_DURATION, Picture, upright_srgb
 from nova_video.io.text import LFS_POINTER, POINTED
 from nova_video.io.timing import nearest_frames, repeats, steady_rate
-from nova_video.settings import max_pixels
 
 if TYPE_CHECKING:  # PyAV is imported when a video is opened
     from nova_video.io.videos import Video

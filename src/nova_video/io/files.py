@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
 
 EXPECTED_TEXT = "expected UTF-8, or UTF-16 with a byte order mark"
 MARKS = (  # byte order marks; that of UTF-32 begins with that of UTF-16

@@ -18,7 +18,7 @@ from av.sidedata.sidedata import SideDataContainer
 from numpy.typing import NDArray
 from PIL import Image
 
-from nova_video.errors import MediaError
+from nova_video.common.errors import MediaError
 from nova_video.io.colour import coding_of, to_srgb
 from nova_video.io.timing import Timed
 

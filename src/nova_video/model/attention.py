@@ -13,9 +13,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from nova_video.devices import compile_every_variant
-from nova_video.model import flash
-from nova_video.settings import AttentionKernels
+from nova_video.common.devices import compile_every_variant
+from nova_video.common.settings import AttentionKernels
+from nova_video.fast import flash
 
 Mask = Tensor | BlockMask
 """Which column a row may attend to: (N, N) bool, or (B, 1, 1, N) bool of columns that are there at all."""

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nova_video.fast.norm import add_gated, modulate
 from nova_video.model.embeddings import timestep_frequencies
-from nova_video.model.norm import add_gated, modulate
 from nova_video.model.patches import PatchEmbed
 
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nova_video.errors import InputError
-from nova_video.extras import install_command
+from nova_video.common.errors import InputError
+from nova_video.common.extras import install_command
 from nova_video.io.files import make_readable
 from nova_video.model.transformer import NOVATransformer3DModel
 

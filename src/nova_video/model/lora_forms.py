@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
 
 PREFIXES = (
     "transformer.",

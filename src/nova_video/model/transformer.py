@@ -20,7 +20,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
+from nova_video.common.settings import check_number
 from nova_video.model.attention import Mask, block_causal_mask
 from nova_video.model.casting import cast_blocks, is_cast
 from nova_video.model.denoiser import Denoiser, DenoiserBlock
@@ -36,7 +37,6 @@ from nova_video.model.embeddings import (
 )
 from nova_video.model.patches import PatchEmbed, gather_tokens, token_positions
 from nova_video.model.vit import Block, CacheLayer, TemporalCache, heads_for_width, residual_stream
-from nova_video.settings import check_number
 
 MAX_DEPTH, MAX_WIDTH = 1024, 65536  # of a config that is not a mistake
 

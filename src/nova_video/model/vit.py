@@ -10,11 +10,11 @@ from operator import index
 import torch
 from torch import Tensor, nn
 
+from nova_video.fast.gelu import gelu_of
+from nova_video.fast.linear import apply_linear
+from nova_video.fast.norm import norm_of
 from nova_video.model.attention import Mask, attend, attend_packed
 from nova_video.model.embeddings import Rotary
-from nova_video.model.gelu import gelu_of
-from nova_video.model.linear import apply_linear
-from nova_video.model.norm import norm_of
 from nova_video.model.patches import gather_tokens
 
 

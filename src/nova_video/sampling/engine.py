@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nova_video.devices import compile_every_variant
+from nova_video.common.devices import compile_every_variant
+from nova_video.fast.fused import foreign_denoiser_part, run_fused, supports
 from nova_video.model import NOVATransformer3DModel, Positions
 from nova_video.model.denoiser import Denoiser
 from nova_video.model.embeddings import Rotary
@@ -27,7 +28,6 @@ from nova_video.model.transformer import ApplyBlock, ImageEncoder, VideoEncoder
 from nova_video.model.vit import Attention, Block, Mlp
 from nova_video.sampling import guidance as formulas
 from nova_video.sampling.diffusion import Schedule, SetNoise, denoise_set, linear_step, predicted_data
-from nova_video.sampling.fused import foreign_denoiser_part, run_fused, supports
 from nova_video.sampling.guidance import Guidance, Prediction, pass_weights
 
 ROWS_AT_ONCE = 1 << 16  # tokens times steps whose modulations are computed together: bounds their memory

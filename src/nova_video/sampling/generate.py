@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
 from nova_video.model import NOVATransformer3DModel, masking, patchify, unpatchify
 from nova_video.model.finite import first_not_finite
 from nova_video.model.patches import gather_tokens, scatter_tokens
-from nova_video.sampling.beside import beside
 from nova_video.sampling.context import REFERENCE_FRAMES, Statistics, hold_statistics
 from nova_video.sampling.diffusion import Schedule, SetNoise
 from nova_video.sampling.engine import Engine, PlainEngine
-from nova_video.sampling.shortcuts import second_order
+from nova_video.sampling.presets import second_order
+from nova_video.sampling.side_stream import beside
 from nova_video.sampling.state import OpenFrame, SamplingState
 from nova_video.sampling.timing import Stopwatch, span
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from nova_video.model import NOVATransformer3DModel, Positions, TemporalCache, set_sizes
 from nova_video.sampling.context import Context, Statistics
 from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.presets import EXACT, Shortcuts
 from nova_video.sampling.random import FrameNoise, RandomState
-from nova_video.sampling.shortcuts import EXACT, Shortcuts
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nova_video.errors import InputError, first_line
-from nova_video.extras import install_command
-from nova_video.weights import TRANSFORMERS_WEIGHTS, find_weights
+from nova_video.common.errors import InputError, first_line
+from nova_video.common.extras import install_command
+from nova_video.io.weights import TRANSFORMERS_WEIGHTS, find_weights
 
 logger = logging.getLogger(__name__)
 

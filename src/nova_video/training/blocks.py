@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from nova_video.devices import compile_every_variant
+from nova_video.common.devices import compile_every_variant
 from nova_video.model import NOVATransformer3DModel, Positions
 from nova_video.model.attention import (
     FLEX_HEAD_DIM,

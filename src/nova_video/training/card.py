@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from nova_video.loading import resolve_checkpoint
-from nova_video.model_card import card_facts
+from nova_video.pipeline.loading import resolve_checkpoint
+from nova_video.pipeline.model_card import card_facts
 from nova_video.training.checkpoint import Progress
 from nova_video.training.log import DETAILS
 from nova_video.training.recipe import AutoencoderRecipe, TransformerRun

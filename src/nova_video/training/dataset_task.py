@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from nova_video.common.errors import InputError, first_line
+from nova_video.common.settings import CheckpointSettings, Defaults
 from nova_video.data.dataset import (
     Bucket,
     DatasetInfo,
@@ -40,10 +42,8 @@ from nova_video.data.encoders import (
     text_names,
 )
 from nova_video.data.sheets import Entry, draw_sheet
-from nova_video.errors import InputError, first_line
-from nova_video.loading import HUB_ID, resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel
-from nova_video.settings import CheckpointSettings, Defaults
+from nova_video.pipeline.loading import HUB_ID, resolve_checkpoint
 from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.training.recipe import DatasetRecipe, DatasetTransformerRecipe
 from nova_video.training.stream import Loaded, check_state, collate, is_held_out, joined, open_loader, state_of

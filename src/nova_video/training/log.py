@@ -16,9 +16,9 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 from rich.console import Console
 
-from nova_video.errors import InputError
-from nova_video.extras import install_command
-from nova_video.media import atomic_path, check_writable
+from nova_video.common.errors import InputError
+from nova_video.common.extras import install_command
+from nova_video.io.media import atomic_path, check_writable
 from nova_video.training.checkpoint import writing
 from nova_video.training.recipe import Recipe
 

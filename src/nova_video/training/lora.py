@@ -6,7 +6,7 @@ nothing before its first step: B starts at zero.
 
 from torch import nn
 
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import (
     LORA_TARGETS,

@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.nn import functional
 
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
 from nova_video.model import NOVATransformer3DModel, Positions, mask_ratios, masking, patchify
 from nova_video.model.patches import gather_tokens
 from nova_video.model.transformer import ApplyBlock

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from nova_video.devices import choose_device
-from nova_video.errors import InputError
+from nova_video.common.devices import choose_device
+from nova_video.common.errors import InputError
 from nova_video.training.recipe import Recipe
 from nova_video.training.task import LossParts, Task
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from nova_video.errors import InputError
-from nova_video.media import atomic_path
+from nova_video.common.errors import InputError
+from nova_video.io.media import atomic_path
 from nova_video.training.recipe import Recipe, changes, load_recipe, parse_recipe
 
 SEGMENTS = "segments.jsonl"

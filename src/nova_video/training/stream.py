@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset as TorchDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from nova_video.common.errors import InputError
+from nova_video.common.settings import check_number
 from nova_video.data.dataset import Sample, Shard, to_sample
-from nova_video.errors import InputError
-from nova_video.settings import check_number
 
 EMPTY_PASSES = 8
 """In a row, without a single row: more would find none either. Passes share the shards out differently."""

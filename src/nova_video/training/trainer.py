@@ -1,6 +1,6 @@
 """The trainer: `nova train recipes/NAME.toml`. Set up, loop, step, log, save; one file, top to bottom.
 
-What is trained is a `Task` (`autoencoder.py`, `world_task.py`, `dataset_task.py`); this file is what all training
+What is trained is a `Task` (`autoencoder.py`, `nova_worlds/transformer_task.py`, `dataset_task.py`); this file is what all training
 shares. A step consists of micro batches, which the processes share out. The random numbers of a micro batch follow from
 the seed, the step and the micro batch's own number, so that neither stopping nor the number of processes changes what
 is learned. On GPUs a whole step (forward, backward, what processes exchange, clipping, AdamW) is one CUDA graph for
@@ -26,12 +26,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nova_video.errors import InputError
+from nova_video.common.errors import InputError
+from nova_video.common.settings import AttentionKernels
+from nova_video.fast.training_graphs import CudaRecorder, StepGraphs, tensors_of
 from nova_video.io.files import make_readable
-from nova_video.media import alone_in, atomic_path
+from nova_video.io.media import alone_in, atomic_path
 from nova_video.model.attention import allow_kernels, allowed_kernels
-from nova_video.settings import AttentionKernels
-from nova_video.training.autoencoder import AutoencoderTask
 from nova_video.training.card import CARD, SHEET, Record, newest_sheet, write_card
 from nova_video.training.checkpoint import (
     Average,
@@ -46,7 +46,6 @@ from nova_video.training.checkpoint import (
     writing,
 )
 from nova_video.training.flops import device_peak
-from nova_video.training.graphs import CudaRecorder, StepGraphs, tensors_of
 from nova_video.training.log import Log, Looks
 from nova_video.training.pool import fill_seed
 from nova_video.training.processes import Processes, model_shards
@@ -62,6 +61,7 @@ from nova_video.training.recipe import (
 )
 from nova_video.training.segments import Segment, begin_segment, read_segments, write_segments
 from nova_video.training.task import LossParts, Task
+from nova_worlds.autoencoder_task import AutoencoderTask
 
 BAD_STEPS = 10  # in a row, which end a run
 AGREE_EVERY = 2.0  # seconds, about: several processes agree on the time and on whether to stop
@@ -300,7 +300,7 @@ def make_task(recipe: Recipe, device: torch.device) -> AnyTask:
         from nova_video.training.dataset_task import DatasetTask
 
         return DatasetTask(recipe, device)
-    from nova_video.training.world_task import WorldTask
+    from nova_worlds.transformer_task import WorldTask
 
     return WorldTask(recipe, device)
 

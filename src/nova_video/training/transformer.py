@@ -1,6 +1,6 @@
 """What all trainings of the transformer share: the model, one batch's loss, and the checkpoint folder it becomes.
 
-Where samples come from and how the model is looked at is said by `world_task.py` (clips rendered as training goes) and
+Where samples come from and how the model is looked at is said by `nova_worlds/transformer_task.py` (clips rendered as training goes) and
 `dataset_task.py` (clips encoded beforehand).
 """
 
@@ -16,17 +16,18 @@ import transformers
 from torch import Tensor, nn
 
 from nova_video.autoencoders import scale_latents
+from nova_video.common.errors import InputError
+from nova_video.common.extras import install_command
+from nova_video.common.settings import CheckpointSettings
+from nova_video.common.startup import reveal
 from nova_video.data.encoders import check_text_parts
-from nova_video.errors import InputError
-from nova_video.extras import install_command
-from nova_video.loading import lasting_name, load_scheduler, load_transformer, resolve_checkpoint
+from nova_video.io.weights import read_json
 from nova_video.model import NOVATransformer3DModel, mask_ratios
 from nova_video.model.transformer import spatial_patch
 from nova_video.model.vit import Block
-from nova_video.pipeline import NovaPipeline
+from nova_video.pipeline.loading import lasting_name, load_scheduler, load_transformer, resolve_checkpoint
+from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.sampling.schedulers import new_scheduler
-from nova_video.settings import CheckpointSettings
-from nova_video.startup import reveal
 from nova_video.text.encoders import text_class
 from nova_video.training.blocks import TemporalMasks, checkpointed, compile_blocks
 from nova_video.training.flops import step_flops
@@ -45,7 +46,6 @@ from nova_video.training.loss import (
 )
 from nova_video.training.recipe import SMALL, ModelRecipe, TransformerRun
 from nova_video.training.task import LossParts, Task
-from nova_video.weights import read_json
 
 MASK_MULTIPLE = 16  # numbers of revealed tokens are padded to it, where every sample has its own
 

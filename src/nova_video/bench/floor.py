@@ -1,0 +1,150 @@
+"""The least time a device could take: what has to be multiplied and read, over its measured rates. Plain functions.
+
+Multiplications are those of the sampling loop, counted from the shapes of every set: dense products and attention, two
+operations a multiply-add, the denoiser on the set's tokens alone. What is read: every weight once for each time its
+part runs (the denoiser's once a set, since they could stay on the chip between its steps), and the temporal cache.
+Norms, activations and positions count for nothing.
+
+Legend: B batch, N guidance passes, R = N * B rows, L tokens of a frame, Lc temporal tokens of it, V tokens revealed,
+S tokens of a set, T condition tokens, D width, P values of a token.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nova_video.common.errors import InputError
+from nova_video.model import NOVATransformer3DModel, set_sizes
+from nova_video.model.operations import block, linear
+from nova_video.model.transformer import parse_arch
+from nova_video.pipeline.plan import Plan
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device was measured to reach."""
+
+    flops: float
+    """A second, of large products in float16 and bfloat16."""
+    bytes: float
+    """A second, read from its memory."""
+
+
+RATES = {"H200": Rates(flops=790e12, bytes=4.3e12)}  # part of the device's name -> rates
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call has to do, by part: text, temporal, spatial, denoiser."""
+
+    flops: dict[str, float]
+    bytes: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds that a device needs at least."""
+
+    by_flops: float
+    by_bytes: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.by_flops, self.by_bytes)
+
+
+def device_rates(name: str, dtype: torch.dtype) -> Rates | None:
+    """Of a device by its name; None where they were not measured."""
+    found = [rates for part, rates in RATES.items() if part in name]
+    return found[0] if found and dtype in HALVES else None
+
+
+def floor_of(work: Work, rates: Rates) -> Floor:
+    return Floor(sum(work.flops.values()) / rates.flops, sum(work.bytes.values()) / rates.bytes)
+
+
+def count_work(model: NOVATransformer3DModel, plan: Plan) -> Work:
+    """What the sampling of a plan does, from prompt features to latents."""
+    if plan.latent_frames is None:
+        raise InputError("num_frames is inf: expected a whole number, work without end has no floor")
+    config, patch, width = model.config, model.patch_size, model.width
+    channels, rows, batch = config.image_dim, plan.passes * plan.batch, plan.batch
+    tokens = (plan.grid[0] // patch) * (plan.grid[1] // patch)  # L
+    temporal, values = tokens // 4, patch**2 * channels  # Lc, P
+    (video_depth, _), (image_depth, _) = (parse_arch(name, "vit") for name in config.arch[:2])
+    denoiser_depth, denoiser_width = parse_arch(config.arch[2], "mlp")
+    item = model.dtype.itemsize
+    weights = {
+        "temporal": _bytes(model.video_encoder),
+        "spatial": _bytes(model.image_encoder),
+        "denoiser": _bytes(model.image_decoder),
+    }
+    flops = {"text": linear(rows * config.text_token_len, config.text_token_dim, width)}
+    moved = {"text": float(_bytes(model.text_embed))}
+    condition = config.text_token_len  # T
+    if model.motion_embed is not None:
+        condition += 2
+        flops["text"] += 2 * (linear(rows, 256, width) + linear(rows, width, width))
+        moved["text"] += _bytes(model.motion_embed)
+
+    flops["temporal"] = moved["temporal"] = 0.0
+    for frame, (queries, keys) in enumerate(temporal_steps(plan, temporal, condition)):
+        flops["temporal"] += rows * video_depth * block(queries, keys, width)
+        moved["temporal"] += weights["temporal"] + item * rows * video_depth * 2 * (keys - queries) * width
+        if frame:
+            flops["temporal"] += linear(batch * temporal, 4 * values, width) + mixer(model, rows * temporal)
+
+    flops["spatial"] = flops["denoiser"] = 0.0
+    sizes = set_sizes(tokens, plan.num_inference_steps)
+    visible = 0  # V
+    for size in sizes:
+        first, second = temporal + visible, temporal + tokens
+        flops["spatial"] += rows * (image_depth // 2) * block(first, first, width)
+        flops["spatial"] += rows * (image_depth - image_depth // 2) * block(second, second, width)
+        flops["spatial"] += linear(batch * size, values, width)  # once revealed, as the encoder reads them
+        step = denoiser_step(rows * size, denoiser_depth, denoiser_width, values)
+        flops["denoiser"] += linear(rows * size, width, denoiser_width)
+        flops["denoiser"] += linear(rows * size, denoiser_width, denoiser_width)
+        flops["denoiser"] += plan.num_diffusion_steps * step
+        visible += size
+    flops["spatial"] *= plan.latent_frames
+    flops["denoiser"] *= plan.latent_frames
+    count = plan.latent_frames * len(sizes)
+    moved |= {part: float(count * weights[part]) for part in ("spatial", "denoiser")}
+    return Work(flops, moved)
+
+
+def denoiser_step(count: int, depth: int, width: int, values: int) -> float:
+    """Operations of one denoising step of `count` tokens: embedding, blocks (modulation and MLP), last norm, head."""
+    blocks = depth * (linear(count, width, 3 * width) + linear(count, width, 2 * width))
+    return blocks + linear(count, values, width) + linear(count, width, 2 * width) + linear(count, width, values)
+
+
+def mixer(model: NOVATransformer3DModel, count: int) -> float:
+    part = model.video_encoder.mixer
+    if part is None:
+        return 0.0
+    linears = (module for module in part.modules() if isinstance(module, nn.Linear))
+    return sum(linear(count, module.in_features, module.out_features) for module in linears)
+
+
+def temporal_steps(plan: Plan, tokens: int, condition: int) -> Iterator[tuple[int, int]]:
+    """For every latent frame, the tokens that pass through the temporal encoder and those they look at.
+
+    As the sampler goes: one frame more, or the whole context anew where that does not just grow by a frame.
+    """
+    assert plan.latent_frames is not None
+    cached: list[int] | None = None
+    for frame in range(plan.latent_frames):
+        read = plan.context.read(frame, 0)
+        keys = condition + tokens * (1 + len(read))  # text, motion, BOS and the frames read
+        grows = cached is not None and read[:-1] == cached
+        yield (tokens if grows else keys), keys
+        cached = read
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(value.numel() * value.element_size() for value in module.state_dict().values())

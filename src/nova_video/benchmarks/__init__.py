@@ -1,1 +1,0 @@
-"""How fast a pipeline is, and how fast it could be. `nova bench ...` presents; nothing else imports this."""

@@ -1,0 +1,729 @@
+"""What can be typed after `nova`: a frozen dataclass for each sub-command, filled in by tyro. Imports nothing heavy.
+
+None stands for the checkpoint's own default.
+"""
+
+import contextlib
+import io
+import platform
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
+from tyro.constructors import PrimitiveConstructorSpec
+
+from nova_video import __version__
+from nova_video.common.errors import InputError, unknown
+from nova_video.common.settings import AttentionKernels
+
+PARSE_ERROR = 2  # tyro's exit code
+RECORD = re.compile(r"^Error parsing \w\S*: ")  # before what a record says of itself, which names the field
+UNREADABLE = re.compile(r"Error parsing (-\S+): (?:Could not find valid parse|no type matching) .*\[(.*)\]")
+MODEL = "emoji"  # the model in the box
+OWN = "(default: the model's own)"
+AUTO = "(default: auto)"
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Preset = Literal["exact", "balanced", "fast"]
+Precision = Literal["auto", "fp32", "bf16", "fp8"]
+Strategy = Literal["auto", "ddp", "fsdp"]
+Solver = Literal["own", "dpm++"]
+Format = Literal["mp4", "mov", "webm", "webp", "gif", "png", "jpg", "frames"]
+PartName = Literal[
+    "continue", "continue-long", "steer", "steer-anywhere", "steer-alone", "inpaint", "inpaint-empty", "inpaint-pair"
+]
+ALL_PARTS: tuple[PartName, ...] = get_args(PartName)  # of the benchmark beyond one clip
+Sentences = Annotated[
+    UseAppendAction[tuple[tuple[float, str], ...]], arg(metavar="SECONDS PROMPT", help_behavior_hint="(repeatable)")
+]
+Numbers = Annotated[
+    UseAppendAction[tuple[tuple[float, float], ...]], arg(metavar="SECONDS VALUE", help_behavior_hint="(repeatable)")
+]
+
+# Words of released scripts and of other tools for the same settings are aliases.
+Output = Annotated[Path | None, arg(aliases=["-o", "--output-dir"], metavar="FILE", help_behavior_hint="")]
+Sets = Annotated[int | None, arg(metavar="N", aliases=["--num-sets", "--num-inference-steps"], help_behavior_hint=OWN)]
+DiffusionSteps = Annotated[int | None, arg(metavar="N", aliases=["--num-diffusion-steps"], help_behavior_hint=OWN)]
+GuidanceScale = Annotated[
+    float | None, arg(metavar="SCALE", aliases=["--cfg", "--cfg-scale", "--guidance-scale"], help_behavior_hint=OWN)
+]
+Motion = Annotated[
+    float | None, arg(metavar="SCORE", aliases=["--motion-flow", "--motion-score"], help_behavior_hint=OWN)
+]
+
+# What has no flag of its own, or could mean several.
+MEANINGS = {
+    "--steps": "--sets (sets of tokens that a frame is made in) or --diffusion-steps (denoising steps of each set)",
+    "--prompt": "the sentence in quotes, without an option",
+    "--length": "--num-frames or --seconds",
+    "--duration": "--seconds",
+    "--precision": "--dtype",
+    "--checkpoint": "--model",
+    "--low-vram": "--low-memory",
+    "--cpu-offload": "--low-memory",
+    "--resolution": "--size",
+    "--num-samples": "--num-images",
+    "--num-videos": "--num-images",
+    "-s": "--seed",
+    "-p": "the sentence in quotes, without an option",
+}
+MAY_BE_EMPTY = ("--negative", "--negative-prompt")
+LONGEST_SHOWN = 200  # letters of what was typed, in a message
+
+
+def one_of(literal: Any) -> PrimitiveConstructorSpec[Any]:
+    """For `Literal[...] | None`: told nothing, tyro calls None a choice too, and lists them in any order."""
+    choices = get_args(literal)
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(choices) + "}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value is None or value in choices,
+        str_from_instance=lambda value: [str(value)],
+        choices=choices,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """The flags of every command that makes something. None: not given."""
+
+    output: Output = None
+    """File to write, numbered if there are several, or a folder for files that are named after their sentences. If
+    absent, the current folder."""
+    format: Annotated[Format | None, one_of(Format), arg(help_behavior_hint="(default: as --output says)")] = None
+    """Format of the files: of a clip mp4 and of a picture png, if --output does not say. frames: a folder of frames,
+    frame-0001.png and so on; with -o FOLDER that one, if it is new or empty."""
+    model: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=f"(default: {MODEL})")] = None
+    """`emoji` (the model in the box), a checkpoint folder, or the name of a released checkpoint."""
+    lora: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """An adapter of the model (LoRA): a safetensors file or its folder, as `nova train --lora.rank` writes it."""
+    lora_scale: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
+    """How much of it: 0 is the model without."""
+    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
+    """Size in pixels, such as 768x480."""
+    width: Annotated[int | None, arg(metavar="PIXELS", aliases=["-W"], help_behavior_hint="")] = None
+    """Width in pixels, in place of --size."""
+    height: Annotated[int | None, arg(metavar="PIXELS", aliases=["-H"], help_behavior_hint="")] = None
+    """Height in pixels, in place of --size."""
+    fps: Annotated[float | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Frames per second, told to the model and written into the file."""
+    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Fixes the result; the next sentence gets the next seed. Drawn at random if absent."""
+    sets: Sets = None
+    """Sets in which a frame's tokens are made: more is slower and finer. Released scripts say --num-inference-steps."""
+    diffusion_steps: DiffusionSteps = None
+    """Denoising steps of each set."""
+    guidance: GuidanceScale = None
+    """How strictly to follow the sentence; 1 is off."""
+    motion: Motion = None
+    """How much to move, in pixels a frame."""
+    negative: Annotated[str | None, arg(metavar="TEXT", aliases=["--negative-prompt"], help_behavior_hint="")] = None
+    """What to stay away from."""
+    preset: Annotated[Preset | None, one_of(Preset), arg(help_behavior_hint="(default: exact)")] = None
+    """What may be lost for speed; the next five are parts of it."""
+    solver: Annotated[Solver | None, one_of(Solver), arg(help_behavior_hint="")] = None
+    """The model's own steps, or DPM-Solver++ for fewer of them."""
+    last_steps: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None
+    """Up to 1: share of the denoising steps that is left at a frame's last set."""
+    guided_sets: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None
+    """0 to 1: share of a frame's sets that follow the guidance, the first ones."""
+    guidance_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Compute the guidance's difference for every so many sets only."""
+    fp8: bool = False
+    """Multiply in 8 bit floats, on a GPU that has them."""
+    no_compile: bool = False
+    """The plain loop, step by step: slower, the same result to rounding."""
+    low_memory: bool = False
+    """For a small GPU: the model's parts take turns on it."""
+    tiled: bool = False
+    """With --low-memory: decode large frames in overlapping tiles, for less of it; pixels differ a little."""
+    int8_text: bool = False
+    """With --low-memory: the text encoder's weights in 8 bits, half as large; the result differs a little."""
+    context_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Longest clip that the model is shown: beyond it, the first frames and the most recent ones."""
+    sink_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """First frames that it is always shown."""
+    device: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=AUTO)] = None
+    """auto (an NVIDIA GPU if there is one, else cpu), cpu, cuda, cuda:N or mps (an Apple GPU; untested)."""
+    dtype: Annotated[Dtype | None, one_of(Dtype), arg(help_behavior_hint=AUTO)] = None
+    """Precision; auto is float16 on a GPU and float32 elsewhere."""
+    memory_gb: Annotated[float | None, arg(metavar="GB", help_behavior_hint="(default: this machine's)")] = None
+    """Refuse what would take more memory than this, by an estimate; inf: no bound."""
+    json: bool = False
+    """Print one JSON object a file."""
+
+
+def model_of(args: Making) -> str:
+    """The model's name; an empty one is what a variable of the shell that is not set leaves."""
+    if args.model is None:
+        return MODEL
+    if not args.model.strip():
+        raise InputError(f"model is {args.model!r}: expected a name, a checkpoint folder or a hub id")
+    return args.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Making):
+    """Make videos or pictures from sentences."""
+
+    prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...", help_behavior_hint="")] = ()
+    """One or several sentences, each in quotes; every one gives a file."""
+    prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A text file with one sentence a line."""
+    num_images: Annotated[int, arg(metavar="N", aliases=["-n", "--num-images-per-prompt"])] = 1
+    """Pictures or clips of each sentence, each with the next seed."""
+    batch: Annotated[
+        int | None, arg(metavar="N", aliases=["--batch-size"], help_behavior_hint="(default: 4 on a GPU, else 1)")
+    ] = None
+    """Pictures or clips that are made together: faster, and each as it is alone, to rounding."""
+    sheet: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Draw all of them on one page (png, jpg or webp), with sentences and seeds."""
+    num_frames: Annotated[int | None, arg(metavar="N", aliases=["--frames"], help_behavior_hint=OWN)] = None
+    """Frames, given ones included; 1 is a picture."""
+    seconds: Annotated[float | None, arg(metavar="SECONDS", help_behavior_hint="")] = None
+    """Length, in place of --num-frames; inf, with --live: until Ctrl-C."""
+    image: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A picture to start the video from."""
+    video: Annotated[Path | None, arg(name="continue", metavar="FILE", help_behavior_hint="")] = None
+    """A clip to go on from, which the result begins with. Without a sentence, the clip's own."""
+    prompt_at: Sentences = ()
+    """Another sentence from this second on."""
+    motion_at: Numbers = ()
+    """Another --motion from this second on."""
+    guidance_at: Numbers = ()
+    """Another --guidance from this second on."""
+    like: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Make a file again from the record inside it; flags given here replace its own, such as --seed 5."""
+    script: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A TOML file of these flags and of scenes; flags given here win."""
+    history_noise: Annotated[float | None, arg(metavar="STD", help_behavior_hint="")] = None
+    """Against drift in long clips: noise on the frames that later ones are made from."""
+    reanchor_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Against drift: every so many frames, show the model only the first frames and the newest one; 0: never."""
+    hold_statistics: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None
+    """Against drift, 0 to 1: how far new frames' statistics are drawn to those of the first."""
+    live: bool = False
+    """Write the clip while it is made: an mp4 that can be played as it grows."""
+    state: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Save how far it is after every latent frame, to be able to stop; removed when the clip is there."""
+    resume: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Go on from the file that --state kept; it says what to make."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(Making):
+    """Change a part of a picture or clip, or add to its sides."""
+
+    file: Annotated[Positional[Path], arg(metavar="FILE")]
+    """The picture or clip."""
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
+    """A sentence about the result."""
+    mask: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A picture of the same size, white where something new is to come; or a clip, one mask a frame."""
+    strength: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: 1)")] = None
+    """0 to 1: share of the tokens (under the mask, if there is one) that are made anew."""
+    outpaint: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
+    """Enlarge the picture by so many pixels on every side, and fill them in."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Print how a file was made."""
+
+    file: Annotated[Positional[Path], arg(metavar="FILE")]
+    """A file written by `nova generate`."""
+    json: bool = False
+    """Print it as JSON."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """Print the words that a model of a small world knows: names, backgrounds, motions, and its sentences."""
+
+    search: Annotated[Positional[str], arg(metavar="SEARCH", help_behavior_hint="")] = ""
+    """Only those with this text in them."""
+    model: Annotated[str, arg(metavar="NAME")] = MODEL
+    """As for `nova generate`."""
+    json: bool = False
+    """Print them as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Make a checkpoint that opens of what the released trainer wrote. The only command that reads pickles, safely."""
+
+    source: Annotated[Positional[Path], arg(metavar="SOURCE")]
+    """The trainer's checkpoint-N, its ema_checkpoints, or a file of weights such as diffusion_pytorch_model.bin."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
+    """New folder to write."""
+    base: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """The model that the training began with: a folder or a released name. Its other parts complete the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encode:
+    """Encode videos and pictures with captions into a dataset to train on. A run that was stopped goes on where it
+    was."""
+
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    """A folder of media with captions (.txt or .json beside each, or metadata.csv or .jsonl), .tar files (WebDataset),
+    .parquet files, a folder of save_to_disk or hf://OWNER/NAME. Local, or a URL that fsspec opens."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
+    """The dataset to write, or to go on with."""
+    model: Annotated[str, arg(metavar="NAME")] = MODEL
+    """Whose autoencoder encodes, as for `nova generate`; its own are the settings that are not given."""
+    frames: Annotated[tuple[int, ...], arg(metavar="N ...", help_behavior_hint=OWN)] = ()
+    """Lengths of clips, 4k + 1 each: the longest ones that fit into a scene. Pictures have 1."""
+    fps: Annotated[float | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Frames per second, at most: of faster videos the nearest frames are taken, slower ones keep theirs."""
+    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
+    """Size in pixels, or the side of a square: of about that area are the sizes for other ratios of width to height."""
+    one_size: bool = False
+    """Bring everything to that size; so it is without --size for a model whose positions allow no other."""
+    cuts: bool = False
+    """End clips where PySceneDetect finds a cut."""
+    cut_threshold: Annotated[float, arg(metavar="N")] = 27.0
+    """Of its ContentDetector: lower finds more."""
+    max_pixels: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 2^29, or NOVA_MAX_PIXELS)")] = None
+    """Reject pictures, animations (pixels times frames) and videos (pixels of a frame) of more."""
+    caption_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: caption)")] = None
+    """Column of the captions, or their key in JSON files."""
+    media_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the only one)")] = None
+    """Column of the media in Parquet and Hugging Face datasets."""
+    split: Annotated[str, arg(metavar="NAME")] = "train"
+    """Of a Hugging Face dataset."""
+    config: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the only one)")] = None
+    """Configuration of a dataset on the hub that has several."""
+    text_encoder: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=OWN)] = None
+    """Whose features of the captions are kept; none: no features."""
+    group: Annotated[int, arg(metavar="N")] = 256
+    """Source files that are finished together: more make fewer, larger shards, and more to do again after a stop."""
+    batch: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: by their size)")] = None
+    """Clips that go through the autoencoder together."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """As for `nova generate`."""
+    ray: Annotated[str | None, arg(metavar="ADDRESS", help_behavior_hint="(default: a Ray of this machine)")] = None
+    """Address of a Ray cluster to run on."""
+    no_ray: bool = False
+    """Run in this process."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train what a recipe describes. Its settings can follow, as in nova train recipes/tiny.toml --optimizer.lr 1e-3;
+    nova train RECIPE --help lists them."""
+
+    recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
+    """A TOML file, or the name of one in recipes/."""
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """What follows the recipe, as typed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluating:
+    """The flags of every benchmark."""
+
+    model: Annotated[str, arg(metavar="NAME")] = MODEL
+    """As for `nova generate`."""
+    data: Annotated[Path, arg(metavar="FOLDER")] = Path("data/emoji")
+    """A prepared world."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
+    """Where the scores (JSON) and the contact sheets go."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Which combinations, and their random numbers."""
+    split: Literal["heldout", "train"] = "heldout"
+    """Combinations that were never trained on, or those that were."""
+    batch_size: Annotated[int, arg(metavar="N")] = 25
+    """Clips made at once."""
+    sets: Sets = None
+    """As for `nova generate`."""
+    diffusion_steps: DiffusionSteps = None
+    """As for `nova generate`."""
+    guidance: GuidanceScale = None
+    """As for `nova generate`."""
+    motion: Motion = None
+    """As for `nova generate`."""
+    preset: Annotated[Preset | None, one_of(Preset), arg(help_behavior_hint="(default: exact)")] = None
+    """As for `nova generate`."""
+    no_compile: bool = False
+    """As for `nova generate`."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """As for `nova generate`."""
+    dtype: Dtype = "auto"
+    """As for `nova generate`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateEmoji(Evaluating):
+    """Generate held-out combinations of the emoji world and measure exactly what their captions ask for."""
+
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-emoji")
+    """Where the scores (JSON) and the contact sheet go."""
+    num_clips: Annotated[int, arg(metavar="N")] = 400
+    """Clips to judge."""
+    num_pairs: Annotated[int, arg(metavar="N")] = 100
+    """Pictures of two objects to judge; 0 leaves them out."""
+    num_frames: Annotated[int, arg(metavar="N")] = 17
+    """Frames of a clip; 1 is for a model of pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateBeyond(Evaluating):
+    """Carry on, change and fill in real clips and pictures of the emoji world, and measure what comes of it."""
+
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-beyond")
+    """Where the scores (JSON) and a contact sheet of each part go."""
+    parts: tuple[PartName, ...] = ALL_PARTS
+    """What to measure."""
+    num_clips: Annotated[int, arg(metavar="N")] = 400
+    """Clips or pictures of each part."""
+    context_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    sink_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    history_noise: Annotated[float, arg(metavar="STD")] = 0.0
+    """As for `nova generate`."""
+    reanchor_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    hold_statistics: Annotated[float, arg(metavar="SHARE")] = 0.0
+    """As for `nova generate`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateDrift(Evaluating):
+    """Generate long clips of the emoji world and measure how they change in time, with and without each remedy."""
+
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-drift")
+    """Where the measures (JSON), the plot and the contact sheet go."""
+    num_clips: Annotated[int, arg(metavar="N")] = 64
+    """Clips made with each setting."""
+    num_frames: Annotated[int, arg(metavar="N")] = 257
+    """Frames of a clip."""
+    context_frames: Annotated[int, arg(metavar="N")] = 33
+    """As for `nova generate`; all frames are tried as well."""
+    sink_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """As for `nova generate`."""
+    history_noise: Annotated[float, arg(metavar="STD")] = 0.1
+    """Tried, as for `nova generate`."""
+    reanchor_frames: Annotated[int, arg(metavar="N")] = 32
+    """Tried, as for `nova generate`."""
+    hold_statistics: Annotated[float, arg(metavar="SHARE")] = 0.5
+    """Tried, as for `nova generate`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSample:
+    """Time sampling, each configuration by itself: a line printed and a row of a JSON file."""
+
+    config: Annotated[tuple[str, ...], arg(metavar="NAME ...")]
+    """t2i-512-0.6b, t2i-1024-0.3b, t2i-1024-0.6b, t2i-1024-1.4b or t2v-480-0.6b (random weights at a released size),
+    or a model as for `nova generate`."""
+    preset: Annotated[str, arg(metavar="NAME")] = "exact"
+    """As for `nova generate`."""
+    batch: Annotated[int, arg(metavar="N")] = 1
+    """Pictures or clips of a call."""
+    no_compile: bool = False
+    """As for `nova generate`."""
+    frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Pixel frames."""
+    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
+    """Size in pixels; a released size is built for it."""
+    sets: Sets = None
+    """As for `nova generate`."""
+    diffusion_steps: DiffusionSteps = None
+    """As for `nova generate`."""
+    repeats: Annotated[int, arg(metavar="N")] = 5
+    """Calls that count."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """As for `nova generate`."""
+    dtype: Dtype = "auto"
+    """As for `nova generate`."""
+    profile: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Write a trace for chrome://tracing of the first latent frame; .json or .json.gz."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("benchmarks/results/sample.json")
+    """Rows that are there stay, but for those of the same configuration and settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPresets:
+    """Make the same held-out sentences of the emoji world exactly and with each shortcut, and compare: time, scores and
+    distance. A run that was stopped goes on where it was."""
+
+    model: Annotated[str, arg(metavar="NAME")] = MODEL
+    """As for `nova generate`."""
+    data: Annotated[Path, arg(metavar="FOLDER")] = Path("data/emoji")
+    """A prepared world."""
+    variants: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = ()
+    """Some of those in `nova_worlds/presets`, such as balanced or dpm-0.5; the exact one is always made."""
+    num_clips: Annotated[int, arg(metavar="N")] = 4000
+    """Sentences, each with its clip."""
+    num_pictures: Annotated[int, arg(metavar="N")] = 2000
+    """Pictures of two objects; 0 leaves them out."""
+    num_frames: Annotated[int, arg(metavar="N")] = 17
+    """Frames of a clip; 1 is for a model of pictures."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Which sentences, and their random numbers."""
+    batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 250 on a GPU, else 25)")] = None
+    """Clips made at once. Random numbers are drawn for a batch, so that other sizes give other clips."""
+    sets: Sets = None
+    """As for `nova generate`: of the exact way."""
+    diffusion_steps: DiffusionSteps = None
+    """As for `nova generate`: of the exact way."""
+    guidance: GuidanceScale = None
+    """As for `nova generate`."""
+    motion: Motion = None
+    """As for `nova generate`."""
+    no_compile: bool = False
+    """As for `nova generate`."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """As for `nova generate`."""
+    dtype: Dtype = "auto"
+    """As for `nova generate`."""
+    keep: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/bench-presets")
+    """Where each variant's results are kept as soon as they are there; what was made in the same way is taken."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("runs/bench-presets/presets.json")
+    """The rows of this run, in place of what was there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrain:
+    """Time training steps on given latents and text features, each configuration by itself: a row of JSON, printed and
+    in a file. Under torchrun or accelerate launch, all processes together."""
+
+    config: Annotated[tuple[str, ...], arg(metavar="NAME ...")]
+    """t2i-512-0.6b, t2i-1024-0.3b, t2i-1024-0.6b, t2i-1024-1.4b or t2v-480-0.6b (random weights at a released size),
+    or a model as for `nova generate`."""
+    batch: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 16, 8 or 3 of a released size)")] = None
+    """Samples of a step on each process."""
+    precision: Precision = "auto"
+    """bf16 on a GPU and fp32 elsewhere; or fp8, on GPUs that have it."""
+    strategy: Strategy = "auto"
+    """With several processes: whole weights on each, or sharded over them. auto: as the launcher says, else ddp."""
+    checkpointing: bool = False
+    """Compute what is inside blocks again on the way back: less memory, more time."""
+    no_compile: bool = False
+    """Do not compile blocks."""
+    no_graph: bool = False
+    """Do not record steps as CUDA graphs, as training does."""
+    attention: AttentionKernels = "auto"
+    """Its best kernels on a GPU. auto: FlashAttention 4, if installed; cudnn: cuDNN's, where safe; flash: torch's."""
+    mask_ratio: Literal["batch", "sample"] = "batch"
+    """Whether all samples of a batch reveal as many tokens, or each draws how many."""
+    mask_levels: Annotated[int, arg(metavar="N")] = 0
+    """Round how many tokens are hidden to multiples of 1 / N of a frame's; 0: any number."""
+    frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Pixel frames."""
+    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
+    """Size in pixels; a released size is built for it."""
+    warm_up: Annotated[int, arg(metavar="N")] = 10
+    """Steps that do not count, at least; three of each number of revealed tokens that is timed in any case."""
+    steps: Annotated[int, arg(metavar="N")] = 30
+    """Steps that count."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """As for `nova generate`."""
+    profile: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Write a trace for chrome://tracing of three more steps, of the first process; .json or .json.gz."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("benchmarks/results/train.json")
+    """Rows that are there stay, but for those of the same configuration and settings."""
+
+
+@dataclass(frozen=True)
+class DataEmoji:
+    """Prepare the emoji world from the art and its names (`make data` fetches both)."""
+
+    art: Annotated[Path, arg(metavar="FOLDER")]
+    """The unpacked npm package @lobehub/fluent-emoji-3d, or its assets."""
+    names: Annotated[Path, arg(metavar="FILE")]
+    """en/data.json of the npm package emojibase-data."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
+    """Folder to write."""
+    set: Literal["core", "all"] = "core"
+    """core: animals, nature, food and drink; all: also travel, activities, objects and smileys."""
+
+
+@dataclass(frozen=True)
+class DataShapes:
+    """Prepare a world of shapes drawn by code, which needs no download."""
+
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
+    """Folder to write."""
+
+
+@dataclass(frozen=True)
+class DataInspect:
+    """Check every shard of an encoded dataset, and draw random samples, decoded, beside what they were made from."""
+
+    dataset: Annotated[Positional[str], arg(metavar="DATASET")]
+    """A folder that `nova encode` wrote, or a URL of one that fsspec opens."""
+    sources: Annotated[str | None, arg(metavar="PLACE", help_behavior_hint="(default: where they were)")] = None
+    """Where it was encoded from."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("inspect.png")
+    """Picture to write."""
+    clips: Annotated[int, arg(metavar="N")] = 8
+    """Clips to draw."""
+    pictures: Annotated[int, arg(metavar="N")] = 8
+    """Pictures to draw."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Which ones."""
+    model: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: what encoded it)")] = None
+    """Whose autoencoder decodes: another place of the one that encoded it."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """As for `nova generate`."""
+
+
+Benchmarks = (
+    Annotated[EvaluateEmoji, subcommand("emoji")]
+    | Annotated[EvaluateBeyond, subcommand("beyond")]
+    | Annotated[EvaluateDrift, subcommand("drift")]
+)
+Timings = (
+    Annotated[BenchSample, subcommand("sample")]
+    | Annotated[BenchPresets, subcommand("presets")]
+    | Annotated[BenchTrain, subcommand("train")]
+)
+Worlds = (
+    Annotated[DataEmoji, subcommand("emoji")]
+    | Annotated[DataShapes, subcommand("shapes")]
+    | Annotated[DataInspect, subcommand("inspect")]
+)
+Command = (
+    Annotated[Generate, subcommand("generate")]
+    | Annotated[Edit, subcommand("edit")]
+    | Annotated[Info, subcommand("info")]
+    | Annotated[Words, subcommand("words")]
+    | Annotated[Convert, subcommand("convert")]
+    | Annotated[Encode, subcommand("encode")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Any, subcommand("evaluate", description="Measure a model.", constructor_factory=lambda: Benchmarks)]
+    | Annotated[
+        Any, subcommand("bench", description="Time sampling and training.", constructor_factory=lambda: Timings)
+    ]
+    | Annotated[
+        Any,
+        subcommand("data", description="Prepare what is learned from.", constructor_factory=lambda: Worlds),
+    ]
+)
+
+
+POSITIONAL = get_args(Positional[str])[1]
+GROUPS = {"evaluate": Benchmarks, "bench": Timings, "data": Worlds}
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """One of the dataclasses above, or exit: code 0 for --help, 2 and one line for what cannot be understood."""
+    if arguments[:1] in (["--version"], ["-V"]):
+        print(versions())
+        raise SystemExit(0)
+    if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        return Train(Path(arguments[1]), tuple(arguments[2:]))  # what follows is the recipe's
+    for option, value in pairwise(arguments):
+        if option.startswith("--") and not value.strip() and option not in MAY_BE_EMPTY:
+            raise InputError(f"{option} is empty: expected a value")
+    arguments = _with_command(arguments)
+    with one_line_errors(arguments):
+        command, unknown = tyro.cli(
+            Command,
+            prog="nova",
+            args=arguments,
+            description="Text in, video out. nova --version prints the version.",
+            return_unknown_args=True,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    if unknown:
+        words = [word for word in arguments[:2] if not word.startswith("-")]
+        usage = " ".join(["nova", *words[: 2 if arguments[0] in GROUPS else 1], "--help"])
+        raise unknown_option(unknown[0], options_of(type(command)), usage)
+    return command
+
+
+def versions() -> str:
+    """What a report of a fault should name."""
+    found = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
+    return f"nova-video {__version__} ({found}, python {platform.python_version()})"
+
+
+def names_of(commands: Any) -> list[str]:
+    """The sub-commands of a union of annotated dataclasses."""
+    return [name for command in get_args(commands) for part in get_args(command) if (name := getattr(part, "name", ""))]
+
+
+def _with_command(arguments: Sequence[str]) -> list[str]:
+    """The same, after a check of the sub-commands; help is asked for where none is given."""
+    arguments = list(arguments)
+    for depth, (group, commands) in enumerate([("nova", Command), *GROUPS.items()]):
+        if depth and arguments[:1] != [group]:
+            continue
+        place = min(depth, 1)
+        if len(arguments) == place:
+            return [*arguments, "--help"]
+        names, word = names_of(commands), arguments[place]
+        if word.startswith("-") or word in names:
+            continue
+        if " " in word.strip():
+            raise InputError(f"no command is given before {word!r}: expected one, as in: nova generate {word!r}")
+        raise unknown("command", word, names)
+    return arguments
+
+
+def options_of(command: type[Any]) -> list[str]:
+    """All options of a command, aliases too, as tyro names them."""
+    options = ["--help"]
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        if POSITIONAL in get_args(hint):
+            continue
+        settings = next((part for part in get_args(hint)[1:] if hasattr(part, "aliases")), None)
+        options.append("--" + (getattr(settings, "name", None) or name).replace("_", "-"))
+        options += getattr(settings, "aliases", None) or ()
+    return options
+
+
+def unknown_option(word: str, options: Sequence[str], usage: str) -> InputError:
+    """The error for what no option is, with what it may have meant; `usage` is the command that lists all."""
+    if not word.startswith("-"):
+        return InputError(f"argument {word!r} is one too many: expected what {usage} lists")
+    name = word.split("=")[0].replace("_", "-")
+    meant = {key: text for key, text in MEANINGS.items() if set(re.findall("--[a-z-]+", text)) <= set(options)}
+    near = name if name in meant else next(iter(get_close_matches(name, meant, 1, cutoff=0.85)), None)
+    if near is not None and (near == name or not get_close_matches(name, options, 1, cutoff=0.85)):
+        return InputError(f"unknown option {name}: expected {meant[near]}")
+    return unknown("option", shorten(name, LONGEST_SHOWN), options, f"what {usage} lists")
+
+
+def shorten(text: str, length: int) -> str:
+    """Text cut to a length, for a message."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+@contextlib.contextmanager
+def one_line_errors(arguments: Sequence[str]) -> Iterator[None]:
+    """tyro prints a box of several lines about what it cannot parse: made an InputError of its first section."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            yield
+    except SystemExit as stop:
+        if stop.code != PARSE_ERROR:
+            raise
+        lines = [line.strip("│╭╰╮╯ ") for line in box.getvalue().splitlines()][1:]
+        rules = [index for index, line in enumerate(lines) if line and not line.strip("─-")]  # "-": not in UTF-8
+        if rules[:1] == [0]:
+            lines, rules = lines[1:], [index - 1 for index in rules[1:]]
+        rule = rules[0] if rules else len(lines)
+        text = " ".join(" ".join(lines[:rule]).split("Got errors:")[0].split())
+        usage = next((line for line in lines[rule + 1 :] if re.match(r"--?\w", line)), None)
+        if usage is not None and (match := UNREADABLE.match(text)) is not None:
+            option = next((name for name in match[1].split("/") if name in arguments), match[1].split("/")[-1])
+            form = usage.split(" ", 1)[1].split(", -")[0]
+            text = f"{option} is {shorten(match[2], LONGEST_SHOWN)}: expected {option} {form}"
+        text = RECORD.sub("", text)
+        typed = shorten(shlex.join(arguments), LONGEST_SHOWN)
+        given = f"got: nova {typed}" if arguments else "got nothing"
+        raise InputError(f"{text or 'cannot understand these arguments'} ({given})") from None

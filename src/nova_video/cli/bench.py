@@ -1,0 +1,179 @@
+"""The commands `nova bench ...`: what was measured on stdout, and its rows in a JSON file."""
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import asdict, fields
+from typing import Any
+
+from nova_video.cli.arguments import BenchPresets, BenchSample, BenchTrain
+from nova_video.cli.generate import _size as size_of
+from nova_video.common.errors import InputError
+
+
+def run_bench_sample(args: BenchSample) -> None:
+    """Each configuration in turn; one that fails has its error in its row, and the others go on."""
+    from nova_video.bench.rows import as_lines, read_rows, record_row
+    from nova_video.bench.sample import Asked, check_work, measure
+    from nova_video.common.devices import choose_device
+    from nova_worlds.evaluation.report import check_report_folder
+
+    _check_profile(args)
+    height, width = size_of(args.size)
+    asked = Asked(
+        preset=args.preset,
+        batch=args.batch,
+        compile=not args.no_compile,
+        frames=args.frames,
+        size=None if height is None or width is None else (height, width),
+        sets=args.sets,
+        diffusion_steps=args.diffusion_steps,
+        device=args.device,
+        dtype=args.dtype,
+        repeats=args.repeats,
+    )
+    choose_device(args.device)
+    check_work(args.config, asked)
+    check_report_folder(args.output.parent)
+    read_rows(args.output)  # a file that cannot be added to is found before the work
+    failed = []
+    for config in args.config:
+        row = measure(
+            config,
+            asked,
+            _command_line("sample", args, ("config", "profile", "output"), "--config", config),
+            args.profile,
+        )
+        record_row(args.output, row)
+        print("\n".join(as_lines(row)), flush=True)
+        if row.error is not None:
+            failed.append(config)
+    print(args.output)
+    if failed:
+        raise InputError(f"{len(failed)} of {len(args.config)} failed: {', '.join(failed)} (see above)")
+
+
+def run_bench_presets(args: BenchPresets) -> None:
+    """Each variant in turn; one that fails has its error in its row, and the others go on."""
+    from nova_video.common.devices import choose_device
+    from nova_worlds.evaluation.emoji import EmojiSettings
+    from nova_worlds.evaluation.report import check_report_folder
+    from nova_worlds.presets.preset_rows import (
+        PresetRow,
+        as_aligned,
+        made_how,
+        read_preset_rows,
+        recorded,
+        write_preset_rows,
+    )
+    from nova_worlds.presets.presets import CPU_BATCH, GPU_BATCH, VARIANTS, Asked, measure_presets
+
+    on_gpu = choose_device(args.device).type == "cuda"
+    settings = EmojiSettings(
+        num_clips=args.num_clips,
+        num_pairs=args.num_pictures,
+        num_frames=args.num_frames,
+        seed=args.seed,
+        batch_size=args.batch_size if args.batch_size is not None else GPU_BATCH if on_gpu else CPU_BATCH,
+        num_inference_steps=args.sets,
+        num_diffusion_steps=args.diffusion_steps,
+        guidance_scale=args.guidance,
+        motion_flow=args.motion,
+    )
+    asked = Asked(
+        model=args.model,
+        data=args.data,
+        keep=args.keep,
+        settings=settings,
+        variants=args.variants or tuple(name for name, parts in VARIANTS.items() if on_gpu or not parts.fp8),
+        compile=not args.no_compile,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    check_report_folder(args.output.parent)
+    command = _command_line("presets", args, ("keep", "output"))
+    before = read_preset_rows(args.output)  # a file that cannot be added to is found before the work
+    rows: list[PresetRow] = []
+    for row, kept in measure_presets(asked, command):
+        rows.append(row)
+        write_preset_rows(args.output, recorded(before, rows))
+        print(row.line() + (f" (kept in {args.keep})" if kept else ""), flush=True)
+    print("\n".join(["", made_how(rows[0]), *as_aligned(rows)]))
+    print(args.output)
+    failed = [row.preset for row in rows if row.error is not None]
+    if failed:
+        raise InputError(f"{len(failed)} of {len(rows)} failed: {', '.join(failed)} (see above)")
+
+
+def run_bench_train(args: BenchTrain) -> None:
+    """Each configuration in turn; one that fails has its error in its row, and the others go on.
+
+    Of several processes all measure, and the first one prints and writes: JSON on stdout, words on stderr.
+    """
+    from nova_video.bench.rows import record_row
+    from nova_video.bench.train import AskedTraining, check_training, measure_training
+    from nova_video.bench.train_rows import read_train_rows, train_line
+    from nova_video.common.devices import choose_device
+    from nova_worlds.evaluation.report import check_report_folder
+
+    _check_profile(args)
+    height, width = size_of(args.size)
+    asked = AskedTraining(
+        batch=args.batch,
+        precision=args.precision,
+        strategy=args.strategy,
+        checkpointing=args.checkpointing,
+        compile=not args.no_compile,
+        graph=not args.no_graph,
+        attention=args.attention,
+        mask_levels=args.mask_levels,
+        mask_ratio=args.mask_ratio,
+        frames=args.frames,
+        size=None if height is None or width is None else (height, width),
+        device=args.device,
+        warm_up=args.warm_up,
+        steps=args.steps,
+    )
+    choose_device(args.device)
+    check_training(args.config, asked)
+    check_report_folder(args.output.parent)
+    read_train_rows(args.output)  # a file that cannot be added to is found before the work
+    processes, index = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    failed = []
+    for config in args.config:
+        command = _command_line("train", args, ("config", "profile", "output"), "--config", config)
+        if processes > 1:
+            command = f"torchrun --nproc-per-node {processes} -m nova_video {command.removeprefix('nova ')}"
+        row = measure_training(config, asked, command, args.profile)
+        if row.error is not None:
+            failed.append(config)
+        if index == 0:
+            record_row(args.output, row)
+            print(json.dumps(asdict(row)), flush=True)
+            print(train_line(row), file=sys.stderr, flush=True)
+    if failed:
+        raise InputError(f"{len(failed)} of {len(args.config)} failed: {', '.join(failed)} (see above)")
+
+
+def _check_profile(args: BenchSample | BenchTrain) -> None:
+    from nova_worlds.evaluation.report import check_report_folder
+
+    if args.profile is not None:
+        if len(args.config) > 1:
+            raise InputError(f"got --profile with {len(args.config)} configurations: expected one")
+        check_report_folder(args.profile.parent)
+
+
+def _command_line(
+    what: str, args: BenchSample | BenchPresets | BenchTrain, without: tuple[str, ...], *given: str
+) -> str:
+    """The command that repeats a row: `given`, and what is not as by default."""
+    words: list[Any] = ["nova", "bench", what, *given]
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.name in without or value == field.default:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        words += [flag] if value is True else [flag, *value] if isinstance(value, tuple) else [flag, value]
+    return shlex.join(map(str, words))

@@ -1,0 +1,102 @@
+"""What the sub-commands share: the model on its device, and a progress bar. No heavy import before a command runs."""
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nova_video.common.startup import reveal, use_fitting_threads
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.progress import Progress
+
+    from nova_video.common.settings import Defaults
+    from nova_video.pipeline.offload import LowMemory
+    from nova_video.pipeline.pipeline import NovaPipeline
+
+
+def load_pipeline(
+    model: str,
+    device: str,
+    dtype: str,
+    low_memory: "LowMemory | None" = None,
+    lora: "Path | None" = None,
+    lora_scale: float = 1.0,
+) -> "NovaPipeline":
+    """The model on its device, with an adapter in its weights. The device is checked before anything is loaded."""
+    from nova_video.common.devices import choose_device, choose_dtype
+
+    place = choose_device(device)
+    import diffusers
+    import transformers
+
+    from nova_video.pipeline.pipeline import NovaPipeline
+
+    reveal()
+    diffusers.utils.logging.disable_progress_bar()  # the bars of loading; sampling has ours
+    transformers.utils.logging.disable_progress_bar()
+    pipe = NovaPipeline.from_pretrained(
+        model,
+        torch_dtype=choose_dtype(dtype, place),
+        low_memory=False if low_memory is None else replace(low_memory, device=place),
+    )
+    if lora is not None:
+        from nova_video.model.lora import merge
+
+        pipe.load_lora_weights(lora, scale=lora_scale)
+        merge(pipe.transformer)
+    if low_memory is None:
+        pipe.to(place)
+    if place.type == "cpu":
+        use_fitting_threads(pipe.transformer.num_parameters())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def outline_pipeline(model: str) -> "NovaPipeline":
+    """A pipeline of shapes and settings alone: what requests are checked against before any weights are read."""
+    from nova_video.common.settings import CheckpointSettings
+    from nova_video.pipeline.loading import (
+        component_folder,
+        load_scheduler,
+        outline_autoencoder,
+        outline_transformer,
+        resolve_checkpoint,
+    )
+    from nova_video.pipeline.pipeline import NovaPipeline
+
+    folder = resolve_checkpoint(model)
+    vae = folder / "vae"
+    return NovaPipeline(
+        scheduler=load_scheduler(folder),
+        transformer=outline_transformer(component_folder(folder, "transformer")),
+        vae=outline_autoencoder(vae) if vae.is_dir() else None,
+        settings=CheckpointSettings.load(folder),
+    )
+
+
+def progress_bar() -> "Progress":
+    """An empty progress bar with the time left, on stderr, where that is a terminal."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # else what is printed would leave the file or pipe that waits for it
+    )
+
+
+def checkpoint_defaults(model: str) -> "Defaults":
+    """What a model takes where nothing is said, without loading it."""
+    from nova_video.common.settings import CheckpointSettings
+    from nova_video.pipeline.loading import resolve_checkpoint
+
+    return CheckpointSettings.load(resolve_checkpoint(model)).defaults

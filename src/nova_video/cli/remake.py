@@ -1,0 +1,171 @@
+"""`nova generate --like FILE`: the settings of a file's own record, to make it again or with changes.
+
+`describe_inputs` adds to a record what tells that a given file or the model has changed since.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from nova_video.cli.arguments import Edit, Format, Generate, Making
+from nova_video.cli.script import check_value
+from nova_video.common.errors import InputError
+from nova_video.pipeline.timeline import is_timeline
+
+if TYPE_CHECKING:
+    from nova_video.pipeline.generation import Generation
+
+FIELDS = {"continue": "video", "edited": "file"}  # key in a record -> field of a command, where they differ
+FILES = ("image", "video", "file", "mask", "lora")  # fields that name a file to read
+TIMELINES = ("prompt", "motion", "guidance")  # fields whose changes in time have a field of their own
+RESULTS = ("given_frames", "sets_made")  # settings that follow from others
+NOT_RECORDED = (  # of a run and not of a result, or another way to say a setting
+    *(
+        "output",
+        "format",
+        "sheet",
+        "json",
+        "live",
+        "state",
+        "resume",
+        "like",
+        "script",
+        "prompts",
+        "batch",
+        "num_images",
+        "memory_gb",
+    ),
+    *("seconds", "size", "prompt_at", "motion_at", "guidance_at"),
+)
+FLAGS = ("no_compile", "low_memory", "tiled", "int8_text")
+PRESET_PARTS = ("sets", "diffusion_steps", "solver", "last_steps", "guided_sets", "guidance_every", "fp8")
+REPLACED = {  # what is typed -> what it replaces of a record
+    "prompt": ("prompt_at",),
+    "prompts": ("prompt", "prompt_at"),
+    "motion": ("motion_at",),
+    "guidance": ("guidance_at",),
+    "size": ("width", "height"),
+    "seconds": ("num_frames",),
+    "image": ("video",),
+    "video": ("image",),
+    "preset": PRESET_PARTS,
+}
+HASHED = 16  # digits of the SHA-256 of a file
+
+
+def with_record(typed: Generate) -> tuple[Generate | Edit, dict[str, Any]]:
+    """What makes the file of `--like`, with what is typed instead of its own; and its record."""
+    from nova_video.io.media import read_metadata
+
+    assert typed.like is not None
+    record = read_metadata(typed.like)
+    changes = {field.name: value for field in fields(typed) if (value := getattr(typed, field.name)) != field.default}
+    del changes["like"]
+    settings = _settings(typed.like, record, changes)
+    for name in changes:
+        for replaced in REPLACED.get(name, ()):
+            settings.pop(replaced, None)
+    if "file" not in settings:
+        return Generate(**settings | changes), record
+    known = {field.name for field in fields(Edit)}
+    if foreign := [name for name in changes if name not in known]:
+        raise InputError(f"got --{foreign[0].replace('_', '-')} with an edited file: expected flags of nova edit")
+    one = settings | changes
+    prompt = one.pop("prompt")
+    if len(prompt) != 1 or "prompt_at" in one:
+        raise InputError(f"{typed.like} is an edited file: expected one sentence for it")
+    return Edit(**{name: value for name, value in one.items() if name in known}, prompt=prompt[0]), record
+
+
+def describe_inputs(args: Making, record: dict[str, Any], generation: "Generation") -> None:
+    """Add to a record how many sets are made, flags that change rounding, and marks of the model and given files."""
+    from nova_video.model import set_sizes
+    from nova_video.pipeline.saving import model_mark
+
+    state, pipe = generation.state, generation.pipe
+    made = len(set_sizes(state.num_tokens, state.num_sets))  # without those that are empty by rounding
+    record["settings"] |= {"sets_made": made} | {name: True for name in FLAGS if getattr(args, name)}
+    if not pipe.capabilities.video:
+        record["settings"]["motion"] = None  # the model takes none
+    given = [path for name in FILES if isinstance(path := getattr(args, name, None), Path) and path.is_file()]
+    record["weights"] = model_mark(pipe.transformer)
+    if given:
+        record["inputs"] = {str(path): file_mark(path) for path in given}
+
+
+def warn_of_changes(record: Mapping[str, Any], made: Mapping[str, Any], path: Path) -> None:
+    """Say what differs between the record of a file and that of what is made like it, beside what was asked for."""
+    log = logging.getLogger(__name__)
+    if record.get("model") == made.get("model") and record.get("weights", made["weights"]) != made["weights"]:
+        log.warning("the weights of %s have changed since %s was made: the result will differ", made["model"], path)
+    before, now = (_devices(each) for each in (record, made))
+    if before != now and None not in before:
+        log.warning("%s was made on %s in %s, this is %s in %s: random numbers or rounding differ", path, *before, *now)
+
+
+def _devices(record: Mapping[str, Any]) -> tuple[Any, Any]:
+    settings = record.get("settings") or {}
+    return str(settings.get("device", "")).split(":")[0] or None, settings.get("dtype")
+
+
+def file_mark(path: Path) -> str:
+    """What tells a file's content from another's."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:HASHED]
+
+
+def _settings(path: Path, record: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a command, from a record that anyone may have written."""
+    told = record.get("settings")
+    if not isinstance(told, dict) or "prompt" not in record:
+        raise InputError(f"{path} carries no settings to make it again: expected a file of nova generate or nova edit")
+    values = {name: record.get(name) for name in ("prompt", "negative", "seed", "model", "lora", "lora_scale")} | told
+    kinds = get_type_hints(Edit) | get_type_hints(Generate) | {"prompt": str}
+    settings: dict[str, Any] = {}
+    foreign = []
+    for key, value in values.items():
+        name = FIELDS.get(key, key)
+        if value is None or name in RESULTS:
+            continue
+        if name not in kinds or name in NOT_RECORDED:
+            foreign.append(key)
+        elif name in TIMELINES and is_timeline(value):
+            first, *rest = [(at, check_value(f"{path}: {key}", moment, kinds[name])) for at, moment in value]
+            settings[name], settings[f"{name}_at"] = first[1], tuple(rest)
+        else:
+            settings[name] = check_value(f"{path}: {key}", value, kinds[name])
+    if foreign:
+        logging.getLogger(__name__).warning(
+            "%s was made with settings that this command has not, and that are left out: %s", path, ", ".join(foreign)
+        )
+    if "prompt" in settings:
+        settings["prompt"] = (settings["prompt"],)
+    if settings.get("device") != "cpu":
+        settings.pop("device", None)  # a GPU, whichever is here
+    if told.get("num_frames", 0) is None and not {"num_frames", "seconds"} & set(changes):
+        raise InputError(f"{path} was made without an end: expected --num-frames or --seconds, as in --seconds 10")
+    for name in FILES:
+        if name in settings and name not in changes:
+            settings[name] = _found(path, settings[name], record)
+    one = settings.get("num_frames") == 1
+    suffix = "frames" if path.is_dir() else path.suffix.lower().lstrip(".").replace("jpeg", "jpg")
+    output = changes.get("output")
+    named = output is not None and output.suffix != ""
+    if suffix != ("png" if one else "mp4") and suffix in get_args(Format) and not named and "format" not in changes:
+        settings["format"] = suffix
+    return settings
+
+
+def _found(path: Path, name: Path, record: Mapping[str, Any]) -> Path:
+    """A given file, from the current folder or from that of the file that was made with it."""
+    places = [name, path.parent / name]
+    place = next((place for place in places if place.exists()), None)
+    if place is None:
+        raise InputError(f"{path} was made with {name}, which is not there: expected that file, or another one")
+    marks = record.get("inputs")
+    if isinstance(marks, dict) and place.is_file() and marks.get(str(name), mark := file_mark(place)) != mark:
+        logging.getLogger(__name__).warning("%s has changed since %s was made with it", place, path)
+    return place

@@ -1,1 +1,0 @@
-"""Pipeline -> scores, one benchmark per module."""

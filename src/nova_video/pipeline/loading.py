@@ -1,0 +1,511 @@
+"""The one door by which weights enter: a checkpoint's folder, checked part by part, to modules.
+
+A checkpoint is a folder of component folders (transformer/ vae/ scheduler/ text_encoder/ tokenizer/), each with its own
+config, and optionally a `nova.json`. Released checkpoints and ours open alike: module names are the released state-dict
+keys, so there is no converter. Only safetensors are read, and whatever is wrong is an `InputError` that names it.
+"""
+
+import glob
+import inspect
+import logging
+import re
+import shlex
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSora
+from nova_video.autoencoders.bounds import check_autoencoder_config
+from nova_video.common.errors import InputError, first_line
+from nova_video.common.settings import check_number, shown
+from nova_video.io.text import parse_json
+from nova_video.io.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_json, read_shapes
+from nova_video.model import NOVATransformer3DModel
+from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_PREFIX, Adapter, check_adapter
+from nova_video.model.lora_forms import read_forms
+from nova_video.text.encoders import UNUSED_WEIGHTS, find_text_encoder, load_text_model, load_tokenizer
+
+PACKAGED_MODELS = Path(__file__).parents[1] / "models"
+AUTOENCODERS = (AutoencoderKL, AutoencoderKLOpenSora, AutoencoderKLCausalTiny)
+COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+PART_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
+"""Of the files that a part is read from: no code, no pickles."""
+MAX_STEPS = 100_000  # of a noise schedule that is not a mistake
+OPTIONAL = ("vae", "text_encoder", "tokenizer")
+PART_CLASSES: dict[str, type] = {
+    "transformer": NOVATransformer3DModel,
+    "vae": ModelMixin,
+    "scheduler": SchedulerMixin,
+    "text_encoder": PreTrainedModel,
+    "tokenizer": PreTrainedTokenizerBase,
+}
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+ADAPTER_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""What peft saves an adapter as."""
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+# Names that diffusers itself renames when it loads an old autoencoder: the attention of its middle block.
+OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def resolve_checkpoint(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    without: Container[str] = (),
+) -> Path:
+    """The folder of a checkpoint: the one in the package ("emoji"), a local folder, or a download from the hub.
+
+    Of the hub's, the parts named in `without` are left there.
+    """
+    if not isinstance(name_or_path, str | PathLike):
+        raise InputError(f"model is {shown(name_or_path)}: expected a folder or a hub id")
+    if isinstance(name_or_path, str) and _is_packaged(name_or_path):
+        return PACKAGED_MODELS / name_or_path
+    if not str(name_or_path).strip():
+        raise InputError(f"model is {str(name_or_path)!r}: expected {_packaged_names()}a folder or a hub id")
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"model {name_or_path}: is a file: expected a folder with transformer/, scheduler/ and so on")
+    if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name_or_path):
+        raise InputError(
+            f"model {str(name_or_path)!r} not found: expected {_packaged_names()}an existing folder or a hub id such as"
+            " BAAI/nova-d48w1024-osp480"
+        )
+    wanted = [f"{part}/*{suffix}" for part in COMPONENTS if part not in without for suffix in PART_SUFFIXES]
+    try:
+        place = snapshot_download(
+            name_or_path,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            allow_patterns=[*wanted, "nova.json", "vocabulary.json", "model_index.json"],
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model {name_or_path!r}: no such folder here, and not to be had from the hub: {reason}"
+        ) from None
+    return Path(place)
+
+
+def lasting_name(name: str) -> str:
+    """What names the same checkpoint or text encoder from any working directory: a local folder's whole path, any other
+    name as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() and not _is_packaged(name) else name
+
+
+def _is_packaged(name: str) -> bool:
+    return re.fullmatch(r"[\w-]+", name) is not None and (PACKAGED_MODELS / name).is_dir()
+
+
+def _packaged_names() -> str:
+    names = sorted(path.name for path in PACKAGED_MODELS.glob("*") if path.is_dir())
+    return "".join(f"{name!r}, " for name in names)
+
+
+def load_transformer(checkpoint: Path, torch_dtype: torch.dtype | None = None) -> NOVATransformer3DModel:
+    return read_transformer(component_folder(checkpoint, "transformer"), torch_dtype)
+
+
+def load_autoencoder(checkpoint: Path, torch_dtype: torch.dtype | None = None) -> Any | None:
+    """The autoencoder in vae/, or None where there is no vae/."""
+    folder = checkpoint / "vae"
+    return read_autoencoder(folder, torch_dtype) if folder.is_dir() else None
+
+
+def load_scheduler(checkpoint: Path) -> Any:
+    """One of diffusers' own schedulers."""
+    return read_scheduler(component_folder(checkpoint, "scheduler"))
+
+
+def check_parts(given: Mapping[str, Any], or_places: bool = True) -> None:
+    """Each part is of its kind, or None where it is optional; with `or_places` also a place to load it from."""
+    for name, part in given.items():
+        if (or_places and isinstance(part, (str, Path))) or (part is None and name in OPTIONAL):
+            continue
+        if not isinstance(getattr(part, "_orig_mod", part), PART_CLASSES[name]):  # what torch.compile has wrapped
+            got = "None" if part is None else type(part).__name__
+            places = ", or the folder of one" if or_places else ""
+            raise InputError(f"{name} is {got}: expected {PART_CLASSES[name].__name__}{places}")
+
+
+def load_parts(
+    checkpoint: Path,
+    given: Mapping[str, Any],
+    dtype_of: Callable[[str], torch.dtype | None],
+    variant: str | None = None,
+) -> dict[str, Any]:
+    """Every part by its name: the one in `given`, loaded where that is a place, or else the checkpoint's own.
+
+    `variant` is that of the checkpoint's files, for the parts that have it.
+    """
+    if variant is not None and not any(checkpoint.glob(f"*/*.{glob.escape(variant)}[.-]*")):
+        raise InputError(f"variant is {variant!r}: expected one that {checkpoint} has weights of, or none")
+    parts: dict[str, Any] = {}
+    for name in ("scheduler", "transformer", "vae", "text_encoder", "tokenizer"):  # the quickest to fail first
+        if name in given:
+            part = given[name]
+            parts[name] = _load_from(name, part, dtype_of(name)) if isinstance(part, (str, Path)) else part
+        elif name in OPTIONAL:
+            folder = text_folder(checkpoint, name)
+            parts[name] = None if folder is None else _read_part(name, folder, dtype_of(name), variant)
+        else:
+            parts[name] = _read_part(name, component_folder(checkpoint, name), dtype_of(name), variant)
+    return parts
+
+
+def _load_from(name: str, place: str | Path, torch_dtype: torch.dtype | None) -> Any:
+    """A part from a checkpoint that has it, by folder or hub id, or from the part's own folder.
+
+    A text encoder may also be one that is installed as a package, or one of the hub by itself.
+    """
+    local = Path(place).expanduser()
+    if local.is_dir():
+        return _read_part(name, local / name if (local / name).is_dir() else local, torch_dtype)
+    is_text = name in ("text_encoder", "tokenizer")
+    if not is_text or find_text_encoder(str(place)) == str(place):  # no package
+        try:
+            folder = resolve_checkpoint(place, without=[other for other in COMPONENTS if other != name])
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        if (folder / name).is_dir() or not is_text:
+            return _read_part(name, component_folder(folder, name), torch_dtype)
+    return load_tokenizer(str(place)) if name == "tokenizer" else load_text_model(str(place), torch_dtype)
+
+
+def _read_part(name: str, folder: Path, torch_dtype: torch.dtype | None, variant: str | None = None) -> Any:
+    if name == "tokenizer":
+        return load_tokenizer(str(folder))
+    if name == "scheduler":
+        return read_scheduler(folder)
+    read = {"transformer": read_transformer, "vae": read_autoencoder, "text_encoder": read_text_encoder}[name]
+    return read(folder, torch_dtype, variant)
+
+
+def read_transformer(
+    folder: Path, torch_dtype: torch.dtype | None = None, variant: str | None = None
+) -> NOVATransformer3DModel:
+    """The transformer from its own folder."""
+    outline = outline_transformer(folder)
+    check_text_conditional(folder, read_shapes(find_weights(folder, DIFFUSERS_WEIGHTS, variant).files))
+    model: NOVATransformer3DModel = load_component(outline, folder, torch_dtype, variant)
+    return model
+
+
+def outline_transformer(folder: Path) -> NOVATransformer3DModel:
+    """The transformer of shapes alone: its config is read through the class, its weights are not.
+
+    The config names our class or, as the published ones, none.
+    """
+    path, expected = folder / "config.json", NOVATransformer3DModel.__name__
+    name = read_json(path).get("_class_name")
+    if name not in (None, expected):
+        raise InputError(f"{path}: _class_name is {name!r}: expected {expected}")
+    model: NOVATransformer3DModel = outline_component(NOVATransformer3DModel, folder)
+    return model
+
+
+def check_text_conditional(folder: Path, stored: Iterable[str]) -> None:
+    """The transformer's weights read a text. Those of class-conditional models have labels instead."""
+    if not any(key.startswith("text_embed.") for key in stored):
+        raise InputError(
+            f"{folder}: has no text_embed weights: expected a model of text to image or video; class-conditional ones"
+            " are not supported"
+        )
+
+
+def read_autoencoder(folder: Path, torch_dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
+    """The autoencoder from its own folder.
+
+    An image autoencoder overflows in float16 and stays in float32, as in diffusers' pipelines for it, unless its config
+    says `force_upcast` false. The published configs leave the key out, and diffusers' default is true.
+    """
+    outline = outline_autoencoder(folder, variant=variant)
+    overflows = isinstance(outline, AutoencoderKL) and outline.config.force_upcast
+    torch_dtype = torch.float32 if overflows and torch_dtype is torch.float16 else torch_dtype
+    return load_component(outline, folder, torch_dtype, variant)
+
+
+def outline_autoencoder(
+    folder: Path, stored: Mapping[str, Sequence[int]] | None = None, variant: str | None = None
+) -> Any:
+    """The autoencoder of shapes alone, of the class that its weights fit. `stored`: their shapes, if known.
+
+    The class that the config names is tried first: a released config may bear another name, or none.
+    """
+    config = read_json(folder / "config.json")
+    try:
+        check_autoencoder_config(config)
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
+    name = config.get("_class_name")
+    if stored is None:
+        stored = read_shapes(find_weights(folder, DIFFUSERS_WEIGHTS, variant).files)
+    problem = None
+    for cls in sorted(AUTOENCODERS, key=lambda cls: cls.__name__ != name):
+        try:
+            outline = outline_component(cls, folder)
+            check_weights(folder, outline, stored)
+        except InputError as error:
+            if cls.__name__ == name:
+                problem = error
+        else:
+            return outline
+    names = " or ".join(cls.__name__ for cls in AUTOENCODERS)
+    raise problem or InputError(
+        f"{folder / 'config.json'}: _class_name is {name!r}: expected {names}, and its weights fit none of these"
+    )
+
+
+def read_scheduler(folder: Path) -> Any:
+    """A scheduler of diffusers, by the name in its config or else in the checkpoint's model_index.json."""
+    path, index = folder / "scheduler_config.json", folder.parent / "model_index.json"
+    config = read_json(path)
+    name = config.get("_class_name")
+    if name is None and index.is_file():
+        entry = read_json(index).get("scheduler")
+        name = entry[-1] if isinstance(entry, list) and entry else None
+    found = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
+    if not isinstance(found, type) or not issubclass(found, SchedulerMixin):
+        raise InputError(f"{path}: _class_name is {name!r}: expected a diffusers scheduler")
+    scheduler: Any = found
+    try:
+        check_number("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, integer=True, high=MAX_STEPS)
+        return scheduler.from_config(config)
+    except Exception as error:  # of a value that the library does not know: it raises many kinds
+        raise InputError(f"{path}: no {name} can be made of it: {first_line(error)}") from None
+
+
+def read_text_encoder(
+    folder: Path, torch_dtype: torch.dtype | None = None, variant: str | None = None
+) -> PreTrainedModel:
+    """The text encoder from its own folder. Its weights have no keys that the encoder does not know."""
+    read_json(folder / "config.json")
+    stored = read_shapes(find_weights(folder, TRANSFORMERS_WEIGHTS, variant).files)
+    model = load_text_model(str(folder), torch_dtype, variant=variant)
+    _check_text_keys(folder, stored, model)
+    return model
+
+
+def text_folder(checkpoint: Path, name: str) -> Path | None:
+    """text_encoder/ or tokenizer/, None where there is none. In a trained checkpoint it may be a link, which is to lead
+    somewhere."""
+    folder = checkpoint / name
+    if folder.is_symlink() and not folder.exists():
+        raise InputError(
+            f"{folder} is a link to {folder.readlink()}, which is not there: expected that folder, or a copy of it in"
+            " the link's place"
+        )
+    return folder if folder.is_dir() else None
+
+
+def _check_text_keys(folder: Path, stored: Iterable[str], model: PreTrainedModel) -> None:
+    """No weights besides the encoder's, but for those of a larger model that are not used, such as a language head."""
+    expected = set(model.state_dict())
+    prefix = f"{model.base_model_prefix}."
+    extra = [
+        key
+        for key in stored
+        if key not in expected and key.removeprefix(prefix) not in expected and not UNUSED_WEIGHTS.search(key)
+    ]
+    if extra:
+        raise InputError(f"{folder}: weights do not fit {type(model).__name__}: extra keys {_some(extra)}")
+
+
+def load_adapter(
+    name_or_path: str | Path,
+    model: NOVATransformer3DModel,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    **hub: Any,
+) -> Adapter:
+    """A low-rank adapter for the model: a safetensors file, a folder with one, or a hub id; checked key by key.
+
+    Files of peft, diffusers, ComfyUI and kohya are read (`model/lora_forms.py`). `hub`: for `hf_hub_download`.
+    """
+    path = _find_adapter(name_or_path, weight_name, subfolder, hub)
+    try:
+        tensors = load_file(path)
+        with safe_open(str(path), framework="pt") as file:
+            told = (file.metadata() or {}).get(LORA_METADATA)
+        settings = None if told is None else parse_json(told)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: expected a safetensors file with an adapter ({error})") from None
+    if not isinstance(settings, dict | None):
+        raise InputError(f"{path}: its metadata {LORA_METADATA} is {type(settings).__name__}: expected a JSON object")
+    tensors = {key: value.float() if value.itemsize == 1 else value for key, value in tensors.items()}
+    broken = next((key for key, value in tensors.items() if not bool(value.isfinite().all())), None)
+    if broken is not None:
+        raise InputError(f"{path}: {broken} has values that are not finite: expected finite weights")
+    config_path = path.with_name(ADAPTER_CONFIG)
+    config = read_json(config_path) if settings is None and config_path.is_file() else None
+    own, scaled = read_forms(model, tensors, config, str(path))
+    if settings is None:
+        if config is None and any(key.startswith("base_model.model.") for key in tensors):
+            log.warning("%s: there is no %s beside it, so lora_alpha is taken as the rank", path, ADAPTER_CONFIG)
+        settings = scaled
+    elif any(key.endswith(".alpha") for key in tensors):
+        raise InputError(f"{path}: has alpha both as tensors and in its metadata: expected one of them")
+    else:
+        settings = {key.removeprefix(LORA_PREFIX): value for key, value in settings.items()}
+        if not settings.get("target_modules"):
+            raise InputError(f"{path}: its metadata has no target_modules: expected the names of the layers")
+    adapter = Adapter(own, settings)
+    check_adapter(model, adapter, str(path))
+    return adapter
+
+
+def _find_adapter(
+    name_or_path: str | Path, weight_name: str | None, subfolder: str | None, hub: Mapping[str, Any]
+) -> Path:
+    """The file of an adapter; in a folder or on the hub the one of that name, or diffusers' name, or peft's.
+
+    A folder may also have one safetensors file of any other name.
+    """
+    path = Path(name_or_path).expanduser()
+    if subfolder is not None and path.is_dir():
+        path /= subfolder
+    names = (LORA_FILE, PEFT_FILE) if weight_name is None else (weight_name,)
+    listed = " or ".join(names)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in names:
+            if (path / name).is_file():
+                return path / name
+        files = sorted(path.glob("*.safetensors"))
+        if weight_name is None and len(files) == 1:
+            return files[0]
+        there = f", but {', '.join(file.name for file in files[:5])}" if files else ""
+        instead = "weight_name with one of these" if files else "one that has"
+        raise InputError(f"adapter {path}: the folder has no {listed}{there}: expected {instead}")
+    if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name_or_path):
+        raise InputError(
+            f"adapter {str(name_or_path)!r} not found: expected a file, a folder with {listed}, or a hub id"
+        )
+    for name in names:
+        try:
+            place = hf_hub_download(name_or_path, name, subfolder=subfolder, **hub)
+            if name == PEFT_FILE:
+                hf_hub_download(name_or_path, ADAPTER_CONFIG, subfolder=subfolder, **hub)  # lies beside it
+            return Path(str(place))
+        except EntryNotFoundError as error:
+            if name == names[-1]:
+                raise InputError(f"adapter {name_or_path!r}: has no {listed} on the hub: {first_line(error)}") from None
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise InputError(
+                f"adapter {name_or_path!r}: no such file here, and not to be had from the hub: {first_line(error)}"
+            ) from None
+    raise AssertionError("names is never empty")
+
+
+def load_component(
+    outline: ModelMixin, folder: Path, torch_dtype: torch.dtype | None = None, variant: str | None = None
+) -> Any:
+    """The diffusers model of the outline, every key and shape compared first; float32 unless a dtype is given."""
+    weights = find_weights(folder, DIFFUSERS_WEIGHTS, variant)
+    check_weights(folder, outline, read_shapes(weights.files))
+    try:
+        loaded = type(outline).from_pretrained(
+            str(folder), torch_dtype=torch_dtype, variant=weights.variant, use_safetensors=True, local_files_only=True
+        )
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        raise InputError(f"{folder}: {type(outline).__name__} cannot load it: {first_line(error)}") from None
+    return loaded.eval()
+
+
+def check_weights(folder: Path, outline: ModelMixin, stored: Mapping[str, Sequence[int]]) -> None:
+    """The keys and shapes in a folder's files are those of the model, or an InputError names those that are not."""
+    expected = {key: tuple(value.shape) for key, value in outline.state_dict().items()}
+    named = {key: tuple(shape) for key, shape in current_names(outline, stored).items()}
+    missing = [key for key in expected if key not in named]
+    extra = [key for key in named if key not in expected]
+    wrong = [
+        f"{key} {named[key]} (expected {shape})"
+        for key, shape in expected.items()
+        if key in named and named[key] != shape
+    ]
+    problems = [
+        f"{what} {_some(keys)}"
+        for what, keys in (("missing keys", missing), ("extra keys", extra), ("wrong shapes", wrong))
+        if keys
+    ]
+    if problems:
+        raise InputError(f"{folder}: weights do not fit {type(outline).__name__}: {'; '.join(problems)}")
+
+
+def outline_component(cls: type[ModelMixin], folder: Path) -> Any:
+    """The model that a folder's config.json describes, of shapes alone: no weights are read."""
+    config = read_json(folder / "config.json")
+    try:
+        known = inspect.signature(cls.__init__).parameters  # others are the library's to warn of, when it loads
+        with torch.device("meta"):
+            return cls.from_config({key: value for key, value in config.items() if key in known})
+    except Exception as error:  # of a value that the class does not expect: libraries raise many kinds
+        path = folder / "config.json"
+        raise InputError(f"{path}: no {cls.__name__} can be made of it: {first_line(error)}") from None
+
+
+def component_folder(checkpoint: Path, name: str) -> Path:
+    """The folder of a part that a checkpoint must have."""
+    folder = checkpoint / name
+    if folder.is_dir():
+        return folder
+    if name == "scheduler" and (checkpoint / "transformer").is_dir():  # as the released trainer leaves it
+        where = shlex.quote(str(checkpoint))
+        raise InputError(
+            f"{checkpoint}: has no scheduler/: expected a whole checkpoint; nova convert {where} --base MODEL -o"
+            " NEW_FOLDER makes one of it, with the other parts of the model that it was trained from"
+        )
+    if (checkpoint / "model" / name).is_dir():  # the folder of a run of `nova train`
+        raise InputError(f"{checkpoint}: has no {name}/: expected {checkpoint / 'model'}, which has")
+    if (checkpoint / LORA_FILE).is_file():
+        raise InputError(
+            f"{checkpoint}: is an adapter, without {name}/: expected the model it was trained for, and the adapter as"
+            " --lora, or by load_lora_weights"
+        )
+    raise InputError(f"{checkpoint}: has no {name}/: expected a checkpoint with transformer/ and scheduler/ at least")
+
+
+def current_names(outline: ModelMixin, stored: Mapping[str, T]) -> dict[str, T]:
+    """The same values under the names that diffusers reads old ones as."""
+    expected = outline.state_dict().keys()
+    return {_current_name(key, expected): value for key, value in stored.items()}
+
+
+def _current_name(key: str, expected: Container[str]) -> str:
+    """`key` as diffusers will read it."""
+    if key in expected:
+        return key
+    for old, new in OLD_ATTENTION.items():
+        if old in key and key.replace(old, new) in expected:
+            return key.replace(old, new)
+    return key
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

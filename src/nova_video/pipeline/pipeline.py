@@ -1,0 +1,1050 @@
+"""`NovaPipeline`, the one public object: a request in, pictures or clips out.
+
+It holds a checkpoint's parts and nothing of any call: everything a call needs is a `Generation` made for it, so that
+threads can share a pipeline and a call that fails leaves nothing behind. `start` prepares one in the order of the work:
+resolve, encode the text, encode what is given; `generation.py` samples and decodes.
+
+Legend: B pictures or clips of the call, F latent frames, h w latent grid, H W pixels, C latent channels, T text tokens.
+"""
+
+import inspect
+import logging
+import tempfile
+import threading
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import huggingface_hub
+import numpy as np
+import torch
+from accelerate.hooks import CpuOffload
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nova_video.autoencoders import scale_latents, unscale_latents
+from nova_video.autoencoders.base import VideoAutoencoder
+from nova_video.common.devices import choose_device
+from nova_video.common.errors import InputError
+from nova_video.common.settings import CheckpointSettings, Defaults, shown
+from nova_video.fast.fp8 import check_fp8, with_fp8_blocks
+from nova_video.fast.graphs import CudaRecorder, GraphRunner, can_compile
+from nova_video.io.files import make_readable
+from nova_video.io.inputs import known_tokens, masks_at, same_rate, to_pixels
+from nova_video.io.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, index_or_single
+from nova_video.model import NOVATransformer3DModel, set_sizes
+from nova_video.model.casting import is_cast
+from nova_video.model.lora import adapter_names, adapter_state
+from nova_video.pipeline.adapters import AdapterMixin
+from nova_video.pipeline.generation import CALLING, Generation, GivenPixels, StepCallback
+from nova_video.pipeline.keywords import CALL_HINTS, ENCODE_HINTS, OPEN_HINTS, refuse_keywords
+from nova_video.pipeline.loading import check_parts, load_parts, load_scheduler, resolve_checkpoint
+from nova_video.pipeline.model_card import CARD, card_facts, pipeline_card
+from nova_video.pipeline.offload import LowMemory, Turn, enable_low_memory
+from nova_video.pipeline.plan import Capabilities, Plan
+from nova_video.pipeline.record import make_records
+from nova_video.pipeline.registration import register
+from nova_video.pipeline.request import GenerateRequest, Mask, Number, Picture, Prompt, Video
+from nova_video.pipeline.result import GenerateResult
+from nova_video.pipeline.saving import load_generation
+from nova_video.pipeline.timeline import Timeline
+from nova_video.sampling.engine import DirectRunner, Engine, FastEngine, PlainEngine, say_once
+from nova_video.sampling.random import RandomState
+from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, request_scheduler
+from nova_video.sampling.state import GivenFrame, SamplingState, Segment
+from nova_video.sampling.timing import Stopwatch, span
+from nova_video.text.encoders import encode_batch, load_text_encoder
+from nova_video.text.vocabulary import HINT
+
+Generators = torch.Generator | Sequence[torch.Generator]
+Dtypes = torch.dtype | dict[str, torch.dtype] | None
+STEP_TENSORS = ("latents", "revealed")
+"""What a callback may be shown."""
+
+FROM_CHECKPOINT = object()
+"""In `from_pretrained`: the part is the checkpoint's own."""
+
+_PREPARING = threading.Lock()  # two threads that share a pipeline load its named text encoder once, for one
+
+log = logging.getLogger(__name__)
+
+
+class NovaPipeline(AdapterMixin, DiffusionPipeline):
+    """Text, and optionally leading frames or a picture to edit, to images and video."""
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _exclude_from_cpu_offload = ["transformer"]  # from the sequential kind, which knows nothing but `forward`
+    _optional_components = ["vae", "text_encoder", "tokenizer"]
+
+    def __init__(
+        self,
+        transformer: NOVATransformer3DModel,
+        scheduler: Any,
+        vae: Any | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        settings: CheckpointSettings | Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        parts = {
+            "transformer": transformer,
+            "scheduler": scheduler,
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "tokenizer": tokenizer,
+        }
+        check_parts(parts, or_places=False)
+        self.register_modules(**parts)
+        channels = transformer.config.image_dim
+        if vae is not None and (found := vae.config.get("latent_channels")) != channels:
+            raise InputError(f"vae has {found} latent channels: expected the transformer's {channels}")
+        given = CheckpointSettings() if settings is None else settings
+        self.settings = CheckpointSettings.from_json(dict(given)) if isinstance(given, Mapping) else given
+        self._named_text_parts: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
+        self._graphs: dict[tuple[torch.device, bool], GraphRunner] = {}  # by device, and whether in 8 bits
+        self._fp8: tuple[Hashable, NOVATransformer3DModel] | None = None  # and the weights it was made of
+        self._compiled = False  # blocks, for a call of this pipeline
+        self.interruptions = 0
+        """Counts how often all running calls were told to stop: each stops when the count changes."""
+        self.stopwatch: Stopwatch | None = None
+        """Where set, calls are timed by their parts."""
+
+    # Opening and saving -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        torch_dtype: Dtypes = None,
+        *,
+        dtype: Dtypes = None,
+        revision: str | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        device_map: str | None = None,
+        low_cpu_mem_usage: bool = True,
+        low_memory: bool | torch.device | str | LowMemory = False,
+        transformer: Any = FROM_CHECKPOINT,
+        scheduler: Any = FROM_CHECKPOINT,
+        vae: Any = FROM_CHECKPOINT,
+        text_encoder: Any = FROM_CHECKPOINT,
+        tokenizer: Any = FROM_CHECKPOINT,
+        trust_remote_code: bool = False,
+        **others: Any,
+    ) -> "NovaPipeline":
+        """Open "emoji" (the model in the box), a local folder or a hub id; only its component folders count.
+
+        As in diffusers, weights become float32 unless `torch_dtype` (or `dtype`) says otherwise, for all parts or by
+        name ({"transformer": torch.bfloat16, "default": torch.float32}). `variant` is that of the files, such as fp16;
+        without it the plain ones are taken, or else the fp16 or bf16 ones. `device_map` is a device for the whole.
+
+        With `low_memory` (True: on "cuda", or a GPU's name) parts stay in the processor's memory and take turns on the
+        GPU, the text encoder layer by layer (`offload.py`). Such a pipeline is not to be moved. A `LowMemory` says more:
+        the text encoder in 8 bits, frames decoded in tiles.
+
+        `transformer`, `scheduler`, `vae`, `text_encoder` and `tokenizer` replace the checkpoint's own parts: each is a
+        part as it is, or the folder of one. None leaves an optional one out. No code of a checkpoint is ever run.
+        """
+        named = [name for name, value in others.items() if value is not None]  # the Auto classes give some as None
+        refuse_keywords("from_pretrained", named, OPEN_HINTS, inspect.signature(cls.from_pretrained).parameters)
+        if trust_remote_code:
+            raise InputError("trust_remote_code is True: expected False, since no code of a checkpoint is ever run")
+        for name, value, expected in (
+            ("use_safetensors", use_safetensors, "True, since pickles are never read"),
+            ("low_cpu_mem_usage", low_cpu_mem_usage, "True, since weights are never initialised before they are read"),
+        ):
+            if value is False:
+                raise InputError(f"{name} is False: expected {expected}")
+        if torch_dtype is not None and dtype is not None:
+            raise InputError("got both of torch_dtype and dtype: expected one of them")
+        dtypes = _check_dtypes(torch_dtype if dtype is None else dtype)
+        device = None if device_map is None else _device_of(device_map)
+        low = LowMemory.of(low_memory)
+        if low is not None and device is not None:
+            raise InputError("got both of low_memory and device_map: expected one of them")
+        given = {
+            "transformer": transformer,
+            "scheduler": scheduler,
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "tokenizer": tokenizer,
+        }
+        given = {name: part for name, part in given.items() if part is not FROM_CHECKPOINT}
+        check_parts(given)
+        folder = resolve_checkpoint(
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            without=[name for name in given if name != "scheduler"],
+        )
+        settings = CheckpointSettings.load(folder)
+        if "scheduler" in given and "transformer" not in given and (folder / "scheduler").is_dir():
+            settings = replace(settings, noise=TrainedNoise.of(load_scheduler(folder)))
+        if "transformer" in given:
+            settings = replace(settings, vocabulary=None)  # the words of the one that is not used
+        if "text_encoder" in given:
+            settings = replace(settings, text_encoder=None)  # the name of the one that is not used
+        parts = load_parts(folder, given, lambda part: _dtype_of(part, dtypes), variant)
+        pipe = cls(**parts, settings=settings)
+        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        if device is not None:
+            pipe.to(device)
+        if low is not None:
+            enable_low_memory(pipe, low.device, low.text_encoder, low.tiled)
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, torch_dtype: torch.dtype | None = None, **parts: Any) -> Self:
+        """A pipeline of another's parts and settings, or of parts given in their place. No weight is copied.
+
+        Unlike diffusers' own, it leaves the dtype as it is unless one is given: the parts belong to both.
+        """
+        names = list(inspect.signature(cls.__init__).parameters)[1:]
+        refuse_keywords("from_pipe", [name for name in parts if name not in names], OPEN_HINTS, names)
+        own = {name: part for name, part in pipeline.components.items() if name in names}
+        if missing := [name for name in ("transformer", "scheduler") if name not in own | parts]:
+            raise InputError(f"{type(pipeline).__name__} has no {missing[0]}: expected it to be given")
+        pipe = cls(**own | parts)
+        if (place := getattr(pipeline.config, "_name_or_path", None)) is not None:
+            pipe.register_to_config(_name_or_path=place)
+        return pipe if torch_dtype is None else pipe.to(dtype=torch_dtype)
+
+    def to(self, *args: Any, **options: Any) -> Self:
+        """diffusers' own: a device, a dtype or both. A device that is not there is an InputError."""
+        place = options.get("device", args[0] if args else None)
+        if isinstance(place, str | torch.device):
+            _device_of(place, "device")
+        return super().to(*args, **options)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub: Any,
+    ) -> None:
+        """Write every part as safetensors, `nova.json` and a card: a folder that `from_pretrained` opens.
+
+        With `push_to_hub` it goes to the Hub as well, as `repo_id` or by the folder's name.
+        """
+        folder = Path(save_directory)
+        if not safe_serialization:
+            raise InputError("safe_serialization is False: expected True, since pickles are never written")
+        known = ("private", "token", "commit_message", "create_pr")
+        refuse_keywords("save_pretrained", [name for name in hub if not push_to_hub or name not in known], {}, known)
+        check_scheduler(self.scheduler, self.trained_noise)
+        if names := adapter_names(self.transformer):
+            raise InputError(
+                f"the transformer has adapters ({', '.join(names)}): expected them unloaded before it is saved, and "
+                "fused before that if they are to be in it"
+            )
+        for part in ("transformer", "vae", "text_encoder"):
+            if getattr(self, part) is not None:
+                base = TRANSFORMERS_WEIGHTS if part == "text_encoder" else DIFFUSERS_WEIGHTS
+                for path in index_or_single(folder / part, base, variant):  # an older save may have the other of both
+                    path.unlink(missing_ok=True)
+        super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
+        for path in folder.rglob("*.safetensors"):
+            make_readable(path)
+        self.settings.save(folder)
+        name = repo_id or folder.resolve().name
+        if not (folder / CARD).exists():
+            (folder / CARD).write_text(self._card(name), encoding="utf-8")
+        if push_to_hub:
+            _upload(folder, name, **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+    ) -> str:
+        """Save to a repository of the Hugging Face Hub, with a card that says how to open it; returns its URL."""
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / "model"
+            self.save_pretrained(place, safe_serialization, variant)
+            (place / CARD).write_text(self._card(repo_id), encoding="utf-8")
+            return _upload(
+                place, repo_id, commit_message=commit_message, private=private, token=token, create_pr=create_pr
+            )
+
+    def _card(self, name: str) -> str:
+        """The card of this model, with what the card of the one that it was opened from says."""
+        place = getattr(self.config, "_name_or_path", None)
+        base = None if place is None else str(place)
+        facts: dict[str, Any] = {}
+        if base is not None and Path(base).is_dir():
+            facts, base = card_facts(Path(base)), Path(base).resolve().name
+        kind = "text-to-video" if self.capabilities.video else "text-to-image"
+        return pipeline_card(name, kind, base, facts)
+
+    @property
+    def settings(self) -> CheckpointSettings:
+        """What the checkpoint says of itself beside its weights. It goes where the parts go: `components` has it."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: CheckpointSettings) -> None:
+        self._settings = replace(settings, noise=settings.noise or TrainedNoise.of(self.scheduler))
+        self.register_to_config(settings=settings.as_json())  # for diffusers' own ways to open and copy pipelines
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """What another pipeline is made of, with the same parts and settings: `NovaPipeline(**pipe.components)`."""
+        return {**super().components, "settings": self.settings}
+
+    @property
+    def defaults(self) -> Defaults:
+        """What None means in a call."""
+        return self.settings.defaults
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What requests are checked against."""
+        config = self.transformer.config
+        video = self.transformer.has_motion
+        stride = (4 if video else 1) if self.vae is None else getattr(self.vae, "temporal_stride", 1)
+        return Capabilities(
+            image_size=(config.image_size[0], config.image_size[1]),
+            image_stride=config.image_stride,
+            size_multiple=self.transformer.size_multiple,
+            any_size=config.rotary_pos_embed,
+            video=video,
+            temporal_stride=stride,
+            text_dim=config.text_token_dim,
+            text_len=config.text_token_len,
+            shiftable=self.trained_noise.is_flow,
+            max_diffusion_steps=self.scheduler.config.num_train_timesteps,
+            latent_channels=config.image_dim,
+            layers=len(self.transformer.video_encoder.blocks),
+            width=self.transformer.width,
+            value_bytes=self.transformer.dtype.itemsize,
+            second_order=isinstance(self.scheduler, DDPMScheduler | FlowMatchEulerDiscreteScheduler),
+        )
+
+    @property
+    def trained_noise(self) -> TrainedNoise:
+        """The noise schedule that the weights were trained with, whatever scheduler is there now."""
+        assert self.settings.noise is not None  # set with the settings
+        return self.settings.noise
+
+    def request_scheduler(self, flow_shift: float | None) -> Any:
+        """The scheduler for one request; InputError if it is not for what the weights were trained with."""
+        scheduler = self.scheduler
+        check_scheduler(scheduler, self.trained_noise)
+        return request_scheduler(scheduler, flow_shift if self.trained_noise.is_flow else None)
+
+    def enable_vae_slicing(self) -> None:
+        """Decode one picture or clip at a time."""
+        self.require_vae("slicing").enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        self.require_vae("slicing").disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large frames in overlapping tiles."""
+        self.require_vae("tiling").enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        self.require_vae("tiling").disable_tiling()
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device,
+        *options: Any,
+        exclude_modules: str | list[str] | None = None,
+        **named: Any,
+    ) -> None:
+        """diffusers' group offload, for the text encoder: transformer and autoencoder stay whole on the device.
+
+        Their calls are no `forward`, where that offload brings weights. `low_memory` lets them take turns.
+        """
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
+        excluded += [name for name in ("transformer", "vae") if name not in excluded]
+        super().enable_group_offload(onload_device, *options, exclude_modules=excluded, **named)
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Nothing, and says so: attention is computed without ever holding a whole matrix of scores."""
+        log.warning(
+            "enable_attention_slicing changes nothing: attention never holds its scores as a whole here;"
+            " low_memory=True in from_pretrained is for small GPUs"
+        )
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Nothing, and says so: torch's own attention, which is used here, is memory efficient."""
+        log.warning("enable_xformers_memory_efficient_attention changes nothing: torch's own attention is used")
+
+    # Calls --------------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        prompt: Prompt | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        image: Picture | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: float | None = None,
+        fps: float | None = None,
+        num_inference_steps: int | None = None,
+        num_diffusion_steps: int | None = None,
+        guidance_scale: Number | None = None,
+        guidance_trunc: float = 0.0,
+        guidance_renorm: float = 1.0,
+        image_guidance_scale: float = 0.0,
+        motion_flow: Number | None = None,
+        flow_shift: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators | None = None,
+        prompt_embeds: Sequence[Tensor] | None = None,
+        negative_prompt_embeds: Sequence[Tensor] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        *,
+        seconds: float | None = None,
+        video: Video | None = None,
+        mask_image: Mask | None = None,
+        strength: float | None = None,
+        context_frames: int | None = None,
+        sink_frames: int | None = None,
+        history_noise: float = 0.0,
+        reanchor_frames: int | None = None,
+        hold_statistics: float = 0.0,
+        compile: bool | None = None,
+        preset: str | None = None,
+        solver: str | None = None,
+        last_steps: float | None = None,
+        guided_sets: float | None = None,
+        guidance_every: int | None = None,
+        fp8: bool | None = None,
+        memory_gb: float | None = None,
+        disable_progress_bar: bool = False,
+        num_videos_per_prompt: int | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Generate. The arguments are those of `GenerateRequest`, explained there; None is the checkpoint's default.
+
+        `generator` is one for the call or one for each picture, which then has random numbers that do not depend on its
+        neighbours: it is the picture that it is alone, but for rounding, which depends on the size of the batch.
+        `num_videos_per_prompt` is another name of `num_images_per_prompt`. With `return_dict=False` the result is a
+        tuple that begins with the images or frames; otherwise it is a `GenerateResult`.
+        """
+        refuse_keywords("the pipeline", others, CALL_HINTS, inspect.signature(self.__call__).parameters)
+        if num_videos_per_prompt is not None:
+            if num_images_per_prompt not in (1, num_videos_per_prompt):
+                raise InputError(
+                    f"got num_images_per_prompt {num_images_per_prompt} and num_videos_per_prompt"
+                    f" {num_videos_per_prompt}: expected one of them"
+                )
+            num_images_per_prompt = num_videos_per_prompt
+        callback = _with_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        request = GenerateRequest(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            image=image,
+            video=video,
+            mask_image=mask_image,
+            strength=strength,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            seconds=seconds,
+            fps=fps,
+            num_inference_steps=num_inference_steps,
+            num_diffusion_steps=num_diffusion_steps,
+            guidance_scale=guidance_scale,
+            guidance_trunc=guidance_trunc,
+            guidance_renorm=guidance_renorm,
+            image_guidance_scale=image_guidance_scale,
+            motion_flow=motion_flow,
+            flow_shift=flow_shift,
+            context_frames=context_frames,
+            sink_frames=sink_frames,
+            history_noise=history_noise,
+            reanchor_frames=reanchor_frames,
+            hold_statistics=hold_statistics,
+            compile=compile,
+            preset=preset,
+            solver=solver,
+            last_steps=last_steps,
+            guided_sets=guided_sets,
+            guidance_every=guidance_every,
+            fp8=fp8,
+            memory_gb=memory_gb,
+            num_images_per_prompt=num_images_per_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            output_type=output_type,
+        )
+        result = self.start(request, generator).run(callback, show_progress=not disable_progress_bar)
+        return result if return_dict else result.to_tuple()
+
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        preview: bool = False,
+        generator: Generators | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        **request: Any,
+    ) -> Iterator[Any]:
+        """Generate, one frame at a time: takes the call's arguments, yields the call's frames as they become final.
+
+        A frame is in the form of `output_type`: for one clip a PIL image, (H, W, 3), (3, H, W) or a latent frame
+        (C, h, w); for several, one entry a clip. With `preview`, the events of `generation.py`: also every latent frame
+        decoded alone as soon as it exists, and the frame in hand as it fills in. `num_frames=math.inf` goes on without
+        end. Closing the iterator, as leaving a loop over it does, stops.
+        """
+        known = [field.name for field in fields(GenerateRequest)]
+        refuse_keywords("stream", [name for name in request if name not in known], CALL_HINTS, known)
+        return self.start(GenerateRequest(prompt=prompt, **request), generator).stream(preview, callback_on_step_end)
+
+    def generate(
+        self,
+        request: GenerateRequest,
+        generator: Generators | None = None,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> GenerateResult:
+        """Carry out one request. Without a generator the request's seed makes one, or a new seed does."""
+        return self.start(request, generator).run(callback_on_step_end)
+
+    def resume(self, path: str | Path) -> Generation:
+        """What `Generation.save` wrote, to run or stream on: the result is that of never having stopped."""
+        return load_generation(self, Path(path))
+
+    @torch.no_grad()
+    def start(self, request: GenerateRequest, generator: Generators | None = None) -> Generation:
+        """A request with its text and what it gives encoded, and nothing sampled: to run, stream or save."""
+        scheduler = self.request_scheduler(request.flow_shift)
+        plan = request.resolve(self.defaults, self.capabilities)
+        if plan.shortcuts.fp8:
+            check_fp8(self.execution_device, self.transformer.dtype)
+        if request.given_clips:
+            self.require_vae("an image" if request.image is not None else "a clip in pixels")
+        elif request.output_type != "latent":
+            self.require_vae(f"output_type {request.output_type!r}")
+        generators = self._generators(request, generator, plan.batch)
+        unknown = self.unknown_words(request.prompts or [], request.negative_prompts or [], plan)
+        if unknown:
+            lines = (line if line.endswith("?") else f"{line}." for line in unknown)
+            log.warning("%s %s", " ".join(lines), HINT)
+        try:
+            random = RandomState(generators, self.execution_device, self.transformer.dtype)
+            with span(self.stopwatch, "text"):
+                texts, negatives = self._prompt_features(request, plan)
+            given, pixels = self._given(request, plan, random)
+            self.bring(self.transformer)
+            state = SamplingState.create(
+                self.transformer,
+                self._segments(request, plan, texts, negatives),
+                num_frames=plan.latent_frames,
+                grid=plan.grid,
+                num_sets=plan.num_inference_steps,
+                num_diffusion_steps=plan.num_diffusion_steps,
+                random=random,
+                passes=plan.passes,
+                context=plan.context,
+                shortcuts=plan.shortcuts,
+                given=given,
+            )
+        except BaseException:
+            self.maybe_free_model_hooks()
+            raise
+        if request.num_inference_steps is not None and request.num_inference_steps > state.num_tokens:
+            log.warning(
+                "num_inference_steps (sets) is %d, and a frame has %d tokens: each is made in %d sets",
+                request.num_inference_steps,
+                state.num_tokens,
+                len(set_sizes(state.num_tokens, state.num_sets)),
+            )
+        generation = Generation(
+            self,
+            plan,
+            state,
+            scheduler,
+            output_type=request.output_type,
+            bare=plan.batch == 1 and request.is_single,
+            seeds=tuple(g.initial_seed() for g in generators),
+            given=pixels,
+            warnings=unknown,
+        )
+        generation.records = make_records(request, generation)
+        return generation
+
+    def _generators(self, request: GenerateRequest, generator: Generators | None, batch: int) -> list[torch.Generator]:
+        if generator is None:
+            seed = int(torch.randint(2**63 - 1, ())) if request.seed is None else request.seed
+            return [torch.Generator(self.execution_device).manual_seed(seed)]
+        if isinstance(generator, torch.Generator):
+            return [generator]
+        generators = list(generator) if isinstance(generator, Sequence) else []
+        if len(generators) not in (1, batch) or not all(isinstance(g, torch.Generator) for g in generators):
+            got = f"a list of {len(generators)}" if isinstance(generator, Sequence) else shown(generator)
+            raise InputError(f"generator: got {got}: expected one, or {batch}, one a picture")
+        return generators
+
+    # What a callback reads off the pipeline: of its own call, which is that of its thread -----------------------------
+
+    @property
+    def guidance_scale(self) -> float:
+        """Within a callback that of its call, now; elsewhere the checkpoint's default."""
+        if (call := CALLING.get()) is None:
+            return self.defaults.guidance_scale
+        frame = call.state.done if call.state.open is not None else max(0, call.state.done - 1)
+        return call.state.segments[call.state.segment_at(frame)].guidance.scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self.guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int | None:
+        """Calls of the callback in its whole call, one a set; None elsewhere, and for clips without end."""
+        call = CALLING.get()
+        return None if call is None else call.total_steps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call of this callback was told to stop."""
+        call = CALLING.get()
+        return call is not None and call.interrupted
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        """As in diffusers, True stops: from a callback its own call, from elsewhere all that run on this pipeline."""
+        if not value:
+            return
+        if (call := CALLING.get()) is not None:
+            call.interrupt()
+        else:
+            self.interruptions += 1
+
+    # Speed --------------------------------------------------------------------------------------------------------
+
+    def engine(self, compile: bool, fp8: bool = False) -> Engine:
+        """How the sets of a request are computed. Captured graphs are the pipeline's, shared by its requests."""
+        model, device = self._fp8_model() if fp8 else self.transformer, self.execution_device
+        if not compile:
+            return PlainEngine(model)
+        if device.type != "cuda" or is_cast(model):  # blocks that cast their weights are called as they are
+            return FastEngine(model, DirectRunner())
+        compiles = can_compile(device)
+        self._compiled |= compiles
+        if self.is_offloaded and not isinstance(getattr(self.transformer, "_hf_hook", None), Turn):
+            say_once("the library moves the weights: blocks are compiled, but nothing is captured in graphs")
+            return FastEngine(model, DirectRunner(compiles))
+        with _PREPARING:
+            if (device, fp8) not in self._graphs:
+                self._graphs[device, fp8] = GraphRunner(CudaRecorder(device), compiles)
+            graphs = self._graphs[device, fp8]
+            graphs.use(model)
+            return FastEngine(model, graphs)
+
+    def _fp8_model(self) -> NOVATransformer3DModel:
+        """The transformer with products in 8 bits, made once for the weights that are there."""
+        if is_cast(self.transformer):
+            raise InputError("fp8 is True with layerwise casting: expected one of them")
+        if self.is_offloaded:
+            raise InputError("fp8 needs the transformer to stay on the GPU: expected no offloading with it")
+        pointers = tuple(weight.data_ptr() for weight in self.transformer.parameters())
+        weights = (pointers, adapter_state(self.transformer))
+        with _PREPARING:
+            if self._fp8 is None or self._fp8[0] != weights:
+                self._fp8 = weights, with_fp8_blocks(self.transformer)
+            return self._fp8[1]
+
+    def decodes_fast(self, plan: Plan) -> bool:
+        """The autoencoder's own fast arrangement decodes: on a GPU, but for the plain loop, and in low memory.
+
+        That arrangement reads weights where they are, so not under the library's hooks, which bring them to a module's
+        `forward`.
+        """
+        vae = self.vae
+        if not isinstance(vae, VideoAutoencoder) or any(hasattr(module, "_diffusers_hook") for module in vae.modules()):
+            return False
+        if isinstance(getattr(vae, "_hf_hook", None), Turn):
+            return True
+        return plan.compile and self.execution_device.type == "cuda" and not self.is_offloaded
+
+    def drop_graphs(self) -> None:
+        """Let go of captured graphs and their memory; compiled code stays."""
+        for graphs in list(self._graphs.values()):
+            graphs.release()
+
+    def release(self) -> None:
+        """Let go of captured graphs, compiled code and their memory; the next call makes them anew.
+
+        Compiled code is dropped by `torch.compiler.reset`, everybody's in this process.
+        """
+        self.drop_graphs()
+        with _PREPARING:
+            self._graphs.clear()
+            self._fp8 = None
+            if self._compiled:
+                torch.compiler.reset()
+                self._compiled = False
+
+    # Text ---------------------------------------------------------------------------------------------------------
+
+    def unknown_words(self, prompts: Sequence[Timeline[str]], negatives: Sequence[str], plan: Plan) -> tuple[str, ...]:
+        """What of prompts is beyond the checkpoint's vocabulary, if it has one."""
+        if self.settings.vocabulary is None:
+            return ()
+        texts = [text for timeline in prompts for text in timeline.values]
+        return self.settings.vocabulary.check(texts, negatives, picture=plan.num_frames == 1)
+
+    def _prompt_features(self, request: GenerateRequest, plan: Plan) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """Features (tokens, width) of every prompt for each of its moments, and of a negative for each, if guided."""
+        count, guided = request.num_prompts, plan.passes > 1
+        prompts = [timeline.values for timeline in request.prompts or []]
+        negatives = request.negative_prompts
+        if negatives is None and prompts and request.negative_prompt_embeds is None:
+            negatives = [""]
+        moments = list(zip(*prompts, strict=True))  # sentences of all prompts, one moment after the other
+        told = [text for moment in moments for text in moment]
+        encoded = self._encode_text(list(dict.fromkeys([*told, *((negatives or []) if guided else [])])))
+        if request.prompt_embeds is not None:
+            texts = [list(request.prompt_embeds)]
+        else:
+            texts = [[encoded[text] for text in moment] for moment in moments]
+        if not guided:
+            return texts, []
+        if negatives is not None:
+            null = [encoded[text] for text in negatives]
+        else:  # features of one's own, without negatives: the padding table alone
+            null = list(request.negative_prompt_embeds or [texts[0][0][:0]])
+        return texts, null * count if len(null) == 1 else null
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | Sequence[str] | None = None,
+        **others: Any,
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """`prompt_embeds` and `negative_prompt_embeds` for a call: features (tokens, width) of each sentence.
+
+        With `num_images_per_prompt` each is repeated in place; calls do that too, so give it to one of the two. A
+        single negative stays one, for all prompts. Without guidance the second is None. `device` is the pipeline's.
+        """
+        known = inspect.signature(self.encode_prompt).parameters
+        refuse_keywords(
+            "encode_prompt", [name for name, value in others.items() if value is not None], ENCODE_HINTS, known
+        )
+        own = self.execution_device
+        if device is not None and not _is_device(device, own):
+            raise InputError(f"device is {shown(device)}: expected {own}, where the pipeline is, or None")
+        request = GenerateRequest(
+            prompt=prompt, negative_prompt=negative_prompt, num_images_per_prompt=num_images_per_prompt
+        )
+        texts = [text for timeline in request.prompts or [] for text in timeline.values]
+        negatives = (request.negative_prompts or [""]) if do_classifier_free_guidance else []
+        try:
+            encoded = self._encode_text(list(dict.fromkeys([*texts, *negatives])))
+        finally:
+            self.maybe_free_model_hooks()
+        repeats = 1 if len(negatives) == 1 else num_images_per_prompt
+        features = [encoded[text] for text in texts for _ in range(num_images_per_prompt)]
+        return features, [encoded[text] for text in negatives for _ in range(repeats)] or None
+
+    def _encode_text(self, texts: list[str]) -> dict[str, Tensor]:
+        """Features (tokens, width) by sentence."""
+        if not texts:
+            return {}
+        tokenizer, encoder = self._text_parts()
+        config = self.transformer.config
+        if encoder.config.hidden_size != config.text_token_dim:
+            raise InputError(
+                f"the text encoder's features are {encoder.config.hidden_size} wide: expected {config.text_token_dim}"
+            )
+        self.bring(encoder)
+        features, lengths = encode_batch(tokenizer, encoder, texts, config.text_token_len, self.execution_device)
+        rows = zip(texts, features, lengths.tolist(), strict=True)
+        return {text: row[:length] for text, row, length in rows}
+
+    def _text_parts(self) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+        """The checkpoint's own text encoder or the one its settings name, loaded when a call first needs it."""
+        if self.text_encoder is not None and self.tokenizer is not None:
+            return self.tokenizer, self.text_encoder
+        name = self.settings.text_encoder
+        if name is None or self.text_encoder is not None or self.tokenizer is not None:
+            missing = "text_encoder/" if self.text_encoder is None else "tokenizer/"
+            raise InputError(f"the checkpoint has no {missing}: expected prompt_embeds instead of a prompt")
+        with _PREPARING:
+            if self._named_text_parts is None:
+                try:
+                    self._named_text_parts = load_text_encoder(name, self.transformer.dtype)
+                except InputError as error:
+                    raise InputError(
+                        f"{error}; the checkpoint's nova.json names it: expected another name there, or text_encoder/"
+                        " and tokenizer/ beside it"
+                    ) from None
+            tokenizer, encoder = self._named_text_parts
+            return tokenizer, encoder.to(self.execution_device)
+
+    def _segments(
+        self, request: GenerateRequest, plan: Plan, texts: list[list[Tensor]], negatives: list[Tensor]
+    ) -> list[Segment]:
+        """What steers the clip, from one change of prompt, motion score or guidance to the next."""
+        moments = Timeline((0.0,), (0,))  # of the prompts
+        if request.timeline is not None:
+            moments = Timeline(request.timeline.times, tuple(range(len(texts))))
+        timelines: tuple[Timeline[Any], ...] = (moments, plan.motion_flow, plan.guidance)
+        starts = sorted({plan.latent_at(time) for timeline in timelines for time in timeline.times})
+        conditions: dict[tuple[int, float], Tensor] = {}
+        segments: list[Segment] = []
+        told, begin = 0, 0
+        for start in starts:
+            moment, motion, guidance = (_from_frame(timeline, plan, start) for timeline in timelines)
+            if any(text is not before for text, before in zip(texts[moment], texts[told], strict=True)):
+                begin = max(0, start - plan.context.carry)
+            told = moment
+            if (moment, motion) not in conditions:
+                conditions[moment, motion] = self._condition(request, plan, texts[moment], negatives, motion)
+            segments.append(Segment(start, conditions[moment, motion], guidance, begin))
+        return segments
+
+    def _condition(
+        self, request: GenerateRequest, plan: Plan, texts: list[Tensor], negatives: list[Tensor], motion: float
+    ) -> Tensor:
+        """Condition tokens (N * B, T, D) of every pass, in the order of `guidance.py`."""
+        model, device = self.transformer, self.execution_device
+        features = texts + negatives * (plan.passes - 1)
+        lengths = torch.tensor([len(row) for row in features], device=device)
+        padded = torch.nn.utils.rnn.pad_sequence(
+            [row.to(device, model.dtype) for row in features], batch_first=True
+        )  # (N * prompts, T', text_token_dim)
+        score, fps = (torch.full((len(features),), float(value), device=device) for value in (motion, plan.fps))
+        text = model.embed_condition(padded, lengths, score, fps)  # (N * prompts, T, D)
+        return text.repeat_interleave(request.num_images_per_prompt, dim=0)
+
+    # What is given ------------------------------------------------------------------------------------------------
+
+    def _given(
+        self, request: GenerateRequest, plan: Plan, random: RandomState
+    ) -> tuple[dict[int, GivenFrame], GivenPixels | None]:
+        """Latent frames that are given, whole or in part, and pixels to give back."""
+        if request.video_latents is not None:
+            latents = request.video_latents.to(random.device, random.dtype)
+            if latents.shape[0] not in (1, request.num_prompts, plan.batch):
+                raise InputError(f"video: got latents of {latents.shape[0]} clips: expected 1 or {request.num_prompts}")
+            return {f: GivenFrame(frame) for f, frame in enumerate(_for_batch(latents, plan.batch).unbind(2))}, None
+        clips = request.given_clips
+        if not clips:
+            return {}, None
+        if len(clips) not in (1, request.num_prompts):
+            raise InputError(f"video: got {len(clips)} clips: expected 1 or {request.num_prompts}, one a prompt")
+        size = (plan.height, plan.width)
+        source, fps = clips[0].size, clips[0].fps
+        if request.video is not None and (source != size or not same_rate(fps, plan.fps)):
+            rates = "" if same_rate(fps, plan.fps) else f" at {fps:g} fps", f" at {plan.fps:g} fps"
+            was, now = f"{source[1]}x{source[0]}", f"{plan.width}x{plan.height}"
+            log.warning("the given clip, %s%s, is taken as %s%s", was, rates[0], now, rates[1] if rates[0] else "")
+        frames = [clip.read(plan.fps, size) for clip in clips]
+        pixels = torch.stack([to_pixels(clip[plan.offset :]) for clip in frames])  # (1 or prompts, 3, T, H, W)
+        if plan.edits:
+            masks = np.ones((len(frames[0]), *size), bool)
+            if request.mask_image is not None:
+                masks = masks_at(np.asarray(request.mask_image), clips[0], plan.fps, size)
+            given, filled = self._given_to_edit(request, plan, random, pixels, torch.from_numpy(masks.copy()))
+        else:
+            given = {f: GivenFrame(frame) for f, frame in enumerate(self._encode(pixels, plan, random).unbind(2))}
+            filled = None
+        if request.image is not None and not plan.edits:
+            return given, None  # as the released model has it: the picture comes back as the autoencoder sees it
+        whole = [torch.from_numpy(np.ascontiguousarray(clip)) for clip in frames]
+        kept = whole[0].unsqueeze(0) if len(whole) == 1 else torch.stack(whole)  # not held twice
+        return given, GivenPixels(_for_batch(kept, plan.batch) if len(kept) > 1 else kept, filled)
+
+    def _given_to_edit(
+        self, request: GenerateRequest, plan: Plan, random: RandomState, pixels: Tensor, masks: Tensor
+    ) -> tuple[dict[int, GivenFrame], Tensor]:
+        """Clips (B, 3, T, H, W) and masks (T, H, W) -> their latent frames, and the pixels (T, H, W) made anew."""
+        model, length = self.transformer, len(masks)
+        count = self.capabilities.latent_count(length)
+        missing = self.capabilities.pixel_count(count) - length  # the clip's end stands in for what is not there
+        pixels = torch.cat([pixels, pixels[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+        latents = self._encode(pixels, plan, random)  # (B, C, F, h, w)
+        stride = model.config.image_stride * model.patch_size
+        known = known_tokens(masks, stride, count, plan.temporal_stride).flatten(1).to(latents.device)  # (F, L)
+        share = 1.0 if request.strength is None else request.strength
+        given = {}
+        filled = masks.clone()
+        for frame in range(count):
+            redraw = round(share * int((~known[frame]).sum()))
+            given[frame] = GivenFrame(latents[:, :, frame], known[frame], redraw)
+            if redraw == 0:
+                filled[plan.first_pixel(frame) : plan.first_pixel(frame + 1)] = False
+        return given, filled
+
+    def _encode(self, pixels: Tensor, plan: Plan, random: RandomState) -> Tensor:
+        """Clips (1 or prompts, 3, T, H, W) in [-1, 1] -> latents (B, C, F, h, w), sampled from their posterior."""
+        vae = self.vae
+        single = pixels.shape[2] == 1  # autoencoders of pictures know no other
+        pixels = pixels.to(random.device, vae.dtype)
+        posterior = vae.encode(pixels.squeeze(2) if single else pixels).latent_dist
+        mean, std = (part.unsqueeze(2) if single else part for part in (posterior.mean, posterior.std))
+        if len(mean) > 1:
+            mean, std = (_for_batch(part, plan.batch) for part in (mean, std))
+        draws = len(random.generators)  # one sample for all clips, or one for each that has its own generator
+        noise = random.normal(draws, *mean.shape[1:])
+        latents = scale_latents(vae, mean + std * noise.to(mean.dtype))
+        return latents.to(random.dtype).expand(plan.batch, -1, -1, -1, -1)
+
+    # Parts, as a generation uses them -------------------------------------------------------------------------------
+
+    def decode_picture(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of one frame by itself -> pixels (B, 3, H, W) in [-1, 1]."""
+        vae = self.require_vae("decoding")
+        pixels: Tensor = vae.decode(unscale_latents(vae, latents.to(vae.dtype))).sample
+        return pixels
+
+    def require_vae(self, what: str) -> Any:
+        if self.vae is None:
+            raise InputError(
+                f"the checkpoint has no vae/, which {what} needs: expected output_type 'latent' and no image"
+            )
+        return self.vae
+
+    def bring(self, module: torch.nn.Module) -> None:
+        """Under CPU offload, move a part to its device: the library's hooks act on `forward`, and the autoencoders'
+        `encode` and `decode`, alone."""
+        hook = getattr(module, "_hf_hook", None)
+        if isinstance(hook, CpuOffload):
+            hook.pre_forward(module)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Parts take turns on the device."""
+        return (
+            getattr(self.transformer, "_hf_hook", None) is not None or getattr(self.vae, "_hf_hook", None) is not None
+        )
+
+    @property
+    def execution_device(self) -> torch.device:
+        """Where calls compute: under CPU offload not where the parts are."""
+        hook = getattr(self.transformer, "_hf_hook", None)
+        return torch.device(hook.execution_device) if isinstance(hook, CpuOffload) else self.transformer.device
+
+
+# diffusers' own `from_pretrained` takes only the parameters without a default for parts, and ignores a part given for
+# another one. The signature that it reads therefore shows no default for the optional parts; Python uses them still.
+_signature = inspect.signature(NovaPipeline.__init__)
+NovaPipeline.__init__.__signature__ = _signature.replace(  # type: ignore[attr-defined]
+    parameters=[
+        parameter.replace(default=parameter.empty) if name in NovaPipeline._optional_components else parameter
+        for name, parameter in _signature.parameters.items()
+    ]
+)
+
+
+def _from_frame(timeline: Timeline[Any], plan: Plan, frame: int) -> Any:
+    """The value that holds at a latent frame: each takes over with the first that begins at its time or later."""
+    return [
+        value for time, value in zip(timeline.times, timeline.values, strict=True) if plan.latent_at(time) <= frame
+    ][-1]
+
+
+def _for_batch(rows: Tensor, batch: int) -> Tensor:
+    """One row for all, or one a prompt -> one a picture: prompts are repeated in place."""
+    return rows.repeat_interleave(batch // len(rows), dim=0)
+
+
+def _with_tensors(callback: StepCallback | None, names: Sequence[str] | None) -> StepCallback | None:
+    """The callback with those tensors alone that it wants; None: all."""
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback_on_step_end is {callback!r}: expected a function of (pipe, step, frame, tensors)")
+    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+        names = callback.tensor_inputs
+    if unknown := [name for name in names or () if name not in STEP_TENSORS]:
+        expected = " and ".join(STEP_TENSORS)
+        raise InputError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}: expected of {expected}")
+    if callback is None or names is None:
+        return callback
+
+    def chosen(pipe: NovaPipeline, step: int, frame: int, tensors: dict[str, Tensor]) -> object:
+        return callback(pipe, step, frame, {name: tensors[name] for name in names})
+
+    return chosen
+
+
+def _upload(folder: Path, repo_id: str, *, create_pr: bool = False, **options: Any) -> str:
+    """A folder to a repository of the Hub, which is made if need be; its URL."""
+    told = {name: value for name, value in options.items() if value is not None}
+    message = told.pop("commit_message", "Upload NovaPipeline")
+    repo_id = huggingface_hub.create_repo(repo_id, exist_ok=True, **told).repo_id
+    commit = huggingface_hub.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=message,
+        create_pr=create_pr,
+        token=told.get("token"),
+    )
+    return str(commit)
+
+
+def _device_of(device_map: object, name: str = "device_map") -> torch.device:
+    """The one device that the argument `name` names; strategies that spread parts over several are refused."""
+    if isinstance(device_map, str | torch.device) and device_map not in ("auto", "balanced", "balanced_low_0"):
+        try:
+            device = torch.device(device_map)
+        except RuntimeError:
+            raise InputError(f"{name} is {device_map!r}: expected a device such as 'cuda'") from None
+        return choose_device(str(device))
+    raise InputError(
+        f"{name} is {device_map!r}: expected one device such as 'cuda'; parts are not spread over several, and"
+        " low_memory=True lets them take turns on a small GPU"
+    )
+
+
+def _is_device(device: Any, own: torch.device) -> bool:
+    """Whether a device, or what names one, is `own`."""
+    try:
+        asked = torch.device(device)
+    except (RuntimeError, TypeError):
+        return False
+    return asked.type == own.type and asked.index in (None, own.index or 0)
+
+
+def _check_dtypes(dtypes: Any) -> Dtypes:
+    for dtype in dtypes.values() if isinstance(dtypes, dict) else [dtypes]:
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise InputError(f"torch_dtype is {dtype!r}: expected a dtype such as torch.float16, or a dict of them")
+    checked: Dtypes = dtypes
+    return checked
+
+
+def _dtype_of(part: str, torch_dtype: Dtypes) -> torch.dtype | None:
+    if isinstance(torch_dtype, dict):
+        return torch_dtype.get(part, torch_dtype.get("default"))
+    return torch_dtype
+
+
+# diffusers finds the class of a saved pipeline by name among its own: here it learns of this one. Its generic ways in,
+# `DiffusionPipeline.from_pretrained` and the Auto classes, then work once this package is imported.
+register("nova", NovaPipeline)

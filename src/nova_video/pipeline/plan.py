@@ -1,0 +1,406 @@
+"""A request resolved against one checkpoint: every None filled in, every bound that depends on the model checked.
+
+`GenerateRequest.resolve` makes a `Plan`; `generation.py` carries it out. Plain numbers only: a plan can be saved.
+
+Pixel frames against latent ones: latent frame 0 is one pixel frame, every later one is `temporal_stride` of them.
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nova_video.common.errors import InputError
+from nova_video.common.settings import LIMITS, Defaults, check_number, check_setting
+from nova_video.io.inputs import Clip
+from nova_video.pipeline.timeline import Timeline
+from nova_video.sampling.context import Context
+from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.presets import EXACT, Shortcuts
+
+if TYPE_CHECKING:
+    from nova_video.pipeline.request import GenerateRequest
+
+PIXEL_BYTES = 24  # red, green and blue as float32, twice while pieces are joined
+ACTIVATIONS = 12  # values of a token at once within a block: query, key and value, the hidden layer, sums
+ENDLESS_CONTEXT = 33  # pixel frames: of a clip without end, where the checkpoint says nothing; the released length
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What one checkpoint can do: all that a plan needs to know of it."""
+
+    image_size: tuple[int, int]
+    """Height and width it was made for, in pixels."""
+    image_stride: int
+    """Pixels of a latent's side."""
+    size_multiple: int
+    """Height and width are multiples of it, in pixels."""
+    any_size: bool
+    """Rotary positions: other sizes than its own."""
+    video: bool
+    """More than one frame, and a motion score."""
+    temporal_stride: int
+    """Pixel frames of a latent frame, after the first."""
+    text_dim: int
+    """Width of prompt features."""
+    text_len: int
+    """Most tokens of a prompt."""
+    shiftable: bool
+    """A flow-matching schedule, which can be shifted."""
+    max_diffusion_steps: int
+    """Steps the noise schedule was trained with."""
+    latent_channels: int = 4
+    second_order: bool = True
+    """A noise schedule that DPM-Solver++ knows."""
+    layers: int = 0
+    """Blocks of the temporal encoder, which has a cache."""
+    width: int = 0
+    """Values of a token within both encoders."""
+    value_bytes: int = 4
+    """Of a weight or activation."""
+
+    def latent_count(self, num_frames: int) -> int:
+        """Whole latent frames that cover so many pixel frames."""
+        return math.ceil((num_frames - 1) / self.temporal_stride) + 1
+
+    def pixel_count(self, latent_frames: int) -> int:
+        """Pixel frames of so many latent frames."""
+        return self.temporal_stride * (latent_frames - 1) + 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be made. No None is left but for what is truly absent."""
+
+    batch: int
+    """Pictures or clips: prompts times num_images_per_prompt."""
+    height: int
+    width: int
+    num_frames: int | None
+    """Pixel frames, given ones included; None: without end."""
+    latent_frames: int | None
+    """Whole latent frames that cover them, without the given frames that are only returned."""
+    grid: tuple[int, int]
+    """Latent height and width."""
+    fps: float
+    num_inference_steps: int
+    num_diffusion_steps: int
+    guidance: Timeline[Guidance]
+    motion_flow: Timeline[float]
+    flow_shift: float | None
+    """None: the schedule's own."""
+    context: Context
+    temporal_stride: int
+    given_frames: int = 0
+    """Leading pixel frames that are given, at this plan's frame rate."""
+    offset: int = 0
+    """Of them, those that are only returned: latent frame 0 is pixel frame `offset`."""
+    edits: bool = False
+    """Given frames are changed, under a mask or by `strength`; else they stay."""
+    shortcuts: Shortcuts = EXACT
+    compile: bool = True
+    """Arranged for speed, not the plain loop."""
+    memory_gb: float | None = None
+    """Most memory that it may take by an estimate; None: what the machine has."""
+
+    def check_pixels(self) -> None:
+        """Raises InputError if the machine cannot hold all frames at once, which only a stream does without."""
+        if self.num_frames is not None:
+            self.check_memory({"its pixels": self.batch * self.num_frames * self.height * self.width * PIXEL_BYTES})
+
+    def check_memory(self, parts: dict[str, int]) -> None:
+        """Raises InputError where `parts`, estimated in bytes, are more than the bound."""
+        bound, whose = machine_memory(), "this machine has"
+        if self.memory_gb is not None:
+            bound, whose = self.memory_gb * 1e9, "memory_gb allows"
+        if sum(parts.values()) > bound:
+            frames = "endless" if self.num_frames is None else f"{self.num_frames:,}"
+            listed = ", ".join(f"{name} about {amount_of(size)}" for name, size in parts.items())
+            raise InputError(
+                f"{self.batch:,} of {frames} frames of {self.width}x{self.height} would take more memory than {whose}:"
+                f" {listed}: expected at most {amount_of(int(min(bound, 1e30)))}; fewer frames, a smaller size or a"
+                " bounded context (context_frames) take less"
+            )
+
+    @property
+    def passes(self) -> int:
+        """Guidance passes of the encoders: enough for every moment."""
+        return max(guidance.passes for guidance in self.guidance.values)
+
+    def first_pixel(self, latent: int) -> int:
+        """Number of the first pixel frame of a latent frame."""
+        return self.offset + max(0, self.temporal_stride * (latent - 1) + 1)
+
+    def latent_at(self, seconds: float) -> int:
+        """First latent frame that begins at this time or later."""
+        pixel = math.ceil(seconds * self.fps - 1e-6) - self.offset
+        return 0 if pixel <= 0 else math.ceil((pixel - 1) / self.temporal_stride) + 1
+
+
+def make_plan(request: "GenerateRequest", defaults: Defaults, model: Capabilities) -> Plan:
+    """Fill in every None of a request, and check what depends on the checkpoint."""
+    height, width = _size(request, model)
+    fps = defaults.fps if request.fps is None else request.fps
+    given = _given_frames(request, model, fps)
+    num_frames = _num_frames(request, defaults, given, fps)
+    _check_frames(request, num_frames, given, model)
+    _check_features(request, model)
+    if request.motion_flow is not None and not model.video:
+        score = f"{request.motion_flow:g}" if isinstance(request.motion_flow, int | float) else request.motion_flow
+        raise InputError(f"motion_flow is {score}: this model makes images and takes no motion score")
+    if request.flow_shift is not None and not model.shiftable:
+        raise InputError(f"flow_shift is {request.flow_shift:g}: this model's schedule is not a flow and has no shift")
+    shortcuts = request.shortcuts
+    steps, sets = request.num_diffusion_steps, request.num_inference_steps
+    if steps is None:
+        steps = max(1, round(defaults.num_diffusion_steps * shortcuts.steps))
+    check_number("num_diffusion_steps", steps, 1, integer=True, high=model.max_diffusion_steps)
+    if sets is None:
+        sets = max(1, round(defaults.num_inference_steps * shortcuts.sets))
+    if shortcuts.solver != "own" and not model.second_order:
+        raise InputError(f"solver is {shortcuts.solver}: expected a checkpoint with a DDPM or flow schedule")
+    context = _context(request, defaults, model, endless=num_frames is None)
+    scales, motion = request.guidance(defaults), request.motion(defaults)
+    for name, timeline in (("prompt", request.timeline), ("guidance_scale", scales), ("motion_flow", motion)):
+        if timeline is not None and num_frames is not None:
+            timeline.check_end(name, num_frames / fps)
+    guidance = Timeline(
+        scales.times,
+        tuple(
+            Guidance(scale, request.guidance_trunc, request.guidance_renorm, request.image_guidance_scale)
+            for scale in scales.values
+        ),
+    )
+    offset = 0
+    if request.video_pixels is not None and not request.edits:
+        used = (given - 1) // model.temporal_stride + 1  # latent frames: the last 4k + 1 pixel frames
+        if context.frames is not None:
+            used = min(used, context.frames - 1)
+        offset = given - model.pixel_count(used)
+    plan = Plan(
+        batch=request.num_prompts * request.num_images_per_prompt,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        latent_frames=None if num_frames is None else model.latent_count(num_frames - offset),
+        grid=(height // model.image_stride, width // model.image_stride),
+        fps=fps,
+        num_inference_steps=sets,
+        num_diffusion_steps=steps,
+        guidance=guidance,
+        motion_flow=motion,
+        flow_shift=request.flow_shift,
+        context=context,
+        temporal_stride=model.temporal_stride,
+        given_frames=given,
+        offset=offset,
+        edits=request.edits,
+        shortcuts=shortcuts,
+        compile=request.compile is not False,
+        memory_gb=request.memory_gb,
+    )
+    plan.check_memory(sampling_memory(plan, model))
+    return plan
+
+
+def sampling_memory(plan: Plan, model: Capabilities) -> dict[str, int]:
+    """Bytes that sampling holds at once, estimated by what."""
+    rows, text = plan.batch * plan.passes, model.text_len + 2
+    tokens = 4 * plan.height * plan.width // model.size_multiple**2  # of a frame; the temporal encoder has a quarter
+    slots = plan.context.slots(plan.latent_frames) * tokens // 4
+    read = text + (slots if plan.context.frames is not None else tokens // 4)  # at once by the temporal encoder
+    token = rows * model.width * model.value_bytes
+    return {
+        "the cache of earlier frames": 2 * model.layers * (text + slots) * token,
+        "the encoders' activations": ACTIVATIONS * (tokens + tokens // 4 + read) * token,
+    }
+
+
+def amount_of(size: int) -> str:
+    """Bytes in words."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9)):
+        if size >= factor:
+            return f"{size // factor:,} {unit}" if size < 10**24 else "more than there is"
+    return f"{max(1, size // 10**6)} MB"
+
+
+def machine_memory() -> float:
+    """Bytes of memory that this machine has, or infinity where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def _size(request: "GenerateRequest", model: Capabilities) -> tuple[int, int]:
+    own = model.image_size
+    height = own[0] if request.height is None else request.height
+    width = own[1] if request.width is None else request.width
+    _check_size(height, width, model)
+    latents = request.video_latents
+    if latents is not None:
+        expected = (model.latent_channels, height // model.image_stride, width // model.image_stride)
+        if (latents.shape[1], *latents.shape[3:]) != expected:
+            raise InputError(
+                f"video: got latents {tuple(latents.shape)}: expected (B, {expected[0]}, F, {expected[1]}, "
+                f"{expected[2]}) for {height}x{width}"
+            )
+    return height, width
+
+
+def _check_size(height: int, width: int, model: Capabilities) -> None:
+    own, multiple = model.image_size, model.size_multiple
+    if height % multiple or width % multiple:
+        raise InputError(f"size is {height}x{width}: expected height and width in multiples of {multiple}")
+    if (height, width) != own and not model.any_size:
+        raise InputError(
+            f"size is {height}x{width}: expected {own[0]}x{own[1]}, the only one this model's positions allow"
+        )
+
+
+def _given_frames(request: "GenerateRequest", model: Capabilities, fps: float) -> int:
+    """Leading pixel frames that are given."""
+    if request.image is not None:
+        return 1
+    if request.video_latents is not None:
+        return model.pixel_count(request.video_latents.shape[2])
+    if request.video_pixels is None:
+        return 0
+    clip: Clip = request.video_pixels[0]
+    return clip.count(fps)
+
+
+def _num_frames(request: "GenerateRequest", defaults: Defaults, given: int, fps: float) -> int | None:
+    """Pixel frames in all; None: without end."""
+    asked = request.num_frames
+    if request.seconds is not None:
+        asked = request.seconds if math.isinf(request.seconds) else max(1, round(request.seconds * fps))
+        if not math.isinf(asked) and asked > LIMITS.frames:
+            raise InputError(
+                f"seconds is {request.seconds:g}, which is {asked:,} frames at {fps:g} fps: expected at most"
+                f" {LIMITS.frames:,} frames"
+            )
+    if asked is None:
+        return given if request.edits else defaults.num_frames
+    return None if math.isinf(asked) else int(asked)
+
+
+def _check_frames(request: "GenerateRequest", num_frames: int | None, given: int, model: Capabilities) -> None:
+    length = "inf" if num_frames is None else num_frames
+    if length != 1 and not model.video:
+        raise InputError(f"num_frames is {length}: expected 1, since this model makes images")
+    if length != 1 and model.temporal_stride == 1:
+        raise InputError(f"num_frames is {length}: expected 1, since this model's autoencoder is of images")
+    if num_frames is None or given == 0:
+        return
+    if request.edits:
+        if num_frames < given:
+            raise InputError(f"num_frames is {num_frames} with {given} frames to edit: expected at least {given}")
+    elif request.image is not None and num_frames == 1:
+        raise InputError(
+            "num_frames is 1 with an image given: expected 2 or more, the image is the first frame (or mask_image or "
+            "strength, to edit it)"
+        )
+    elif num_frames <= given:
+        raise InputError(f"num_frames is {num_frames} with {given} frames given: expected more than {given}, in all")
+
+
+def _check_features(request: "GenerateRequest", model: Capabilities) -> None:
+    for name, rows in (
+        ("prompt_embeds", request.prompt_embeds),
+        ("negative_prompt_embeds", request.negative_prompt_embeds),
+    ):
+        for features in rows or ():
+            assert isinstance(features, Tensor)
+            if features.shape[1] != model.text_dim or features.shape[0] > model.text_len:
+                raise InputError(
+                    f"{name}: got {tuple(features.shape)}: expected (tokens, {model.text_dim}) with at most "
+                    f"{model.text_len} tokens"
+                )
+
+
+def _context(request: "GenerateRequest", defaults: Defaults, model: Capabilities, endless: bool) -> Context:
+    frames = defaults.context_frames if request.context_frames is None else request.context_frames
+    if frames is None and endless:
+        frames = ENDLESS_CONTEXT
+    sink = defaults.sink_frames if request.sink_frames is None else request.sink_frames
+    sinks = model.latent_count(sink)
+    if frames is not None and model.latent_count(frames) < sinks + 2:
+        least = model.pixel_count(sinks + 1) + 1
+        raise InputError(
+            f"context_frames is {frames} with {sink} first frames kept (sink_frames): expected at least {least}"
+        )
+    reanchor = defaults.reanchor_frames if request.reanchor_frames is None else request.reanchor_frames
+    return Context(
+        frames=None if frames is None else model.latent_count(frames),
+        sink=sinks,
+        reanchor=max(1, round(reanchor / model.temporal_stride)) if reanchor else None,
+        history_noise=request.history_noise,
+        hold_statistics=request.hold_statistics,
+    )
+
+
+# On paper -------------------------------------------------------------------------------------------------------------
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """A plan in types that JSON has, as `records.read_record` reads it. The bound on memory is the next run's own."""
+    return asdict(plan) | {"memory_gb": None}
+
+
+def check_plan(plan: Plan, model: Capabilities) -> None:
+    """Raises InputError for a plan that no request to this model would have made."""
+    check_number("batch", plan.batch, 1, integer=True, high=LIMITS.pictures)
+    for name in ("height", "width"):
+        check_number(name, getattr(plan, name), 1, integer=True, high=LIMITS.side)
+    _check_size(plan.height, plan.width, model)
+    if plan.grid != (plan.height // model.image_stride, plan.width // model.image_stride):
+        raise InputError(f"grid is {plan.grid}: expected that of {plan.height}x{plan.width}")
+    if plan.temporal_stride != model.temporal_stride:
+        raise InputError(f"temporal_stride is {plan.temporal_stride}: expected {model.temporal_stride}")
+    for name, value in (
+        ("num_frames", plan.num_frames),
+        ("fps", plan.fps),
+        ("num_inference_steps", plan.num_inference_steps),
+        ("num_diffusion_steps", plan.num_diffusion_steps),
+        *(("motion_flow", score) for score in plan.motion_flow.values),
+        *(("guidance_scale", guidance.scale) for guidance in plan.guidance.values),
+    ):
+        if value is not None or name != "num_frames":
+            check_setting(name, value)
+    check_number("num_diffusion_steps", plan.num_diffusion_steps, 1, integer=True, high=model.max_diffusion_steps)
+    for guidance in plan.guidance.values:
+        check_number("guidance_trunc", guidance.trunc, 0)
+        check_number("guidance_renorm", guidance.renorm, 0, high=1)
+        check_number("image_guidance_scale", guidance.image_scale, 0, high=LIMITS.scale)
+    if plan.flow_shift is not None:
+        check_number("flow_shift", plan.flow_shift, 0, above=True, high=LIMITS.scale)
+        if not model.shiftable:
+            raise InputError(f"flow_shift is {plan.flow_shift:g}: expected None, this model's schedule is not a flow")
+    if plan.shortcuts.solver != "own" and not model.second_order:
+        raise InputError(f"solver is {plan.shortcuts.solver}: expected a checkpoint with a DDPM or flow schedule")
+    if plan.num_frames != 1 and (not model.video or model.temporal_stride == 1):
+        raise InputError(f"num_frames is {plan.num_frames}: expected 1, since this model makes images")
+    check_number("given_frames", plan.given_frames, 0, integer=True, high=LIMITS.frames)
+    check_number("offset", plan.offset, 0, integer=True, high=max(plan.given_frames - 1, 0))
+    latents = None if plan.num_frames is None else model.latent_count(plan.num_frames - plan.offset)
+    if plan.latent_frames != latents or (latents is not None and latents < 1):
+        raise InputError(f"latent_frames is {plan.latent_frames}: expected {latents}")
+    _check_context(plan.context, endless=plan.num_frames is None)
+    plan.check_memory(sampling_memory(plan, model))
+
+
+def _check_context(context: Context, endless: bool) -> None:
+    check_number("context's sink", context.sink, 1, integer=True, high=LIMITS.frames)
+    check_number("context's carry", context.carry, 0, integer=True, high=LIMITS.frames)
+    if context.frames is not None:
+        check_number("context's frames", context.frames, context.sink + 2, integer=True, high=LIMITS.frames)
+    elif endless:
+        raise InputError("context's frames is None: expected a number, the clip has no end")
+    if context.reanchor is not None:
+        check_number("context's reanchor", context.reanchor, 1, integer=True, high=LIMITS.frames)
+    check_number("context's history_noise", context.history_noise, 0, high=LIMITS.scale)
+    check_number("context's hold_statistics", context.hold_statistics, 0, high=1)

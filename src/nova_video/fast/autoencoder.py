@@ -10,7 +10,8 @@ What is normalised is never kept but for the window. Every convolution also sums
 part, from which the next normalisation has the statistics of the whole tile. Twice the rows and columns are never made
 either: a nearest-neighbour doubling before a 3x3 convolution is four 2x2 convolutions of what was to be doubled.
 
-The three pieces in that line are plain torch here, cuDNN's convolutions on a GPU, and Triton kernels in `autoencoder_kernels.py`.
+The three pieces in that line are plain torch here, cuDNN's convolutions on a GPU, and Triton kernels in
+`autoencoder_kernels.py`.
 Legend: T frames of the tile, k of a part, H W rows and columns, C channels; all of one clip.
 """
 

@@ -146,8 +146,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         without it the plain ones are taken, or else the fp16 or bf16 ones. `device_map` is a device for the whole.
 
         With `low_memory` (True: on "cuda", or a GPU's name) parts stay in the processor's memory and take turns on the
-        GPU, the text encoder layer by layer (`offload.py`). Such a pipeline is not to be moved. A `LowMemory` says more:
-        the text encoder in 8 bits, frames decoded in tiles.
+        GPU, the text encoder layer by layer (`offload.py`). Such a pipeline is not to be moved. A `LowMemory` says
+        more: the text encoder in 8 bits, frames decoded in tiles.
 
         `transformer`, `scheduler`, `vae`, `text_encoder` and `tokenizer` replace the checkpoint's own parts: each is a
         part as it is, or the folder of one. None leaves an optional one out. No code of a checkpoint is ever run.

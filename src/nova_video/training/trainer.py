@@ -1,7 +1,7 @@
 """The trainer: `nova train recipes/NAME.toml`. Set up, loop, step, log, save; one file, top to bottom.
 
-What is trained is a `Task` (`autoencoder.py`, `nova_worlds/transformer_task.py`, `dataset_task.py`); this file is what all training
-shares. A step consists of micro batches, which the processes share out. The random numbers of a micro batch follow from
+What is trained is a `Task` (`dataset_task.py`, and those of `nova_worlds`); this file is what all training shares.
+A step consists of micro batches, which the processes share out. The random numbers of a micro batch follow from
 the seed, the step and the micro batch's own number, so that neither stopping nor the number of processes changes what
 is learned. On GPUs a whole step (forward, backward, what processes exchange, clipping, AdamW) is one CUDA graph for
 each variant of it (`graphs.py`), because launching its kernels takes longer than running them where they are small.

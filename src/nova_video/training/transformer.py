@@ -1,7 +1,7 @@
 """What all trainings of the transformer share: the model, one batch's loss, and the checkpoint folder it becomes.
 
-Where samples come from and how the model is looked at is said by `nova_worlds/transformer_task.py` (clips rendered as training goes) and
-`dataset_task.py` (clips encoded beforehand).
+`dataset_task.py` reads clips that were encoded beforehand; `nova_worlds/transformer_task.py` renders them during
+training.
 """
 
 import copy

@@ -16,9 +16,9 @@ from nova_video.bench.tables import EMPTY
 from nova_video.cli import main as cli
 from nova_video.cli.arguments import BenchPresets, parse
 from nova_video.common.errors import InputError
-from nova_video.common.settings import CheckpointSettings, Defaults
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.pipeline import NovaPipeline
+from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from nova_video.sampling.presets import PRESETS
 from nova_worlds.evaluation.emoji import EmojiSettings
 from nova_worlds.evaluation.rates import Paired

@@ -35,8 +35,8 @@ from nova_video.bench.train import (
 from nova_video.bench.train_rows import TrainRow, read_train_rows, train_line, train_table, usual_rows
 from nova_video.cli import main as cli
 from nova_video.cli.arguments import BenchTrain, parse
+from nova_video.common.checks import AttentionKernels
 from nova_video.common.errors import InputError
-from nova_video.common.settings import AttentionKernels
 from nova_video.fast import flash
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.attention import allowed_kernels

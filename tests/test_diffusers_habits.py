@@ -32,8 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nova_video import NovaPipeline
 from nova_video.common.errors import InputError
-from nova_video.common.settings import CheckpointSettings, Defaults
 from nova_video.io.media import read_metadata
+from nova_video.pipeline.settings import CheckpointSettings, Defaults
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "num_diffusion_steps": 2}
 

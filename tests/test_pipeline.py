@@ -17,10 +17,10 @@ from torch import Tensor
 
 from nova_video import NovaPipeline
 from nova_video.common.errors import InputError
-from nova_video.common.settings import CheckpointSettings, Defaults
 from nova_video.io.pixels import image_to_pixels, output_form, unit_frames
 from nova_video.model import set_sizes
 from nova_video.pipeline.request import GenerateRequest
+from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from test_graphs import DirectRecorder
 
 CONFORMANCE = Path(__file__).parent / "conformance"

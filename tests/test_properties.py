@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from conftest import CONFORMANCE
 from nova_video import NovaPipeline
 from nova_video.common.errors import InputError
-from nova_video.common.settings import CheckpointSettings
 from nova_video.pipeline.loading import outline_autoencoder, outline_transformer
 from nova_video.pipeline.records import read_record
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.pipeline.saved_facts import Facts, check_facts
 from nova_video.pipeline.saving import KEY, load_file_facts
+from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.training.recipe import load_recipe, recipe_toml
 
 DRAWS = settings(

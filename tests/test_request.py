@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from nova_video.common.errors import InputError
-from nova_video.common.settings import CheckpointSettings, Defaults
 from nova_video.pipeline.plan import Capabilities
 from nova_video.pipeline.request import GenerateRequest
+from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from nova_video.sampling.guidance import Guidance
 
 VIDEO = Capabilities(

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from nova_video.common.errors import InputError
-from nova_video.common.settings import CheckpointSettings
 from nova_video.data.dataset import DatasetInfo
 from nova_video.io.text import decode_text, parse_json, printable, read_text, read_toml
 from nova_video.io.weights import read_json
+from nova_video.pipeline.settings import CheckpointSettings
 
 SENTENCE = "a whale, ein Hügel, 鲸鱼\nsecond"
 

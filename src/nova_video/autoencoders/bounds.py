@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nova_video.common.checks import check_number, check_whether, shown
 from nova_video.common.errors import InputError
-from nova_video.common.settings import check_number, check_whether, shown
 
 COUNTS = {  # the most of each: released ones have at most 512 channels, 4 levels and 3 layers a block
     "in_channels": 64,

@@ -13,9 +13,9 @@ from torch import nn
 
 from nova_video.autoencoders import AutoencoderKLOpenSora
 from nova_video.common.errors import InputError
-from nova_video.common.settings import CheckpointSettings, Defaults
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.pipeline import NovaPipeline
+from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from nova_video.sampling.schedulers import new_scheduler
 
 SEED = 0

@@ -23,14 +23,15 @@ import nova_video
 from nova_video.bench.configs import SEED, SIZES, build, resized
 from nova_video.bench.floor import count_work, device_rates, floor_of
 from nova_video.bench.rows import PARTS, Row
+from nova_video.common.checks import check_number
 from nova_video.common.devices import choose_device, choose_dtype
 from nova_video.common.errors import InputError
-from nova_video.common.settings import CheckpointSettings, check_number
 from nova_video.fast import flash
 from nova_video.pipeline.generation import FrameReady, Generation, LatentPreview
 from nova_video.pipeline.loading import component_folder, load_scheduler, outline_transformer, resolve_checkpoint
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.request import GenerateRequest
+from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.sampling.presets import PRESETS
 from nova_video.sampling.timing import Stopwatch
 

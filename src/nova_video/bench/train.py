@@ -29,11 +29,12 @@ from torch import nn
 from nova_video.bench.configs import BATCHES, LOSS_REPEAT, SEED, SIZES, build, resized
 from nova_video.bench.sample import GIB, checkpoint, device_name, digits, outline, spread, traced, versions
 from nova_video.bench.train_rows import TrainRow
+from nova_video.common.checks import AttentionKernels, check_number
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
-from nova_video.common.settings import AttentionKernels, CheckpointSettings, check_number
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.loading import load_scheduler, load_transformer
+from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.sampling.schedulers import new_scheduler
 from nova_video.training.checkpoint import Average
 from nova_video.training.flops import device_peak

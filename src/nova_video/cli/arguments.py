@@ -21,8 +21,8 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
 
 from nova_video import __version__
+from nova_video.common.checks import AttentionKernels
 from nova_video.common.errors import InputError, unknown
-from nova_video.common.settings import AttentionKernels
 
 PARSE_ERROR = 2  # tyro's exit code
 RECORD = re.compile(r"^Error parsing \w\S*: ")  # before what a record says of itself, which names the field

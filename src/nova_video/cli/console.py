@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
-    from nova_video.common.settings import Defaults
     from nova_video.pipeline.offload import LowMemory
     from nova_video.pipeline.pipeline import NovaPipeline
+    from nova_video.pipeline.settings import Defaults
 
 
 def load_pipeline(
@@ -56,7 +56,6 @@ def load_pipeline(
 
 def outline_pipeline(model: str) -> "NovaPipeline":
     """A pipeline of shapes and settings alone: what requests are checked against before any weights are read."""
-    from nova_video.common.settings import CheckpointSettings
     from nova_video.pipeline.loading import (
         component_folder,
         load_scheduler,
@@ -65,6 +64,7 @@ def outline_pipeline(model: str) -> "NovaPipeline":
         resolve_checkpoint,
     )
     from nova_video.pipeline.pipeline import NovaPipeline
+    from nova_video.pipeline.settings import CheckpointSettings
 
     folder = resolve_checkpoint(model)
     vae = folder / "vae"
@@ -96,7 +96,7 @@ def progress_bar() -> "Progress":
 
 def checkpoint_defaults(model: str) -> "Defaults":
     """What a model takes where nothing is said, without loading it."""
-    from nova_video.common.settings import CheckpointSettings
     from nova_video.pipeline.loading import resolve_checkpoint
+    from nova_video.pipeline.settings import CheckpointSettings
 
     return CheckpointSettings.load(resolve_checkpoint(model)).defaults

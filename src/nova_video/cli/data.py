@@ -56,8 +56,8 @@ def run_encode(args: Encode) -> None:
 
 def run_data_inspect(args: DataInspect) -> None:
     """Problems first, a line each; then the picture, of the shards that have none."""
+    from nova_video.common.checks import check_local, check_number
     from nova_video.common.devices import choose_device
-    from nova_video.common.settings import check_local, check_number
     from nova_video.data.inspect import check_dataset, compare_samples, comparison_sheet
     from nova_video.io.media import atomic_path, check_writable
 
@@ -105,8 +105,8 @@ def _count(number: int, what: str) -> str:
 
 def _settings(args: Encode) -> "EncodeSettings":
     """The checkpoint's own settings where nothing was typed."""
+    from nova_video.common.checks import max_pixels
     from nova_video.common.devices import choose_device
-    from nova_video.common.settings import max_pixels
     from nova_video.data.encode import EncodeSettings, makes_video, model_size, model_text
     from nova_video.data.sources import SourceSettings
     from nova_video.data.stages import DecodeSettings

@@ -33,8 +33,8 @@ from nova_video.cli.jobs import (
 )
 from nova_video.cli.remake import describe_inputs, warn_of_changes, with_record
 from nova_video.cli.script import with_script
+from nova_video.common.checks import LIMITS, check_number
 from nova_video.common.errors import InputError
-from nova_video.common.settings import LIMITS, check_number
 from nova_video.io.text import read_text
 
 if TYPE_CHECKING:

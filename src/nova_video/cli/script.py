@@ -24,8 +24,8 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from nova_video.cli.arguments import Generate
+from nova_video.common.checks import shown
 from nova_video.common.errors import InputError
-from nova_video.common.settings import shown
 from nova_video.io.text import read_toml
 
 NOT_IN_SCRIPTS = (

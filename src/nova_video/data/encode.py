@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nova_video.common.checks import check_local, check_number
 from nova_video.common.errors import InputError
-from nova_video.common.settings import CheckpointSettings, check_local, check_number
 from nova_video.data.card import write_card
 from nova_video.data.dataset import (
     READERS,
@@ -60,6 +60,7 @@ from nova_video.io.prefetch import run_ahead
 from nova_video.io.text import printable
 from nova_video.io.weights import read_json
 from nova_video.pipeline.loading import lasting_name, outline_transformer, resolve_checkpoint, text_folder
+from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.text.encoders import text_width
 
 SHARD_BYTES = 256 << 20  # a group's samples of a bucket are split into shards of about so many

@@ -27,7 +27,6 @@ from torch import Tensor
 from nova_video.autoencoders.base import VideoAutoencoder
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
-from nova_video.common.settings import CheckpointSettings
 from nova_video.data.dataset import first_sentence, join
 from nova_video.io.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_shapes
 from nova_video.pipeline.loading import (
@@ -37,6 +36,7 @@ from nova_video.pipeline.loading import (
     resolve_checkpoint,
     text_folder,
 )
+from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.text.encoders import (
     encode_batch,
     find_text_encoder,

@@ -23,9 +23,9 @@ from itertools import islice
 from typing import Any
 from urllib.parse import quote, unquote
 
+from nova_video.common.checks import check_number
 from nova_video.common.errors import InputError, first_line
 from nova_video.common.extras import install_command
-from nova_video.common.settings import check_number
 from nova_video.data.dataset import file_mark, is_local, join, open_place, read_file
 from nova_video.data.sidecars import (
     FILE_NAME,

@@ -31,9 +31,9 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nova_video.common.checks import check_number, max_pixels
 from nova_video.common.errors import InputError, MediaError
 from nova_video.common.extras import install_command
-from nova_video.common.settings import check_number, max_pixels
 from nova_video.data.dataset import TEMPORAL_STRIDE, Bucket, Sample, open_place
 from nova_video.data.failures import name_error
 from nova_video.data.sidecars import MOST_TEXT, caption_from

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nova_video.common.checks import max_pixels
 from nova_video.common.errors import InputError, MediaError, first_line
-from nova_video.common.settings import max_pixels
 from nova_video.io.fit import fit_frames
 from nova_video.io.pictures import SURE_DURATION, Picture, upright_srgb
 from nova_video.io.text import LFS_POINTER, POINTED

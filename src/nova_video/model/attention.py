@@ -13,8 +13,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from nova_video.common.checks import AttentionKernels
 from nova_video.common.devices import compile_every_variant
-from nova_video.common.settings import AttentionKernels
 from nova_video.fast import flash
 
 Mask = Tensor | BlockMask

@@ -20,8 +20,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nova_video.common.checks import check_number
 from nova_video.common.errors import InputError
-from nova_video.common.settings import check_number
 from nova_video.model.attention import Mask, block_causal_mask
 from nova_video.model.casting import cast_blocks, is_cast
 from nova_video.model.denoiser import Denoiser, DenoiserBlock

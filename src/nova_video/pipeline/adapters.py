@@ -14,8 +14,8 @@ from typing import Any
 
 from diffusers.loaders.lora_base import LoraBaseMixin
 
+from nova_video.common.checks import LIMITS, check_number
 from nova_video.common.errors import InputError, first_line
-from nova_video.common.settings import LIMITS, CheckpointSettings, check_number
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.casting import is_cast
 from nova_video.model.lora import (
@@ -31,6 +31,7 @@ from nova_video.model.lora import (
 from nova_video.pipeline.keywords import LOAD_LORA_HINTS, SAVE_LORA_HINTS, refuse_keywords
 from nova_video.pipeline.loading import lasting_name, load_adapter
 from nova_video.pipeline.offload import Turn
+from nova_video.pipeline.settings import CheckpointSettings
 
 COMPONENTS = ("transformer",)
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")

@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nova_video.common.checks import check_local
 from nova_video.common.errors import InputError, first_line
-from nova_video.common.settings import SETTINGS_FILE, CheckpointSettings, check_local
 from nova_video.io.files import make_readable
 from nova_video.io.weights import (
     DIFFUSERS_WEIGHTS,
@@ -48,6 +48,7 @@ from nova_video.pipeline.loading import (
     outline_transformer,
     resolve_checkpoint,
 )
+from nova_video.pipeline.settings import SETTINGS_FILE, CheckpointSettings
 from nova_video.text.encoders import text_width
 
 WRAPPERS = ("state_dict", "model_state_dict", "ema_state_dict", "model", "module", "ema")

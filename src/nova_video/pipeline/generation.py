@@ -20,8 +20,8 @@ from torch import Tensor
 
 from nova_video.autoencoders import StreamDecoder, unscale_latents
 from nova_video.autoencoders.base import VideoAutoencoder
+from nova_video.common.checks import shown
 from nova_video.common.errors import InputError
-from nova_video.common.settings import shown
 from nova_video.io.pixels import output_form, unit_frames
 from nova_video.io.prefetch import run_ahead
 from nova_video.model import set_sizes, unpatchify

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSora
 from nova_video.autoencoders.bounds import check_autoencoder_config
+from nova_video.common.checks import check_number, shown
 from nova_video.common.errors import InputError, first_line
-from nova_video.common.settings import check_number, shown
 from nova_video.io.text import parse_json
 from nova_video.io.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_json, read_shapes
 from nova_video.model import NOVATransformer3DModel

@@ -27,9 +27,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nova_video.autoencoders import scale_latents, unscale_latents
 from nova_video.autoencoders.base import VideoAutoencoder
+from nova_video.common.checks import shown
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
-from nova_video.common.settings import CheckpointSettings, Defaults, shown
 from nova_video.fast.fp8 import check_fp8, with_fp8_blocks
 from nova_video.fast.graphs import CudaRecorder, GraphRunner, can_compile
 from nova_video.io.files import make_readable
@@ -50,6 +50,7 @@ from nova_video.pipeline.registration import register
 from nova_video.pipeline.request import GenerateRequest, Mask, Number, Picture, Prompt, Video
 from nova_video.pipeline.result import GenerateResult
 from nova_video.pipeline.saving import load_generation
+from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from nova_video.pipeline.timeline import Timeline
 from nova_video.sampling.engine import DirectRunner, Engine, FastEngine, PlainEngine, say_once
 from nova_video.sampling.random import RandomState

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from nova_video.common.checks import LIMITS, check_number
 from nova_video.common.errors import InputError
-from nova_video.common.settings import LIMITS, Defaults, check_number, check_setting
 from nova_video.io.inputs import Clip
+from nova_video.pipeline.settings import Defaults, check_setting
 from nova_video.pipeline.timeline import Timeline
 from nova_video.sampling.context import Context
 from nova_video.sampling.guidance import Guidance

@@ -5,8 +5,8 @@ import typing
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union
 
+from nova_video.common.checks import is_finite, shown
 from nova_video.common.errors import InputError
-from nova_video.common.settings import is_finite, shown
 from nova_video.pipeline.timeline import Timeline
 
 T = TypeVar("T")

@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from nova_video.common.checks import LIMITS, check_number, check_whether, shown
 from nova_video.common.errors import InputError, MediaError
-from nova_video.common.settings import LIMITS, Defaults, check_number, check_setting, check_whether, shown
 from nova_video.io.decode import upright_srgb
 from nova_video.io.inputs import Clip, masks_of, read_clips, read_masks
 from nova_video.pipeline.plan import PIXEL_BYTES, Capabilities, Plan, amount_of, make_plan
+from nova_video.pipeline.settings import Defaults, check_setting
 from nova_video.pipeline.timeline import Timeline, is_timeline
 from nova_video.sampling.presets import Shortcuts, shortcuts_of
 

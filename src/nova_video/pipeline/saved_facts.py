@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nova_video.common.checks import LIMITS, check_number, shown
 from nova_video.common.errors import InputError
-from nova_video.common.settings import LIMITS, check_number, shown
 from nova_video.model import set_sizes
 from nova_video.pipeline.plan import Plan, check_plan
 from nova_video.pipeline.request import OUTPUT_TYPES

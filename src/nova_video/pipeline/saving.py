@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nova_video.common.checks import shown
 from nova_video.common.errors import InputError, first_line
-from nova_video.common.settings import shown
 from nova_video.io.text import parse_json
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.generation import Generation, GivenPixels

@@ -11,8 +11,8 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any, Generic, TypeGuard, TypeVar
 
+from nova_video.common.checks import is_finite, shown
 from nova_video.common.errors import InputError
-from nova_video.common.settings import is_finite, shown
 
 T = TypeVar("T")
 

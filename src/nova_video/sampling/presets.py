@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
+from nova_video.common.checks import check_number, check_whether, shown
 from nova_video.common.errors import InputError
-from nova_video.common.settings import check_number, check_whether, shown
 
 PresetName = Literal["exact", "balanced", "fast"]
 Solver = Literal["own", "dpm++"]

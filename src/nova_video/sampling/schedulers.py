@@ -13,8 +13,8 @@ import diffusers
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, SchedulerMixin
 
+from nova_video.common.checks import shown
 from nova_video.common.errors import InputError
-from nova_video.common.settings import shown
 
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 SOLVERS = (

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from nova_video.common.checks import check_number
 from nova_video.common.errors import InputError, first_line
-from nova_video.common.settings import check_number
 from nova_video.io.files import make_readable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

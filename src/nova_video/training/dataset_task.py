@@ -22,7 +22,6 @@ from torch.nn import functional
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nova_video.common.errors import InputError, first_line
-from nova_video.common.settings import CheckpointSettings, Defaults
 from nova_video.data.dataset import (
     Bucket,
     DatasetInfo,
@@ -44,6 +43,7 @@ from nova_video.data.encoders import (
 from nova_video.data.sheets import Entry, draw_sheet
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.loading import HUB_ID, resolve_checkpoint
+from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.training.recipe import DatasetRecipe, DatasetTransformerRecipe
 from nova_video.training.stream import Loaded, check_state, collate, is_held_out, joined, open_loader, state_of

@@ -13,9 +13,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from nova_video.common.checks import AttentionKernels, check_local, check_number
 from nova_video.common.errors import InputError, first_line, unknown
-from nova_video.common.settings import AttentionKernels, Defaults, check_local, check_number
 from nova_video.io.text import read_toml
+from nova_video.pipeline.settings import Defaults
 from nova_worlds.words import MOTIONS
 
 T = TypeVar("T")

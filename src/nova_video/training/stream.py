@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset as TorchDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from nova_video.common.checks import check_number
 from nova_video.common.errors import InputError
-from nova_video.common.settings import check_number
 from nova_video.data.dataset import Sample, Shard, to_sample
 
 EMPTY_PASSES = 8

@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nova_video.common.checks import AttentionKernels
 from nova_video.common.errors import InputError
-from nova_video.common.settings import AttentionKernels
 from nova_video.fast.training_graphs import CudaRecorder, StepGraphs, tensors_of
 from nova_video.io.files import make_readable
 from nova_video.io.media import alone_in, atomic_path

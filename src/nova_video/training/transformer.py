@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from nova_video.autoencoders import scale_latents
 from nova_video.common.errors import InputError
 from nova_video.common.extras import install_command
-from nova_video.common.settings import CheckpointSettings
 from nova_video.common.startup import reveal
 from nova_video.data.encoders import check_text_parts
 from nova_video.io.weights import read_json
@@ -27,6 +26,7 @@ from nova_video.model.transformer import spatial_patch
 from nova_video.model.vit import Block
 from nova_video.pipeline.loading import lasting_name, load_scheduler, load_transformer, resolve_checkpoint
 from nova_video.pipeline.pipeline import NovaPipeline
+from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.sampling.schedulers import new_scheduler
 from nova_video.text.encoders import text_class
 from nova_video.training.blocks import TemporalMasks, checkpointed, compile_blocks

@@ -29,11 +29,11 @@ from torch import Tensor
 from nova_video.bench.sample import device_name, versions
 from nova_video.common.devices import choose_device, choose_dtype
 from nova_video.common.errors import InputError
-from nova_video.common.settings import SETTINGS_FILE, CheckpointSettings, Defaults
 from nova_video.pipeline.loading import COMPONENTS, resolve_checkpoint
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.pipeline.result import GenerateResult
+from nova_video.pipeline.settings import SETTINGS_FILE, CheckpointSettings, Defaults
 from nova_video.sampling.presets import EXACT, PRESETS, Shortcuts
 from nova_video.text.encoders import encode_prompts, load_text_encoder
 from nova_worlds.clips import ClipSpec

@@ -897,7 +897,7 @@ def test_limits_of_the_checkpoint(run: Run, tiny_checkpoint: Path, monkeypatch: 
 def test_another_size_than_the_model_s_is_said(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     flags = ["-W", 96, "--num-frames", 1, "-o", "x.png", *QUICK]
     assert run("generate", "a whale on a blue background", *flags)[0] == 0
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("nova_video.cli.main")]
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("nova_video.cli")]
     assert said == ["size is 96x128: the model was trained at 128x128, others may look worse"]
     with Image.open("x.png") as image:
         assert image.size == (96, 128)

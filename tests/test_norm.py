@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import nova_video.model
+import nova_video.fast
 from nova_video.fast.norm import norm_of
 from nova_video.model.denoiser import DenoiserBlock
 
@@ -65,7 +65,7 @@ def test_gradients_come_from_the_kernel(half: bool, frozen: tuple[str, ...], mon
     """In compiled blocks: of the layer's bias too, under autocast, and where some weights do not learn."""
     kernels = SimpleNamespace(norm_backward=reference)
     monkeypatch.setitem(sys.modules, "nova_video.fast.norm_kernel", kernels)
-    monkeypatch.setattr(nova_video.model, "norm_kernel", kernels, raising=False)
+    monkeypatch.setattr(nova_video.fast, "norm_kernel", kernels, raising=False)
     monkeypatch.setattr("nova_video.fast.norm.takes_kernels", lambda x: torch.compiler.is_compiling())
     torch.compiler.reset()
     torch.manual_seed(0)

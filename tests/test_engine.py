@@ -12,20 +12,13 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 from torch import Tensor
 
+from nova_video.common.notices import warn_once
+from nova_video.fast.engine import DirectRunner, FastEngine, Inputs, Modulations, pad_set
 from nova_video.model.denoiser import Denoiser, DenoiserBlock
 from nova_video.model.vit import Attention
 from nova_video.sampling import guidance as formulas
 from nova_video.sampling.context import Context
-from nova_video.sampling.engine import (
-    SAID,
-    DirectRunner,
-    Engine,
-    FastEngine,
-    Inputs,
-    Modulations,
-    PlainEngine,
-    pad_set,
-)
+from nova_video.sampling.engine import Engine, PlainEngine
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance, Prediction
 from nova_video.sampling.schedulers import request_scheduler
@@ -100,7 +93,7 @@ def test_masks_timelines_and_bounded_context(folder: str) -> None:
 
 
 def test_a_slower_way_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    SAID.clear()
+    warn_once.cache_clear()
     scheduler = EulerAncestralDiscreteScheduler.from_config(DDPMScheduler.from_pretrained(DDPM_CONFIG).config)
     for _ in range(2):
         run("text-to-video", fast, make_state(open_model("text-to-video"), embeds(), Guidance(4.0)), scheduler)
@@ -161,7 +154,7 @@ def test_a_class_of_its_own_is_called(
     change: Callable[[Any], None] | None, guidance: Guidance, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The fast way steps aside for what it would not call, and one line in the log says so."""
-    SAID.clear()
+    warn_once.cache_clear()
     model, scheduler = open_model("text-to-video"), open_scheduler("text-to-video")
 
     def made(engine: Callable[[Any], Engine], guidance: Guidance = guidance) -> Tensor:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from nova_video.common.notices import warn_once
+from nova_video.fast.engine import DirectRunner, FastEngine, Inputs
 from nova_video.fast.graphs import CudaRecorder, GraphRunner, Recording, can_compile
 from nova_video.sampling.context import Context
-from nova_video.sampling.engine import SAID, DirectRunner, FastEngine, Inputs, PlainEngine
+from nova_video.sampling.engine import PlainEngine
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.presets import PRESETS, PresetName
@@ -111,7 +113,7 @@ def test_inference_mode() -> None:
 
 def test_what_cannot_be_captured_is_called_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """Whatever the sizes, and also when the runner is another one."""
-    SAID.clear()
+    warn_once.cache_clear()
     for runner in (GraphRunner(DirectRecorder()), GraphRunner(DirectRecorder())):
         runner.recorder.fails = True
         for _ in range(4):

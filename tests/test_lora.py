@@ -17,11 +17,12 @@ import nova_video.pipeline.pipeline
 from nova_video import NovaPipeline
 from nova_video.cli import main as cli
 from nova_video.common.errors import InputError
+from nova_video.fast.engine import DirectRunner, FastEngine
 from nova_video.fast.graphs import GraphRunner
 from nova_video.io import media
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_TARGETS, adapter_state, fuse, unfuse
-from nova_video.sampling.engine import DirectRunner, Engine, FastEngine, PlainEngine
+from nova_video.sampling.engine import Engine, PlainEngine
 from nova_video.sampling.guidance import Guidance
 from nova_video.training.lora import add_lora, load_lora_state, lora_state_dict, merge, save_lora
 from nova_video.training.recipe import LoraRecipe

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor
 
 from nova_video.common.errors import InputError
+from nova_video.fast.engine import DirectRunner, FastEngine
 from nova_video.fast.fp8 import check_fp8
 from nova_video.model import set_sizes
 from nova_video.pipeline.plan import Capabilities, Plan, plan_as_json
@@ -19,7 +20,7 @@ from nova_video.pipeline.records import read_record
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.pipeline.settings import Defaults
 from nova_video.sampling.diffusion import Schedule
-from nova_video.sampling.engine import DirectRunner, FastEngine, PlainEngine
+from nova_video.sampling.engine import PlainEngine
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.presets import EXACT, PRESETS, Shortcuts, second_order, shortcuts_of

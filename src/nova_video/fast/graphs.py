@@ -18,8 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nova_video.common.notices import warn_once
+from nova_video.fast.engine import Inputs
 from nova_video.model.lora import adapter_state
-from nova_video.sampling.engine import Inputs, say_once
 
 SET_MULTIPLE = 8
 MAX_GRAPHS = 512
@@ -249,7 +250,7 @@ class GraphRunner:
             recording = self.recorder.record(function, arguments)
         except RuntimeError as error:
             self._seen[key] = False
-            say_once(f"{what} is not captured, and computed step by step instead", str(error).splitlines()[0])
+            warn_once(f"{what} is not captured, and computed step by step instead: {str(error).splitlines()[0]}")
             return None
         self._entries[key] = Entry(recording, buffers)
         return self._entries[key]

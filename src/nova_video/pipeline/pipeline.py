@@ -30,6 +30,8 @@ from nova_video.autoencoders.base import VideoAutoencoder
 from nova_video.common.checks import shown
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
+from nova_video.common.notices import warn_once
+from nova_video.fast.engine import DirectRunner, FastEngine
 from nova_video.fast.fp8 import check_fp8, with_fp8_blocks
 from nova_video.fast.graphs import CudaRecorder, GraphRunner, can_compile
 from nova_video.io.files import make_readable
@@ -52,7 +54,7 @@ from nova_video.pipeline.result import GenerateResult
 from nova_video.pipeline.saving import load_generation
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from nova_video.pipeline.timeline import Timeline
-from nova_video.sampling.engine import DirectRunner, Engine, FastEngine, PlainEngine, say_once
+from nova_video.sampling.engine import Engine, PlainEngine
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, request_scheduler
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
@@ -654,7 +656,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         compiles = can_compile(device)
         self._compiled |= compiles
         if self.is_offloaded and not isinstance(getattr(self.transformer, "_hf_hook", None), Turn):
-            say_once("the library moves the weights: blocks are compiled, but nothing is captured in graphs")
+            warn_once("the library moves the weights: blocks are compiled, but nothing is captured in graphs")
             return FastEngine(model, DirectRunner(compiles))
         with _PREPARING:
             if (device, fp8) not in self._graphs:

@@ -23,6 +23,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from nova_video import __version__
 from nova_video.common.checks import AttentionKernels
 from nova_video.common.errors import InputError, unknown
+from nova_video.common.version import commit
 
 PARSE_ERROR = 2  # tyro's exit code
 RECORD = re.compile(r"^Error parsing \w\S*: ")  # before what a record says of itself, which names the field
@@ -647,7 +648,8 @@ def parse(arguments: Sequence[str]) -> Any:
 def versions() -> str:
     """What a report of a fault should name."""
     found = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
-    return f"nova-video {__version__} ({found}, python {platform.python_version()})"
+    at = "" if (found_commit := commit()) is None else f", commit {found_commit}"
+    return f"nova-video {__version__} ({found}, python {platform.python_version()}{at})"
 
 
 def names_of(commands: Any) -> list[str]:

@@ -1,0 +1,71 @@
+"""The names that users import, and the version that tells its commit."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nova_video
+from nova_video.common import version
+
+PACKAGE = Path(nova_video.__file__).parent
+
+
+@pytest.mark.parametrize("name", nova_video.__all__)
+def test_public_name_is_imported_from_its_home(name: str) -> None:
+    value = getattr(nova_video, name)
+    if name != "__version__":
+        assert value is getattr(importlib.import_module(nova_video._HOMES[name]), name)
+        assert value.__name__ == name
+        assert value.__module__ == nova_video._HOMES[name]
+        assert value.__doc__
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}  # type: ignore[attr-defined]
+    assert seen == nova_video._HOMES
+    assert {*nova_video.__all__} <= {*dir(nova_video)}
+
+
+def test_other_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'NovaPipelines'"):
+        nova_video.NovaPipelines  # noqa: B018
+
+
+def test_import_loads_no_library() -> None:
+    program = (
+        "import sys, nova_video; print([m for m in sys.modules if m.startswith(('torch', 'numpy', 'nova_video.'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "[]\n"
+
+
+def test_checkout_tells_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(version, "PACKAGE", tmp_path / "src" / "nova_video")
+    version.PACKAGE.mkdir(parents=True)
+    assert version.commit() is None  # neither a checkout nor a wheel
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "One"], ["tag", "v1"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    found = version.commit()
+    assert found is not None
+    assert re.fullmatch("[0-9a-f]{7,}", found)
+
+
+def test_wheel_tells_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(version, "PACKAGE", tmp_path)
+    (tmp_path / version.COMMIT_FILE).write_text("0123456\n")
+    assert version.commit() == "0123456"
+
+
+def test_no_git_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(version, "PACKAGE", tmp_path / "src" / "nova_video")
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert version.commit() is None

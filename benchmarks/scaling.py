@@ -9,7 +9,7 @@ import tyro
 from nova_video.bench.scaling import tables
 from nova_video.bench.tables import filled
 from nova_video.bench.train_rows import read_train_rows, usual_rows
-from nova_video.io.media import atomic_path
+from nova_video.io.files import atomic_path
 
 ROOT = Path(__file__).resolve().parents[1]
 

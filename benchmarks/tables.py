@@ -12,7 +12,7 @@ from nova_video.bench.rows import read_rows
 from nova_video.bench.tables import filled, tables
 from nova_video.bench.targets import sampling_targets, training_targets
 from nova_video.bench.train_rows import read_train_rows, train_commands, train_table
-from nova_video.io.media import atomic_path
+from nova_video.io.files import atomic_path
 from nova_worlds.presets.preset_rows import presets_table, read_preset_rows
 
 FOLDER = Path(__file__).resolve().parent

@@ -128,8 +128,8 @@ def camera_clips() -> Path:
 @contextmanager
 def another_process_writes(folder: Path) -> Iterator[None]:
     """Until it is killed."""
-    program = "import sys; from pathlib import Path; from nova_video.io.media import alone_in\n"
-    program += "with alone_in(Path(sys.argv[1])): print('there', flush=True); sys.stdin.read()"
+    program = "import sys; from pathlib import Path; from nova_video.io.files import lock_folder\n"
+    program += "with lock_folder(Path(sys.argv[1])): print('there', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", program, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None

@@ -188,7 +188,7 @@ WRITES = {
         "_ray: os.environ.update",
         "_ray: ray",
     ],
-    "torch keeps the number of threads by thread": ["run_ahead.work: torch.set_num_threads"],
+    "torch keeps the number of threads by thread": ["prefetch.work: torch.set_num_threads"],
     "a user asks for all compiled code to be dropped": ["NovaPipeline.release: torch.compiler.reset"],
     "torch has no public way to close the pool of a failed capture": [
         "abandon_recording: torch._C._cuda_endAllocateToPool",

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from nova_video.common.errors import InputError
-from nova_video.io import media
-from nova_video.io.files import held, naming, reserved
+from nova_video.io.files import atomic_path, lock_file, naming, reserve_name
 
 
 @contextmanager
@@ -29,44 +28,44 @@ def another_process(program: str, path: Path) -> Iterator["subprocess.Popen[str]
 
 def test_a_reserved_name_is_taken_once(tmp_path: Path) -> None:
     path = tmp_path / "whale.png"
-    with reserved(path) as first, reserved(path) as second:
+    with reserve_name(path) as first, reserve_name(path) as second:
         assert (first, second) == (True, False)
     assert not path.exists()
-    with pytest.raises(KeyboardInterrupt), reserved(path):
+    with pytest.raises(KeyboardInterrupt), reserve_name(path):
         raise KeyboardInterrupt
     assert not path.exists()
-    with reserved(path), media.atomic_path(path) as part:
+    with reserve_name(path), atomic_path(path) as part:
         part.write_text("whale")
     assert path.read_text() == "whale"
-    with reserved(path) as free:
+    with reserve_name(path) as free:
         assert not free
     assert path.read_text() == "whale"
 
 
 def test_a_name_that_a_killed_process_left_is_free(tmp_path: Path) -> None:
     path = tmp_path / "whale.png"
-    with another_process("with reserved(path)", path) as process:
-        with reserved(path) as free:
+    with another_process("with reserve_name(path)", path) as process:
+        with reserve_name(path) as free:
             assert not free
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert path.exists()
-        with reserved(path) as free:
+        with reserve_name(path) as free:
             assert free
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_another_process_writes(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
-    with another_process("with held(path)", path) as process:
+    with another_process("with lock_file(path)", path) as process:
         with (
             pytest.raises(InputError, match=r"clip.mp4 is being written by another process: expected another file"),
-            held(path),
+            lock_file(path),
         ):
             pass
         process.send_signal(signal.SIGKILL)
         process.wait()
-        with held(path), held(tmp_path / "other.mp4"):
+        with lock_file(path), lock_file(tmp_path / "other.mp4"):
             pass
     assert list(tmp_path.iterdir()) == []
 
@@ -80,6 +79,6 @@ def test_errors_name_the_file_that_is_written(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="gone") as caught, naming(path, part):
         raise OSError(errno.ENOENT, "gone", "another")
     assert caught.value.filename == "another"
-    with pytest.raises(FileNotFoundError) as caught, media.atomic_path(tmp_path / "gone" / "whale.png") as part:
+    with pytest.raises(FileNotFoundError) as caught, atomic_path(tmp_path / "gone" / "whale.png") as part:
         part.write_text("whale")
     assert caught.value.filename == str(tmp_path / "gone" / "whale.png")

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from nova_video.common.errors import InputError
-from nova_video.io import media
+from nova_video.io import files, media
+from nova_video.io.files import atomic_path
 
 RECORD = {
     "prompt": 'a "café" — whale\n',
@@ -119,7 +120,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, failure: type[Bas
     path.write_text("old")
 
     def interrupted() -> None:
-        with media.atomic_path(path) as temporary:
+        with atomic_path(path) as temporary:
             temporary.write_text("half of the new")
             raise failure
 
@@ -151,7 +152,7 @@ def test_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
     def refuse(**_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(media.tempfile, "TemporaryFile", refuse)  # as root every folder is writable
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)  # as root every folder is writable
     with pytest.raises(InputError, match="is not writable"):
         media.check_output(tmp_path / "clip.mp4")
 

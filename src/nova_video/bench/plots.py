@@ -19,7 +19,7 @@ from PIL import Image
 
 from nova_video.bench.rows import Row
 from nova_video.bench.tables import measured, preset_of, released_seconds, sweeps
-from nova_video.io.media import atomic_path
+from nova_video.io.files import atomic_path
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart; what is not ours in gray.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from nova_video.common.errors import InputError
-from nova_video.io.media import atomic_path
+from nova_video.io.files import atomic_path
 
 
 @dataclass(frozen=True)

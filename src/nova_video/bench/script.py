@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nova_video.bench.sample import device_name, versions
-from nova_video.io.media import atomic_path
+from nova_video.io.files import atomic_path
 
 
 def script_command(name: str) -> str:

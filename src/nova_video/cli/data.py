@@ -59,7 +59,7 @@ def run_data_inspect(args: DataInspect) -> None:
     from nova_video.common.checks import check_local, check_number
     from nova_video.common.devices import choose_device
     from nova_video.data.inspect import check_dataset, compare_samples, comparison_sheet
-    from nova_video.io.media import atomic_path, check_writable
+    from nova_video.io.files import atomic_path, check_writable
 
     choose_device(args.device)
     check_number("clips", args.clips, 0, integer=True)

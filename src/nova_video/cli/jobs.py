@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nova_video.cli.arguments import Making, model_of
 from nova_video.cli.console import progress_bar
 from nova_video.common.errors import InputError, Terminated
-from nova_video.io.files import held, reserved
+from nova_video.io.files import atomic_path, check_writable, lock_file, reserve_name
 
 if TYPE_CHECKING:
     from nova_video.cli.arguments import Format
@@ -51,7 +51,7 @@ def check_output(
             raise InputError(f"cannot write to {folder}: it is a file, expected a folder")
         if not folder.absolute().parent.is_dir():
             raise InputError(f"cannot write to {folder}: there is no folder {folder.parent}")
-        media.check_writable(folder if folder.exists() else folder.absolute().parent)
+        check_writable(folder if folder.exists() else folder.absolute().parent)
     else:
         assert output is not None
         media.check_output(output)
@@ -80,8 +80,6 @@ def suffix_of(output: Path | None, wanted: "Format | None", picture: bool) -> st
 
 def check_state(path: Path) -> None:
     """Raises now for a state that could not be kept later."""
-    from nova_video.io.media import check_writable
-
     if path.exists():
         raise InputError(f"{path} is there already: expected a new file to keep the state in, or --resume {path}")
     if not path.parent.is_dir():
@@ -95,7 +93,7 @@ def all_held(*paths: Path | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for path in dict.fromkeys(paths):
             if path is not None:
-                stack.enter_context(held(path))
+                stack.enter_context(lock_file(path))
         yield
 
 
@@ -121,7 +119,7 @@ def output_place(
     folder.mkdir(exist_ok=True)
     for again in count(1):
         path = folder / (name + (f"-{again}" if again > 1 else "") + suffix)
-        with reserved(path, is_folder=suffix == "") as free:
+        with reserve_name(path, is_folder=suffix == "") as free:
             if free:
                 yield path
                 return
@@ -191,7 +189,6 @@ class Sheet:
 
     def write(self) -> None:
         from nova_video.data.sheets import draw_sheet
-        from nova_video.io.media import atomic_path
 
         page = draw_sheet(self.title, self.note, self.entries)
         with atomic_path(self.path) as part:

@@ -55,8 +55,8 @@ from nova_video.data.follow import (
 )
 from nova_video.data.sources import Source, SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected, decode_with_motion
-from nova_video.io.media import alone_in, check_writable
-from nova_video.io.prefetch import run_ahead
+from nova_video.io.files import check_writable, lock_folder
+from nova_video.io.prefetch import prefetch
 from nova_video.io.text import printable
 from nova_video.io.weights import read_json
 from nova_video.pipeline.loading import lasting_name, outline_transformer, resolve_checkpoint, text_folder
@@ -132,7 +132,7 @@ def encode_dataset(settings: EncodeSettings, tell: Callable[[Done], None] = lamb
     source = open_source(settings.source)
     check_output(settings.output, info)
     stages = None if settings.ray is not None else Stages.load(settings)  # a wrong name ends here
-    with alone_in(settings.output):
+    with lock_folder(settings.output):
         check_output(settings.output, info)  # another run may have been there
         return _encode(settings, info, source, stages, tell, began)
 
@@ -629,7 +629,7 @@ def encode_items_here(items: Iterable[Item], stages: Stages) -> Iterator[ItemRes
     ended: list[Item] = []
     samples: defaultdict[int, list[Sample]] = defaultdict(list)  # by their item's number, as the next
     rejected: defaultdict[int, list[Rejected]] = defaultdict(list)
-    with run_ahead(_decoded(items, stages), AHEAD, nullcontext()) as stream:
+    with prefetch(_decoded(items, stages), AHEAD, nullcontext()) as stream:
         for item, found in stream:
             if isinstance(found, Clip):
                 waiting.append(found)

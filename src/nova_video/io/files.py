@@ -1,8 +1,10 @@
-"""Places of files that are written: names reserved against other processes, locks, and errors that name the file."""
+"""Writing to the file system: whole files or none, locks against other processes, and errors that name the file."""
 
 import errno
 import logging
 import os
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +23,7 @@ def make_readable(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path, *others: Path) -> Iterator[None]:
-    """Errors of the system while `path` is written name it: they name none, or one of `others`, which stand for it."""
+    """System errors while `path` is written name it, also where they name nothing or one of `others`."""
     try:
         yield
     except OSError as error:
@@ -31,11 +33,57 @@ def naming(path: Path, *others: Path) -> Iterator[None]:
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
-@contextmanager
-def reserved(path: Path, is_folder: bool = False) -> Iterator[bool]:
-    """Holds a name that no file has yet by an empty file or folder; False where the name is taken.
+def check_writable(folder: Path) -> None:
+    """Raises for a folder that no file can be made in. It makes one to find out."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: the folder is not writable ({error.strerror})") from error
 
-    It is removed if nothing has replaced it or been written to it. An empty file that a killed process left is taken.
+
+def name_beside(path: Path, ending: str = "part") -> Path:
+    """A new hidden name in the same folder, for a file that takes the place of `path` or makes place for it."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{ending}")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; renamed to it when the block ends well, removed when it does not."""
+    temporary = name_beside(path)
+    try:
+        with naming(path, temporary):
+            yield temporary
+            make_readable(temporary)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Makes the folder if need be and locks it: raises if another process has the lock.
+
+    The lock ends with the process, however that ends, and processes that it starts do not inherit it.
+    """
+    import fcntl  # not on Windows, where clips can be made and neither encoding nor training is at home
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise InputError(f"{folder}: another process is writing there: expected it to end first") from None
+            log.warning("%s: whether another process writes there cannot be told: %s", folder, error.strerror)
+        yield
+
+
+@contextmanager
+def reserve_name(path: Path, is_folder: bool = False) -> Iterator[bool]:
+    """Reserves a free name by an empty file or folder; yields False where the name is taken.
+
+    The empty file is removed at the end, unless it was replaced or written to. An empty file that a killed process left
+    counts as free.
     """
     if is_folder:
         try:
@@ -85,8 +133,8 @@ def _reserve(path: Path) -> int | None:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Writes a file over some time without another process that does so too: raises if there is one."""
+def lock_file(path: Path) -> Iterator[None]:
+    """Locks a file that is written over some time: raises if another process has the lock."""
     lock = path.with_name(f".{path.name[:100]}.lock")
     while True:
         with naming(path, lock):

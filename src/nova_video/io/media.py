@@ -5,15 +5,11 @@ the exception: its mp4 grows in place, and plays while it does. A png, webp or g
 Legend: F frames, H W pixels.
 """
 
-import errno
 import json
 import logging
 import os
 import shutil
-import tempfile
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from fractions import Fraction
 from itertools import count, pairwise
 from pathlib import Path
@@ -28,7 +24,7 @@ from PIL import Image, PngImagePlugin
 
 from nova_video.common.errors import InputError, MediaError
 from nova_video.io.decode import Media, MediaFile, opened, warn_of_pages
-from nova_video.io.files import make_readable, naming
+from nova_video.io.files import atomic_path, check_writable, name_beside, naming
 from nova_video.io.text import parse_json
 
 Frames = NDArray[np.uint8]  # (F, H, W, 3)
@@ -56,7 +52,7 @@ def check_output(path: Path) -> None:
             f"cannot write {path}: its extension is {path.suffix or 'missing'!r}, expected {_listed(SUFFIXES)}"
         )
     try:
-        os.lstat(_part_of(path))
+        os.lstat(name_beside(path))
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:  # such as a name that is too long
@@ -66,51 +62,6 @@ def check_output(path: Path) -> None:
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
     check_writable(path.parent)
-
-
-def check_writable(folder: Path) -> None:
-    """Raises for a folder that no file can be made in, found out by making one."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: the folder is not writable ({error.strerror})") from error
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Writes to a folder, which is made if need be, without another process that does so too: raises if there is one.
-
-    The lock goes with the process, however that ends, and is not handed on to those that it starts.
-    """
-    import fcntl  # not on Windows, where clips can be made and neither encoding nor training is at home
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise InputError(f"{folder}: another process is writing there: expected it to end first") from None
-            log.warning("%s: whether another process writes there cannot be told: %s", folder, error.strerror)
-        yield
-
-
-def _part_of(path: Path) -> Path:
-    """A new name beside `path`, for what is written to it."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed to it when the block ends well, removed when it does not."""
-    temporary = _part_of(path)
-    try:
-        with naming(path, temporary):
-            yield temporary
-            make_readable(temporary)
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_media(frames: Frames, path: str | Path, fps: float, metadata: dict[str, Any]) -> None:
@@ -145,7 +96,7 @@ def write_frames(frames: Frames, folder: Path, metadata: dict[str, Any]) -> None
     _check_frames(frames, 1)
     check_folder_of_frames(folder)
     record = json.dumps(metadata)
-    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
+    part = name_beside(folder)
     try:
         with naming(folder, part):
             part.mkdir()
@@ -226,7 +177,7 @@ class LiveWriter:
     def _write(self, frame: NDArray[np.uint8]) -> None:
         if self._container is None or self._stream is None:
             if not self._before and self.path.is_file() and self.path.stat().st_size:
-                old = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.old")
+                old = name_beside(self.path, "old")
                 self.path.rename(old)
                 self._old = old
             self._container = av.open(str(self.path), "w", format="mp4", options=LIVE_CONTAINER)

@@ -1,4 +1,4 @@
-"""Work done ahead of its consumer, in a thread: streams sample frames while earlier ones are decoded and used."""
+"""A thread that makes items before they are needed: streams sample frames while earlier ones are decoded and used."""
 
 import contextlib
 import queue
@@ -24,15 +24,13 @@ class _End:
 
 
 @contextlib.contextmanager
-def run_ahead(
+def prefetch(
     items: Iterator[T], depth: int, inside: contextlib.AbstractContextManager[object]
 ) -> Iterator[Iterator[T]]:
-    """`items` made in a thread, at most `depth` ahead. Leaving the block ends the thread after the item in hand.
+    """Makes `items` in a thread, at most `depth` of them early. Leaving the block ends the thread.
 
-    `inside` is entered in the thread, such as a CUDA stream for what it computes.
-
-    An error in the thread is raised where the consumer asks for the next item. Gradients are off in the thread, and it
-    computes with as many threads as the consumer's.
+    The thread enters `inside`, such as a CUDA stream for what it computes. An error in the thread is raised where the
+    consumer asks for the next item. Gradients are off in the thread, and it uses as many CPU threads as its consumer.
     """
     ready: queue.Queue[T | _Failed | _End] = queue.Queue(maxsize=depth)
     gone = threading.Event()

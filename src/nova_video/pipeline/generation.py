@@ -23,7 +23,7 @@ from nova_video.autoencoders.base import VideoAutoencoder
 from nova_video.common.checks import shown
 from nova_video.common.errors import InputError
 from nova_video.io.pixels import output_form, unit_frames
-from nova_video.io.prefetch import run_ahead
+from nova_video.io.prefetch import prefetch
 from nova_video.model import set_sizes, unpatchify
 from nova_video.model.finite import first_not_finite
 from nova_video.pipeline.plan import Plan
@@ -246,7 +246,7 @@ class Generation:
         depth = 2 * len(set_sizes(self.state.num_tokens, self.state.num_sets))  # sets of two latent frames
         inside = nullcontext() if own is None else torch.cuda.stream(own)
         try:
-            with run_ahead(sets, depth, inside) if ahead else nullcontext(sets) as marked:
+            with prefetch(sets, depth, inside) if ahead else nullcontext(sets) as marked:
                 yield from self._events(marked, preview) if preview else self._frames(marked)
         finally:
             if own is not None:  # memory that its last kernels read must not be used again before

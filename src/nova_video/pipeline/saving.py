@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nova_video.common.checks import shown
 from nova_video.common.errors import InputError, first_line
+from nova_video.io.files import atomic_path
 from nova_video.io.text import parse_json
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.generation import Generation, GivenPixels
@@ -48,8 +49,6 @@ def model_mark(model: NOVATransformer3DModel) -> str:
 
 def save_generation(generation: Generation, path: Path) -> None:
     """Write the file, whole or not at all. The caller sees to it that no set is being made."""
-    from nova_video.io.media import atomic_path
-
     state, model = generation.state, generation.pipe.transformer
     tensors: dict[str, Tensor] = {}
     for name, frames in (("frames", state.frames), ("heard", state.heard)):

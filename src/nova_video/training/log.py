@@ -18,7 +18,7 @@ from rich.console import Console
 
 from nova_video.common.errors import InputError
 from nova_video.common.extras import install_command
-from nova_video.io.media import atomic_path, check_writable
+from nova_video.io.files import atomic_path, check_writable
 from nova_video.training.checkpoint import writing
 from nova_video.training.recipe import Recipe
 

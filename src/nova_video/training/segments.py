@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from nova_video.common.errors import InputError
-from nova_video.io.media import atomic_path
+from nova_video.io.files import atomic_path
 from nova_video.training.recipe import Recipe, changes, load_recipe, parse_recipe
 
 SEGMENTS = "segments.jsonl"

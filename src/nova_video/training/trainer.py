@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from nova_video.common.checks import AttentionKernels
 from nova_video.common.errors import InputError
 from nova_video.fast.training_graphs import CudaRecorder, StepGraphs, tensors_of
-from nova_video.io.files import make_readable
-from nova_video.io.media import alone_in, atomic_path
+from nova_video.io.files import atomic_path, lock_folder, make_readable
 from nova_video.model.attention import allow_kernels, allowed_kernels
 from nova_video.training.card import CARD, SHEET, Record, newest_sheet, write_card
 from nova_video.training.checkpoint import (
@@ -79,7 +78,7 @@ def train(recipe: Recipe) -> Path:
     choose_kernels(recipe.attention_kernels)
     torch.manual_seed(recipe.seed)
     task = make_task(recipe, processes.device)
-    with alone_in(log.output) if processes.is_main else nullcontext():
+    with lock_folder(log.output) if processes.is_main else nullcontext():
         return _train(task, processes, log)
 
 

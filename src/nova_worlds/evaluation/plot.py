@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from nova_video.io.media import atomic_path
+from nova_video.io.files import atomic_path
 from nova_worlds.clips import FPS
 from nova_worlds.evaluation.benchmark import REAL, RECONSTRUCTED
 from nova_worlds.evaluation.drift import MEASURES, WINDOW, DriftReport

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nova_video.common.errors import InputError
+from nova_video.io.files import atomic_path, check_writable
 from nova_video.io.fonts import font_for
-from nova_video.io.media import atomic_path, check_writable
 from nova_worlds.evaluation.benchmark import GENERATED, Report, Sample
 from nova_worlds.evaluation.drift import ENDS, MEASURES, DriftReport
 from nova_worlds.evaluation.editing import BeyondReport

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nova_video.io.media import atomic_path
+from nova_video.io.files import atomic_path
 
 
 @dataclass(frozen=True, eq=False)

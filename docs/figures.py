@@ -14,7 +14,8 @@ from drawing.style import save
 
 from nova_video.pipeline.loading import resolve_checkpoint
 from nova_video.pipeline.pipeline import NovaPipeline
-from nova_video.training.recipe import TransformerRecipe, load_recipe
+from nova_video.training.recipe import load_recipe
+from nova_worlds.training.recipes import WorldTransformerRecipe
 
 DOCS = Path(__file__).resolve().parent
 RECIPE = DOCS.parent / "recipes" / "emoji-image.toml"
@@ -62,7 +63,7 @@ def draw_structure(pipe: NovaPipeline, output: Path, seed: int) -> None:
     )
     save(network.draw_denoiser(model), output / "denoiser.png")
     recipe = load_recipe(RECIPE)
-    assert isinstance(recipe, TransformerRecipe)
+    assert isinstance(recipe, WorldTransformerRecipe)
     tokens = request.rows * request.columns
     save(training.draw_training(tokens, recipe.visible, recipe.visible_probability), output / "training.png")
     num_frames = pipe.vae.temporal_stride * (num_latents - 1) + 1

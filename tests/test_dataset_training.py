@@ -37,23 +37,22 @@ from nova_video.training import trainer as trainer_module
 from nova_video.training.checkpoint import Average, newest_checkpoint
 from nova_video.training.dataset_task import DatasetTask
 from nova_video.training.log import Log
-from nova_video.training.pool import fill_seed
 from nova_video.training.processes import Processes
 from nova_video.training.recipe import (
-    AutoencoderRecipe,
     DatasetRecipe,
     DatasetTransformerRecipe,
     LogRecipe,
     LoraRecipe,
     ModelRecipe,
     OptimizerRecipe,
-    TransformerRecipe,
     load_recipe,
     parse_recipe,
 )
 from nova_video.training.stream import collate, is_held_out
+from nova_video.training.task import fill_seed
 from nova_video.training.trainer import BAD_STEPS, Stepper, make_optimizer, set_rate, train
 from nova_video.training.transformer import Variant, use_fp8
+from nova_worlds.training.recipes import AutoencoderRecipe, WorldTransformerRecipe
 
 CPU = torch.device("cpu")
 CLIPS, SMALL, PICTURES = Bucket(9, 64, 96), Bucket(5, 64, 64), Bucket(1, 64, 96)
@@ -816,7 +815,7 @@ def test_kernels_of_attention(recipe: DatasetTransformerRecipe) -> None:
     """Any may be taken by transformers, unless a recipe says otherwise."""
     assert recipe.attention_kernels == "auto"
     assert replace(recipe, attention="cudnn").attention_kernels == "cudnn"
-    assert TransformerRecipe().attention_kernels == "auto"
+    assert WorldTransformerRecipe().attention_kernels == "auto"
     assert AutoencoderRecipe().attention_kernels == "flash"
 
 

@@ -1,5 +1,6 @@
 """The versions in constraints.txt cover every package that the extras install, and hints name commands that work."""
 
+import ast
 import json
 from importlib import metadata
 from pathlib import Path
@@ -62,3 +63,16 @@ def test_an_extra_is_installed_from_where_the_package_is_from(
     monkeypatch.setattr(metadata.Distribution, "read_text", lambda _, __: record and json.dumps(record))
     monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda _, __: record and json.dumps(record))
     assert install_command("train").endswith(command)
+
+
+def test_the_package_imports_no_world() -> None:
+    """Only the command line does, and only inside the functions of its commands."""
+    package, found = ROOT / "src" / "nova_video", []
+    for path in package.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = tree.body if path.parent == package / "cli" else list(ast.walk(tree))
+        for node in nodes:
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [str(path) for name in names if name.split(".")[0] == "nova_worlds"]
+    assert found == []

@@ -23,6 +23,7 @@ from torch import nn
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.cli.arguments import one_line_errors
+from nova_video.cli.main import main
 from nova_video.common.errors import InputError
 from nova_video.fast.training_graphs import StepGraphs
 from nova_video.text.vocabulary import Vocabulary
@@ -38,19 +39,17 @@ from nova_video.training.checkpoint import (
 )
 from nova_video.training.log import Log
 from nova_video.training.loss import Losses, NoiseTable, draw
-from nova_video.training.pool import Pool, Rows, fill_seed
 from nova_video.training.processes import model_shards
 from nova_video.training.recipe import (
-    AutoencoderRecipe,
-    DataRecipe,
+    DatasetTransformerRecipe,
     LogRecipe,
     ModelRecipe,
     OptimizerRecipe,
-    TransformerRecipe,
     load_recipe,
     parse_recipe,
     recipe_toml,
 )
+from nova_video.training.task import fill_seed
 from nova_video.training.trainer import (
     Looks,
     StopSignal,
@@ -63,7 +62,9 @@ from nova_video.training.trainer import (
 from nova_video.training.transformer import Variant
 from nova_worlds import EmojiWorld
 from nova_worlds.shapes import prepare_shapes
-from nova_worlds.transformer_task import WorldTask, stretch
+from nova_worlds.training.pools import Pool, Rows
+from nova_worlds.training.recipes import AutoencoderRecipe, DataRecipe, WorldTransformerRecipe
+from nova_worlds.training.transformer_task import WorldTask, stretch
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 
@@ -88,8 +89,10 @@ LOG = LogRecipe(every=2, validate_every=0, checkpoint_every=2)
 
 
 @pytest.fixture
-def transformer_recipe(tmp_path: Path, shapes: Path, autoencoder: Path, tiny_text_encoder: Path) -> TransformerRecipe:
-    return TransformerRecipe(
+def transformer_recipe(
+    tmp_path: Path, shapes: Path, autoencoder: Path, tiny_text_encoder: Path
+) -> WorldTransformerRecipe:
+    return WorldTransformerRecipe(
         steps=6,
         output=str(tmp_path / "run"),
         device="cpu",
@@ -134,13 +137,13 @@ def test_overrides_reach_nested_keys() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('kind = "transformer"\nstepz = 3', "unknown key 'stepz' (is it steps?); expected one of name, "),
+        ('kind = "transformer"\nstepz = 3', "unknown key 'stepz' (is it steps?); expected one of kind, "),
         ('kind = "transformer"\n[optimizer]\nlearning = 3', "unknown key 'learning'"),
         ('kind = "transformer"\n[datset]\npath = "x"', "unknown key 'datset' (is it dataset?)"),
         ('kind = "transformer"\n[optimizer]\nbetas = [0.9]', "betas is [0.9], expected a list of 2"),
         ('kind = "transformer"\nvisible = 3', "visible is 3, expected a list"),
         ('kind = "transformer"\nsteps = "many"', "steps is 'many', expected int"),
-        ('kind = "gan"', "kind is 'gan', expected one of autoencoder, transformer"),
+        ('kind = "gan"', "kind is 'gan', expected one of transformer, world-transformer, autoencoder, or module:Class"),
         ('kind = "transformer"\nscheduler = "euler"', "expected one of 'flow', 'ddpm'"),
         ('kind = "transformer"\n[data]\nframes = [4]', "expected lengths 4k + 1"),
         ('kind = "transformer"\n[data]\nframes = [1, 5]', "one entry for each length"),
@@ -155,7 +158,7 @@ def test_overrides_reach_nested_keys() -> None:
         ('kind = "transformer"\n[defaults]\nfps = inf', "fps is inf"),
         ('kind = "transformer"\noutput = "a\\u0000b"', "expected text without a NUL character"),
         (f'kind = "transformer"\nsteps = "{"x" * 500}"', "xxx..., expected int"),
-        ("kind = [1]", "kind is [1], expected one of autoencoder"),
+        ("kind = [1]", "kind is [1], expected one of transformer"),
         ('kind = "transformer"\nseed = -1', "seed is -1: expected a whole number"),
         ('kind = "transformer"\noutput = ""', "output is empty"),
         *(
@@ -310,7 +313,7 @@ def test_a_stretch_is_the_first_frame_and_what_lies_together() -> None:
     assert torch.equal(whole, latents[:, :, :9])
 
 
-def test_long_clips_are_learned_in_stretches(transformer_recipe: TransformerRecipe) -> None:
+def test_long_clips_are_learned_in_stretches(transformer_recipe: WorldTransformerRecipe) -> None:
     """Of the frames shown only the second half counts: the first ones' error moves nothing."""
     data = replace(transformer_recipe.data, frames=(17,), probability=(1.0,), batch=(2,), pool=(4,), window=9)
     task = WorldTask(replace(transformer_recipe, data=data), torch.device("cpu"))
@@ -357,7 +360,7 @@ def final_state(output: str) -> dict[str, torch.Tensor]:
     return load_file(newest)
 
 
-def test_resuming_equals_never_stopping(transformer_recipe: TransformerRecipe, tmp_path: Path) -> None:
+def test_resuming_equals_never_stopping(transformer_recipe: WorldTransformerRecipe, tmp_path: Path) -> None:
     train(transformer_recipe)
     whole = final_state(transformer_recipe.output)
     stopped = replace(transformer_recipe, output=str(tmp_path / "stopped"))
@@ -374,7 +377,7 @@ def test_resuming_equals_never_stopping(transformer_recipe: TransformerRecipe, t
 
 
 def test_the_padding_table_stays_as_it_was_drawn(
-    transformer_recipe: TransformerRecipe, caplog: pytest.LogCaptureFixture
+    transformer_recipe: WorldTransformerRecipe, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Checkpoints keep it, since a run that goes on draws another. A run that trained it can go on, too."""
     recipe = replace(transformer_recipe, optimizer=replace(transformer_recipe.optimizer, lr=0.1, weight_decay=1.0))
@@ -391,7 +394,7 @@ def test_the_padding_table_stays_as_it_was_drawn(
     assert "text_embed.weight was trained so far, and stays as it is from here on" in warning
 
 
-def test_the_released_loss_is_what_is_minimised(transformer_recipe: TransformerRecipe) -> None:
+def test_the_released_loss_is_what_is_minimised(transformer_recipe: WorldTransformerRecipe) -> None:
     recipe = replace(transformer_recipe, video_loss="released", steps=4, log=replace(LOG, every=1))
     train(recipe)
     clips = [line for line in lines_of(recipe) if "loss_t2i" in line]
@@ -405,13 +408,13 @@ def test_the_released_loss_is_what_is_minimised(transformer_recipe: TransformerR
 TIMES = ("seconds", "steps_per_second", "samples_per_second")
 
 
-def lines_of(recipe: TransformerRecipe) -> list[dict[str, float]]:
+def lines_of(recipe: WorldTransformerRecipe) -> list[dict[str, float]]:
     """What was logged, but for times."""
     text = (Path(recipe.output) / "metrics.jsonl").read_text()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
 
 
-def test_means_are_of_the_same_steps_wherever_a_run_goes_on_from(transformer_recipe: TransformerRecipe) -> None:
+def test_means_are_of_the_same_steps_wherever_a_run_goes_on_from(transformer_recipe: WorldTransformerRecipe) -> None:
     recipe = replace(transformer_recipe, log=replace(LOG, every=4, keep=3))
     train(recipe)
     assert [line["step"] for line in lines_of(recipe)] == [4, 6]
@@ -423,7 +426,7 @@ def test_means_are_of_the_same_steps_wherever_a_run_goes_on_from(transformer_rec
 
 
 def test_a_look_that_fails_costs_no_step(
-    transformer_recipe: TransformerRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    transformer_recipe: WorldTransformerRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint is there before it, and the run that goes on makes up for it."""
     recipe = replace(transformer_recipe, log=replace(LOG, validate_every=2, sample_every=2))
@@ -446,7 +449,7 @@ def test_a_look_that_fails_costs_no_step(
 
 
 def test_a_run_that_is_asked_to_stop_looks_later(
-    transformer_recipe: TransformerRecipe,
+    transformer_recipe: WorldTransformerRecipe,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -480,7 +483,7 @@ def test_a_run_that_is_asked_to_stop_looks_later(
     assert [line["step"] for line in lines_of(recipe) if "held_out_loss" in line] == [2, 4, 6]
 
 
-def test_rates_are_those_of_steps(transformer_recipe: TransformerRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_those_of_steps(transformer_recipe: WorldTransformerRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WorldTask, "sheet", lambda *_: time.sleep(3) or Image.new("RGB", (8, 8)))
     recipe = replace(transformer_recipe, log=replace(LOG, every=2, sample_every=2))
     train(recipe)
@@ -489,7 +492,7 @@ def test_rates_are_those_of_steps(transformer_recipe: TransformerRecipe, monkeyp
     assert 2 / lines[1]["steps_per_second"] < 2.5
 
 
-def test_a_finished_run_without_checkpoints_is_left_alone(transformer_recipe: TransformerRecipe) -> None:
+def test_a_finished_run_without_checkpoints_is_left_alone(transformer_recipe: WorldTransformerRecipe) -> None:
     recipe = replace(transformer_recipe, steps=1, log=replace(LOG, checkpoint_every=0))
     before = (train(recipe) / "recipe.toml").stat().st_mtime_ns
     with pytest.raises(InputError, match=f"^{recipe.output} has a finished model and no checkpoint to go on from"):
@@ -497,7 +500,7 @@ def test_a_finished_run_without_checkpoints_is_left_alone(transformer_recipe: Tr
     assert (Path(recipe.output) / "model" / "recipe.toml").stat().st_mtime_ns == before
 
 
-def test_others_can_read_what_is_written(transformer_recipe: TransformerRecipe) -> None:
+def test_others_can_read_what_is_written(transformer_recipe: WorldTransformerRecipe) -> None:
     before = os.umask(0o027)
     try:
         train(replace(transformer_recipe, steps=1))
@@ -508,7 +511,9 @@ def test_others_can_read_what_is_written(transformer_recipe: TransformerRecipe) 
     assert {stat.S_IMODE(path.stat().st_mode) for path in weights} == {0o640}
 
 
-def test_damaged_lines_are_left_out(transformer_recipe: TransformerRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_lines_are_left_out(
+    transformer_recipe: WorldTransformerRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Such as zeros, which a machine that lost its power may leave."""
     log = Log(transformer_recipe, writes=True)
     log.output.mkdir()
@@ -522,7 +527,7 @@ def test_damaged_lines_are_left_out(transformer_recipe: TransformerRecipe, capsy
     assert log.newest == {"loss": 0.5, "lr": 1.0}
 
 
-def test_a_world_s_schedule_is_that_of_init(transformer_recipe: TransformerRecipe) -> None:
+def test_a_world_s_schedule_is_that_of_init(transformer_recipe: WorldTransformerRecipe) -> None:
     first = train(replace(transformer_recipe, steps=1))
     task = WorldTask(replace(transformer_recipe, init=str(first), scheduler="init"), torch.device("cpu"))
     assert isinstance(task.scheduler, FlowMatchEulerDiscreteScheduler)
@@ -530,7 +535,7 @@ def test_a_world_s_schedule_is_that_of_init(transformer_recipe: TransformerRecip
         WorldTask(replace(transformer_recipe, scheduler="init"), torch.device("cpu"))
 
 
-def test_the_loop_writes_what_it_says(transformer_recipe: TransformerRecipe) -> None:
+def test_the_loop_writes_what_it_says(transformer_recipe: WorldTransformerRecipe) -> None:
     recipe = replace(transformer_recipe, log=replace(LOG, validate_every=6))
     folder = train(recipe)
     parts = {
@@ -564,7 +569,7 @@ def test_the_loop_writes_what_it_says(transformer_recipe: TransformerRecipe) -> 
 @pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("helps", [True, False])
 def test_steps_make_room_for_a_look_at_the_model(
-    recorded: bool, helps: bool, transformer_recipe: TransformerRecipe, monkeypatch: pytest.MonkeyPatch
+    recorded: bool, helps: bool, transformer_recipe: WorldTransformerRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, and what was done before is not done again; where there is none to make, memory is short as ever."""
     done: list[str] = []
@@ -599,7 +604,7 @@ def test_steps_make_room_for_a_look_at_the_model(
         assert done == ["validate", "sheet"] + ["release", "sheet"] * recorded
 
 
-def test_stage_two_starts_from_stage_one(transformer_recipe: TransformerRecipe, tmp_path: Path) -> None:
+def test_stage_two_starts_from_stage_one(transformer_recipe: WorldTransformerRecipe, tmp_path: Path) -> None:
     first = train(transformer_recipe)
     second = replace(transformer_recipe, init=str(first), output=str(tmp_path / "two"), steps=1)
     trained = load_file(
@@ -633,7 +638,7 @@ def test_autoencoder_learns(shapes: Path, tmp_path: Path) -> None:
     assert (tmp_path / "ae" / "sheets" / "step-00000030.png").is_file()
 
 
-def test_an_unwritable_output_is_named(transformer_recipe: TransformerRecipe, tmp_path: Path) -> None:
+def test_an_unwritable_output_is_named(transformer_recipe: WorldTransformerRecipe, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         train(replace(transformer_recipe, output=str(tmp_path / "file" / "run")))
@@ -758,7 +763,7 @@ def test_values_that_are_not_finite_are_said(saved: tuple[Path, nn.Module], capl
     assert "model.bias has values that are not finite" in caplog.text
 
 
-def test_what_killed_saves_left_is_swept(transformer_recipe: TransformerRecipe) -> None:
+def test_what_killed_saves_left_is_swept(transformer_recipe: WorldTransformerRecipe) -> None:
     """By the next run in the folder, and nothing else."""
     recipe, output = replace(transformer_recipe, steps=1), Path(transformer_recipe.output)
     left = [
@@ -798,3 +803,73 @@ def test_checkpoints_are_whole_and_few(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match=r"cannot be read: .*; without it the run goes on from .*step-00000002"):
         load_checkpoint(path, other, averages, fresh)
+
+
+# Own losses and tasks -------------------------------------------------------------------------------------------------
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_an_own_loss_is_named_in_the_recipe(
+    transformer_recipe: WorldTransformerRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example's weights are 0.5 and 1.5 for clips of two latent frames, and the saved recipe runs again."""
+    monkeypatch.chdir(EXAMPLES)
+    data = replace(transformer_recipe.data, frames=(5,), probability=(1.0,), batch=(2,), pool=(4,))
+    plain = replace(transformer_recipe, steps=1, data=data, log=replace(LOG, every=1, checkpoint_every=0))
+    own = replace(plain, loss="own_loss:later_frames", output=str(tmp_path / "own"))
+    train(plain)
+    train(own)
+    again = load_recipe(tmp_path / "own" / "recipe.toml", ["--output", str(tmp_path / "again")])
+    train(again)
+    (before,), (after,) = ([line for line in lines_of(recipe) if "loss" in line] for recipe in (plain, own))
+    assert after["loss_frame_0"] == pytest.approx(0.5 * before["loss_frame_0"])
+    assert after["loss_frame_1"] == pytest.approx(1.5 * before["loss_frame_1"])
+    assert after["loss"] == pytest.approx((after["loss_frame_0"] + after["loss_frame_1"]) / 2)
+    assert [line["loss"] for line in lines_of(again) if "loss" in line] == [after["loss"]]
+
+
+def test_a_loss_that_returns_something_else_is_refused(
+    transformer_recipe: WorldTransformerRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_losses.py").write_text("def none(*args):\n    return None\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="loss = 'own_losses:none' returns NoneType: expected Losses"):
+        train(replace(transformer_recipe, loss="own_losses:none"))
+
+
+def test_an_own_task_is_named_in_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The example finds its slope; the saved recipe runs again, with a flag of its own on top."""
+    monkeypatch.chdir(EXAMPLES)
+    lines = ["steps = 60", f'output = "{tmp_path / "run"}"', 'device = "cpu"', "slope = 2.0"]
+    (tmp_path / "line.toml").write_text("\n".join(['kind = "own_task:LineTask"', *lines, "[optimizer]", "lr = 0.2"]))
+    assert main(["train", str(tmp_path / "line.toml"), "--optimizer.warmup", "0", "--optimizer.ema", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "run" / "model")
+    assert load_file(tmp_path / "run" / "model" / "line.safetensors")["weight"].item() == pytest.approx(2, abs=0.1)
+    assert "A line of 1e-06 M parameters" in (tmp_path / "run" / "model" / "README.md").read_text()
+    again = ["--output", str(tmp_path / "again"), "--slope", "-1"]
+    assert main(["train", str(tmp_path / "run" / "recipe.toml"), *again]) == 0
+    assert load_file(tmp_path / "again" / "model" / "line.safetensors")["weight"].item() == pytest.approx(-1, abs=0.1)
+
+
+def test_recipes_of_version_0_1_0_keep_their_meaning() -> None:
+    """There, `transformer` with a table [data] was trained in a world."""
+    recipe = parse_recipe('kind = "transformer"\n[data]\nworld = "w"', "a recipe")
+    assert isinstance(recipe, WorldTransformerRecipe)
+    assert (recipe.kind, recipe.data.world) == ("world-transformer", "w")
+    assert isinstance(parse_recipe('kind = "transformer"\n[dataset]\npath = "d"', "a"), DatasetTransformerRecipe)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("own_task:LineRecipe", "expected a Task whose recipe_type"),
+        ("own_task:Nothing", "has no Nothing"),
+    ],
+)
+def test_kinds_that_are_none_are_refused(kind: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    with pytest.raises(InputError, match=message):
+        parse_recipe(f'kind = "{kind}"', "a recipe")

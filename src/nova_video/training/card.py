@@ -12,7 +12,7 @@ from nova_video.pipeline.loading import resolve_checkpoint
 from nova_video.pipeline.model_card import card_facts
 from nova_video.training.checkpoint import Progress
 from nova_video.training.log import DETAILS
-from nova_video.training.recipe import AutoencoderRecipe, TransformerRun
+from nova_video.training.recipe import TransformerRun
 from nova_video.training.segments import Segment, recipe_changes
 from nova_video.training.task import Task
 
@@ -52,7 +52,9 @@ def card(task: Task[Any, Any, Any], record: Record, has_sheet: bool) -> str:
     recipe, progress, segments = task.recipe, record.progress, record.segments
     devices = dict.fromkeys(segment.devices for segment in segments if segment.devices)
     lines = ["---", _metadata(task), "---", "", f"# {recipe.name}", ""]
-    lines += [_what(task), "", "## Use", "", "```bash", f"{_use(recipe)}", "```", "", *_use_in_python(recipe)]
+    lines += [_what(task), ""]
+    if usage := _use(task):
+        lines += ["## Use", "", "```bash", usage, "```", "", *_use_in_python(recipe)]
     if has_sheet:
         lines += [f"![Samples]({SHEET})", ""]
     lines += [
@@ -121,7 +123,8 @@ def _recipe_names(segments: Sequence[Segment]) -> list[str]:
 def _metadata(task: Task[Any, Any, Any]) -> str:
     """The head of the card, which the Hugging Face Hub reads: license, tags and datasets of `init` hold here too."""
     recipe, facts, base = task.recipe, dict[str, Any](), None
-    tags = ["nova-video", "autoencoder" if isinstance(recipe, AutoencoderRecipe) else "nova", _kind(task)]
+    makes = _makes(recipe)
+    tags = ["nova-video", *(task.tags if makes is None else ("nova", makes))]
     if isinstance(recipe, TransformerRun) and recipe.init:
         place = Path(recipe.init)
         base = place.resolve().name if place.is_dir() else recipe.init
@@ -129,7 +132,7 @@ def _metadata(task: Task[Any, Any, Any]) -> str:
         tags += ["lora"] if recipe.lora.rank else []
     data = ModelCardData(
         library_name="nova-video",
-        pipeline_tag=None if isinstance(recipe, AutoencoderRecipe) else _kind(task),
+        pipeline_tag=makes,
         base_model=base,
         license=facts.get("license"),
         datasets=list(dict.fromkeys([*facts.get("datasets", ()), *task.hub_datasets()])) or None,
@@ -139,10 +142,11 @@ def _metadata(task: Task[Any, Any, Any]) -> str:
     return head
 
 
-def _kind(task: Task[Any, Any, Any]) -> str:
-    if isinstance(task.recipe, AutoencoderRecipe):
-        return "other"
-    return "text-to-video" if task.recipe.defaults.num_frames > 1 else "text-to-image"
+def _makes(recipe: Any) -> str | None:
+    """The Hub's name for what a transformer of this recipe does; None for all other models."""
+    if not isinstance(recipe, TransformerRun):
+        return None
+    return "text-to-video" if recipe.defaults.num_frames > 1 else "text-to-image"
 
 
 def _what(task: Task[Any, Any, Any]) -> str:
@@ -155,15 +159,16 @@ def _what(task: Task[Any, Any, Any]) -> str:
             f" {count - learned:.4g} M stayed as they were."
         )
     init = recipe.init if isinstance(recipe, TransformerRun) else ""
-    what = "A causal video autoencoder" if isinstance(recipe, AutoencoderRecipe) else "A NOVA transformer"
+    what = "A NOVA transformer" if isinstance(recipe, TransformerRun) else task.describes
     start = f"trained further from `{init}`" if init else "trained from scratch"
     frozen = f"\n{learned:.4g} M of them were trained; the others stayed as they were." if learned < count else ""
     return f"{what} of {count:.4g} M parameters, {start}.{frozen}"
 
 
-def _use(recipe: Any) -> str:
-    if isinstance(recipe, AutoencoderRecipe):
-        return "nova train recipes/emoji-image.toml --autoencoder FOLDER"
+def _use(task: Task[Any, Any, Any]) -> str:
+    recipe = task.recipe
+    if not isinstance(recipe, TransformerRun):
+        return task.usage
     if recipe.lora.rank:
         return f'nova generate "..." --model {recipe.init} --lora FOLDER'
     return 'nova generate "..." --model FOLDER'
@@ -171,7 +176,7 @@ def _use(recipe: Any) -> str:
 
 def _use_in_python(recipe: Any) -> list[str]:
     """The lines that open the folder: there is no code in it."""
-    if isinstance(recipe, AutoencoderRecipe):
+    if not isinstance(recipe, TransformerRun):
         return []
     opened = recipe.init if recipe.lora.rank else "FOLDER"
     lines = ["```python", "from nova_video import NovaPipeline", ""]

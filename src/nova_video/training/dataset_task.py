@@ -117,7 +117,7 @@ class DatasetTask(TransformerTask):
 
     def __init__(self, recipe: DatasetTransformerRecipe, device: torch.device) -> None:
         if not recipe.dataset.path:
-            raise InputError("dataset.path is empty: expected a folder or URL written by `nova encode`")
+            raise InputError("dataset.path is empty: expected what `nova encode` wrote, or a table [data] of a world")
         self.info = info = DatasetInfo.load(recipe.dataset.path)
         self.shards = list_shards(recipe.dataset.path)
         self.learned = self._learned(recipe.dataset, 1)

@@ -11,66 +11,19 @@ import typing
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from pkgutil import resolve_name
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from nova_video.common.checks import AttentionKernels, check_local, check_number
 from nova_video.common.errors import InputError, first_line, unknown
+from nova_video.common.extensions import load_extension
 from nova_video.io.text import read_toml
 from nova_video.pipeline.settings import Defaults
-from nova_worlds.words import MOTIONS
 
 T = TypeVar("T")
 
 LONGEST_SHOWN = 80
 """Characters of a wrong value that an error repeats."""
-
-
-@dataclass(frozen=True)
-class DataRecipe:
-    """What is learned from: a prepared world, rendered on the device as training goes."""
-
-    world: str = "data/emoji"
-    """Folder written by `nova data emoji` or `nova data shapes`."""
-    frames: tuple[int, ...] = (17,)
-    """Clip lengths, each 4k + 1; 1 is an image."""
-    probability: tuple[float, ...] = (1.0,)
-    """Share of the steps each length gets."""
-    batch: tuple[int, ...] = (64,)
-    """Clips of a batch, for each length."""
-    pool: tuple[int, ...] = (65536,)
-    """Clips of each length held ready on the device."""
-    refresh_every: int = 1000
-    """Steps after which some of the pool is replaced by new clips; 0: never."""
-    refresh: float = 0.05
-    """Share of the pool that is replaced then."""
-    pairs: float = 0.3
-    """Share of the images that show two objects."""
-    emphasized: tuple[str, ...] = ()
-    """Motions that clips show `emphasis` times as often as the others."""
-    emphasis: float = 1.0
-    """How many times as often."""
-    window: int | None = None
-    """Of longer clips a step shows so many frames, the first one and a stretch of the rest, as a bounded context does
-    in sampling. Only the second half of them is learned: where the stretch begins, nothing tells the first ones."""
-
-    def __post_init__(self) -> None:
-        lengths = {name: len(getattr(self, name)) for name in ("frames", "probability", "batch", "pool")}
-        if len(set(lengths.values())) != 1:
-            raise InputError(f"data.frames, probability, batch and pool need one entry for each length; got {lengths}")
-        if any(frames < 1 or frames % 4 != 1 for frames in self.frames):
-            raise InputError(f"data.frames = {self.frames}: expected lengths 4k + 1, such as 1, 9 or 17")
-        if self.window is not None and (self.window < 9 or self.window % 4 != 1):
-            raise InputError(f"data.window = {self.window}: expected a length 4k + 1 of at least 9")
-        for frames, *counts in zip(self.frames, self.batch, self.pool, strict=True):
-            for name, count in zip(("batch", "pool"), counts, strict=True):
-                check_number(f"data.{name} for {frames} frames", count, 1, integer=True)
-        _check_shares("data.probability", self.probability)
-        check_number("data.refresh_every", self.refresh_every, 0, integer=True)
-        for name in ("refresh", "pairs"):
-            check_number(f"data.{name}", getattr(self, name), 0, high=1)
-        check_number("data.emphasis", self.emphasis, 0, above=True)
-        if unknown := [motion for motion in self.emphasized if motion not in MOTIONS]:
-            raise InputError(f"data.emphasized has {unknown[0]!r}: expected motions such as {MOTIONS[1]!r}")
 
 
 @dataclass(frozen=True)
@@ -163,9 +116,12 @@ class LogRecipe:
 
 
 @dataclass(frozen=True)
-class RunRecipe:
+class Recipe:
     """What every training run has."""
 
+    kind: str = ""
+    """What is trained: `transformer` (on an encoded dataset), `world-transformer` or `autoencoder` (in a world), or
+    `module:Class`, a `Task` of one's own whose `recipe_type` is the record of its settings."""
     name: str = "run"
     """Name of the run for the trackers."""
     steps: int = 40000
@@ -218,35 +174,6 @@ class RunRecipe:
 
 
 @dataclass(frozen=True)
-class AutoencoderRecipe(RunRecipe):
-    """Trains `AutoencoderKLCausalTiny`."""
-
-    kind: Literal["autoencoder"] = "autoencoder"
-    """What is trained."""
-    data: DataRecipe = field(default_factory=DataRecipe)
-    latent_channels: int = 16
-    """Channels of a latent."""
-    l1: float = 1.0
-    """Weight of the absolute error of pixels."""
-    mse: float = 2.0
-    """Weight of the squared error of pixels."""
-    gradient: float = 2.0
-    """Weight of the L1 distance of differences between neighbouring pixels."""
-    kl: float = 1e-3
-    """Weight of the distance of the latents from a normal distribution."""
-    foreground: float = 4.0
-    """Pixels of the object weigh 1 + this."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("latent_channels", self.latent_channels, 1, integer=True)
-        for name in ("l1", "mse", "gradient", "kl", "foreground"):
-            check_number(name, getattr(self, name), 0)
-        if self.log.score_every:
-            raise InputError(f"log.score_every is {self.log.score_every}: expected 0, no judge scores an autoencoder")
-
-
-@dataclass(frozen=True)
 class ModelRecipe:
     """The transformer's size; the rest of `NOVATransformer3DModel`'s configuration follows from the autoencoder.
 
@@ -294,11 +221,9 @@ class LoraRecipe:
 
 
 @dataclass(frozen=True)
-class TransformerRun(RunRecipe):
+class TransformerRun(Recipe):
     """What all trainings of `NOVATransformer3DModel` have."""
 
-    kind: Literal["transformer"] = "transformer"
-    """What is trained."""
     init: str = ""
     """Checkpoint (folder, hub id or `emoji`) whose transformer is started from; empty: from scratch."""
     fresh: tuple[str, ...] = ()
@@ -322,6 +247,9 @@ class TransformerRun(RunRecipe):
     """With mask_ratio "batch": ratios are rounded to multiples of 1 / this, which leaves fewer variants to compile and
     record. 0: any ratio (the paper). Where a frame's tokens are this times 128 (8 at 512 px, 32 at 1024), all lengths
     suit cuDNN's attention."""
+    loss: str = ""
+    """A loss of one's own, `module:function`: it takes the arguments of `nova_video.training.loss.losses` and returns
+    `Losses`. Empty: that function itself."""
     loss_repeat: int = 2
     """Noise draws for each scored token."""
     video_loss: Literal["mean", "released"] = "mean"
@@ -355,7 +283,7 @@ class TransformerRun(RunRecipe):
         for count in self.visible:
             check_number("visible", count, 0, integer=True)
         if self.visible:
-            _check_shares("visible_probability", self.visible_probability)
+            check_shares("visible_probability", self.visible_probability)
         check_number("loss_repeat", self.loss_repeat, 1, integer=True)
         for name in ("prompt_dropout", "motion_dropout"):
             check_number(name, getattr(self, name), 0, high=1)
@@ -381,24 +309,11 @@ class TransformerRun(RunRecipe):
 
 
 @dataclass(frozen=True)
-class TransformerRecipe(TransformerRun):
-    """In a world: stage one on images, stage two on clips from stage one's weights (`init`)."""
-
-    data: DataRecipe = field(default_factory=DataRecipe)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.video_loss == "released" and self.data.window is not None:
-            raise InputError(
-                f"data.window is {self.data.window} and video_loss is 'released': expected 'mean', a window's first"
-                " frames are not learned"
-            )
-
-
-@dataclass(frozen=True)
 class DatasetTransformerRecipe(TransformerRun):
-    """On an encoded dataset: what a recipe with a table [dataset] is."""
+    """On an encoded dataset."""
 
+    kind: Literal["transformer"] = "transformer"
+    """What is trained."""
     autoencoder: str = ""
     """Checkpoint whose autoencoder encoded the dataset; empty: the one that the dataset names."""
     text_encoder: str = ""
@@ -415,8 +330,24 @@ class DatasetTransformerRecipe(TransformerRun):
             )
 
 
-Recipe = AutoencoderRecipe | TransformerRecipe | DatasetTransformerRecipe
-KINDS: dict[str, type[Recipe]] = {"autoencoder": AutoencoderRecipe, "transformer": TransformerRecipe}
+class Kind(NamedTuple):
+    """A kind of training, by the names of its two classes: they are imported when a recipe asks for them."""
+
+    recipe: str
+    task: str
+
+
+KINDS = {
+    "transformer": Kind(
+        "nova_video.training.recipe:DatasetTransformerRecipe", "nova_video.training.dataset_task:DatasetTask"
+    ),
+    "world-transformer": Kind(
+        "nova_worlds.training.recipes:WorldTransformerRecipe", "nova_worlds.training.transformer_task:WorldTask"
+    ),
+    "autoencoder": Kind(
+        "nova_worlds.training.recipes:AutoencoderRecipe", "nova_worlds.training.autoencoder_task:AutoencoderTask"
+    ),
+}
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -432,7 +363,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         return recipe
     import tyro
 
+    kind = recipe.kind
     recipe, left = tyro.cli(type(recipe), default=recipe, args=overrides, prog="nova train", return_unknown_args=True)
+    if recipe.kind != kind:
+        raise InputError(f"--kind is {shown(recipe.kind)}: expected {kind!r}, as in {path}")
     if left and not left[0].startswith("-"):
         raise InputError(f"argument {left[0]!r} is one too many: expected a setting and its value")
     if left:
@@ -452,13 +386,26 @@ def parse_recipe(text: str, where: str) -> Recipe:
 
 
 def build_recipe(values: dict[str, Any], where: str) -> Recipe:
-    """The recipe of a TOML file's values, of the record that its kind and its tables ask for."""
+    """The recipe of a TOML file's values, of the record that belongs to its kind."""
     kind = values.get("kind")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise InputError(f"{where}: kind is {shown(kind)}, expected one of {', '.join(KINDS)}")
-    encoded = any(get_close_matches(key, ("dataset",), cutoff=0.8) for key in values)  # or a slip of the pen
-    found: type[Recipe] = DatasetTransformerRecipe if encoded else KINDS[kind]
-    return _build(found, values, where)
+    if kind == "transformer" and "data" in values and "dataset" not in values:  # as version 0.1.0 wrote it
+        kind = "world-transformer"
+    if isinstance(kind, str) and ":" in kind:
+        found = own_task(kind).recipe_type
+    elif isinstance(kind, str) and kind in KINDS:
+        found = resolve_name(KINDS[kind].recipe)
+    else:
+        raise InputError(f"{where}: kind is {shown(kind)}, expected one of {', '.join(KINDS)}, or module:Class")
+    return _build(found, values | {"kind": kind}, where)
+
+
+def own_task(name: str) -> Any:
+    """The task class of the user's own that `module:Class` names; its `recipe_type` is a frozen dataclass."""
+    task = load_extension(name, "kind")
+    record = getattr(task, "recipe_type", None)
+    if not (isinstance(record, type) and issubclass(record, Recipe) and dataclasses.is_dataclass(record)):
+        raise InputError(f"kind is {name!r}: expected a Task whose recipe_type is a dataclass that extends Recipe")
+    return task
 
 
 def recipe_toml(recipe: Recipe) -> str:
@@ -480,8 +427,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_shares(name: str, shares: tuple[float, ...]) -> None:
-    """Weights of a draw."""
+def check_shares(name: str, shares: tuple[float, ...]) -> None:
+    """Raise InputError where the weights of a draw are negative or all zero."""
     for share in shares:
         check_number(name, share, 0)
     if not sum(shares):

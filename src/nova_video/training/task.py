@@ -3,18 +3,17 @@
 A variant is whatever changes the shapes of a step, such as a clip length: each gets a CUDA graph of its own.
 """
 
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable
-from functools import partial
+from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from PIL import Image
 from torch import nn
 
-from nova_video.training.pool import Pool, Rows, fill_seed
-from nova_video.training.recipe import DataRecipe
+from nova_video.training.recipe import Recipe
 
 LossParts = dict[str, Any]
 """By name: tensors, each a scalar or a pair of a sum and how many it is of."""
@@ -26,6 +25,15 @@ B = TypeVar("B")
 
 class Task(ABC, Generic[M, V, B]):
     """A model, the samples it learns from and its loss."""
+
+    recipe_type: ClassVar[type[Recipe]]
+    """The record of the settings, where a recipe names this class by `kind = "module:Class"`."""
+    describes: ClassVar[str] = "A model"
+    """For the model card: what the weights are."""
+    tags: ClassVar[tuple[str, ...]] = ("other",)
+    """For the model card: tags of the Hugging Face Hub."""
+    usage: ClassVar[str] = ""
+    """For the model card: a command that uses the weights in FOLDER."""
 
     recipe: Any
     """With nothing left open: what is saved beside the weights."""
@@ -116,30 +124,6 @@ class Task(ABC, Generic[M, V, B]):
         return {}
 
 
-class Pools:
-    """Samples of a world, a pool for each clip length: what the trainings in a world draw from."""
-
-    def __init__(self, data: DataRecipe, seed: int, make: Callable[[int, int, int], Rows]) -> None:
-        """`make` (frames, count, seed) -> that many samples of clips of that length, fixed by the seed."""
-        self.data, self.seed, self.make = data, seed, make
-        self.batch = dict(zip(data.frames, data.batch, strict=True))
-        self.by_length = {
-            frames: Pool(partial(self._fill, frames), size, data.refresh)
-            for frames, size in zip(data.frames, data.pool, strict=True)
-        }
-
-    def _fill(self, frames: int, count: int, fill: int) -> Rows:
-        return self.make(frames, count, fill_seed(self.seed, frames, fill))
-
-    def prepare(self, step: int) -> None:
-        for pool in self.by_length.values():
-            pool.fill_for(step, self.data.refresh_every)
-
-    def draw(self, frames: int) -> Rows:
-        """A batch of clips of that length."""
-        return self.by_length[frames].draw(self.batch[frames])
-
-
-def describe_world(data: DataRecipe) -> str:
-    lengths = ", ".join(map(str, data.frames))
-    return f"clips of {lengths} frames of the world `{data.world}`, drawn as training went"
+def fill_seed(*numbers: int) -> int:
+    """A seed that depends on all of `numbers`, the same on every machine."""
+    return random.Random(repr(numbers)).getrandbits(63)

@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 from types import FrameType
 from typing import Any
 
@@ -46,21 +47,19 @@ from nova_video.training.checkpoint import (
 )
 from nova_video.training.flops import device_peak
 from nova_video.training.log import Log, Looks
-from nova_video.training.pool import fill_seed
 from nova_video.training.processes import Processes, model_shards
 from nova_video.training.recipe import (
-    AutoencoderRecipe,
-    DatasetTransformerRecipe,
+    KINDS,
     OptimizerRecipe,
     Recipe,
     TransformerRun,
     changes,
     load_recipe,
+    own_task,
     recipe_toml,
 )
 from nova_video.training.segments import Segment, begin_segment, read_segments, write_segments
-from nova_video.training.task import LossParts, Task
-from nova_worlds.autoencoder_task import AutoencoderTask
+from nova_video.training.task import LossParts, Task, fill_seed
 
 BAD_STEPS = 10  # in a row, which end a run
 AGREE_EVERY = 2.0  # seconds, about: several processes agree on the time and on whether to stop
@@ -293,15 +292,13 @@ def choose_kernels(attention: AttentionKernels) -> None:
 
 
 def make_task(recipe: Recipe, device: torch.device) -> AnyTask:
-    if isinstance(recipe, AutoencoderRecipe):
-        return AutoencoderTask(recipe, device)
-    if isinstance(recipe, DatasetTransformerRecipe):
-        from nova_video.training.dataset_task import DatasetTask
-
-        return DatasetTask(recipe, device)
-    from nova_worlds.transformer_task import WorldTask
-
-    return WorldTask(recipe, device)
+    """The task that the recipe's kind names."""
+    built_in = KINDS.get(recipe.kind)
+    task = own_task(recipe.kind) if built_in is None else resolve_name(built_in.task)
+    made = task(recipe, device)
+    if not isinstance(made, Task):
+        raise InputError(f"kind is {recipe.kind!r}: expected a class that extends nova_video.training.task.Task")
+    return made
 
 
 def look(task: AnyTask, model: nn.Module, looks: Looks, log: Log, record: Record, graphs: StepGraphs | None) -> bool:

@@ -1,12 +1,12 @@
 """What all trainings of the transformer share: the model, one batch's loss, and the checkpoint folder it becomes.
 
-`dataset_task.py` reads clips that were encoded beforehand; `nova_worlds/transformer_task.py` renders them during
-training.
+`dataset_task.py` reads clips that were encoded beforehand; a world's task, in `nova_worlds`, renders them as it trains.
 """
 
 import copy
 import json
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nova_video.autoencoders import scale_latents
 from nova_video.common.errors import InputError
+from nova_video.common.extensions import load_extension
 from nova_video.common.extras import install_command
 from nova_video.common.startup import reveal
 from nova_video.data.encoders import check_text_parts
@@ -90,6 +91,7 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         self.table = NoiseTable.from_scheduler(scheduler, device)
         self.values = model.patch_size**2 * model.config.image_dim
         self.masks = TemporalMasks()
+        self.losses: Callable[..., Losses] = load_extension(recipe.loss, "loss") if recipe.loss else losses
         self.capturable = recipe.mask_ratio == "batch"
         self.loss_names = ("loss", "loss_t2i", "loss_i2i")
         self.loss_names += tuple(f"loss_time_{i}" for i in range(TIME_BINS))
@@ -143,7 +145,10 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         draws = self._draws(len(batch.latents), num_frames, grid, visible, repeats)
         positions = model.positions(num_frames, grid)
         apply = checkpointed if self.recipe.checkpointing and torch.is_grad_enabled() else Block.__call__
-        return losses(model, batch.latents, history, tokens, positions, self.table, draws, apply, self.masks)
+        found = self.losses(model, batch.latents, history, tokens, positions, self.table, draws, apply, self.masks)
+        if not isinstance(found, Losses):
+            raise InputError(f"loss = {self.recipe.loss!r} returns {type(found).__name__}: expected Losses")
+        return found
 
     def _draws(
         self, count: int, num_frames: int, grid: tuple[int, int], visible: int | None, repeats: int

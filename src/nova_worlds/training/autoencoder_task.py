@@ -8,15 +8,18 @@ from PIL import Image
 from torch import Tensor
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny
-from nova_video.training.pool import Rows
-from nova_video.training.recipe import AutoencoderRecipe
-from nova_video.training.task import LossParts, Pools, Task, describe_world
+from nova_video.training.task import LossParts, Task
+from nova_worlds.training.pools import Pools, Rows, describe_world
+from nova_worlds.training.recipes import AutoencoderRecipe
 from nova_worlds.world import EmojiWorld, Split, to_uint8
 
 
 class AutoencoderTask(Task[AutoencoderKLCausalTiny, int, Rows]):
     """A variant is a clip length."""
 
+    describes = "A causal video autoencoder"
+    tags = ("autoencoder", "other")
+    usage = "nova train recipes/emoji-image.toml --autoencoder FOLDER"
     loss_names = ("loss", "l1", "mse", "kl")
 
     def __init__(self, recipe: AutoencoderRecipe, device: torch.device) -> None:

@@ -4,12 +4,15 @@ What a pool holds depends on its seed and on the number of fills alone, so a res
 """
 
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from nova_video.training.task import fill_seed
+from nova_worlds.training.recipes import DataRecipe
 
 Rows = dict[str, Tensor]
 """Named columns, each (rows, ...)."""
@@ -53,6 +56,30 @@ class Pool:
         return {name: column[index] for name, column in self.rows.items()}
 
 
-def fill_seed(*numbers: int) -> int:
-    """A seed that depends on all of `numbers`, the same on every machine."""
-    return random.Random(repr(numbers)).getrandbits(63)
+class Pools:
+    """Samples of a world in a pool for each clip length, which the trainings in a world draw from."""
+
+    def __init__(self, data: DataRecipe, seed: int, make: Callable[[int, int, int], Rows]) -> None:
+        """`make` (frames, count, seed) -> that many samples of clips of that length, fixed by the seed."""
+        self.data, self.seed, self.make = data, seed, make
+        self.batch = dict(zip(data.frames, data.batch, strict=True))
+        self.by_length = {
+            frames: Pool(partial(self._fill, frames), size, data.refresh)
+            for frames, size in zip(data.frames, data.pool, strict=True)
+        }
+
+    def _fill(self, frames: int, count: int, fill: int) -> Rows:
+        return self.make(frames, count, fill_seed(self.seed, frames, fill))
+
+    def prepare(self, step: int) -> None:
+        for pool in self.by_length.values():
+            pool.fill_for(step, self.data.refresh_every)
+
+    def draw(self, frames: int) -> Rows:
+        """A batch of clips of that length."""
+        return self.by_length[frames].draw(self.batch[frames])
+
+
+def describe_world(data: DataRecipe) -> str:
+    lengths = ", ".join(map(str, data.frames))
+    return f"clips of {lengths} frames of the world `{data.world}`, drawn as training went"

@@ -17,9 +17,7 @@ from nova_video.pipeline.loading import load_autoencoder, resolve_checkpoint
 from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.text.vocabulary import Vocabulary
-from nova_video.training.pool import Rows
-from nova_video.training.recipe import TransformerRecipe
-from nova_video.training.task import LossParts, Pools, describe_world
+from nova_video.training.task import LossParts
 from nova_video.training.transformer import (
     Batch,
     Material,
@@ -34,6 +32,8 @@ from nova_worlds.evaluation.benchmark import GENERATED, SHEET_CLIPS, describe
 from nova_worlds.evaluation.emoji import EmojiSettings, asked_specs, evaluate_emoji, generate
 from nova_worlds.evaluation.judge import Judge
 from nova_worlds.evaluation.report import contact_sheet
+from nova_worlds.training.pools import Pools, Rows, describe_world
+from nova_worlds.training.recipes import WorldTransformerRecipe
 from nova_worlds.words import MOTIONS
 from nova_worlds.world import EmojiWorld
 
@@ -48,7 +48,7 @@ def stretch(latents: Tensor, window: int) -> Tensor:
     return latents.gather(2, index[:, None, :, None, None].expand(-1, latents.shape[1], -1, *latents.shape[3:]))
 
 
-def _vocabulary(recipe: TransformerRecipe, world: EmojiWorld) -> Vocabulary | None:
+def _vocabulary(recipe: WorldTransformerRecipe, world: EmojiWorld) -> Vocabulary | None:
     """The words of the world and of the model that training starts from; None where that one reads any text."""
     learned = world.vocabulary(recipe.data.frames, recipe.data.pairs > 0)
     if not recipe.init:
@@ -60,9 +60,9 @@ def _vocabulary(recipe: TransformerRecipe, world: EmojiWorld) -> Vocabulary | No
 class WorldTask(TransformerTask):
     """A size is a clip length in frames."""
 
-    recipe: TransformerRecipe
+    recipe: WorldTransformerRecipe
 
-    def __init__(self, recipe: TransformerRecipe, device: torch.device) -> None:
+    def __init__(self, recipe: WorldTransformerRecipe, device: torch.device) -> None:
         vae = load_autoencoder(resolve_checkpoint(recipe.autoencoder))
         if vae is None:
             raise InputError(f"autoencoder = {recipe.autoencoder!r}: expected a checkpoint folder with vae/")

@@ -28,6 +28,7 @@ from nova_video.common.extras import install_command
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
 from nova_video.data.encode import model_text
 from nova_video.data.encoders import autoencoder_info, text_names
+from nova_video.fast.graphs import Recording
 from nova_video.fast.training_graphs import StepGraphs
 from nova_video.pipeline.loading import load_transformer
 from nova_video.pipeline.pipeline import NovaPipeline
@@ -664,13 +665,16 @@ class DirectRecorder:
     def has_room(self) -> bool:
         return self.recorded < self.room
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+    def record(self, work: Callable[[], None], arguments: dict[str, Any]) -> Recording:
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
         self.recorded += 1
-        return work
+        return Recording(work, None, 0)
 
-    def release(self) -> None:
+    def wait(self) -> None:
+        pass
+
+    def renew(self) -> None:
         self.released += 1
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nova_video.common.notices import warn_once
 from nova_video.fast.engine import DirectRunner, FastEngine, Inputs
-from nova_video.fast.graphs import CudaRecorder, GraphRunner, Recording, can_compile
+from nova_video.fast.graphs import CudaRecorder, GraphRunner, Recording, can_compile, capture
+from nova_video.fast.training_graphs import StepGraphs
 from nova_video.sampling.context import Context
 from nova_video.sampling.engine import PlainEngine
 from nova_video.sampling.generate import generate_sets
@@ -238,6 +239,33 @@ def test_threads_take_turns() -> None:
     assert wrong == []
 
 
+class BrokenGraph:
+    """A CUDA graph whose capture ends in an error of its own once one has come before, as torch's does."""
+
+    def __init__(self) -> None:
+        self.capturing = False
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        self.capturing = True
+
+    def capture_end(self) -> None:
+        self.capturing = False
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a copy waits for the device"), KeyboardInterrupt()])
+def test_a_broken_capture_ends_and_keeps_its_first_error(error: BaseException) -> None:
+    graph: Any = BrokenGraph()
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        capture(graph, (0, 1), fail)
+    assert caught.value is error
+    assert not graph.capturing
+
+
 # With capture on ------------------------------------------------------------------------------------------------------
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -355,6 +383,29 @@ def test_gpu_after_what_cannot_be_captured() -> None:
     runner.release()
     record(runner, 1000)
     assert len(runner) == 1
+
+
+@gpu
+def test_gpu_training_goes_on_behind_a_step_that_cannot_be_captured(caplog: pytest.LogCaptureFixture) -> None:
+    """Steps recorded before are replayed, others are called, and the line says the first error."""
+    graphs = StepGraphs(CudaRecorder(torch.device("cuda")))
+    sums = torch.zeros(2, device="cuda")
+
+    def step(batch: dict[str, Tensor], item: bool) -> None:
+        x = batch["x"] * torch.ones(1000, device="cuda")
+        sums[int(item)] += x.mean().item() if item else x.mean()
+
+    for count in range(1, 5):
+        batch = {"x": torch.full((1,), float(count), device="cuda")}
+        graphs("good", batch, lambda batch: step(batch, item=False))
+        graphs("bad", batch, lambda batch: step(batch, item=True))
+        graphs(("other", count % 2), batch, lambda batch: step(batch, item=False))
+    assert sums.tolist() == [20, 10]
+    assert len(graphs) == 1
+    (line,) = [record.message for record in caplog.records if "computed one by one" in record.message]
+    assert "previous error" not in line
+    graphs.release()
+    torch.rand(3, device="cuda")
 
 
 @gpu

@@ -573,7 +573,7 @@ def test_steps_make_room_for_a_look_at_the_model(
 ) -> None:
     """Once, and what was done before is not done again; where there is none to make, memory is short as ever."""
     done: list[str] = []
-    graphs = StepGraphs(SimpleNamespace(release=lambda: done.append("release"))) if recorded else None  # type: ignore[arg-type]
+    graphs = StepGraphs(SimpleNamespace(wait=list, renew=lambda: done.append("release"))) if recorded else None  # type: ignore[arg-type]
 
     def validate(model: object) -> dict[str, float]:
         done.append("validate")

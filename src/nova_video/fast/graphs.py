@@ -1,9 +1,9 @@
-"""CUDA graphs of the sampler's functions: captured when a shape comes again, replayed from then on.
+"""CUDA graphs: one recorder for sampling and training, and the sampler's functions, replayed when a shape comes again.
 
 A set is a few hundred kernels of a few microseconds, and launching them one by one takes longer than running them.
-`GraphRunner` belongs to a pipeline and is handed to the engine of every request (`engine.py`); `CudaRecorder` is all of
-it that needs a GPU. All graphs share their memory: one is replayed at a time, in the order of the calls, whichever
-streams and threads those come from.
+`CudaRecorder` is all that needs a GPU. `GraphRunner` belongs to a pipeline and is handed to the engine of every request
+(`engine.py`); `training_graphs.py` has training's. All graphs of a recorder share their memory: one is replayed at a
+time, in the order of the calls, whichever streams and threads those come from.
 """
 
 import logging
@@ -12,8 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
-from typing import Protocol
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ SET_MULTIPLE = 8
 MAX_GRAPHS = 512
 MAX_BYTES = 2 << 30  # of device memory, by what recordings said that they took of it
 MAX_SEEN = 4096  # keys remembered as having come once
+RESERVE = 2 << 30
+"""Bytes of a device that training's recordings leave free. What a step computes they share with steps that are called;
+but each takes some for itself, and sizes that differ leave gaps."""
 
 log = logging.getLogger(__name__)
 
@@ -49,95 +52,130 @@ class Recording:
     """A function's work on the arguments it was recorded with."""
 
     replay: Callable[[], None]
-    output: Tensor
-    """Written by every replay, and perhaps overwritten by the next one of another recording."""
+    output: Any
+    """What the function returned: every replay writes it, and another recording's replay may overwrite it."""
     size: int
     """Bytes of memory that were taken for it: what it found there from others is not counted again."""
 
 
-class Recorder(Protocol):
-    """What a `GraphRunner` needs of a device."""
-
-    def record(self, function: Callable[..., Tensor], arguments: Inputs) -> Recording:
-        """Raises RuntimeError where a function cannot be recorded."""
-        ...
-
-    def in_turn(self) -> AbstractContextManager[None]:
-        """Work launched inside starts when that of the last such block is done."""
-        ...
-
-    def wait(self) -> None:
-        """Until nothing recorded runs any more."""
-        ...
-
-    def renew(self) -> None:
-        """No recording is left: the next one starts from nothing."""
-        ...
-
-
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory.
+    """CUDA graphs that share one pool of memory, with each other and with what `call` calls.
 
-    A recording's size is what the pool grew by. Not counted: what the driver keeps of a graph, and whatever else this
-    process or another one takes meanwhile. A pool gives memory back when the last of its graphs is gone; until then,
-    what a dropped graph leaves serves the next ones.
+    One graph or call runs at a time, so that nothing in the pool is needed between two of them but what a call made to
+    stay. A recording's size is what the pool grew by. Not counted: what the driver keeps of a graph, and whatever else
+    this process or another one takes meanwhile. Calls run on the stream that is recorded from, so that what the
+    allocator and cuBLAS keep for that stream serves all of them. Tests have a stand-in with the same methods.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)
         self._last: torch.cuda.Event | None = None
-        self.renew()
+        self._pool = new_pool(device)
+        self._retired: list[torch.cuda.MemPool] = []
+        self._recorded = False
 
     def renew(self) -> None:
-        """A pool of its own for what comes next: torch lets no one record into a pool whose graphs are all gone, nor
-        into one in which a recording failed."""
-        self._pool = torch.cuda.graph_pool_handle()
+        """Take a new pool for what comes next. The old one is kept until its graphs are gone, as torch wants it."""
+        self._retired = [pool for pool in (*self._retired, self._pool) if pool.use_count() > 1]
+        self._pool, self._recorded = new_pool(self.device), False
 
-    def record(self, function: Callable[..., Tensor], arguments: Inputs) -> Recording:
+    def record(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Recording:
+        """Record a function that was called before, without doing its work. Raises RuntimeError where it cannot."""
         held = self._held()
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    output = function(**arguments)
-                finally:
-                    graph.capture_end()
-        except RuntimeError:
+            with torch.cuda.stream(self._stream), one_thread():
+                output = capture(graph, self._pool.id, partial(function, **arguments))
+        except BaseException:
             torch.cuda.synchronize(self.device)
-            abandon_recording(self.device, self._pool)
+            abandon_recording(self.device, self._pool.id)
             self.renew()
             raise
-        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        current.wait_stream(self._stream)
+        self._recorded = True
         return Recording(graph.replay, output, self._held() - held)
+
+    def call(self, function: Callable[[], None]) -> bool:
+        """Call a function in the memory that recordings compute in. True if it made something that stays there:
+        earlier recordings do not know of it, and would overwrite it."""
+        before = self._in_use() if self._recorded else None
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, self.device.index), one_thread():
+            function()
+        current.wait_stream(self._stream)
+        return before is not None and not self._in_use() <= before
 
     def _held(self) -> int:
         """Bytes of the pool."""
-        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool))
+        return sum(segment["total_size"] for segment in self._pool.snapshot())
+
+    def _in_use(self) -> set[int]:
+        """Addresses of what is allocated in the pool."""
+        blocks = (block for segment in self._pool.snapshot() for block in segment["blocks"])
+        return {block["address"] for block in blocks if block["state"] == "active_allocated"}
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
+        """Work launched inside starts when that of the last such block is done."""
         stream = torch.cuda.current_stream(self.device)
         if self._last is not None:
             stream.wait_event(self._last)
         yield
         self._last = stream.record_event()
 
+    def has_room(self) -> bool:
+        """True if there is memory for one more recording."""
+        self.wait()
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(self.device)[0]
+        if free < RESERVE:
+            log.info("recordings leave %.2f GiB free: %.2f are", RESERVE / 2**30, free / 2**30)
+        return free >= RESERVE
+
     def wait(self) -> None:
+        """Return when nothing recorded runs any more."""
         torch.cuda.synchronize(self.device)
 
 
+def capture(graph: torch.cuda.CUDAGraph, pool: Any, function: Callable[[], Any]) -> Any:
+    """Capture what a function launches. The first error is the one that is raised: ending a capture that an error has
+    broken raises another one, which says less."""
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # NCCL's thread asks for events
+    try:
+        output = function()
+    except BaseException:
+        with suppress(RuntimeError):
+            graph.capture_end()
+        raise
+    graph.capture_end()
+    return output
+
+
 def abandon_recording(device: torch.device, pool: tuple[int, int]) -> None:
-    """What torch does at a recording's end, and leaves undone where it failed: memory is taken from the pool no longer,
-    and the device's default generator, which would refuse every draw, goes on from a copy of where it is."""
+    """Do what torch does at a recording's end, and leaves undone where it failed: memory is taken from the pool no
+    longer, and the device's default generator, which would refuse every draw, goes on from a copy of where it is."""
     index = torch.cuda.current_device() if device.index is None else device.index
     with suppress(RuntimeError):  # where the recording did end
         torch._C._cuda_endAllocateToPool(index, pool)
         torch._C._cuda_releasePool(index, pool)
     generator = torch.cuda.default_generators[index]
     generator.graphsafe_set_state(generator.clone_state())
+
+
+def new_pool(device: torch.device) -> torch.cuda.MemPool:
+    """A pool of memory on the device."""
+    with torch.cuda.device(device):
+        return torch.cuda.MemPool()
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """Backward passes run in the thread that asks for them: what they allocate is then of the pool."""
+    context: AbstractContextManager[None] = torch.autograd.set_multithreading_enabled(False)
+    return context
 
 
 # Running --------------------------------------------------------------------------------------------------------------
@@ -182,7 +220,7 @@ class GraphRunner:
 
     def __init__(
         self,
-        recorder: Recorder,
+        recorder: CudaRecorder,
         compiled: bool = True,
         fused: bool = True,
         max_graphs: int = MAX_GRAPHS,
@@ -228,7 +266,8 @@ class GraphRunner:
             self._entries.move_to_end(full)
             fill(entry.inputs, inputs)
             entry.recording.replay()
-            return entry.recording.output.clone()
+            output: Tensor = entry.recording.output
+            return output.clone()
 
     def _record(self, what: str, key: Hashable, function: Callable[..., Tensor], inputs: Inputs) -> Entry | None:
         """None the first time, and for what cannot be recorded."""

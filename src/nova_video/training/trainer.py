@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from nova_video.common.checks import AttentionKernels
 from nova_video.common.errors import InputError
-from nova_video.fast.training_graphs import CudaRecorder, StepGraphs, tensors_of
+from nova_video.fast.graphs import CudaRecorder
+from nova_video.fast.training_graphs import StepGraphs, tensors_of
 from nova_video.io.files import atomic_path, lock_folder, make_readable
 from nova_video.model.attention import allow_kernels, allowed_kernels
 from nova_video.training.card import CARD, SHEET, Record, newest_sheet, write_card

@@ -20,8 +20,9 @@ MOST_LEVELS, MOST_CHANNELS, MOST_SCALE = 16, 16_384, 1e6
 def check_autoencoder_config(config: Mapping[str, Any]) -> None:
     """Raises InputError for the first value of a known key that no autoencoder has."""
     for name, most in COUNTS.items():
-        if name in config:
-            check_number(name, config[name], 1, integer=True, high=most)
+        values = config.get(name, [])  # layers_per_block may be one number a level
+        for value in values if isinstance(values, list | tuple) else [values]:
+            check_number(name, value, 1, integer=True, high=most)
     for name in ("block_out_channels", "down_block_types", "up_block_types"):
         values = config.get(name, [1])
         if not isinstance(values, list | tuple) or not 1 <= len(values) <= MOST_LEVELS:

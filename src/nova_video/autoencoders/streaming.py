@@ -7,32 +7,32 @@ decodes calls and streams alike through this file.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nova_video.autoencoders.base import VideoAutoencoder
+from nova_video.autoencoders.adapter import AutoencoderAdapter, adapt
 from nova_video.common.errors import InputError
 
 
 class StreamDecoder:
     """One batch of clips on its way to pixels."""
 
-    def __init__(
-        self, vae: VideoAutoencoder, before: Sequence[Tensor] = (), decoded: int = 0, fast: bool = False
-    ) -> None:
+    def __init__(self, vae: Any, before: Sequence[Tensor] = (), decoded: int = 0, fast: bool = False) -> None:
         """A new clip; or one to be gone on with, whose first `decoded` latent frames are pixels already.
 
         `before`: the last `vae.decode_context` of those, unscaled, (B, C, h, w) each; fewer if there are fewer. The
         next latent frame to push is number `decoded`, also where later ones had been pushed before. `fast` as in
         `VideoAutoencoder.decode`.
         """
-        context = min(vae.decode_context, decoded)
+        adapter: AutoencoderAdapter = adapt(vae)
+        context = min(adapter.decode_context, decoded)
         if len(before) < context:
             raise InputError(f"decoding goes on behind the last {context} latent frames, got {len(before)}")
         self.decoded = decoded
         """Latent frames whose pixels were given out."""
-        self._vae, self._fast = vae, fast
+        self._vae, self._fast = adapter, fast
         self._context = list(before[len(before) - context :])
         self._waiting: list[Tensor] = []
 
@@ -52,7 +52,7 @@ class StreamDecoder:
 
     def _decode(self) -> list[Tensor]:
         latents = [*self._context, *self._waiting]
-        pixels = self._vae.decode(torch.stack(latents, dim=2), context=len(self._context), fast=self._fast).sample
+        pixels = self._vae.decode(torch.stack(latents, dim=2), context=len(self._context), fast=self._fast)
         self.decoded += len(self._waiting)
         self._context = latents[max(len(latents) - self._vae.decode_context, 0) :]
         self._waiting = []

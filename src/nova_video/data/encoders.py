@@ -17,14 +17,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from nova_video.autoencoders.base import VideoAutoencoder
+from nova_video.autoencoders import adapt, find_layout
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
 from nova_video.data.dataset import first_sentence, join
@@ -90,12 +89,8 @@ def given_or_named(given: str | None, place: str | Path, what: str, flag: str) -
 def autoencoder_info(model: str) -> AutoencoderInfo:
     """Of the checkpoint's autoencoder, from its files; no network is built."""
     folder = _autoencoder_folder(model)
-    outline = outline_autoencoder(folder)
-    if isinstance(outline, AutoencoderKL):
-        spatial, temporal = 2 ** (len(outline.config.block_out_channels) - 1), 1
-    else:
-        spatial, temporal = VideoAutoencoder.spatial_stride, VideoAutoencoder.temporal_stride
-    return AutoencoderInfo(fingerprint(folder), outline.config.latent_channels, spatial, temporal)
+    layout = find_layout(outline_autoencoder(folder))
+    return AutoencoderInfo(fingerprint(folder), layout.channels, layout.spatial_stride, layout.temporal_stride)
 
 
 def fingerprint(folder: Path) -> str:
@@ -237,28 +232,17 @@ class EncodeLatents:
 
     @torch.no_grad()
     def __call__(self, clips: Sequence[Frames]) -> list[Tensor]:
-        vae = self.load()
+        vae = adapt(self.load())
         device = vae.device
         moments: list[Tensor] = [torch.empty(0)] * len(clips)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             for indices in self._batches(clips):
                 frames = torch.from_numpy(np.stack([clips[index].frames for index in indices]))  # (B, T, H, W, 3)
                 pixels = frames.to(device).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)  # (B, 3, T, H, W)
-                made = self._encode(pixels).to(torch.bfloat16).cpu()  # (B, 2C, F, h, w)
+                made = vae.encode(pixels).parameters.to(torch.bfloat16).cpu()  # (B, 2C, F, h, w)
                 for index, values in zip(indices, made, strict=True):
                     moments[index] = values.clone()
         return moments
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        if not isinstance(self._vae, AutoencoderKL):
-            made: Tensor = self._vae.encode(pixels).latent_dist.parameters
-            return made
-        if pixels.shape[2] > 1:
-            raise InputError(
-                f"{self.model}: its autoencoder takes pictures: expected clips of 1 frame, got {pixels.shape[2]}"
-            )
-        picture: Tensor = self._vae.encode(pixels[:, :, 0]).latent_dist.parameters
-        return picture.unsqueeze(2)
 
     def _batches(self, clips: Sequence[Frames]) -> Iterator[list[int]]:
         """Indices of clips of one size, as many as go through together."""
@@ -291,13 +275,10 @@ class DecodeLatents:
 
     @torch.no_grad()
     def __call__(self, moments: Tensor) -> NDArray[np.uint8]:
-        vae = self.load()
+        vae = adapt(self.load())
         means = moments.float().chunk(2)[0][None].to(vae.device)  # (1, C, F, h, w)
         with torch.autocast(vae.device.type, torch.bfloat16, enabled=vae.device.type == "cuda"):
-            if isinstance(vae, AutoencoderKL):
-                pixels = vae.decode(means[:, :, 0]).sample.unsqueeze(2)  # (1, 3, 1, H, W)
-            else:
-                pixels = vae.decode(means).sample  # (1, 3, T, H, W)
+            pixels = vae.decode(means)  # (1, 3, T, H, W)
         values = pixels[0].float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
         return values.permute(1, 2, 3, 0).cpu().numpy()
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nova_video.autoencoders import find_layout
 from nova_video.common.checks import check_local
 from nova_video.common.errors import InputError, first_line
 from nova_video.io.files import make_readable
@@ -181,7 +182,7 @@ def _check_others(model: Any, places: dict[str, Path]) -> None:
     """The autoencoder and the text encoder are of the sizes that the transformer was made for."""
     config = model.config
     if (place := places.get("vae")) is not None and has_weights(place, DIFFUSERS_WEIGHTS):
-        channels = outline_autoencoder(place).config.latent_channels
+        channels = find_layout(outline_autoencoder(place)).channels
         if channels != config.image_dim:
             raise InputError(f"{place}: has {channels} latent channels: expected the transformer's {config.image_dim}")
     if (place := places.get("text_encoder")) is not None:

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nova_video.autoencoders import StreamDecoder, unscale_latents
-from nova_video.autoencoders.base import VideoAutoencoder
+from nova_video.autoencoders import StreamDecoder, adapt, unscale_latents
 from nova_video.common.checks import shown
 from nova_video.common.errors import InputError
 from nova_video.io.pixels import output_form, unit_frames
@@ -452,36 +451,31 @@ class _Decoder:
     """Latent frames to pixels, for one consumer of a generation: knows where in the clip it stands."""
 
     def __init__(self, generation: Generation, untouched: int) -> None:
-        vae, plan, state = generation.pipe.require_vae("decoding"), generation.plan, generation.state
+        vae, plan, state = adapt(generation.pipe.require_vae("decoding")), generation.plan, generation.state
         self.pipe = generation.pipe
-        self.pieces: StreamDecoder | None = None
-        self.pushed = untouched
+        self.vae = vae
+        self.pushed = 0 if vae.decodes_whole_clips else untouched
         """Latent frames that went in."""
-        if isinstance(vae, VideoAutoencoder):
-            while plan.first_pixel(self.pushed + vae.decode_piece(self.pushed)) <= generation.emitted:
-                self.pushed += vae.decode_piece(self.pushed)
-            before = range(max(self.pushed - vae.decode_context, 0), self.pushed)
-            scaled = [unscale_latents(vae, state.frames[frame].to(vae.dtype)) for frame in before]
-            self.pieces = StreamDecoder(vae, scaled, decoded=self.pushed, fast=generation.pipe.decodes_fast(plan))
+        while plan.first_pixel(self.pushed + vae.decode_piece(self.pushed)) <= generation.emitted:
+            self.pushed += vae.decode_piece(self.pushed)
+        before = range(max(self.pushed - vae.decode_context, 0), self.pushed)
+        scaled = [unscale_latents(vae.vae, state.frames[frame].to(vae.dtype)) for frame in before]
+        self.pieces = StreamDecoder(vae, scaled, decoded=self.pushed, fast=generation.pipe.decodes_fast(plan))
         self.first_pixel = plan.first_pixel(self.pushed)
         """Of the next piece."""
 
     @property
     def first_needed(self) -> int:
         """First latent frame that going on from here, in another process too, takes."""
-        return self.pushed - (0 if self.pieces is None else self.pieces.needs)
+        return self.pushed - self.pieces.needs
 
     def push(self, latents: Tensor) -> list[Tensor]:
         """The next latent frame (B, C, h, w) -> pieces of pixels (B, 3, T, H, W) in [-1, 1] that are final with it."""
         self.pushed += 1
-        if self.pieces is None:  # an autoencoder of pictures
-            return [self.pipe.decode_picture(latents).unsqueeze(2)]
-        return self.pieces.push(unscale_latents(self.pipe.vae, latents.to(self.pipe.vae.dtype)))
+        return self.pieces.push(unscale_latents(self.vae.vae, latents.to(self.vae.dtype)))
 
     def finish(self) -> list[Tensor]:
         """No more latent frames: what had waited for a whole piece."""
-        if self.pieces is None:
-            return []
         return self.pieces.finish()
 
 

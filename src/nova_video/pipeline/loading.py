@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSora
+from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSora, find_layout
 from nova_video.autoencoders.bounds import check_autoencoder_config
 from nova_video.common.checks import check_number, shown
 from nova_video.common.errors import InputError, first_line
@@ -49,6 +49,8 @@ PART_CLASSES: dict[str, type] = {
     "text_encoder": PreTrainedModel,
     "tokenizer": PreTrainedTokenizerBase,
 }
+OWN_METHODS = {"vae": ("encode", "decode")}
+"""Methods that an object of any class needs to stand for a part."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 ADAPTER_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -147,10 +149,28 @@ def check_parts(given: Mapping[str, Any], or_places: bool = True) -> None:
     for name, part in given.items():
         if (or_places and isinstance(part, (str, Path))) or (part is None and name in OPTIONAL):
             continue
-        if not isinstance(getattr(part, "_orig_mod", part), PART_CLASSES[name]):  # what torch.compile has wrapped
+        part = getattr(part, "_orig_mod", part)  # what torch.compile has wrapped
+        if not isinstance(part, PART_CLASSES[name]) and not is_own_part(name, part):
             got = "None" if part is None else type(part).__name__
             places = ", or the folder of one" if or_places else ""
             raise InputError(f"{name} is {got}: expected {PART_CLASSES[name].__name__}{places}")
+
+
+def is_own_part(name: str, part: object) -> bool:
+    """True for a user's own part: an object with the methods that a part of that kind needs."""
+    return name in OWN_METHODS and all(callable(getattr(part, method, None)) for method in OWN_METHODS[name])
+
+
+def check_layout(vae: Any, transformer: NOVATransformer3DModel) -> None:
+    """Raises InputError where the latents are not of the channels and size that the transformer was made for."""
+    layout, config = find_layout(vae), transformer.config
+    if layout.channels != config.image_dim:
+        raise InputError(f"vae has {layout.channels} latent channels: expected the transformer's {config.image_dim}")
+    if layout.spatial_stride != config.image_stride:
+        raise InputError(
+            f"vae makes a latent of {layout.spatial_stride}x{layout.spatial_stride} pixels: expected the transformer's"
+            f" {config.image_stride}x{config.image_stride}"
+        )
 
 
 def load_parts(
@@ -265,20 +285,40 @@ def outline_autoencoder(
     name = config.get("_class_name")
     if stored is None:
         stored = read_shapes(find_weights(folder, DIFFUSERS_WEIGHTS, variant).files)
+    named = autoencoder_class(name)
     problem = None
-    for cls in sorted(AUTOENCODERS, key=lambda cls: cls.__name__ != name):
+    for cls in AUTOENCODERS if named is None else (named, *(cls for cls in AUTOENCODERS if cls is not named)):
         try:
             outline = outline_component(cls, folder)
             check_weights(folder, outline, stored)
         except InputError as error:
-            if cls.__name__ == name:
+            if cls is named:
                 problem = error
         else:
-            return outline
+            return checked_outline(folder, outline)
     names = " or ".join(cls.__name__ for cls in AUTOENCODERS)
     raise problem or InputError(
-        f"{folder / 'config.json'}: _class_name is {name!r}: expected {names}, and its weights fit none of these"
+        f"{folder / 'config.json'}: _class_name is {name!r}: expected {names} or another autoencoder of diffusers, and"
+        " its weights fit none of these; your own is given as vae"
     )
+
+
+def autoencoder_class(name: object) -> type[ModelMixin] | None:
+    """The class of ours or of diffusers that a config names; None where there is none with that name."""
+    ours = {cls.__name__: cls for cls in AUTOENCODERS}
+    if not isinstance(name, str) or name in ours:
+        return ours.get(str(name))
+    found = getattr(diffusers, name, None) if re.search("Autoencoder|VQModel", name) else None
+    return found if isinstance(found, type) and issubclass(found, ModelMixin) else None
+
+
+def checked_outline(folder: Path, outline: Any) -> Any:
+    """The outline again, once it is known that its latents can be used here."""
+    try:
+        find_layout(outline)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+    return outline
 
 
 def read_scheduler(folder: Path) -> Any:

@@ -25,8 +25,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nova_video.autoencoders import scale_latents, unscale_latents
-from nova_video.autoencoders.base import VideoAutoencoder
+from nova_video.autoencoders import VideoAutoencoder, adapt, find_layout, scale_latents, unscale_latents
 from nova_video.common.checks import shown
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
@@ -43,7 +42,7 @@ from nova_video.model.lora import adapter_names, adapter_state
 from nova_video.pipeline.adapters import AdapterMixin
 from nova_video.pipeline.generation import CALLING, Generation, GivenPixels, StepCallback
 from nova_video.pipeline.keywords import CALL_HINTS, ENCODE_HINTS, OPEN_HINTS, refuse_keywords
-from nova_video.pipeline.loading import check_parts, load_parts, load_scheduler, resolve_checkpoint
+from nova_video.pipeline.loading import check_layout, check_parts, load_parts, load_scheduler, resolve_checkpoint
 from nova_video.pipeline.model_card import CARD, card_facts, pipeline_card
 from nova_video.pipeline.offload import LowMemory, Turn, enable_low_memory
 from nova_video.pipeline.plan import Capabilities, Plan
@@ -101,9 +100,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         }
         check_parts(parts, or_places=False)
         self.register_modules(**parts)
-        channels = transformer.config.image_dim
-        if vae is not None and (found := vae.config.get("latent_channels")) != channels:
-            raise InputError(f"vae has {found} latent channels: expected the transformer's {channels}")
+        if vae is not None:
+            check_layout(vae, transformer)
         given = CheckpointSettings() if settings is None else settings
         self.settings = CheckpointSettings.from_json(dict(given)) if isinstance(given, Mapping) else given
         self._named_text_parts: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
@@ -323,7 +321,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         """What requests are checked against."""
         config = self.transformer.config
         video = self.transformer.has_motion
-        stride = (4 if video else 1) if self.vae is None else getattr(self.vae, "temporal_stride", 1)
+        stride = (4 if video else 1) if self.vae is None else find_layout(self.vae).temporal_stride
         return Capabilities(
             image_size=(config.image_size[0], config.image_size[1]),
             image_stride=config.image_stride,
@@ -543,7 +541,11 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         if request.given_clips:
             self.require_vae("an image" if request.image is not None else "a clip in pixels")
         elif request.output_type != "latent":
-            self.require_vae(f"output_type {request.output_type!r}")
+            vae = adapt(self.require_vae(f"output_type {request.output_type!r}"))
+            if plan.num_frames is None and vae.decodes_whole_clips:
+                raise InputError(
+                    f"num_frames is inf, and {type(self.vae).__name__} decodes whole clips: expected a number of frames"
+                )
         generators = self._generators(request, generator, plan.batch)
         unknown = self.unknown_words(request.prompts or [], request.negative_prompts or [], plan)
         if unknown:
@@ -907,25 +909,22 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
 
     def _encode(self, pixels: Tensor, plan: Plan, random: RandomState) -> Tensor:
         """Clips (1 or prompts, 3, T, H, W) in [-1, 1] -> latents (B, C, F, h, w), sampled from their posterior."""
-        vae = self.vae
-        single = pixels.shape[2] == 1  # autoencoders of pictures know no other
-        pixels = pixels.to(random.device, vae.dtype)
-        posterior = vae.encode(pixels.squeeze(2) if single else pixels).latent_dist
-        mean, std = (part.unsqueeze(2) if single else part for part in (posterior.mean, posterior.std))
+        vae = adapt(self.vae)
+        posterior = vae.encode(pixels.to(random.device, vae.dtype))
+        mean, std = posterior.mean, posterior.std
         if len(mean) > 1:
             mean, std = (_for_batch(part, plan.batch) for part in (mean, std))
         draws = len(random.generators)  # one sample for all clips, or one for each that has its own generator
         noise = random.normal(draws, *mean.shape[1:])
-        latents = scale_latents(vae, mean + std * noise.to(mean.dtype))
+        latents = scale_latents(self.vae, mean + std * noise.to(mean.dtype))
         return latents.to(random.dtype).expand(plan.batch, -1, -1, -1, -1)
 
     # Parts, as a generation uses them -------------------------------------------------------------------------------
 
     def decode_picture(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) of one frame by itself -> pixels (B, 3, H, W) in [-1, 1]."""
-        vae = self.require_vae("decoding")
-        pixels: Tensor = vae.decode(unscale_latents(vae, latents.to(vae.dtype))).sample
-        return pixels
+        vae = adapt(self.require_vae("decoding"))
+        return vae.decode(unscale_latents(self.vae, latents.to(vae.dtype)).unsqueeze(2))[:, :, 0]
 
     def require_vae(self, what: str) -> Any:
         if self.vae is None:

@@ -24,9 +24,9 @@ from torch import Tensor
 from nova_video.bench.script import result_of, write_result
 from nova_video.common.devices import choose_device
 from nova_video.fast.engine import DirectRunner, FastEngine, in_passes
+from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.model import Positions
 from nova_video.model.patches import gather_tokens
-from nova_video.pipeline.loading import resolve_checkpoint
 from nova_video.sampling.presets import EXACT, Shortcuts
 from nova_worlds.evaluation.emoji import EmojiSettings
 from nova_worlds.evaluation.rates import Paired

@@ -12,7 +12,7 @@ from drawing import attention, autoencoder, beyond, curves, network, samples, sh
 from drawing.requests import reveal_frame
 from drawing.style import save
 
-from nova_video.pipeline.loading import resolve_checkpoint
+from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.training.recipe import load_recipe
 from nova_worlds.training.recipes import WorldTransformerRecipe

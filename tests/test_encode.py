@@ -27,9 +27,8 @@ from nova_video.data.encode import EncodeSettings, decode_settings, encode_datas
 from nova_video.data.encoders import EncodeText
 from nova_video.data.sources import SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item
-from nova_video.io import media
+from nova_video.io import checkpoints, media
 from nova_video.io.motion import flow_magnitude
-from nova_video.pipeline import loading
 from nova_video.pipeline.loading import load_autoencoder
 from nova_video.training.recipe import DatasetRecipe, DatasetTransformerRecipe, LogRecipe, ModelRecipe
 from nova_video.training.trainer import train
@@ -367,7 +366,7 @@ def test_names_hold_in_every_directory(
 
 
 def test_names_of_the_hub_stay(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "snapshot_download", lambda *args, **options: str(tiny_checkpoint))
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *args, **options: str(tiny_checkpoint))
     asked = replace(settings(tmp_path, tmp_path, tiny_checkpoint), model="BAAI/nova", text="BAAI/nova")
     info = encode_module.describe_dataset(asked)
     assert (info.autoencoder, info.text_encoder, info.text_dim) == ("BAAI/nova", "BAAI/nova", 32)

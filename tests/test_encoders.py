@@ -23,8 +23,8 @@ from nova_video.data.encoders import (
     same_text_encoder,
     text_names,
 )
-from nova_video.pipeline import loading
-from nova_video.pipeline.loading import PACKAGED_MODELS
+from nova_video.io import checkpoints
+from nova_video.io.checkpoints import PACKAGED_MODELS
 from nova_video.text.encoders import encode_prompts, load_text_encoder
 
 CONFORMANCE = Path(__file__).parent / "conformance"
@@ -134,7 +134,7 @@ def test_a_checkpoint_of_the_hub_brings_its_text_encoder(
         asked.append(local_files_only)
         return str(tiny_checkpoint if name == "BAAI/nova" else tmp_path)
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
     assert text_names("BAAI/nova") == text_names(str(tiny_checkpoint))
     assert text_names("microsoft/phi-2") == ("microsoft/phi-2", None)
     assert asked == [True, True]
@@ -205,7 +205,7 @@ def test_text_encoders_are_checked_without_their_weights(
     def not_there(*names: str, **options: object) -> str:
         raise OSError
 
-    monkeypatch.setattr(loading, "snapshot_download", not_there)  # it is no checkpoint
+    monkeypatch.setattr(checkpoints, "snapshot_download", not_there)  # it is no checkpoint
     monkeypatch.setattr(encoders_module, "text_width", lambda name: 32)
     monkeypatch.setattr(encoders_module, "load_tokenizer", lambda name: None)
     for has in (None, tiny_text_encoder / "config.json", tiny_checkpoint / "tokenizer" / "config.json"):

@@ -15,14 +15,9 @@ from torch import Tensor
 from nova_video import NovaPipeline
 from nova_video.autoencoders import AutoencoderKLOpenSora
 from nova_video.common.errors import InputError
-from nova_video.pipeline import loading
-from nova_video.pipeline.loading import (
-    load_autoencoder,
-    load_scheduler,
-    load_transformer,
-    read_text_encoder,
-    resolve_checkpoint,
-)
+from nova_video.io import checkpoints
+from nova_video.io.checkpoints import resolve_checkpoint
+from nova_video.pipeline.loading import load_autoencoder, load_scheduler, load_transformer, read_text_encoder
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -52,13 +47,13 @@ def test_folders_and_packaged_models(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert resolve_checkpoint(str(CONFORMANCE)) == CONFORMANCE
     assert resolve_checkpoint(CONFORMANCE) == CONFORMANCE
     (tmp_path / "emoji").mkdir()
-    monkeypatch.setattr(loading, "PACKAGED_MODELS", tmp_path)
+    monkeypatch.setattr(checkpoints, "PACKAGED_MODELS", tmp_path)
     assert resolve_checkpoint("emoji") == tmp_path / "emoji"
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "./nowhere", "/nowhere/at/all", "a/b/c", Path("some/folder")])
 def test_missing_model(name: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(InputError, match="not found: expected") as caught:
         resolve_checkpoint(name)
     assert str(name) in str(caught.value)
@@ -77,7 +72,7 @@ def test_the_hub_is_asked_for_safe_files_only(monkeypatch: pytest.MonkeyPatch, t
         asked.update(options, name=name)
         return str(tmp_path)
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
     assert resolve_checkpoint("BAAI/nova-d48w1024-osp480", revision="main") == tmp_path
     assert (asked["name"], asked["revision"]) == ("BAAI/nova-d48w1024-osp480", "main")
     patterns = asked["allow_patterns"]
@@ -90,7 +85,7 @@ def test_the_hub_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     def download(name: str, **options: object) -> str:
         raise LocalEntryNotFoundError("no network\nand a long story")
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
     with pytest.raises(InputError, match="'BAAI/nothing'.*no network") as caught:
         resolve_checkpoint("BAAI/nothing")
     assert "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ import pytest
 from nova_video import NovaPipeline
 from nova_video.cli.main import main
 from nova_video.common.errors import InputError
-from nova_video.pipeline.loading import PACKAGED_MODELS
+from nova_video.io.checkpoints import PACKAGED_MODELS
 from nova_video.text.vocabulary import HINT, VOCABULARY_FILE, Vocabulary, WordList
 from nova_worlds.captions import (
     CLIP_WORDINGS,

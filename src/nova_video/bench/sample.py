@@ -27,8 +27,9 @@ from nova_video.common.checks import check_number
 from nova_video.common.devices import choose_device, choose_dtype
 from nova_video.common.errors import InputError
 from nova_video.fast import flash
+from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.pipeline.generation import FrameReady, Generation, LatentPreview
-from nova_video.pipeline.loading import component_folder, load_scheduler, outline_transformer, resolve_checkpoint
+from nova_video.pipeline.loading import component_folder, load_scheduler, outline_transformer
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.pipeline.settings import CheckpointSettings

@@ -56,13 +56,8 @@ def load_pipeline(
 
 def outline_pipeline(model: str) -> "NovaPipeline":
     """A pipeline of shapes and settings alone: what requests are checked against before any weights are read."""
-    from nova_video.pipeline.loading import (
-        component_folder,
-        load_scheduler,
-        outline_autoencoder,
-        outline_transformer,
-        resolve_checkpoint,
-    )
+    from nova_video.io.checkpoints import resolve_checkpoint
+    from nova_video.pipeline.loading import component_folder, load_scheduler, outline_autoencoder, outline_transformer
     from nova_video.pipeline.pipeline import NovaPipeline
     from nova_video.pipeline.settings import CheckpointSettings
 
@@ -96,7 +91,7 @@ def progress_bar() -> "Progress":
 
 def checkpoint_defaults(model: str) -> "Defaults":
     """What a model takes where nothing is said, without loading it."""
-    from nova_video.pipeline.loading import resolve_checkpoint
+    from nova_video.io.checkpoints import resolve_checkpoint
     from nova_video.pipeline.settings import CheckpointSettings
 
     return CheckpointSettings.load(resolve_checkpoint(model)).defaults

@@ -48,6 +48,6 @@ def _folder(model: str) -> Path:
     for folder in (MODELS / model, Path(model).expanduser()):
         if model and folder.is_dir():
             return folder
-    from nova_video.pipeline.loading import resolve_checkpoint
+    from nova_video.io.checkpoints import resolve_checkpoint
 
     return resolve_checkpoint(model)

@@ -55,11 +55,12 @@ from nova_video.data.follow import (
 )
 from nova_video.data.sources import Source, SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected, decode_with_motion
+from nova_video.io.checkpoints import lasting_name, resolve_checkpoint, text_folder
 from nova_video.io.files import check_writable, lock_folder
 from nova_video.io.prefetch import prefetch
 from nova_video.io.text import printable
 from nova_video.io.weights import read_json
-from nova_video.pipeline.loading import lasting_name, outline_transformer, resolve_checkpoint, text_folder
+from nova_video.pipeline.loading import outline_transformer
 from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.text.encoders import text_width
 

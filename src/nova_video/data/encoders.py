@@ -27,14 +27,9 @@ from nova_video.autoencoders import adapt, find_layout
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
 from nova_video.data.dataset import first_sentence, join
+from nova_video.io.checkpoints import HUB_ID, resolve_checkpoint, text_folder
 from nova_video.io.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_shapes
-from nova_video.pipeline.loading import (
-    HUB_ID,
-    load_autoencoder,
-    outline_autoencoder,
-    resolve_checkpoint,
-    text_folder,
-)
+from nova_video.pipeline.loading import load_autoencoder, outline_autoencoder
 from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.text.encoders import (
     encode_batch,

@@ -16,6 +16,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 
 from nova_video.common.checks import LIMITS, check_number
 from nova_video.common.errors import InputError, first_line
+from nova_video.io.checkpoints import lasting_name
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.casting import is_cast
 from nova_video.model.lora import (
@@ -29,7 +30,7 @@ from nova_video.model.lora import (
     unfuse,
 )
 from nova_video.pipeline.keywords import LOAD_LORA_HINTS, SAVE_LORA_HINTS, refuse_keywords
-from nova_video.pipeline.loading import lasting_name, load_adapter
+from nova_video.pipeline.loading import load_adapter
 from nova_video.pipeline.offload import Turn
 from nova_video.pipeline.settings import CheckpointSettings
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from nova_video.autoencoders import find_layout
 from nova_video.common.checks import check_local
 from nova_video.common.errors import InputError, first_line
+from nova_video.io.checkpoints import COMPONENTS, PART_SUFFIXES, lasting_name, resolve_checkpoint
 from nova_video.io.files import make_readable
 from nova_video.io.weights import (
     DIFFUSERS_WEIGHTS,
@@ -38,16 +39,12 @@ from nova_video.io.weights import (
     shard_files,
 )
 from nova_video.pipeline.loading import (
-    COMPONENTS,
-    PART_SUFFIXES,
     check_text_conditional,
     check_weights,
     component_folder,
     current_names,
-    lasting_name,
     outline_autoencoder,
     outline_transformer,
-    resolve_checkpoint,
 )
 from nova_video.pipeline.settings import SETTINGS_FILE, CheckpointSettings
 from nova_video.text.encoders import text_width

@@ -11,14 +11,13 @@ import logging
 import re
 import shlex
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -26,8 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSora, find_layout
 from nova_video.autoencoders.bounds import check_autoencoder_config
-from nova_video.common.checks import check_number, shown
+from nova_video.common.checks import check_number
 from nova_video.common.errors import InputError, first_line
+from nova_video.io.checkpoints import COMPONENTS, HUB_ID, resolve_checkpoint, text_folder
 from nova_video.io.text import parse_json
 from nova_video.io.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_json, read_shapes
 from nova_video.model import NOVATransformer3DModel
@@ -35,11 +35,7 @@ from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_PREFIX, Adapter
 from nova_video.model.lora_forms import read_forms
 from nova_video.text.encoders import UNUSED_WEIGHTS, find_text_encoder, load_text_model, load_tokenizer
 
-PACKAGED_MODELS = Path(__file__).parents[1] / "models"
 AUTOENCODERS = (AutoencoderKL, AutoencoderKLOpenSora, AutoencoderKLCausalTiny)
-COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
-PART_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
-"""Of the files that a part is read from: no code, no pickles."""
 MAX_STEPS = 100_000  # of a noise schedule that is not a mistake
 OPTIONAL = ("vae", "text_encoder", "tokenizer")
 PART_CLASSES: dict[str, type] = {
@@ -51,7 +47,6 @@ PART_CLASSES: dict[str, type] = {
 }
 OWN_METHODS = {"vae": ("encode", "decode")}
 """Methods that an object of any class needs to stand for a part."""
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 ADAPTER_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 """What peft saves an adapter as."""
@@ -62,71 +57,6 @@ log = logging.getLogger(__name__)
 
 # Names that diffusers itself renames when it loads an old autoencoder: the attention of its middle block.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-
-
-def resolve_checkpoint(
-    name_or_path: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    local_files_only: bool = False,
-    cache_dir: str | Path | None = None,
-    force_download: bool = False,
-    without: Container[str] = (),
-) -> Path:
-    """The folder of a checkpoint: the one in the package ("emoji"), a local folder, or a download from the hub.
-
-    Of the hub's, the parts named in `without` are left there.
-    """
-    if not isinstance(name_or_path, str | PathLike):
-        raise InputError(f"model is {shown(name_or_path)}: expected a folder or a hub id")
-    if isinstance(name_or_path, str) and _is_packaged(name_or_path):
-        return PACKAGED_MODELS / name_or_path
-    if not str(name_or_path).strip():
-        raise InputError(f"model is {str(name_or_path)!r}: expected {_packaged_names()}a folder or a hub id")
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise InputError(f"model {name_or_path}: is a file: expected a folder with transformer/, scheduler/ and so on")
-    if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name_or_path):
-        raise InputError(
-            f"model {str(name_or_path)!r} not found: expected {_packaged_names()}an existing folder or a hub id such as"
-            " BAAI/nova-d48w1024-osp480"
-        )
-    wanted = [f"{part}/*{suffix}" for part in COMPONENTS if part not in without for suffix in PART_SUFFIXES]
-    try:
-        place = snapshot_download(
-            name_or_path,
-            revision=revision,
-            token=token,
-            local_files_only=local_files_only,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            allow_patterns=[*wanted, "nova.json", "vocabulary.json", "model_index.json"],
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"model {name_or_path!r}: no such folder here, and not to be had from the hub: {reason}"
-        ) from None
-    return Path(place)
-
-
-def lasting_name(name: str) -> str:
-    """What names the same checkpoint or text encoder from any working directory: a local folder's whole path, any other
-    name as it is."""
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() and not _is_packaged(name) else name
-
-
-def _is_packaged(name: str) -> bool:
-    return re.fullmatch(r"[\w-]+", name) is not None and (PACKAGED_MODELS / name).is_dir()
-
-
-def _packaged_names() -> str:
-    names = sorted(path.name for path in PACKAGED_MODELS.glob("*") if path.is_dir())
-    return "".join(f"{name!r}, " for name in names)
 
 
 def load_transformer(checkpoint: Path, torch_dtype: torch.dtype | None = None) -> NOVATransformer3DModel:
@@ -349,18 +279,6 @@ def read_text_encoder(
     model = load_text_model(str(folder), torch_dtype, variant=variant)
     _check_text_keys(folder, stored, model)
     return model
-
-
-def text_folder(checkpoint: Path, name: str) -> Path | None:
-    """text_encoder/ or tokenizer/, None where there is none. In a trained checkpoint it may be a link, which is to lead
-    somewhere."""
-    folder = checkpoint / name
-    if folder.is_symlink() and not folder.exists():
-        raise InputError(
-            f"{folder} is a link to {folder.readlink()}, which is not there: expected that folder, or a copy of it in"
-            " the link's place"
-        )
-    return folder if folder.is_dir() else None
 
 
 def _check_text_keys(folder: Path, stored: Iterable[str], model: PreTrainedModel) -> None:

@@ -33,6 +33,7 @@ from nova_video.common.notices import warn_once
 from nova_video.fast.engine import DirectRunner, FastEngine
 from nova_video.fast.fp8 import check_fp8, with_fp8_blocks
 from nova_video.fast.graphs import CudaRecorder, GraphRunner, can_compile
+from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.io.files import make_readable
 from nova_video.io.inputs import known_tokens, masks_at, same_rate, to_pixels
 from nova_video.io.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, index_or_single
@@ -42,7 +43,7 @@ from nova_video.model.lora import adapter_names, adapter_state
 from nova_video.pipeline.adapters import AdapterMixin
 from nova_video.pipeline.generation import CALLING, Generation, GivenPixels, StepCallback
 from nova_video.pipeline.keywords import CALL_HINTS, ENCODE_HINTS, OPEN_HINTS, refuse_keywords
-from nova_video.pipeline.loading import check_layout, check_parts, load_parts, load_scheduler, resolve_checkpoint
+from nova_video.pipeline.loading import check_layout, check_parts, load_parts, load_scheduler
 from nova_video.pipeline.model_card import CARD, card_facts, pipeline_card
 from nova_video.pipeline.offload import LowMemory, Turn, enable_low_memory
 from nova_video.pipeline.plan import Capabilities, Plan

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from nova_video.pipeline.loading import resolve_checkpoint
+from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.pipeline.model_card import card_facts
 from nova_video.training.checkpoint import Progress
 from nova_video.training.log import DETAILS

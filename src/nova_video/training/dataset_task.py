@@ -41,8 +41,8 @@ from nova_video.data.encoders import (
     text_names,
 )
 from nova_video.data.sheets import Entry, draw_sheet
+from nova_video.io.checkpoints import HUB_ID, resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel
-from nova_video.pipeline.loading import HUB_ID, resolve_checkpoint
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.training.recipe import DatasetRecipe, DatasetTransformerRecipe

@@ -21,11 +21,12 @@ from nova_video.common.extensions import load_extension
 from nova_video.common.extras import install_command
 from nova_video.common.startup import reveal
 from nova_video.data.encoders import check_text_parts
+from nova_video.io.checkpoints import lasting_name, resolve_checkpoint
 from nova_video.io.weights import read_json
 from nova_video.model import NOVATransformer3DModel, mask_ratios
 from nova_video.model.transformer import spatial_patch
 from nova_video.model.vit import Block
-from nova_video.pipeline.loading import lasting_name, load_scheduler, load_transformer, resolve_checkpoint
+from nova_video.pipeline.loading import load_scheduler, load_transformer
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.sampling.schedulers import new_scheduler

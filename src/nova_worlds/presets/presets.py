@@ -29,7 +29,7 @@ from torch import Tensor
 from nova_video.bench.sample import device_name, versions
 from nova_video.common.devices import choose_device, choose_dtype
 from nova_video.common.errors import InputError
-from nova_video.pipeline.loading import COMPONENTS, resolve_checkpoint
+from nova_video.io.checkpoints import COMPONENTS, resolve_checkpoint
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.pipeline.result import GenerateResult

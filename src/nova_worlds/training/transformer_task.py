@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nova_video.common.errors import InputError
+from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel
-from nova_video.pipeline.loading import load_autoencoder, resolve_checkpoint
+from nova_video.pipeline.loading import load_autoencoder
 from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.text.encoders import encode_batch, load_text_encoder
 from nova_video.text.vocabulary import Vocabulary

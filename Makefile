@@ -1,9 +1,15 @@
 # Every target sets up what it needs in .venv and needs nothing but Python (data also npm).
-#   make demo        a video from a sentence, by the model in the box, in demo.mp4
-#   make test        every quick test, two files at a time
-#   make test-slow   training runs, several processes, real art, the docs' commands
-#   make check       style and types
-#   make data        the real art, and the emoji world made from it, in data/
+#   make demo           make a video from a sentence by the bundled model, in demo.mp4
+#   make check          check style, types and plain English
+#   make test           run every quick test, two files at a time
+#   make test-slow      run training, several processes, real art and the commands of the docs
+#   make data           fetch the real art, and make the emoji world from it, in data/
+#   make docs           build the documentation site in site/, and check the links in it
+#   make drawing        draw the packages and their imports again, in docs/images
+#   make build          build the wheel and the source archive in dist/
+#   make check-wheel    install that wheel into a fresh environment and make a picture with it
+#   make release-notes  print what the changelog says about VERSION (by default this one)
+#   make clean          remove what these targets made, but for data/
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +17,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 
 DEMO_PROMPT ?= a panda growing on a green background
 
-.PHONY: demo test test-slow check data clean
+VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/nova_video/__init__.py)
+
+.PHONY: demo test test-slow check data docs drawing build check-wheel release-notes clean
 
 demo: .venv/.demo
 	@echo 'Making demo.mp4: "$(DEMO_PROMPT)", in less than a minute.'
@@ -30,11 +38,32 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/plain_english.py
+
+docs: .venv/.site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'Links to other servers, which are not followed:'
+	@grep -ohE 'https?://[^] )>"`]+' *.md docs/*.md benchmarks/README.md | sort -u
+	@echo 'The site is there: site/index.html'
+
+drawing: .venv/.dev
+	cd docs && ../$(BIN)/python -m drawing.packages images/packages.svg
+
+build: .venv/.release
+	rm -f dist/*.whl dist/*.tar.gz
+	$(BIN)/python -m build --outdir dist .
+
+check-wheel:
+	tools/check_wheel.sh $(PYTHON)
+
+release-notes:
+	@mkdir -p dist
+	@$(PYTHON) tools/release_notes.py $(VERSION) > dist/RELEASE_NOTES.md && cat dist/RELEASE_NOTES.md
 
 data: data/emoji
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache demo.mp4
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache demo.mp4 dist site
 
 # The environment: one stamp for what a user needs, one for what a developer needs on top.
 .venv/bin/python:
@@ -48,6 +77,14 @@ clean:
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) --quiet --editable '.[train,data,eval,demo,docs,lowmem,dev]'
 	touch $@ .venv/.demo
+
+.venv/.site: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --quiet --editable '.[site]'
+	touch $@
+
+.venv/.release: constraints.txt | .venv/bin/python
+	$(PIP) --quiet build
+	touch $@
 
 # The art (MIT) is fetched by package name and never committed.
 data/downloads/art/package: PACKAGE := @lobehub/fluent-emoji-3d@1.1.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from drawing import attention, autoencoder, beyond, curves, network, samples, showcase, training
+from drawing import attention, autoencoder, beyond, curves, network, packages, samples, showcase, training
 from drawing.requests import reveal_frame
 from drawing.style import save
 
@@ -71,6 +71,7 @@ def draw_structure(pipe: NovaPipeline, output: Path, seed: int) -> None:
     decoder = autoencoder.decoder_reads(pipe.vae, num_latents)
     save(autoencoder.draw_autoencoder(encoder, decoder), output / "autoencoder.png")
     save(beyond.draw_contexts(), output / "context.png")
+    (output / "packages.svg").write_text(packages.draw_packages(), encoding="utf-8")
 
 
 def draw_samples(pipe: NovaPipeline, args: Figures) -> None:

@@ -6,7 +6,7 @@ python docs/vocabulary.py data/emoji src/nova_video/models/emoji
 import sys
 from pathlib import Path
 
-from nova_video.data import EmojiWorld
+from nova_worlds import EmojiWorld
 
 world, folder = map(Path, sys.argv[1:])
 EmojiWorld.load(world).vocabulary(frames=(1, 17), pairs=True).save(folder)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 MODEL = ROOT / "src" / "nova_video" / "models" / "emoji"
 CARD = MODEL / "README.md"
-PAGES = [README, CARD, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), CARD, *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = ("autoencoder", "emoji-image", "emoji-video", "emoji-beyond")  # in the order of training
 SCORES = {  # in scores.json -> on the pages
     "background": "background",

@@ -39,7 +39,7 @@ def site_path(path: str) -> str:
 
 
 def repository_path(page: str, target: str) -> str:
-    """What a link of a page leads to, both as paths in the repository."""
+    """The file that a link of a page leads to, both as paths in the repository."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from nova_video.common.notices import warn_once
 from nova_video.fast.engine import DirectRunner, FastEngine, Inputs, Modulations, pad_set
+from nova_video.fast.graphs import GraphRunner, Recording
 from nova_video.model.denoiser import Denoiser, DenoiserBlock
 from nova_video.model.vit import Attention
 from nova_video.sampling import guidance as formulas
 from nova_video.sampling.context import Context
 from nova_video.sampling.engine import Engine, PlainEngine
 from nova_video.sampling.generate import generate_sets
-from nova_video.sampling.guidance import Guidance, Prediction
+from nova_video.sampling.guidance import UNGUIDED, Guidance, Prediction
 from nova_video.sampling.schedulers import request_scheduler
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
 from nova_video.sampling.timing import Stopwatch
@@ -101,6 +103,37 @@ def test_a_slower_way_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert record.message.startswith("EulerAncestralDiscreteScheduler takes its steps itself")
 
 
+class DirectRecorder:
+    """Replays by calling the function again, on the memory that it was recorded with, as a graph does."""
+
+    def __init__(self, size: int = 1) -> None:
+        self.size, self.recorded, self.waits, self.renewed = size, 0, 0, 0
+        self.fails = False
+
+    def record(self, function: Callable[..., Tensor], arguments: Inputs) -> Recording:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        self.recorded += 1
+        output = torch.full_like(
+            function(**{name: None if x is None else x.clone() for name, x in arguments.items()}), torch.nan
+        )
+
+        def replay() -> None:
+            output.copy_(function(**arguments))
+
+        return Recording(replay, output, self.size)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        yield
+
+    def wait(self) -> None:
+        self.waits += 1
+
+    def renew(self) -> None:
+        self.renewed += 1
+
+
 class Halved(Denoiser):
     def predict(self, noisy: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         return super().predict(noisy, modulations) / 2
@@ -122,55 +155,138 @@ class HalvedGuidance(Guidance):
         return super().combine(outputs / 2, passes)
 
 
-def halve_output(model: Any) -> None:
-    model.image_decoder.register_forward_hook(lambda *called: called[-1] / 2)
+class HalvedNorm(torch.nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
 
 
-def replace_forward(model: Any) -> None:
-    forward = model.image_decoder.forward
-    model.image_decoder.forward = lambda *args, **kwargs: forward(*args, **kwargs) / 2
+def set_class(part: str, kind: type[Any]) -> Callable[[Any, Any], None]:
+    return lambda model, patch: patch.setattr(model.get_submodule(part), "__class__", kind)
 
 
-def set_class(part: str, kind: type[Any]) -> Callable[[Any], None]:
-    def change(model: Any) -> None:
-        model.get_submodule(part).__class__ = kind
-
-    return change
+def halved(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: function(*args, **kwargs) / 2
 
 
-@pytest.mark.parametrize(
-    ("change", "guidance", "said"),
-    [
-        (set_class("image_decoder", Halved), Guidance(4.0), "image_decoder (Halved) is a class of its own"),
-        (set_class("image_decoder.blocks.0", HalvedBlock), Guidance(4.0), "image_decoder (HalvedBlock) is a class"),
-        (set_class("image_encoder.blocks.2.attn", HalvedAttention), Guidance(4.0), "image_encoder (HalvedAttention)"),
-        (set_class("video_encoder.blocks.0.attn", HalvedAttention), Guidance(4.0), "video_encoder (HalvedAttention)"),
-        (halve_output, Guidance(4.0), "image_decoder (Denoiser) is a class of its own or has a hook"),
-        (replace_forward, Guidance(4.0), "image_decoder (Denoiser) is a class of its own or has a hook"),
-        (None, HalvedGuidance(4.0), "HalvedGuidance is a guidance of its own"),
-    ],
-)
-def test_a_class_of_its_own_is_called(
-    change: Callable[[Any], None] | None, guidance: Guidance, said: str, caplog: pytest.LogCaptureFixture
+def patched(kind: type[Any], name: str) -> Callable[[Any, Any], None]:
+    return lambda model, patch: patch.setattr(kind, name, halved(getattr(kind, name)))
+
+
+def patched_on(part: str, name: str) -> Callable[[Any, Any], None]:
+    """On the object alone."""
+    return lambda model, patch: patch.setattr(
+        model.get_submodule(part), name, halved(getattr(model.get_submodule(part), name)), raising=False
+    )
+
+
+def hooked(part: str) -> Callable[[Any, Any], None]:
+    return lambda model, patch: model.get_submodule(part).register_forward_hook(lambda *called: called[-1] / 2)
+
+
+def patched_combine(model: Any, patch: Any) -> None:
+    combine = Guidance.combine
+    patch.setattr(Guidance, "combine", lambda self, outputs, passes: combine(self, outputs / 2, passes))
+
+
+CHANGES: list[tuple[Callable[[Any, Any], object] | None, Guidance, str]] = [
+    (set_class("image_decoder", Halved), Guidance(4.0), "image_decoder is a Halved, a class of its own"),
+    (set_class("image_decoder.blocks.0", HalvedBlock), Guidance(4.0), "image_decoder.blocks.0 is a HalvedBlock"),
+    (set_class("image_encoder.blocks.2.attn", HalvedAttention), Guidance(4.0), "attn is a HalvedAttention"),
+    (set_class("video_encoder.blocks.0.attn", HalvedAttention), Guidance(4.0), "attn is a HalvedAttention"),
+    (set_class("image_encoder.blocks.1.norm2", HalvedNorm), Guidance(4.0), "norm2 is a HalvedNorm"),
+    (hooked("image_decoder"), Guidance(4.0), "image_decoder (Denoiser) has a hook"),
+    (hooked("image_encoder.blocks.3.mlp"), Guidance(4.0), "image_encoder.blocks.3.mlp (Mlp) has a hook"),
+    (patched_on("image_decoder", "forward"), Guidance(4.0), "image_decoder (Denoiser) has a hook or a method"),
+    (patched_on("", "denoise"), Guidance(4.0), "the transformer (NOVATransformer3DModel) has a hook or a method"),
+    (patched(Denoiser, "forward"), Guidance(4.0), "Denoiser.forward is patched"),
+    (patched(Attention, "forward"), Guidance(4.0), "Attention.forward is patched"),
+    (patched_combine, Guidance(4.0), "Guidance.combine is patched"),
+    (None, HalvedGuidance(4.0), "HalvedGuidance is a guidance of its own"),
+]
+
+
+@pytest.mark.parametrize(("change", "guidance", "said"), CHANGES, ids=[said for _, _, said in CHANGES])
+def test_the_fast_way_follows_a_change_or_steps_aside(
+    change: Callable[[Any, Any], object] | None,
+    guidance: Guidance,
+    said: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The fast way steps aside for what it would not call, and one line in the log says so."""
+    """Also where graphs were captured before the change; and one line in the log says so."""
     warn_once.cache_clear()
     model, scheduler = open_model("text-to-video"), open_scheduler("text-to-video")
+    runner = GraphRunner(DirectRecorder(), compiled=False)
 
     def made(engine: Callable[[Any], Engine], guidance: Guidance = guidance) -> Tensor:
-        state = make_state(model, embeds(), guidance, frames=2)
+        state = make_state(model, embeds(), guidance, frames=2, sets=3)
         for _ in generate_sets(model, request_scheduler(scheduler, None), state, engine(model)):
             pass
         return state.latents()
 
+    def replayed(model: Any) -> Engine:
+        runner.use(model)
+        return FastEngine(model, runner)
+
     stock = made(PlainEngine, Guidance(4.0))
+    for _ in range(2):
+        close(made(replayed, Guidance(4.0)), stock)
+    assert len(runner) > 1
     if change is not None:
-        change(model)
-    plain, quick = made(PlainEngine), made(fast)
+        change(model, monkeypatch)
+    plain, quick = made(PlainEngine), made(replayed)
     close(quick, plain)
-    assert (quick - stock).abs().max() > 1e-2
+    assert (quick - stock).abs().max() > 1e-3
     (record,) = caplog.records
     assert said in record.message
+
+
+def test_a_replaced_layer_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers within blocks may be of any class: a graph that was captured with another one is not replayed."""
+    model, runner = open_model("text-to-video"), GraphRunner(DirectRecorder(), compiled=False)
+
+    def made() -> Tensor:
+        runner.use(model)
+        return run(
+            "text-to-video", lambda model: FastEngine(model, runner), make_state(model, embeds(), UNGUIDED), model=model
+        )
+
+    stock = [made() for _ in range(3)][-1]
+    assert len(runner) > 1
+    layer = model.image_encoder.blocks[0].attn.proj
+    model.image_encoder.blocks[0].attn.proj = torch.nn.Sequential(layer, torch.nn.Tanh())
+    changed = made()
+    close(changed, run("text-to-video", PlainEngine, make_state(model, embeds(), UNGUIDED), model=model))
+    assert (changed - stock).abs().max() > 1e-3
+
+
+@dataclass(frozen=True)
+class OwnRule:
+    """A rule that has nothing but what `GuidanceRule` says: two passes, of which the second counts `share`."""
+
+    share: float
+    passes: int = 2
+
+    def passes_at(self, timestep: float) -> int:
+        return self.passes
+
+    def combine(self, outputs: Tensor, passes: int) -> Prediction:
+        cond, null = outputs.float().chunk(passes)
+        return Prediction(cond, (1 - self.share) * cond + self.share * null)
+
+
+def test_an_own_rule_is_followed_with_its_constants() -> None:
+    model, runner = open_model("rotary-flow"), GraphRunner(DirectRecorder(), compiled=False)
+
+    def made(engine: Callable[[Any], Engine], guidance: Any) -> Tensor:
+        return run("rotary-flow", engine, make_state(model, embeds(), guidance, frames=2, sets=3), model=model)
+
+    def replayed(model: Any) -> Engine:
+        return FastEngine(model, runner)
+
+    for share in (-3.0, -3.0, -1.0):
+        close(made(replayed, OwnRule(share)), made(PlainEngine, OwnRule(share)))
+    close(made(PlainEngine, OwnRule(-3.0)), made(PlainEngine, Guidance(4.0)))  # u + 4 (c - u)
 
 
 @pytest.mark.parametrize("renorm", [1.0, 0.5])

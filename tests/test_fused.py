@@ -24,12 +24,12 @@ from nova_video.fast.fused import (
     blocks_of,
     bytes_read,
     denoise_fused,
-    foreign_denoiser_part,
     launched_early,
     rank_tiles,
     run_fused,
     supports,
 )
+from nova_video.fast.known import known_denoiser_parts
 from nova_video.model.denoiser import Denoiser, DenoiserBlock
 from nova_video.sampling.diffusion import Schedule, linear_step, predicted_data
 from nova_video.sampling.guidance import Guidance, pass_weights
@@ -238,13 +238,13 @@ class OtherBlock(DenoiserBlock):
 
 def test_kernels_take_the_very_classes_they_were_written_for() -> None:
     denoiser = Denoiser(DEPTH, WIDTH, 16, CHANNELS, PATCH)
-    assert foreign_denoiser_part(denoiser) is None
+    assert all(type(part) is known for _, part, known in known_denoiser_parts(denoiser))
     assert len(blocks_of(denoiser)) == DEPTH
-    other = Other(DEPTH, WIDTH, 16, CHANNELS, PATCH)
-    assert foreign_denoiser_part(other) is other
+    assert not supports(Other(DEPTH, WIDTH, 16, CHANNELS, PATCH), 10, 2)
     for block in (OtherBlock(WIDTH), torch.nn.Identity()):
         denoiser.blocks[1] = block
-        assert foreign_denoiser_part(denoiser) is block
+        wrong = next(name for name, part, known in known_denoiser_parts(denoiser) if type(part) is not known)
+        assert wrong == "image_decoder.blocks.1"
         assert not supports(denoiser, 10, 2)
         with pytest.raises(TypeError, match="expected DenoiserBlock"):  # never dropped without a word
             blocks_of(denoiser)

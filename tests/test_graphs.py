@@ -1,8 +1,7 @@
 """Recording and replaying, with a recorder that needs no GPU: the same results in bounded memory, whatever changes."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nova_video.common.notices import warn_once
-from nova_video.fast.engine import DirectRunner, FastEngine, Inputs
-from nova_video.fast.graphs import CudaRecorder, GraphRunner, Recording, can_compile, capture
+from nova_video.fast.engine import DirectRunner, FastEngine
+from nova_video.fast.graphs import CudaRecorder, GraphRunner, can_compile, capture
 from nova_video.fast.training_graphs import StepGraphs
 from nova_video.sampling.context import Context
 from nova_video.sampling.engine import PlainEngine
@@ -22,7 +21,7 @@ from nova_video.sampling.presets import PRESETS, PresetName
 from nova_video.sampling.schedulers import request_scheduler
 from nova_video.sampling.side_stream import beside
 from nova_video.sampling.state import GivenFrame
-from test_engine import embeds
+from test_engine import DirectRecorder, embeds
 from test_sampling import GUIDANCES, close, make_state, open_model, open_scheduler
 
 
@@ -30,37 +29,6 @@ from test_sampling import GUIDANCES, close, make_state, open_model, open_schedul
 def _without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-class DirectRecorder:
-    """Replays by calling the function again, on the memory that it was recorded with, as a graph does."""
-
-    def __init__(self, size: int = 1) -> None:
-        self.size, self.recorded, self.waits, self.renewed = size, 0, 0, 0
-        self.fails = False
-
-    def record(self, function: Callable[..., Tensor], arguments: Inputs) -> Recording:
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        self.recorded += 1
-        output = torch.full_like(
-            function(**{name: None if x is None else x.clone() for name, x in arguments.items()}), torch.nan
-        )
-
-        def replay() -> None:
-            output.copy_(function(**arguments))
-
-        return Recording(replay, output, self.size)
-
-    @contextmanager
-    def in_turn(self) -> Iterator[None]:
-        yield
-
-    def wait(self) -> None:
-        self.waits += 1
-
-    def renew(self) -> None:
-        self.renewed += 1
 
 
 def double(*, x: Tensor, y: Tensor | None) -> Tensor:

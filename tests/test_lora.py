@@ -27,8 +27,7 @@ from nova_video.sampling.guidance import Guidance
 from nova_video.training.lora import add_lora, load_lora_state, lora_state_dict, merge, save_lora
 from nova_video.training.recipe import LoraRecipe
 from test_cli import interrupt_at
-from test_engine import embeds, generate_sets, make_state, open_scheduler, request_scheduler
-from test_graphs import DirectRecorder
+from test_engine import DirectRecorder, embeds, generate_sets, make_state, open_scheduler, request_scheduler
 
 DENOISER = ("proj.fc1", "proj.fc2", "norm1.proj", "time_cond_embed.condition_proj.fc1")
 QUICK = {"num_inference_steps": 2, "num_diffusion_steps": 2, "num_frames": 5, "output_type": "latent"}

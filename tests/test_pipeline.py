@@ -21,7 +21,7 @@ from nova_video.io.pixels import image_to_pixels, output_form, unit_frames
 from nova_video.model import set_sizes
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
-from test_graphs import DirectRecorder
+from test_engine import DirectRecorder
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 CASES = [("text-to-image", "generate"), ("text-to-image", "generate_noguidance")]

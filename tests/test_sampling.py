@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -412,6 +412,44 @@ def test_training_and_sampling_draw_one_order(monkeypatch: pytest.MonkeyPatch) -
     for draws in (draw(table, 2, 24, 16, 6, 1), draw_per_sample(table, [6, 6], 24, 16, 1)):
         assert draws.visible_ids.tolist() == [list(range(6))] * 2
         assert draws.hidden_ids.tolist() == [list(range(6, 24))] * 2
+
+
+class Backwards:
+    """An order of its own: the last token first, two in every set."""
+
+    def reveal(self, uniform: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        assert grid[0] * grid[1] == uniform.shape[1]
+        return torch.arange(uniform.shape[1] - 1, -1, -1).expand(len(uniform), -1)
+
+    def sizes(self, tokens: int, sets: int) -> list[int]:
+        return [2] * (tokens // 2)
+
+
+class Twice(Backwards):
+    def reveal(self, uniform: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        return torch.zeros(uniform.shape[:2], dtype=torch.int64)
+
+    def sizes(self, tokens: int, sets: int) -> list[int]:
+        return [tokens, tokens]
+
+
+def test_an_own_order_is_followed() -> None:
+    """In sampling and in training; a given part of a frame comes first. An order that is none is an error."""
+    model, scheduler = open_model("rotary-flow"), open_scheduler("rotary-flow")
+    state = make_state(model, [torch.randn(5, 32)], Guidance(1.0), frames=2)
+    state = replace(state, order_rule=Backwards())
+    done = []
+    for each in generate_sets(model, request_scheduler(scheduler, None), state):
+        done.append(each.ids[0, -2:].tolist())
+    assert done == 2 * [[token, token - 1] for token in range(23, 0, -2)]
+    assert state.total_steps == 24
+    table = NoiseTable.from_scheduler(scheduler, CPU)
+    draws = draw(table, 2, 24, 16, 6, 1, order=Backwards(), grid=(4, 6))
+    assert draws.visible_ids.tolist() == [list(range(23, 17, -1))] * 2
+    with pytest.raises(InputError, match=r"order Twice gave int64 \(2, 24\): expected every one of 24 token ids once"):
+        draw(table, 2, 24, 16, 6, 1, order=Twice())
+    with pytest.raises(InputError, match="order Twice gave sets of 48 tokens in all: expected 24"):
+        replace(state, order_rule=Twice()).sizes_of(24)
 
 
 def test_sets_in_turn() -> None:

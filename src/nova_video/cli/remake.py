@@ -82,11 +82,10 @@ def with_record(typed: Generate) -> tuple[Generate | Edit, dict[str, Any]]:
 
 def describe_inputs(args: Making, record: dict[str, Any], generation: "Generation") -> None:
     """Add to a record how many sets are made, flags that change rounding, and marks of the model and given files."""
-    from nova_video.model import set_sizes
     from nova_video.pipeline.saving import model_mark
 
     state, pipe = generation.state, generation.pipe
-    made = len(set_sizes(state.num_tokens, state.num_sets))  # without those that are empty by rounding
+    made = len(state.sizes_of(state.num_tokens))  # without those that are empty by rounding
     record["settings"] |= {"sets_made": made} | {name: True for name in FLAGS if getattr(args, name)}
     if not pipe.capabilities.video:
         record["settings"]["motion"] = None  # the model takes none

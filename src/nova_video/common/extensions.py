@@ -31,3 +31,31 @@ def load_extension(name: str, what: str) -> Any:
     if not hasattr(found, attribute):
         raise InputError(f"{what} is {name!r}: {module} ({found.__file__}) has no {attribute}")
     return getattr(found, attribute)
+
+
+def make_extension(name: str, what: str) -> Any:
+    """The object that `module:Name` names; of a class, one that is made without arguments."""
+    found = load_extension(name, what)
+    if not isinstance(found, type):
+        return found
+    try:
+        return found()
+    except TypeError as error:
+        raise InputError(f"{what} is {name!r}, a class that takes arguments ({error}): expected an object") from None
+
+
+def check_members(part: object, what: str, kind: type) -> None:
+    """Raises InputError for an object that lacks what a protocol has."""
+    members = [name for name in vars(kind) if not name.startswith("_")]
+    missing = [name for name in members if not hasattr(part, name)]
+    if missing or isinstance(part, type):
+        got = f"the class {part.__name__}" if isinstance(part, type) else f"{type(part).__name__} without {missing[0]}"
+        raise InputError(f"{what} is {got}: expected an object with {', '.join(members)}")
+
+
+def extension_name(part: object) -> str:
+    """A user's own part in records: `module:Class`, with the values of a part that shows them."""
+    kind = type(part)
+    shown = repr(part)
+    values = shown[shown.index("(") :] if type(part).__repr__ is not object.__repr__ and "(" in shown else ""
+    return f"{kind.__module__}:{kind.__qualname__}{values}"

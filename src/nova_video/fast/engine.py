@@ -19,16 +19,17 @@ from torch import Tensor
 
 from nova_video.common.devices import compile_every_variant
 from nova_video.common.notices import warn_once
-from nova_video.fast.fused import foreign_denoiser_part, run_fused, supports
+from nova_video.fast.fused import run_fused, supports
+from nova_video.fast.known import unknown_part
 from nova_video.model import NOVATransformer3DModel, Positions
 from nova_video.model.denoiser import Denoiser
 from nova_video.model.embeddings import Rotary
-from nova_video.model.transformer import ApplyBlock, ImageEncoder, VideoEncoder
-from nova_video.model.vit import Attention, Block, Mlp
+from nova_video.model.transformer import ApplyBlock
+from nova_video.model.vit import Block
 from nova_video.sampling import guidance as formulas
 from nova_video.sampling.diffusion import Schedule, SetNoise, denoise_set, linear_step, predicted_data
 from nova_video.sampling.engine import PlainEngine
-from nova_video.sampling.guidance import Guidance, Prediction, pass_weights
+from nova_video.sampling.guidance import Guidance, GuidanceRule, Prediction, pass_weights
 
 ROWS_AT_ONCE = 1 << 16  # tokens times steps whose modulations are computed together: bounds their memory
 
@@ -73,11 +74,11 @@ class FastEngine:
 
     @cached_property
     def plain(self) -> PlainEngine | None:
-        """The engine for a model with a part of another class or with a hook; None where every part is known."""
-        part = foreign_part(self.model)
-        if part is None:
+        """The engine for a model that the fast way does not know in every part; else None."""
+        reason = unknown_part(self.model)
+        if reason is None:
             return None
-        warn_once(f"{part} is a class of its own or has a hook: it is computed by the plain loop, which is slower")
+        warn_once(f"{reason}: the plain loop computes it, which is slower")
         return PlainEngine(self.model)
 
     def context(self, condition: Tensor, tokens: Tensor, positions: Positions) -> Tensor:
@@ -119,7 +120,7 @@ class FastEngine:
         features: Tensor,
         ids: Tensor,
         schedule: Schedule,
-        guidance: Guidance,
+        guidance: GuidanceRule,
         noise: SetNoise,
         generators: Sequence[torch.Generator],
     ) -> Tensor:
@@ -127,6 +128,7 @@ class FastEngine:
             if slower:
                 warn_once(slower)
             return PlainEngine(self.model).denoise(features, ids, schedule, guidance, noise, generators)
+        assert isinstance(guidance, Guidance)
         plain = guidance.renorm >= 1 and schedule.rows is not None
         size = ids.shape[1]
         if plain:  # norms would count what is padded
@@ -162,7 +164,7 @@ class FastEngine:
         )  # scales are inputs: one graph serves them all
         return self.runner(("denoise", schedule.key, passes, guidance.renorm), denoise, inputs)[:, :size]
 
-    def _why_plain(self, schedule: Schedule, guidance: Guidance) -> str | None:
+    def _why_plain(self, schedule: Schedule, guidance: GuidanceRule) -> str | None:
         """What to say of a set that only the plain loop computes as asked; None for any other set."""
         if self.plain is not None:
             return ""  # said already
@@ -170,7 +172,9 @@ class FastEngine:
             name = type(schedule.scheduler).__name__
             return f"{name} takes its steps itself: they are those of the plain loop, which are slower"
         if type(guidance) is not Guidance:
-            return f"{type(guidance).__name__} is a guidance of its own: its steps are those of the plain loop"
+            return (
+                f"{type(guidance).__name__} is a guidance of its own: the plain loop takes its steps, which are slower"
+            )
         return None
 
     def _times(self, schedule: Schedule, like: Tensor) -> Tensor:
@@ -192,30 +196,6 @@ class FastEngine:
         if key not in self._once:
             self._once[key] = pass_weights(guidance, device)
         return self._once[key]
-
-
-def foreign_part(model: NOVATransformer3DModel) -> str | None:
-    """Name and class of a part that the fast way was not written for, or None.
-
-    Layers within blocks may be replaced (adapters, 8 bit weights): they are called, not read.
-    """
-    spatial, temporal, denoiser = model.image_encoder, model.video_encoder, model.image_decoder
-    parts = {
-        "transformer": (model, NOVATransformer3DModel),
-        "video_encoder": (temporal, VideoEncoder),
-        "image_encoder": (spatial, ImageEncoder),
-        "image_decoder": (denoiser, Denoiser),
-    }
-    for name, (part, known) in parts.items():
-        if type(part) is not known:
-            return f"{name} ({type(part).__name__})"
-    for name, encoder in (("video_encoder", temporal), ("image_encoder", spatial)):
-        for block in encoder.blocks:
-            for part, known in ((block, Block), (block.attn, Attention), (block.mlp, Mlp)):
-                if type(part) is not known:
-                    return f"a block of {name} ({type(part).__name__})"
-    found = foreign_denoiser_part(denoiser)
-    return None if found is None else f"a part of image_decoder ({type(found).__name__})"
 
 
 def pad_set(tokens: Tensor, multiple: int, dim: int) -> Tensor:

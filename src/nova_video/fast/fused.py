@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from nova_video.model.denoiser import AdaLayerNorm, Denoiser, DenoiserBlock, Projection, TimeCondEmbed
-from nova_video.model.patches import PatchEmbed
+from nova_video.fast.known import known_denoiser_parts
+from nova_video.model.denoiser import Denoiser, DenoiserBlock
 from nova_video.sampling.diffusion import Schedule
 from nova_video.sampling.guidance import Guidance
 
@@ -69,7 +69,9 @@ def supports(denoiser: Denoiser, rows: int, passes: int) -> bool:
     The kernels read a denoiser's weights and call nothing of it, so that every part has to be of the very class they
     were written for.
     """
-    if foreign_denoiser_part(denoiser) is not None or type(denoiser.head) is not nn.Linear:
+    if any(type(part) is not known for _, part, known in known_denoiser_parts(denoiser)):
+        return False
+    if type(denoiser.head) is not nn.Linear:
         return False
     weight = denoiser.head.weight
     if importlib.util.find_spec("triton") is None or not weight.is_cuda or torch.version.hip is not None:
@@ -226,31 +228,6 @@ def blocks_of(denoiser: Denoiser) -> list[DenoiserBlock]:
             raise TypeError(f"a block is a {type(block).__name__}: expected DenoiserBlock, the kernels know no other")
         blocks.append(block)
     return blocks
-
-
-def foreign_denoiser_part(denoiser: Denoiser) -> nn.Module | None:
-    """A part of another class than the fast ways were written for, or with a hook or a `forward` of its own.
-
-    The fast ways would not call what it overrides.
-    """
-    parts: list[tuple[nn.Module, type[nn.Module]]] = [
-        (denoiser, Denoiser),
-        (denoiser.patch_embed, PatchEmbed),
-        (denoiser.time_cond_embed, TimeCondEmbed),
-        (denoiser.norm, AdaLayerNorm),
-    ]
-    for block in denoiser.blocks:
-        parts.append((block, DenoiserBlock))
-        if type(block) is not DenoiserBlock:
-            break
-        parts += [(block.norm1, AdaLayerNorm), (block.proj, Projection), (block.norm2, nn.LayerNorm)]
-    return next((part for part, known in parts if type(part) is not known or _is_hooked(part)), None)
-
-
-def _is_hooked(part: nn.Module) -> bool:
-    """True if calling the module does more than its class says; hooks of libraries that only move weights aside."""
-    moved = hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook")
-    return bool(part._forward_hooks or part._forward_pre_hooks or ("forward" in vars(part) and not moved))
 
 
 # How products are cut -------------------------------------------------------------------------------------------------

@@ -231,8 +231,8 @@ class GraphRunner:
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self._seen: OrderedDict[Hashable, bool] = OrderedDict()  # False: it cannot be recorded
         self._buffers: dict[Hashable, Buffer] = {}
-        self._weights: tuple[Hashable, ...] = ()
-        self._told = not compiled
+        self._captured: tuple[Hashable, ...] = ()
+        self._announced = not compiled
         self._lock = threading.RLock()  # what belongs together is launched together
 
     def __len__(self) -> int:
@@ -244,12 +244,14 @@ class GraphRunner:
         return sum(entry.recording.size for entry in self._entries.values())
 
     def use(self, model: torch.nn.Module) -> None:
-        """Graphs read weights where they were, and keep adapters' scales: those of others are let go."""
-        weights = (*(weight.data_ptr() for weight in (*model.parameters(), *model.buffers())), adapter_state(model))
+        """Let go of graphs of other weights, modules or adapters' scales: graphs keep what they were captured with."""
+        weights = tuple(weight.data_ptr() for weight in (*model.parameters(), *model.buffers()))
+        modules = tuple((id(module), type(module)) for module in model.modules())
+        captured = (weights, modules, adapter_state(model))
         with self._lock:
-            if self._weights not in ((), weights):
+            if self._captured not in ((), captured):
                 self.release()
-            self._weights = weights
+            self._captured = captured
 
     def release(self) -> None:
         """Let go of all graphs and their memory."""
@@ -272,9 +274,9 @@ class GraphRunner:
     def _record(self, what: str, key: Hashable, function: Callable[..., Tensor], inputs: Inputs) -> Entry | None:
         """None the first time, and for what cannot be recorded."""
         if key not in self._seen:
-            if not self._told:
+            if not self._announced:
                 log.info("compiling for this GPU: the first call takes up to a minute longer")
-                self._told = True
+                self._announced = True
             self._seen[key] = True
             if len(self._seen) > MAX_SEEN:
                 self._seen.popitem(last=False)

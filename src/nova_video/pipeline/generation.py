@@ -23,7 +23,7 @@ from nova_video.common.checks import shown
 from nova_video.common.errors import InputError
 from nova_video.io.pixels import output_form, unit_frames
 from nova_video.io.prefetch import prefetch
-from nova_video.model import set_sizes, unpatchify
+from nova_video.model import unpatchify
 from nova_video.model.finite import first_not_finite
 from nova_video.pipeline.plan import Plan
 from nova_video.pipeline.result import GenerateResult
@@ -242,7 +242,7 @@ class Generation:
             for given in self.state.given.values():
                 given.latents.record_stream(own)
         sets = self._marked(callback_on_step_end, own)
-        depth = 2 * len(set_sizes(self.state.num_tokens, self.state.num_sets))  # sets of two latent frames
+        depth = 2 * len(self.state.sizes_of(self.state.num_tokens))  # sets of two latent frames
         inside = nullcontext() if own is None else torch.cuda.stream(own)
         try:
             with prefetch(sets, depth, inside) if ahead else nullcontext(sets) as marked:

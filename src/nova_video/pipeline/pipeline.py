@@ -37,7 +37,7 @@ from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.io.files import make_readable
 from nova_video.io.inputs import known_tokens, masks_at, same_rate, to_pixels
 from nova_video.io.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, index_or_single
-from nova_video.model import NOVATransformer3DModel, set_sizes
+from nova_video.model import NOVATransformer3DModel
 from nova_video.model.casting import is_cast
 from nova_video.model.lora import adapter_names, adapter_state
 from nova_video.pipeline.adapters import AdapterMixin
@@ -55,6 +55,7 @@ from nova_video.pipeline.saving import load_generation
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from nova_video.pipeline.timeline import Timeline
 from nova_video.sampling.engine import Engine, PlainEngine
+from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, request_scheduler
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
@@ -579,7 +580,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
                 "num_inference_steps (sets) is %d, and a frame has %d tokens: each is made in %d sets",
                 request.num_inference_steps,
                 state.num_tokens,
-                len(set_sizes(state.num_tokens, state.num_sets)),
+                len(state.sizes_of(state.num_tokens)),
             )
         generation = Generation(
             self,
@@ -611,11 +612,13 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Within a callback that of its call, now; elsewhere the checkpoint's default."""
+        """Within a callback that of its call, now; elsewhere the checkpoint's default. Of a rule of the user's own: the
+        number of its passes."""
         if (call := CALLING.get()) is None:
             return self.defaults.guidance_scale
         frame = call.state.done if call.state.open is not None else max(0, call.state.done - 1)
-        return call.state.segments[call.state.segment_at(frame)].guidance.scale
+        rule = call.state.segments[call.state.segment_at(frame)].guidance
+        return rule.scale if isinstance(rule, Guidance) else float(rule.passes)
 
     @property
     def do_classifier_free_guidance(self) -> bool:

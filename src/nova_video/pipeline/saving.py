@@ -27,6 +27,7 @@ from nova_video.pipeline.records import read_record
 from nova_video.pipeline.saved_facts import Facts, check_facts
 from nova_video.sampling.context import Statistics
 from nova_video.sampling.generate import restore_context
+from nova_video.sampling.guidance import UNGUIDED, Guidance
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.state import GivenFrame, OpenFrame, SamplingState, Segment
 
@@ -59,9 +60,8 @@ def save_generation(generation: Generation, path: Path) -> None:
         if not any(segment.text is text for text in texts):
             texts.append(segment.text)
         text = next(index for index, text in enumerate(texts) if segment.text is text)
-        segments.append(
-            {"start": segment.start, "begin": segment.begin, "text": text, "guidance": asdict(segment.guidance)}
-        )
+        guidance = segment.guidance if isinstance(segment.guidance, Guidance) else UNGUIDED  # the plan names a rule
+        segments.append({"start": segment.start, "begin": segment.begin, "text": text, "guidance": asdict(guidance)})
     tensors |= {f"text.{index}": text for index, text in enumerate(texts)}
     given = {}
     for frame, part in state.given.items():

@@ -20,7 +20,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from torch import Tensor
 
 from nova_video.model.patches import gather_tokens, scatter_tokens
-from nova_video.sampling.guidance import Guidance, Prediction, renorm_ratio
+from nova_video.sampling.guidance import GuidanceRule, Prediction, least_ratio, renorm_ratio
 from nova_video.sampling.random import FrameNoise
 
 Predict = Callable[[int, Tensor], Prediction]
@@ -175,7 +175,7 @@ class SetNoise(NamedTuple):
     """(B, 1, 1) squared norm of the start outside the set, which guidance_renorm of flow matching counts."""
 
     @classmethod
-    def draw(cls, schedule: Schedule, guidance: Guidance, noise: FrameNoise, ids: Tensor) -> "SetNoise":
+    def draw(cls, schedule: Schedule, guidance: GuidanceRule, noise: FrameNoise, ids: Tensor) -> "SetNoise":
         """For the tokens `ids` (B, S)."""
         frames = noise.draw(1 + sum(schedule.noisy))  # (1 + noisy steps, B, L, P)
         start = frames[0] * schedule.start_scale
@@ -188,14 +188,14 @@ class SetNoise(NamedTuple):
         return cls(start, fresh, (norm - start.square().sum((1, 2), keepdim=True)).clamp_min(0))
 
 
-def in_frame(schedule: Schedule, guidance: Guidance) -> bool:
+def in_frame(schedule: Schedule, guidance: GuidanceRule) -> bool:
     """The full frame is stepped, since its norm counts and no factor stands for what lies outside the set."""
-    return guidance.renorm < 1 and not (schedule.is_flow and schedule.rows is not None)
+    return least_ratio(guidance) < 1 and not (schedule.is_flow and schedule.rows is not None)
 
 
 def denoise_set(
     schedule: Schedule,
-    guidance: Guidance,
+    guidance: GuidanceRule,
     noise: SetNoise,
     ids: Tensor,
     predict: Predict,
@@ -208,7 +208,7 @@ def denoise_set(
     norm at the start and one factor k for each sample stand for it. With any other scheduler the full frame is stepped.
     """
     schedule.begin()
-    whole = in_frame(schedule, guidance)
+    whole, least = in_frame(schedule, guidance), least_ratio(guidance)
     x, k = noise.start, torch.ones_like(noise.outside)
     before = torch.zeros_like(x) if schedule.multistep else None
     for i in range(len(schedule.timesteps)):
@@ -216,9 +216,9 @@ def denoise_set(
         if whole:
             prediction = in_whole_frame(prediction, x, ids)
         ratio = None  # (B, 1, 1)
-        if guidance.renorm < 1:
+        if least < 1:
             outside = k.square() * noise.outside  # 0 for a whole frame
-            ratio = renorm_ratio(prediction.cond, prediction.prompted, guidance.renorm, outside)
+            ratio = renorm_ratio(prediction.cond, prediction.prompted, least, outside)
         if ratio is not None and not whole:
             assert schedule.rows is not None
             k = k * (1 + schedule.rows[i, 1] * ratio)

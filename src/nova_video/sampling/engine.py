@@ -16,7 +16,7 @@ from torch import Tensor
 from nova_video.model import NOVATransformer3DModel, Positions
 from nova_video.model.patches import gather_tokens
 from nova_video.sampling.diffusion import Schedule, SetNoise, denoise_set
-from nova_video.sampling.guidance import Guidance, Prediction
+from nova_video.sampling.guidance import GuidanceRule, Prediction
 
 
 class Engine(Protocol):
@@ -40,7 +40,7 @@ class Engine(Protocol):
         features: Tensor,
         ids: Tensor,
         schedule: Schedule,
-        guidance: Guidance,
+        guidance: GuidanceRule,
         noise: SetNoise,
         generators: Sequence[torch.Generator],
     ) -> Tensor:
@@ -71,7 +71,7 @@ class PlainEngine:
         features: Tensor,
         ids: Tensor,
         schedule: Schedule,
-        guidance: Guidance,
+        guidance: GuidanceRule,
         noise: SetNoise,
         generators: Sequence[torch.Generator],
     ) -> Tensor:

@@ -5,7 +5,7 @@ then for each set the spatial encoder once, the denoiser's steps on the set's to
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from nova_video.model.patches import gather_tokens, scatter_tokens
 from nova_video.sampling.context import REFERENCE_FRAMES, Statistics, hold_statistics
 from nova_video.sampling.diffusion import Schedule, SetNoise
 from nova_video.sampling.engine import Engine, PlainEngine
+from nova_video.sampling.guidance import UNGUIDED
 from nova_video.sampling.presets import second_order
 from nova_video.sampling.side_stream import beside
 from nova_video.sampling.state import OpenFrame, SamplingState
@@ -144,7 +145,8 @@ def open_frame(model: NOVATransformer3DModel, state: SamplingState, condition: T
     """The next frame, empty but for what is given of it. The first one draws the order of revelation, for all."""
     count = state.num_tokens
     if state.order is None:
-        state.order = masking.random_order(state.random.uniform(state.batch, count, 1))
+        grid = (state.grid[0] // model.patch_size, state.grid[1] // model.patch_size)
+        state.order = masking.draw_order(state.order_rule, state.random.uniform(state.batch, count, 1), grid)
     values = model.patch_size**2 * state.noise.shape[1]
     frame = OpenFrame(
         condition,
@@ -188,7 +190,7 @@ def reveal_set(
     """Predict the next set of the open frame and fix it; the last set closes the frame."""
     guidance = state.segments[state.segment_at(state.done)].guidance
     if not state.shortcuts.guides(frame.sets, len(frame.sizes)):
-        guidance = replace(guidance, scale=1.0, image_scale=0.0)
+        guidance = UNGUIDED
     visible = frame.revealed(frame.sets)  # (B, V)
     ids = frame.revealed(frame.sets + 1)[:, visible.shape[1] :]  # (B, S)
     with (

@@ -1,14 +1,18 @@
-"""Guidance: how several passes of the network become one prediction. Plain functions.
+"""Guidance: how several passes of the network become one prediction (section 4.1 and classifier-free guidance).
 
-Passes are batched in one order everywhere: conditional c, unconditional u and, with image guidance, i: the null prompt
-with the history that u does without. Legend: B batch, N passes, S tokens of a set, P values of a token.
+`Guidance` is the paper's rule, in plain functions. `GuidanceRule` is what a user's own has to have. Passes are batched
+in one order everywhere: conditional c, unconditional u and, in a third pass, i: the null prompt with the history that u
+does without. Legend: B batch, N passes, S tokens of a set, P values of a token.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from nova_video.common.errors import InputError
+from nova_video.common.extensions import check_members
 
 
 class Prediction(NamedTuple):
@@ -27,9 +31,26 @@ class Prediction(NamedTuple):
         return prompted if self.history is None else prompted + self.history
 
 
+class GuidanceRule(Protocol):
+    """A rule of guidance for one request. It keeps nothing between calls."""
+
+    @property
+    def passes(self) -> int:
+        """Passes that the encoders run: 1 (c), 2 (c, u) or 3 (c, u, i)."""
+        ...
+
+    def passes_at(self, timestep: float) -> int:
+        """Passes that the denoiser runs at this timestep (0 to 1000): the first ones, at most `passes`."""
+        ...
+
+    def combine(self, outputs: Tensor, passes: int) -> Prediction:
+        """Outputs (N * B, S, P) of `passes` passes -> `Prediction(c, e)`: the step follows e (B, S, P)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Guidance:
-    """What is asked of guidance in one request."""
+    """The rule of the paper and of the released implementation, with its settings."""
 
     scale: float = 5.0
     """Of the prompt; off at 1 and below."""
@@ -51,6 +72,21 @@ class Guidance:
     def combine(self, outputs: Tensor, passes: int) -> Prediction:
         """Outputs (N * B, S, P) of `passes` passes -> the prediction of a step."""
         return combine(outputs, passes, self.scale, self.image_scale)
+
+
+UNGUIDED = Guidance(scale=1.0)
+
+
+def check_rule(rule: Any) -> None:
+    """Raises InputError for an object that is no `GuidanceRule`."""
+    check_members(rule, "guidance", GuidanceRule)
+    if rule.passes not in (1, 2, 3):
+        raise InputError(f"guidance is {type(rule).__name__} with {rule.passes} passes: expected 1, 2 or 3")
+
+
+def least_ratio(rule: GuidanceRule) -> float:
+    """The least factor of `renorm_ratio`, 1 for a rule that does not rescale."""
+    return rule.renorm if isinstance(rule, Guidance) else 1.0
 
 
 def combine(outputs: Tensor, passes: int, scale: float | Tensor, image_scale: float | Tensor = 0.0) -> Prediction:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nova_video.model import NOVATransformer3DModel, Positions, TemporalCache, set_sizes
+from nova_video.model import RANDOM_ORDER, NOVATransformer3DModel, Order, Positions, TemporalCache
+from nova_video.model.masking import set_sizes_of
 from nova_video.sampling.context import Context, Statistics
-from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.guidance import GuidanceRule
 from nova_video.sampling.presets import EXACT, Shortcuts
 from nova_video.sampling.random import FrameNoise, RandomState
 
@@ -28,7 +29,7 @@ class Segment:
     start: int
     text: Tensor
     """(N * B, T, D) condition tokens of every pass."""
-    guidance: Guidance
+    guidance: GuidanceRule
     begin: int = 0
     """First frame that is read: after a change of prompt the past begins a little before it."""
 
@@ -94,6 +95,8 @@ class SamplingState:
     noise: FrameNoise
     given: Mapping[int, GivenFrame] = field(default_factory=dict)
     """By frame."""
+    order_rule: Order = RANDOM_ORDER
+    """Says in which order and in what sets tokens are revealed."""
     order: Tensor | None = None
     """(B, L) in which tokens are revealed, the same for all frames; drawn when first needed."""
     cached: list[int] | None = None
@@ -131,6 +134,7 @@ class SamplingState:
         context: Context | None = None,
         shortcuts: Shortcuts = EXACT,
         given: Mapping[int, GivenFrame] | None = None,
+        order_rule: Order = RANDOM_ORDER,
     ) -> "SamplingState":
         """A fresh request. Every segment's text has `passes` rows a sample, in the order of `guidance.py`."""
         rows = segments[0].text.shape[0]
@@ -150,6 +154,7 @@ class SamplingState:
             random=random,
             noise=FrameNoise(random, (rows // passes, model.config.image_dim, *grid), model.patch_size),
             given=given or {},
+            order_rule=order_rule,
         )
 
     @property
@@ -172,7 +177,11 @@ class SamplingState:
     def sizes(self, frame: int) -> list[int]:
         """Tokens of each set of a frame."""
         given = self.given.get(frame)
-        return set_sizes(self.num_tokens if given is None else given.redraw, self.num_sets)
+        return self.sizes_of(self.num_tokens if given is None else given.redraw)
+
+    def sizes_of(self, tokens: int) -> list[int]:
+        """Tokens of each set of a frame in which so many are made."""
+        return set_sizes_of(self.order_rule, tokens, self.num_sets)
 
     @property
     def total_steps(self) -> int | None:
@@ -180,7 +189,7 @@ class SamplingState:
         if self.num_frames is None:
             return None
         given = [frame for frame in self.given if frame < self.num_frames]
-        return (self.num_frames - len(given)) * len(set_sizes(self.num_tokens, self.num_sets)) + sum(
+        return (self.num_frames - len(given)) * len(self.sizes_of(self.num_tokens)) + sum(
             len(self.sizes(frame)) for frame in given
         )
 

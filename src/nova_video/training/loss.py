@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nova_video.common.errors import InputError
-from nova_video.model import NOVATransformer3DModel, Positions, mask_ratios, masking, patchify
+from nova_video.model import RANDOM_ORDER, NOVATransformer3DModel, Order, Positions, mask_ratios, masking, patchify
 from nova_video.model.patches import gather_tokens
 from nova_video.model.transformer import ApplyBlock
 from nova_video.model.vit import Block
@@ -96,9 +96,11 @@ def draw(
     visible: int,
     repeats: int,
     generator: torch.Generator | None = None,
+    order: Order = RANDOM_ORDER,
+    grid: tuple[int, int] | None = None,
 ) -> LossDraws:
     """Fresh draws for `frames` = B * F frames of `tokens` tokens of `values` numbers, `visible` of them revealed."""
-    return draw_per_sample(table, [visible] * frames, tokens, values, repeats, generator=generator)
+    return draw_per_sample(table, [visible] * frames, tokens, values, repeats, 1, generator, order, grid)
 
 
 def draw_per_sample(
@@ -109,8 +111,12 @@ def draw_per_sample(
     repeats: int,
     multiple: int = 1,
     generator: torch.Generator | None = None,
+    order: Order = RANDOM_ORDER,
+    grid: tuple[int, int] | None = None,
 ) -> LossDraws:
     """Fresh draws for frames of `tokens` tokens of `values` numbers; `visible` tells how many of each are revealed.
+
+    `order` says which are revealed first, on a token grid (rows, columns); None: the tokens are one row.
 
     Frames with fewer are padded, with the tokens that would come next, up to the most of any; those with more denoise
     some tokens in vain. Rounding both to a `multiple` leaves fewer different shapes to compile for.
@@ -118,15 +124,16 @@ def draw_per_sample(
     device, frames = table.timestep.device, len(visible)
     most = min(tokens, -(-max(visible) // multiple) * multiple)
     least = min(visible) // multiple * multiple
-    order = masking.random_order(torch.rand(frames, tokens, 1, generator=generator, device=device))
+    uniform = torch.rand(frames, tokens, 1, generator=generator, device=device)
+    ids = masking.draw_order(order, uniform, grid or (1, tokens))
     revealed = scored = None
     if most > least:
         counts = torch.tensor(visible, pin_memory=device.type == "cuda").to(device, non_blocking=True)
         known = torch.arange(tokens, device=device) < counts.unsqueeze(-1)  # (B * F, L)
         revealed, scored = known[:, :most], ~known[:, least:]
     return LossDraws(
-        order[:, :most],
-        order[:, least:],
+        ids[:, :most],
+        ids[:, least:],
         table.draw_index((repeats * frames, tokens - least), generator),
         torch.randn(repeats * frames, tokens - least, values, generator=generator, device=device),
         revealed,

@@ -247,6 +247,8 @@ class TransformerRun(Recipe):
     """With mask_ratio "batch": ratios are rounded to multiples of 1 / this, which leaves fewer variants to compile and
     record. 0: any ratio (the paper). Where a frame's tokens are this times 128 (8 at 512 px, 32 at 1024), all lengths
     suit cuDNN's attention."""
+    order: str = ""
+    """An order of one's own in which tokens are revealed, `module:Class`: a `nova_video.model.Order`. Empty: random."""
     loss: str = ""
     """A loss of one's own, `module:function`: it takes the arguments of `nova_video.training.loss.losses` and returns
     `Losses`. Empty: that function itself."""

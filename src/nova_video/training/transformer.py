@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from nova_video.autoencoders import scale_latents
 from nova_video.common.errors import InputError
-from nova_video.common.extensions import load_extension
+from nova_video.common.extensions import check_members, load_extension, make_extension
 from nova_video.common.extras import install_command
 from nova_video.common.startup import reveal
 from nova_video.data.encoders import check_text_parts
 from nova_video.io.checkpoints import lasting_name, resolve_checkpoint
 from nova_video.io.weights import read_json
-from nova_video.model import NOVATransformer3DModel, mask_ratios
+from nova_video.model import RANDOM_ORDER, NOVATransformer3DModel, Order, mask_ratios
 from nova_video.model.transformer import spatial_patch
 from nova_video.model.vit import Block
 from nova_video.pipeline.loading import load_scheduler, load_transformer
@@ -92,6 +92,10 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         self.table = NoiseTable.from_scheduler(scheduler, device)
         self.values = model.patch_size**2 * model.config.image_dim
         self.masks = TemporalMasks()
+        self.order: Order = RANDOM_ORDER
+        if recipe.order:
+            self.order = make_extension(recipe.order, "order")
+            check_members(self.order, "order", Order)
         self.losses: Callable[..., Losses] = load_extension(recipe.loss, "loss") if recipe.loss else losses
         self.capturable = recipe.mask_ratio == "batch"
         self.loss_names = ("loss", "loss_t2i", "loss_i2i")
@@ -154,11 +158,23 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
     def _draws(
         self, count: int, num_frames: int, grid: tuple[int, int], visible: int | None, repeats: int
     ) -> LossDraws:
-        tokens = self.tokens(grid)
+        tokens, patch = self.tokens(grid), self.model.patch_size
+        rows_and_columns = (grid[0] // patch, grid[1] // patch)
         if visible is not None:
-            return draw(self.table, count * num_frames, tokens, self.values, visible, repeats)
+            return draw(
+                self.table,
+                count * num_frames,
+                tokens,
+                self.values,
+                visible,
+                repeats,
+                order=self.order,
+                grid=rows_and_columns,
+            )
         each = [number for number in visible_tokens(count, tokens) for _ in range(num_frames)]
-        return draw_per_sample(self.table, each, tokens, self.values, repeats, MASK_MULTIPLE)
+        return draw_per_sample(
+            self.table, each, tokens, self.values, repeats, MASK_MULTIPLE, order=self.order, grid=rows_and_columns
+        )
 
     def tokens(self, grid: tuple[int, int]) -> int:
         """Of a frame on the latent grid (h, w)."""

@@ -253,7 +253,13 @@ def test_errors_and_callbacks_in_a_stream(causal: NovaPipeline, ahead: bool) -> 
 def held_bytes(generation: Generation) -> int:
     """What a generation keeps in tensors."""
     state = generation.state
-    tensors = [*state.frames.values(), *state.heard.values(), state.cache.keys, state.cache.values, state.order]
+    tensors = [
+        *state.frames.values(),
+        *state.noised_history.values(),
+        state.cache.keys,
+        state.cache.values,
+        state.order,
+    ]
     tensors += [state.positions.time, state.positions.video_space]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 

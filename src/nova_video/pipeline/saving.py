@@ -26,8 +26,8 @@ from nova_video.pipeline.plan import plan_as_json
 from nova_video.pipeline.records import read_record
 from nova_video.pipeline.saved_facts import Facts, check_facts
 from nova_video.sampling.context import Statistics
-from nova_video.sampling.generate import restore_context
 from nova_video.sampling.guidance import UNGUIDED, Guidance
+from nova_video.sampling.history import restore_context
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.state import GivenFrame, OpenFrame, SamplingState, Segment
 
@@ -52,7 +52,7 @@ def save_generation(generation: Generation, path: Path) -> None:
     """Write the file, whole or not at all. The caller sees to it that no set is being made."""
     state, model = generation.state, generation.pipe.transformer
     tensors: dict[str, Tensor] = {}
-    for name, frames in (("frames", state.frames), ("heard", state.heard)):
+    for name, frames in (("frames", state.frames), ("heard", state.noised_history)):
         tensors |= {f"{name}.{frame}": latents for frame, latents in frames.items()}
     texts: list[Tensor] = []
     segments = []
@@ -155,7 +155,7 @@ def _restore(pipe: "NovaPipeline", values: dict[str, Any], tensors: dict[str, Te
             for frame, redraw in facts.given.items()
         },
     )
-    state.frames, state.heard = (_numbered(name, moved) for name in ("frames", "heard"))
+    state.frames, state.noised_history = (_numbered(name, moved) for name in ("frames", "heard"))
     state.order = moved.get("order")
     state.cached = None if facts.cached is None else list(facts.cached)
     state.built, state.cached_segment = facts.built, facts.cached_segment

@@ -1,7 +1,11 @@
-"""The loop: frame by frame in time, set by set in space. One set a turn, so that a caller can stop, show or save.
+"""The paper's two loops: frame by frame in time (section 3.1), set by set in space (3.2).
 
-Per frame: one step of the temporal encoder (or one pass over its context, where that does not just grow by a frame),
-then for each set the spatial encoder once, the denoiser's steps on the set's tokens, and those tokens are fixed.
+For each frame the temporal encoder makes one step (`history.py`). For each set of the frame's tokens the spatial
+encoder runs once and the denoiser takes its steps on these tokens alone, which are then fixed. One set is made a turn,
+so that a caller can stop, show or save between two.
+
+Legend: B batch, N guidance passes, L tokens of a frame, V of them revealed, S tokens of the set, Lc temporal tokens of
+the frame, C latent channels, h w latent grid, D width, P values of a token.
 """
 
 from collections.abc import Iterator
@@ -16,10 +20,10 @@ from nova_video.common.errors import InputError
 from nova_video.model import NOVATransformer3DModel, masking, patchify, unpatchify
 from nova_video.model.finite import first_not_finite
 from nova_video.model.patches import gather_tokens, scatter_tokens
-from nova_video.sampling.context import REFERENCE_FRAMES, Statistics, hold_statistics
 from nova_video.sampling.diffusion import Schedule, SetNoise
 from nova_video.sampling.engine import Engine, PlainEngine
 from nova_video.sampling.guidance import UNGUIDED
+from nova_video.sampling.history import collect_statistics, draw_to_reference, encode_next_frame
 from nova_video.sampling.presets import second_order
 from nova_video.sampling.side_stream import beside
 from nova_video.sampling.state import OpenFrame, SamplingState
@@ -70,79 +74,8 @@ def generate_sets(
         yield reveal_set(model, engine, schedules[steps], state, frame, stopwatch)
 
 
-# In time --------------------------------------------------------------------------------------------------------------
-
-
-def encode_next_frame(engine: Engine, state: SamplingState) -> Tensor:
-    """What the spatial encoder is told of the next frame (N * B, Lc, D), from the earlier frames it may read."""
-    model, segment = engine.model, state.segment_at(state.done)
-    if state.num_frames == 1:  # nothing is cached for others
-        text, tokens = state.segments[segment].text, history_tokens(model, state, None, 0)
-        state.anchor = engine.context(text, tokens, state.positions)
-        return state.anchor
-    read = state.context.read(state.done, state.segments[segment].begin)
-    same_text = state.segments[segment].text is state.segments[state.cached_segment].text
-    if state.cached is not None and same_text and read[:-1] == state.cached:
-        feature = step_context(model, state, read[-1])
-    else:
-        feature = build_context(model, state, segment, read)
-    assert state.anchor is not None
-    return model.mix(state.anchor, feature) if read else feature
-
-
-def build_context(model: NOVATransformer3DModel, state: SamplingState, segment: int, read: list[int]) -> Tensor:
-    """Encode text, BOS and the frames `read` in one pass, into an emptied cache -> the last slot's feature."""
-    state.cache.clear()
-    tokens = [history_tokens(model, state, frame, slot) for slot, frame in enumerate([None, *read])]
-    text = state.segments[segment].text
-    features = model.encode_context(text, torch.stack(tokens, dim=1), state.positions, state.cache)
-    state.cached, state.built, state.cached_segment = list(read), len(read), segment
-    state.anchor = features[:, 0]
-    return features[:, -1]
-
-
-def step_context(model: NOVATransformer3DModel, state: SamplingState, frame: int) -> Tensor:
-    """One more frame behind those in the cache -> its slot's feature."""
-    assert state.cached is not None
-    slot = len(state.cached) + 1
-    feature = model.encode_frame(history_tokens(model, state, frame, slot), slot, state.positions, state.cache)
-    state.cached.append(frame)
-    return feature
-
-
-def restore_context(model: NOVATransformer3DModel, state: SamplingState) -> None:
-    """Fill the cache of a state that was saved, by the very passes that had filled it."""
-    cached, built = state.cached, state.built
-    if cached is not None:
-        build_context(model, state, state.cached_segment, cached[:built])
-        for frame in cached[built:]:
-            step_context(model, state, frame)
-
-
-def history_tokens(model: NOVATransformer3DModel, state: SamplingState, frame: int | None, slot: int) -> Tensor:
-    """A slot's input in every pass (N * B, Lc, D); frame None is BOS."""
-    latents = None if frame is None else read_frame(state, frame)
-    parts = [model.embed_history(latents, slot, state.batch, state.positions)] * state.passes  # (B, Lc, D) each
-    if state.passes == 3:  # the second pass goes without history: the bare token, at every frame
-        parts[1] = model.embed_history(None, slot, state.batch, state.positions, bare=True)
-    return torch.cat(parts)
-
-
-def read_frame(state: SamplingState, frame: int) -> Tensor:
-    """An earlier frame (B, C, h, w) as the temporal encoder reads it; its noise is drawn once."""
-    latents = state.frames[frame]
-    if state.context.history_noise == 0:
-        return latents
-    if frame not in state.heard:
-        state.heard[frame] = latents + state.context.history_noise * state.random.normal(*latents.shape)
-    return state.heard[frame]
-
-
-# In space -------------------------------------------------------------------------------------------------------------
-
-
 def open_frame(model: NOVATransformer3DModel, state: SamplingState, condition: Tensor) -> OpenFrame:
-    """The next frame, empty but for what is given of it. The first one draws the order of revelation, for all."""
+    """The next frame, empty but for its given tokens. The first one draws the order of revelation, for all frames."""
     count = state.num_tokens
     if state.order is None:
         grid = (state.grid[0] // model.patch_size, state.grid[1] // model.patch_size)
@@ -208,7 +141,7 @@ def reveal_set(
     state.step += 1
     if whole:
         latents = unpatchify(frame.tokens, model.patch_size, state.grid)
-        finish_frame(model, state, latents if state.done in state.given else held(state, latents))
+        finish_frame(model, state, latents if state.done in state.given else draw_to_reference(state, latents))
         state.open = None
     return done
 
@@ -234,19 +167,13 @@ def set_features(
 
 
 def finish_frame(model: NOVATransformer3DModel, state: SamplingState, latents: Tensor) -> None:
-    """The next frame (B, C, h, w) is whole. Raises InputError for values that are not finite: nothing is made of them.
+    """Take a whole frame (B, C, h, w) as the next one. On a GPU this waits for it, once a frame.
 
-    On a GPU this waits for the frame, once a frame.
+    Raises InputError for values that are not finite: nothing is made of them.
     """
     if not bool(latents.isfinite().all()):
         raise InputError(f"latent frame {state.done} has values that are not finite: {why_not_finite(model, state)}")
-    begin = state.segments[state.segment_at(state.done)].begin
-    if state.context.hold_statistics > 0:
-        statistics = Statistics.of(latents, begin)
-        if state.reference is None or state.reference.begin != begin:
-            state.reference = statistics
-        elif state.reference.count < REFERENCE_FRAMES:
-            state.reference = state.reference.joined(statistics)
+    collect_statistics(state, latents)
     state.frames[state.done] = latents
     state.done += 1
     if state.finished:  # nothing reads it again, and decoding needs the room
@@ -267,12 +194,3 @@ def why_not_finite(model: NOVATransformer3DModel, state: SamplingState) -> str:
     if model.dtype == torch.float16:
         return "expected another precision, since float16 overflows: bfloat16 or float32"
     return "expected smaller guidance, noise or adapter scales"
-
-
-def held(state: SamplingState, latents: Tensor) -> Tensor:
-    """A new frame, drawn to the statistics of the first ones where that is asked for and those are known."""
-    strength, reference = state.context.hold_statistics, state.reference
-    begin = state.segments[state.segment_at(state.done)].begin
-    if strength == 0 or reference is None or reference.begin != begin or reference.count < REFERENCE_FRAMES:
-        return latents
-    return hold_statistics(latents, reference, strength)

@@ -109,8 +109,8 @@ class SamplingState:
     """(N * B, Lc, D) the feature c_0 behind that text, which the mixer scales and shifts for later frames."""
     frames: dict[int, Tensor] = field(default_factory=dict)
     """Finished frames (B, C, h, w) by number, given ones included, without those let go by `forget`."""
-    heard: dict[int, Tensor] = field(default_factory=dict)
-    """Frames as the temporal encoder reads them, where that is with noise."""
+    noised_history: dict[int, Tensor] = field(default_factory=dict)
+    """Frames with the noise that the temporal encoder reads them with, where it does."""
     reference: Statistics | None = None
     """Of the first frames, where later ones are drawn to them."""
     done: int = 0
@@ -197,7 +197,7 @@ class SamplingState:
         """Let go of frames before this one that the temporal encoder will not read again."""
         begin = self.segments[self.segment_at(self.done)].begin
         needed = {*self.context.read(self.done, begin), *range(self.done - self.context.carry, self.done)}
-        for kept in (self.frames, self.heard):
+        for kept in (self.frames, self.noised_history):
             for frame in [frame for frame in kept if frame < before and frame not in needed]:
                 del kept[frame]
 

@@ -25,7 +25,7 @@ from nova_video.cli.jobs import name_of
 from nova_video.common.errors import InputError
 from nova_video.common.extras import install_command
 from nova_video.io import media
-from nova_video.io.files import held
+from nova_video.io.files import lock_file
 from nova_video.pipeline.offload import LowMemory
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.sampling.presets import PRESETS
@@ -497,7 +497,7 @@ def test_files_that_another_run_writes(run: Run, tiny_checkpoint: Path) -> None:
     """They are refused before the model is loaded."""
     common = ["generate", "a whale", "--model", tiny_checkpoint / "none"]
     for name, flags in [("x.mp4", ["--live", "-o", "x.mp4"]), ("s", ["--state", "s"])]:
-        with held(Path(name)):
+        with lock_file(Path(name)):
             code, _, err = run(*common, *flags)
             assert (code, err.count("\n")) == (2, 1)
             assert f"{name} is being written by another process" in err

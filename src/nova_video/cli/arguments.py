@@ -334,14 +334,10 @@ class Evaluating:
 
     model: Annotated[str, arg(metavar="NAME")] = MODEL
     """As for `nova generate`."""
-    data: Annotated[Path, arg(metavar="FOLDER")] = Path("data/emoji")
-    """A prepared world."""
     output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
-    """Where the scores (JSON) and the contact sheets go."""
+    """Where the scores (JSON) and the samples or contact sheets go."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """Which combinations, and their random numbers."""
-    split: Literal["heldout", "train"] = "heldout"
-    """Combinations that were never trained on, or those that were."""
     batch_size: Annotated[int, arg(metavar="N")] = 25
     """Clips made at once."""
     sets: Sets = None
@@ -363,7 +359,31 @@ class Evaluating:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateEmoji(Evaluating):
+class EvaluateOwn(Evaluating):
+    """Run a benchmark of your own: nova evaluate my_bench:Bench. Samples that are in the folder are not made again."""
+
+    benchmark: Annotated[Positional[str], arg(metavar="MODULE:CLASS")]
+    """A class that extends nova_video.evaluation.Benchmark; the current folder is searched too."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FOLDER", help_behavior_hint="")] = None  # type: ignore[assignment]
+    """Where the scores (JSON) and the samples go. If absent, runs/evaluate-NAME."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Of the first sample; the next ones have the next numbers."""
+    batch_size: Annotated[int, arg(metavar="N")] = 1
+    """Samples made at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatingWorld(Evaluating):
+    """The flags of the benchmarks in a world."""
+
+    data: Annotated[Path, arg(metavar="FOLDER")] = Path("data/emoji")
+    """A prepared world."""
+    split: Literal["heldout", "train"] = "heldout"
+    """Combinations that were never trained on, or those that were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateEmoji(EvaluatingWorld):
     """Generate held-out combinations of the emoji world and measure exactly what their captions ask for."""
 
     output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-emoji")
@@ -377,7 +397,7 @@ class EvaluateEmoji(Evaluating):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateBeyond(Evaluating):
+class EvaluateBeyond(EvaluatingWorld):
     """Carry on, change and fill in real clips and pictures of the emoji world, and measure what comes of it."""
 
     output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-beyond")
@@ -399,7 +419,7 @@ class EvaluateBeyond(Evaluating):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateDrift(Evaluating):
+class EvaluateDrift(EvaluatingWorld):
     """Generate long clips of the emoji world and measure how they change in time, with and without each remedy."""
 
     output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-drift")
@@ -584,6 +604,7 @@ Benchmarks = (
     Annotated[EvaluateEmoji, subcommand("emoji")]
     | Annotated[EvaluateBeyond, subcommand("beyond")]
     | Annotated[EvaluateDrift, subcommand("drift")]
+    | Annotated[EvaluateOwn, subcommand("own")]
 )
 Timings = (
     Annotated[BenchSample, subcommand("sample")]
@@ -660,6 +681,8 @@ def names_of(commands: Any) -> list[str]:
 def _with_command(arguments: Sequence[str]) -> list[str]:
     """The same, after a check of the sub-commands; help is asked for where none is given."""
     arguments = list(arguments)
+    if arguments[:1] == ["evaluate"] and ":" in "".join(arguments[1:2]):  # a benchmark of the user's own
+        arguments.insert(1, "own")
     for depth, (group, commands) in enumerate([("nova", Command), *GROUPS.items()]):
         if depth and arguments[:1] != [group]:
             continue

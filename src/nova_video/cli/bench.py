@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from nova_video.cli.arguments import BenchPresets, BenchSample, BenchTrain
-from nova_video.cli.generate import _size as size_of
+from nova_video.cli.console import size_of
 from nova_video.common.errors import InputError
 
 
@@ -17,7 +17,7 @@ def run_bench_sample(args: BenchSample) -> None:
     from nova_video.bench.rows import as_lines, read_rows, record_row
     from nova_video.bench.sample import Asked, check_work, measure
     from nova_video.common.devices import choose_device
-    from nova_worlds.evaluation.report import check_report_folder
+    from nova_video.io.files import make_folder
 
     _check_profile(args)
     height, width = size_of(args.size)
@@ -35,7 +35,7 @@ def run_bench_sample(args: BenchSample) -> None:
     )
     choose_device(args.device)
     check_work(args.config, asked)
-    check_report_folder(args.output.parent)
+    make_folder(args.output.parent)
     read_rows(args.output)  # a file that cannot be added to is found before the work
     failed = []
     for config in args.config:
@@ -57,8 +57,8 @@ def run_bench_sample(args: BenchSample) -> None:
 def run_bench_presets(args: BenchPresets) -> None:
     """Each variant in turn; one that fails has its error in its row, and the others go on."""
     from nova_video.common.devices import choose_device
+    from nova_video.io.files import make_folder
     from nova_worlds.evaluation.emoji import EmojiSettings
-    from nova_worlds.evaluation.report import check_report_folder
     from nova_worlds.presets.preset_rows import (
         PresetRow,
         as_aligned,
@@ -91,7 +91,7 @@ def run_bench_presets(args: BenchPresets) -> None:
         device=args.device,
         dtype=args.dtype,
     )
-    check_report_folder(args.output.parent)
+    make_folder(args.output.parent)
     command = _command_line("presets", args, ("keep", "output"))
     before = read_preset_rows(args.output)  # a file that cannot be added to is found before the work
     rows: list[PresetRow] = []
@@ -115,7 +115,7 @@ def run_bench_train(args: BenchTrain) -> None:
     from nova_video.bench.train import AskedTraining, check_training, measure_training
     from nova_video.bench.train_rows import read_train_rows, train_line
     from nova_video.common.devices import choose_device
-    from nova_worlds.evaluation.report import check_report_folder
+    from nova_video.io.files import make_folder
 
     _check_profile(args)
     height, width = size_of(args.size)
@@ -137,7 +137,7 @@ def run_bench_train(args: BenchTrain) -> None:
     )
     choose_device(args.device)
     check_training(args.config, asked)
-    check_report_folder(args.output.parent)
+    make_folder(args.output.parent)
     read_train_rows(args.output)  # a file that cannot be added to is found before the work
     processes, index = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     failed = []
@@ -157,12 +157,12 @@ def run_bench_train(args: BenchTrain) -> None:
 
 
 def _check_profile(args: BenchSample | BenchTrain) -> None:
-    from nova_worlds.evaluation.report import check_report_folder
+    from nova_video.io.files import make_folder
 
     if args.profile is not None:
         if len(args.config) > 1:
             raise InputError(f"got --profile with {len(args.config)} configurations: expected one")
-        check_report_folder(args.profile.parent)
+        make_folder(args.profile.parent)
 
 
 def _command_line(

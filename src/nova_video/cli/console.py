@@ -1,9 +1,11 @@
-"""What the sub-commands share: the model on its device, and a progress bar. No heavy import before a command runs."""
+"""Shared by the sub-commands: loading a model, a progress bar, sizes. No heavy import before a command runs."""
 
+import re
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from nova_video.common.errors import InputError
 from nova_video.common.startup import reveal, use_fitting_threads
 
 if TYPE_CHECKING:
@@ -95,3 +97,13 @@ def checkpoint_defaults(model: str) -> "Defaults":
     from nova_video.pipeline.settings import CheckpointSettings
 
     return CheckpointSettings.load(resolve_checkpoint(model)).defaults
+
+
+def size_of(text: str | None) -> tuple[int | None, int | None]:
+    """Height and width of WIDTHxHEIGHT."""
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"(\d+)[x×](\d+)", text)
+    if match is None:
+        raise InputError(f"size is {text!r}, expected WIDTHxHEIGHT such as 768x480")
+    return int(match[2]), int(match[1])

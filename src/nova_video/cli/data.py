@@ -6,8 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from nova_video.cli.arguments import DataInspect, Encode
-from nova_video.cli.console import checkpoint_defaults, progress_bar
-from nova_video.cli.generate import _size as size_of
+from nova_video.cli.console import checkpoint_defaults, progress_bar, size_of
 from nova_video.common.errors import InputError
 
 if TYPE_CHECKING:

@@ -1,22 +1,53 @@
-"""The commands `nova evaluate ...`: a benchmark's tables on stdout, its JSON and its sheets in a folder."""
+"""The commands `nova evaluate ...`: a benchmark's tables on stdout, its JSON and its samples or sheets in a folder."""
 
 import contextlib
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nova_video.cli.arguments import EvaluateBeyond, EvaluateDrift, EvaluateEmoji, Evaluating
+from nova_video.cli.arguments import (
+    EvaluateBeyond,
+    EvaluateDrift,
+    EvaluateEmoji,
+    EvaluateOwn,
+    Evaluating,
+    EvaluatingWorld,
+)
 from nova_video.cli.console import load_pipeline, progress_bar
+from nova_video.common.errors import InputError
 
 if TYPE_CHECKING:
+    from nova_video.evaluation.benchmark import Benchmark, Progress
     from nova_video.pipeline.pipeline import NovaPipeline
-    from nova_worlds.evaluation.benchmark import Progress
     from nova_worlds.world import EmojiWorld
 
 
+def run_evaluate_own(args: EvaluateOwn) -> None:
+    """Run a benchmark of the user's own. The model is loaded only if samples are missing."""
+    from rich.console import Console
+
+    from nova_video.common.devices import choose_device
+    from nova_video.evaluation.benchmark import BenchmarkRun
+
+    benchmark = _own_benchmark(args.benchmark)
+    choose_device(args.device)
+    output = args.output or Path(f"runs/evaluate-{args.benchmark.partition(':')[2].lower()}")
+    options = {name: value for name, value in _sampling(args).items() if value is not None}
+    with _progress() as on_progress:
+        run = BenchmarkRun(
+            benchmark, output, seed=args.seed, options=options, model=args.model, on_progress=on_progress
+        )
+        if run.missing:
+            run.make(load_pipeline(args.model, args.device, args.dtype), args.batch_size)
+        report = run.judge(_command_line(args.benchmark, args))
+    Console().print(report.as_table())
+    print(output)
+
+
 def run_evaluate_emoji(args: EvaluateEmoji) -> None:
-    """Held-out combinations, and pictures of two objects."""
+    """Judge held-out combinations, and pictures of two objects."""
     from rich.console import Console
 
     from nova_worlds.evaluation.emoji import EmojiSettings, evaluate_emoji
@@ -29,12 +60,7 @@ def run_evaluate_emoji(args: EvaluateEmoji) -> None:
         split=args.split,
         seed=args.seed,
         batch_size=args.batch_size,
-        num_inference_steps=args.sets,
-        num_diffusion_steps=args.diffusion_steps,
-        guidance_scale=args.guidance,
-        motion_flow=args.motion,
-        preset=args.preset,
-        compile=False if args.no_compile else None,
+        **_sampling(args),
     )
     pipe, world = _open(args)
     with _progress() as on_progress:
@@ -47,7 +73,7 @@ def run_evaluate_emoji(args: EvaluateEmoji) -> None:
 
 
 def run_evaluate_beyond(args: EvaluateBeyond) -> None:
-    """What is carried on, changed and filled in."""
+    """Judge what is carried on, changed and filled in."""
     from rich.console import Console
 
     from nova_worlds.evaluation.benchmark import LongSettings
@@ -58,21 +84,10 @@ def run_evaluate_beyond(args: EvaluateBeyond) -> None:
         parts=args.parts,
         num_clips=args.num_clips,
         split=args.split,
-        long=LongSettings(
-            context_frames=args.context_frames,
-            sink_frames=args.sink_frames,
-            history_noise=args.history_noise,
-            reanchor_frames=args.reanchor_frames,
-            hold_statistics=args.hold_statistics,
-        ),
+        long=LongSettings(**_values(args, LongSettings)),
         seed=args.seed,
         batch_size=args.batch_size,
-        num_inference_steps=args.sets,
-        num_diffusion_steps=args.diffusion_steps,
-        guidance_scale=args.guidance,
-        motion_flow=args.motion,
-        preset=args.preset,
-        compile=False if args.no_compile else None,
+        **_sampling(args),
     )
     pipe, world = _open(args)
     with _progress() as on_progress:
@@ -85,31 +100,14 @@ def run_evaluate_beyond(args: EvaluateBeyond) -> None:
 
 
 def run_evaluate_drift(args: EvaluateDrift) -> None:
-    """How long clips change in time."""
+    """Measure how long clips change in time."""
     from rich.console import Console
 
     from nova_worlds.evaluation.drift import DriftSettings, evaluate_drift
     from nova_worlds.evaluation.plot import write_plot
     from nova_worlds.evaluation.report import print_drift, write_report
 
-    settings = DriftSettings(
-        num_clips=args.num_clips,
-        num_frames=args.num_frames,
-        split=args.split,
-        context_frames=args.context_frames,
-        sink_frames=args.sink_frames,
-        history_noise=args.history_noise,
-        reanchor_frames=args.reanchor_frames,
-        hold_statistics=args.hold_statistics,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        num_inference_steps=args.sets,
-        num_diffusion_steps=args.diffusion_steps,
-        guidance_scale=args.guidance,
-        motion_flow=args.motion,
-        preset=args.preset,
-        compile=False if args.no_compile else None,
-    )
+    settings = DriftSettings(**_values(args, DriftSettings) | _sampling(args))
     pipe, world = _open(args)
     with _progress() as on_progress:
         report = evaluate_drift(
@@ -121,20 +119,49 @@ def run_evaluate_drift(args: EvaluateDrift) -> None:
     print(args.output)
 
 
-def _open(args: Evaluating) -> "tuple[NovaPipeline, EmojiWorld]":
+def _own_benchmark(name: str) -> "Benchmark":
+    """The benchmark that `module:Class` names; an object or a function that makes one will do."""
+    from nova_video.common.extensions import load_extension
+    from nova_video.evaluation.benchmark import Benchmark
+
+    found = load_extension(name, "benchmark")
+    benchmark = found if isinstance(found, Benchmark) or not callable(found) else found()
+    if not isinstance(benchmark, Benchmark):
+        raise InputError(f"benchmark is {name!r}: expected a class that extends nova_video.evaluation.Benchmark")
+    return benchmark
+
+
+def _sampling(args: Evaluating) -> dict[str, Any]:
+    """The arguments of a pipeline's call that were typed. None: not typed."""
+    return {
+        "num_inference_steps": args.sets,
+        "num_diffusion_steps": args.diffusion_steps,
+        "guidance_scale": args.guidance,
+        "motion_flow": args.motion,
+        "preset": args.preset,
+        "compile": False if args.no_compile else None,
+    }
+
+
+def _values(args: Evaluating, record: type[Any]) -> dict[str, Any]:
+    """The fields of a record that are flags of the same name."""
+    return {field.name: getattr(args, field.name) for field in fields(record) if hasattr(args, field.name)}
+
+
+def _open(args: EvaluatingWorld) -> "tuple[NovaPipeline, EmojiWorld]":
     """The model and the world it is measured on. All that can be checked is, before anything large is loaded."""
     from nova_video.common.devices import choose_device
-    from nova_worlds.evaluation.report import check_report_folder
+    from nova_video.io.files import make_folder
     from nova_worlds.world import EmojiWorld
 
     world = EmojiWorld.load(args.data, choose_device(args.device))
-    check_report_folder(args.output)
+    make_folder(args.output)
     return load_pipeline(args.model, args.device, args.dtype), world
 
 
 @contextlib.contextmanager
 def _progress() -> "Iterator[Progress]":
-    """A bar for everything that is judged. Yields what moves them."""
+    """A bar for each stage of a benchmark. Yields the function that moves them."""
     with progress_bar() as bar:
         tasks: dict[str, Any] = {}
 
@@ -147,10 +174,10 @@ def _progress() -> "Iterator[Progress]":
 
 
 def _command_line(name: str, args: Evaluating) -> str:
-    """The command that repeats this evaluation; where it writes is another matter."""
+    """The command that repeats this evaluation, without where it writes."""
     words = ["nova", "evaluate", name]
     for field in fields(args):
-        if field.name != "output" and (value := getattr(args, field.name)) != field.default:
+        if field.name not in ("output", "benchmark") and (value := getattr(args, field.name)) != field.default:
             values = value if isinstance(value, tuple) else () if value is True else (value,)
             words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nova_video.cli.arguments import Edit, Format, Generate, Making, model_of
-from nova_video.cli.console import checkpoint_defaults, load_pipeline, outline_pipeline
+from nova_video.cli.console import checkpoint_defaults, load_pipeline, outline_pipeline, size_of
 from nova_video.cli.jobs import (
     NOTES,
     Job,
@@ -412,16 +411,6 @@ def _seed(args: Making) -> int:
     return secrets.randbelow(2**32) if args.seed is None else args.seed
 
 
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    """Height and width of WIDTHxHEIGHT."""
-    if text is None:
-        return None, None
-    match = re.fullmatch(r"(\d+)[x×](\d+)", text)
-    if match is None:
-        raise InputError(f"size is {text!r}, expected WIDTHxHEIGHT such as 768x480")
-    return int(match[2]), int(match[1])
-
-
 def _requests(args: Generate, prompts: Sequence[str]) -> "list[GenerateRequest]":
     """One a sentence, each with the next seed."""
     from nova_video.io.inputs import read_clips
@@ -453,7 +442,7 @@ def _request(args: Making, prompt: str, seed: int) -> "GenerateRequest":
     """What all commands say in the same way."""
     from nova_video.pipeline.request import GenerateRequest
 
-    height, width = _size(args.size)
+    height, width = size_of(args.size)
     if args.size is not None and (args.width is not None or args.height is not None):
         raise InputError("got --size with --width or --height: expected one way to say the size")
     return GenerateRequest(

@@ -32,6 +32,7 @@ from nova_video.cli.arguments import (
     EvaluateBeyond,
     EvaluateDrift,
     EvaluateEmoji,
+    EvaluateOwn,
     Generate,
     Info,
     Making,
@@ -42,7 +43,7 @@ from nova_video.cli.arguments import (
 )
 from nova_video.cli.bench import run_bench_presets, run_bench_sample, run_bench_train
 from nova_video.cli.data import run_data_inspect, run_encode
-from nova_video.cli.evaluate import run_evaluate_beyond, run_evaluate_drift, run_evaluate_emoji
+from nova_video.cli.evaluate import run_evaluate_beyond, run_evaluate_drift, run_evaluate_emoji, run_evaluate_own
 from nova_video.cli.generate import run_edit, run_generate
 from nova_video.cli.words import run_words
 from nova_video.common.errors import InputError, Terminated, first_line
@@ -145,6 +146,7 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
     EvaluateEmoji: run_evaluate_emoji,
     EvaluateBeyond: run_evaluate_beyond,
     EvaluateDrift: run_evaluate_drift,
+    EvaluateOwn: run_evaluate_own,
     BenchSample: run_bench_sample,
     BenchPresets: run_bench_presets,
     BenchTrain: run_bench_train,

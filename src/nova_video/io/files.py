@@ -41,6 +41,15 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"cannot write to {folder}: the folder is not writable ({error.strerror})") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, or raise InputError if it could not be written to later."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; expected a folder") from error
+    check_writable(folder)
+
+
 def name_beside(path: Path, ending: str = "part") -> Path:
     """A new hidden name in the same folder, for a file that takes the place of `path` or makes place for it."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{ending}")

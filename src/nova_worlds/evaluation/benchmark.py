@@ -4,17 +4,16 @@ A benchmark judges the judge first, on real renders: one that reads less than 97
 """
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
-import diffusers
 import numpy as np
 import torch
 from torch import Tensor
 
-import nova_video
 from nova_video.common.errors import InputError
+from nova_video.evaluation.benchmark import package_versions
 from nova_worlds.clips import CANVAS, ClipSpec
 from nova_worlds.evaluation.judge import Judgement
 from nova_worlds.evaluation.rates import Rate
@@ -26,9 +25,6 @@ JUDGE_CLIPS = 200  # real renders that the judge is judged on, at least
 SHEET_CLIPS = 24  # generated clips kept to look at
 REAL, RECONSTRUCTED, GENERATED = "real renders", "autoencoder", "generated"
 DECODED_FRAMES = 2176  # through the autoencoder at a time
-
-Progress = Callable[[str, int, int], None]
-"""(what is being judged, clips done, clips in all)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +49,11 @@ class SamplingSettings:
             if getattr(self, name) < bound:
                 raise InputError(f"{name} is {getattr(self, name)}: expected a whole number of at least {bound}")
 
+    def call_options(self) -> dict[str, Any]:
+        """The arguments of a pipeline's call."""
+        names = {part.name for part in fields(SamplingSettings)} - {"seed", "batch_size"}
+        return {name: getattr(self, name) for name in names}
+
     def generators(self, numbers: Iterable[int]) -> list[torch.Generator]:
         """Those of the clips of these numbers."""
         return [torch.Generator().manual_seed(self.seed + number) for number in numbers]
@@ -70,32 +71,12 @@ class LongSettings:
     hold_statistics: float = 0.0
 
 
-class Filler(Protocol):
-    """What is evaluated beyond one clip: `NovaPipeline`, or a stand-in for it."""
+class EvaluatedPipeline(Protocol):
+    """What is evaluated: `NovaPipeline`, or a stand-in for it."""
 
     vae: Any
 
-    def __call__(
-        self,
-        prompt: list[Any],
-        *,
-        video: np.ndarray | None,
-        mask_image: np.ndarray | None,
-        num_frames: int,
-        num_inference_steps: int | None,
-        num_diffusion_steps: int | None,
-        guidance_scale: float | None,
-        motion_flow: float | None,
-        preset: str | None,
-        compile: bool | None,
-        context_frames: int | None,
-        sink_frames: int | None,
-        history_noise: float,
-        reanchor_frames: int | None,
-        hold_statistics: float,
-        generator: list[torch.Generator],
-        output_type: str,
-    ) -> Any: ...
+    def __call__(self, prompt: list[Any], **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -117,12 +98,7 @@ class Origin:
             model=model,
             command=command,
             device=torch.cuda.get_device_name(device) if gpu else f"{device.type} ({platform.machine()})",
-            versions={
-                "nova_video": nova_video.__version__,
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-                "python": platform.python_version(),
-            },
+            versions=package_versions(),
         )
 
 
@@ -158,7 +134,7 @@ class Report(Protocol):
 
 
 def fill(
-    pipe: Filler,
+    pipe: EvaluatedPipeline,
     prompts: Sequence[Any],
     sampling: SamplingSettings,
     long: LongSettings,
@@ -177,17 +153,8 @@ def fill(
         video=None if given is None else given.cpu().numpy(),
         mask_image=None if hole is None else hole.cpu().numpy(),
         num_frames=num_frames,
-        num_inference_steps=sampling.num_inference_steps,
-        num_diffusion_steps=sampling.num_diffusion_steps,
-        guidance_scale=sampling.guidance_scale,
-        motion_flow=sampling.motion_flow,
-        preset=sampling.preset,
-        compile=sampling.compile,
-        context_frames=long.context_frames,
-        sink_frames=long.sink_frames,
-        history_noise=long.history_noise,
-        reanchor_frames=long.reanchor_frames,
-        hold_statistics=long.hold_statistics,
+        **sampling.call_options(),
+        **asdict(long),
         generator=sampling.generators(numbers),
         output_type="np",
     )

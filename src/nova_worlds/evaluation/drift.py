@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nova_video.evaluation.benchmark import Progress
 from nova_video.io.motion import flow_magnitudes
 from nova_worlds.clips import FPS, SPAN, ClipSpec, ObjectPath, object_path
 from nova_worlds.evaluation.benchmark import (
     JUDGE_CLIPS,
     REAL,
     RECONSTRUCTED,
-    Filler,
+    EvaluatedPipeline,
     LongSettings,
     Origin,
-    Progress,
     Sample,
     SamplingSettings,
     Sheet,
@@ -190,7 +190,7 @@ Maker = Callable[[ClipSpec, int], Tensor]
 
 
 def evaluate_drift(
-    pipe: Filler,
+    pipe: EvaluatedPipeline,
     world: EmojiWorld,
     settings: DriftSettings = DriftSettings(),
     *,

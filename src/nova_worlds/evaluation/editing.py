@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from nova_video.common.errors import InputError
+from nova_video.evaluation.benchmark import Progress
 from nova_worlds.evaluation.benchmark import (
     GENERATED,
     JUDGE_CLIPS,
     REAL,
     RECONSTRUCTED,
     SHEET_CLIPS,
-    Filler,
+    EvaluatedPipeline,
     LongSettings,
     Origin,
-    Progress,
     Sample,
     SamplingSettings,
     Sheet,
@@ -111,7 +111,7 @@ class BeyondReport:
 
 
 def evaluate_beyond(
-    pipe: Filler,
+    pipe: EvaluatedPipeline,
     world: EmojiWorld,
     settings: BeyondSettings = BeyondSettings(),
     *,
@@ -127,7 +127,7 @@ def evaluate_beyond(
 
 def evaluate_part(
     name: PartName,
-    pipe: Filler,
+    pipe: EvaluatedPipeline,
     world: EmojiWorld,
     judge: Judge,
     settings: BeyondSettings,

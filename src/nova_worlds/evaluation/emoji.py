@@ -8,11 +8,12 @@ form, and pictures of two objects from held-out (object, relation, object).
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nova_video.evaluation.benchmark import Progress
 from nova_worlds.clips import SPAN, ClipSpec
 from nova_worlds.evaluation.benchmark import (
     GENERATED,
@@ -20,8 +21,8 @@ from nova_worlds.evaluation.benchmark import (
     REAL,
     RECONSTRUCTED,
     SHEET_CLIPS,
+    EvaluatedPipeline,
     Origin,
-    Progress,
     Sample,
     SamplingSettings,
     Sheet,
@@ -39,27 +40,6 @@ JUDGED = ("background", "motion", "object", "relation")  # the scores that a jud
 
 Maker = Callable[[ClipSpec, int], Tensor]
 """Makes the frames (N, F, H, W, 3) uint8 of a batch; the number is that of its first clip in the evaluation."""
-
-
-class Generator(Protocol):
-    """What is evaluated: `NovaPipeline`, or a stand-in for it."""
-
-    vae: Any
-
-    def __call__(
-        self,
-        prompt: list[str],
-        *,
-        num_frames: int,
-        num_inference_steps: int | None,
-        num_diffusion_steps: int | None,
-        guidance_scale: float | None,
-        motion_flow: float | None,
-        preset: str | None,
-        compile: bool | None,
-        generator: list[torch.Generator],
-        output_type: str,
-    ) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -124,7 +104,7 @@ class EmojiReport:
 
 
 def evaluate_emoji(
-    pipe: Generator,
+    pipe: EvaluatedPipeline,
     world: EmojiWorld,
     settings: EmojiSettings = EmojiSettings(),
     *,
@@ -199,17 +179,12 @@ def asked_specs(world: EmojiWorld, settings: EmojiSettings) -> tuple[ClipSpec, C
     return clips.to(world.device), pairs.to(world.device)
 
 
-def generate(pipe: Generator, world: EmojiWorld, spec: ClipSpec, settings: EmojiSettings, first: int) -> Tensor:
+def generate(pipe: EvaluatedPipeline, world: EmojiWorld, spec: ClipSpec, settings: EmojiSettings, first: int) -> Tensor:
     """Frames (N, F, H, W, 3) uint8 that the model makes from the captions of `spec`."""
     made = pipe(
         world.captions(spec),
         num_frames=spec.num_frames,
-        num_inference_steps=settings.num_inference_steps,
-        num_diffusion_steps=settings.num_diffusion_steps,
-        guidance_scale=settings.guidance_scale,
-        motion_flow=settings.motion_flow,
-        preset=settings.preset,
-        compile=settings.compile,
+        **settings.call_options(),
         generator=settings.generators(range(first, first + len(spec))),
         output_type="np",
     )

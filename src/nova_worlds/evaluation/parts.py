@@ -19,7 +19,7 @@ from nova_worlds.clips import (
     SPAN,
     ClipSpec,
 )
-from nova_worlds.evaluation.benchmark import Filler, LongSettings, Sample, SamplingSettings, fill, in_words
+from nova_worlds.evaluation.benchmark import EvaluatedPipeline, LongSettings, Sample, SamplingSettings, fill, in_words
 from nova_worlds.evaluation.judge import Judge, Judgement
 from nova_worlds.evaluation.paths import SPINS, has_room, render_path, spins, steered_path
 from nova_worlds.words import COLORS, MOTIONS, PLAIN, SPEEDS, STILL
@@ -106,7 +106,7 @@ class Part(ABC):
 
     def generate(
         self,
-        pipe: Filler,
+        pipe: EvaluatedPipeline,
         world: EmojiWorld,
         case: Case,
         sampling: SamplingSettings,

@@ -9,8 +9,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from nova_video.common.errors import InputError
-from nova_video.io.files import atomic_path, check_writable
+from nova_video.io.files import atomic_path, make_folder
 from nova_video.io.fonts import font_for
 from nova_worlds.evaluation.benchmark import GENERATED, Report, Sample
 from nova_worlds.evaluation.drift import ENDS, MEASURES, DriftReport
@@ -28,18 +27,9 @@ GOOD, BAD, INK, PAPER = (20, 120, 50), (190, 40, 30), (20, 20, 20), (255, 255, 2
 GIVEN = (0, 90, 255)
 
 
-def check_report_folder(folder: Path) -> None:
-    """Make the folder, or raise if it could not be written to later."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; expected a folder") from error
-    check_writable(folder)
-
-
 def write_report(report: Report, folder: Path) -> None:
     """`scores.json`, and a png for every sheet that has clips."""
-    check_report_folder(folder)
+    make_folder(folder)
     with atomic_path(folder / "scores.json") as path:
         path.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
     for name, sheet in report.sheets().items():

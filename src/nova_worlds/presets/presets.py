@@ -30,6 +30,7 @@ from nova_video.bench.sample import device_name, versions
 from nova_video.common.devices import choose_device, choose_dtype
 from nova_video.common.errors import InputError
 from nova_video.io.checkpoints import COMPONENTS, resolve_checkpoint
+from nova_video.io.files import make_folder
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.pipeline.result import GenerateResult
@@ -40,7 +41,6 @@ from nova_worlds.clips import ClipSpec
 from nova_worlds.evaluation.benchmark import JUDGE_CLIPS, check_judge
 from nova_worlds.evaluation.emoji import JUDGED, EmojiSettings, asked_specs, clip_flags, pair_flags, score
 from nova_worlds.evaluation.judge import Judge
-from nova_worlds.evaluation.report import check_report_folder
 from nova_worlds.presets.preset_outcome import Outcome, digest, load_tensors, save_tensors
 from nova_worlds.presets.preset_rows import PresetRow, compared, digits
 from nova_worlds.world import EmojiWorld, to_uint8
@@ -100,7 +100,7 @@ def measure_presets(asked: Asked, command: str) -> Iterator[tuple[PresetRow, boo
     dtype = choose_dtype(asked.dtype, device)
     folder = resolve_checkpoint(asked.model)
     world = EmojiWorld.load(asked.data, device)
-    check_report_folder(asked.keep)
+    make_folder(asked.keep)
     defaults, settings = CheckpointSettings.load(folder).defaults, asked.settings
     row = PresetRow(
         config=asked.model,

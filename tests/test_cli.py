@@ -640,7 +640,7 @@ def test_data_and_evaluate(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.endswith("scores\n")
     assert sorted(path.name for path in Path("scores").iterdir()) == ["scores.json", "sheet.png"]
     report = json.loads(Path("scores/scores.json").read_text())
-    command = "nova evaluate emoji --data world --guidance 2.0 --num-clips 12 --num-pairs 4"
+    command = "nova evaluate emoji --guidance 2.0 --data world --num-clips 12 --num-pairs 4"
     assert report["command"] == command
     assert (report["settings"]["num_clips"], report["settings"]["guidance_scale"]) == (12, 2)
     assert report["scores"]["generated"]["object"]["percent"] < 50

@@ -17,6 +17,7 @@ PLACES = {  # package: (column, row, contents); each imports only packages below
     "nova_worlds": (1, 1, "toy worlds and judges"),
     "bench": (1, 2, "nova bench"),
     "training": (1, 3, "recipes, loss, trainer"),
+    "evaluation": (2, 4, "benchmarks, own ones too"),
     "data": (1, 4, "encoded datasets"),
     "pipeline": (1, 5, "requests to results"),
     "fast": (0, 6, "kernels, CUDA graphs"),

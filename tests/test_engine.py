@@ -22,7 +22,7 @@ from nova_video.sampling import guidance as formulas
 from nova_video.sampling.context import Context
 from nova_video.sampling.engine import Engine, PlainEngine
 from nova_video.sampling.generate import generate_sets
-from nova_video.sampling.guidance import UNGUIDED, Guidance, Prediction
+from nova_video.sampling.guidance import CONDITIONAL, Guidance, Prediction
 from nova_video.sampling.schedulers import request_scheduler
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
 from nova_video.sampling.timing import Stopwatch
@@ -248,7 +248,10 @@ def test_a_replaced_layer_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     def made() -> Tensor:
         runner.use(model)
         return run(
-            "text-to-video", lambda model: FastEngine(model, runner), make_state(model, embeds(), UNGUIDED), model=model
+            "text-to-video",
+            lambda model: FastEngine(model, runner),
+            make_state(model, embeds(), CONDITIONAL),
+            model=model,
         )
 
     stock = [made() for _ in range(3)][-1]
@@ -256,7 +259,7 @@ def test_a_replaced_layer_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = model.image_encoder.blocks[0].attn.proj
     model.image_encoder.blocks[0].attn.proj = torch.nn.Sequential(layer, torch.nn.Tanh())
     changed = made()
-    close(changed, run("text-to-video", PlainEngine, make_state(model, embeds(), UNGUIDED), model=model))
+    close(changed, run("text-to-video", PlainEngine, make_state(model, embeds(), CONDITIONAL), model=model))
     assert (changed - stock).abs().max() > 1e-3
 
 

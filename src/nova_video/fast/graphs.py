@@ -53,7 +53,7 @@ class Recording:
 
     replay: Callable[[], None]
     output: Any
-    """What the function returned: every replay writes it, and another recording's replay may overwrite it."""
+    """Tensors that the function returned: every replay writes it, and another recording's replay may overwrite it."""
     size: int
     """Bytes of memory that were taken for it: what it found there from others is not counted again."""
 
@@ -156,8 +156,11 @@ def capture(graph: torch.cuda.CUDAGraph, pool: Any, function: Callable[[], Any])
 
 
 def abandon_recording(device: torch.device, pool: tuple[int, int]) -> None:
-    """Do what torch does at a recording's end, and leaves undone where it failed: memory is taken from the pool no
-    longer, and the device's default generator, which would refuse every draw, goes on from a copy of where it is."""
+    """Do what torch does at a recording's end, and leaves undone where it failed.
+
+    Memory is taken from the pool no longer, and the device's default generator, which would refuse every draw, goes on
+    from a copy of where it is.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
     with suppress(RuntimeError):  # where the recording did end
         torch._C._cuda_endAllocateToPool(index, pool)
@@ -187,7 +190,7 @@ class Buffer:
 
     memory: Tensor
     source: Tensor | None = None
-    """What it holds a copy of: not copied again as long as it is the same, unchanged."""
+    """The tensor that it holds a copy of, which is not copied again while it stays unchanged."""
     version: int = -1
 
     def fill(self, source: Tensor) -> None:
@@ -206,7 +209,7 @@ def fill(buffers: Mapping[str, Buffer], inputs: Inputs) -> None:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CapturedFunction:
     """A recording and what it reads."""
 
     recording: Recording
@@ -228,7 +231,7 @@ class GraphRunner:
     ) -> None:
         self.recorder, self.compiled, self.fused = recorder, compiled, fused
         self.max_graphs, self.max_bytes = max_graphs, max_bytes
-        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
+        self._entries: OrderedDict[Hashable, CapturedFunction] = OrderedDict()
         self._seen: OrderedDict[Hashable, bool] = OrderedDict()  # False: it cannot be recorded
         self._buffers: dict[Hashable, Buffer] = {}
         self._captured: tuple[Hashable, ...] = ()
@@ -271,7 +274,9 @@ class GraphRunner:
             output: Tensor = entry.recording.output
             return output.clone()
 
-    def _record(self, what: str, key: Hashable, function: Callable[..., Tensor], inputs: Inputs) -> Entry | None:
+    def _record(
+        self, what: str, key: Hashable, function: Callable[..., Tensor], inputs: Inputs
+    ) -> CapturedFunction | None:
         """None the first time, and for what cannot be recorded."""
         if key not in self._seen:
             if not self._announced:
@@ -293,7 +298,7 @@ class GraphRunner:
             self._seen[key] = False
             warn_once(f"{what} is not captured, and computed step by step instead: {str(error).splitlines()[0]}")
             return None
-        self._entries[key] = Entry(recording, buffers)
+        self._entries[key] = CapturedFunction(recording, buffers)
         return self._entries[key]
 
     def _buffer(self, name: str, like: Tensor) -> Buffer:

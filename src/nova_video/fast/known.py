@@ -1,4 +1,4 @@
-"""What the fast ways were written for: the very classes, with the methods that they have here.
+"""The classes and methods that the fast ways were written for; whatever is another one runs plainly.
 
 The fast ways read weights and replay graphs, so that what a subclass, a hook or a patched method does would go unseen.
 `unknown_part` finds it, and the caller then runs plainly.
@@ -39,23 +39,23 @@ def owners() -> Iterator[type | ModuleType]:
         )
 
 
-REMEMBERED = {owner: functions_of(owner) for owner in owners()}
+ORIGINALS = {owner: functions_of(owner) for owner in owners()}
 """Functions as they were when this module was imported."""
 
 
 def patched_function() -> str | None:
     """Name of a function or method that is another one than at import, or None."""
-    for owner, remembered in REMEMBERED.items():
+    for owner, originals in ORIGINALS.items():
         found = functions_of(owner)
-        if found != remembered:
-            names = [name for name in {**remembered, **found} if found.get(name) is not remembered.get(name)]
+        if found != originals:
+            names = [name for name in {**originals, **found} if found.get(name) is not originals.get(name)]
             if names:
                 return f"{owner.__name__.removeprefix('nova_video.')}.{names[0]}"
     return None
 
 
 def unknown_part(model: NOVATransformer3DModel) -> str | None:
-    """What about a model the fast ways would not follow, in words for a message; None where they follow all of it.
+    """The first thing about a model that the fast ways would not follow, in words for a message, or None.
 
     Layers within blocks may be replaced (adapters, 8 bit weights): they are called, not read.
     """
@@ -88,7 +88,7 @@ def known_parts(model: NOVATransformer3DModel) -> Iterator[tuple[str, nn.Module,
 
 
 def known_denoiser_parts(head: Denoiser) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
-    """The same for the denoiser."""
+    """Parts of the denoiser, likewise."""
     yield "image_decoder", head, Denoiser
     yield "image_decoder.patch_embed", head.patch_embed, PatchEmbed
     yield "image_decoder.time_cond_embed", head.time_cond_embed, TimeCondEmbed
@@ -107,5 +107,5 @@ def has_hook(part: nn.Module) -> bool:
     own = vars(part)
     if part._forward_hooks or part._forward_pre_hooks:
         return True
-    shadowed = own.keys() & REMEMBERED.get(type(part), {}).keys() | own.keys() & {"forward"}
+    shadowed = own.keys() & ORIGINALS.get(type(part), {}).keys() | own.keys() & {"forward"}
     return bool(shadowed) and not ("_hf_hook" in own or "_diffusers_hook" in own)

@@ -39,7 +39,7 @@ class StepGraphs:
         same steps."""
         self.recorder, self.agree = recorder, agree
         self.recording = True
-        """Whether more are recorded: others are called every time."""
+        """More are recorded; False: others are called every time."""
         self._inputs: dict[Hashable, Any] = {}  # by layout: the batch that steps read
         self._called: set[Hashable] = set()
         self._replays: dict[Hashable, Callable[[], None]] = {}
@@ -77,7 +77,7 @@ class StepGraphs:
         torch.cuda.empty_cache()
 
     def _all(self, holds: bool) -> bool:
-        """Whether it holds here and for all others."""
+        """True if it holds here and for all others."""
         return holds if self.agree is None else self.agree(holds)
 
     def _record(self, key: Hashable, call: Callable[[], None]) -> None:

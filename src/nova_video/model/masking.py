@@ -18,7 +18,7 @@ from nova_video.common.errors import InputError
 
 
 def set_sizes(num_tokens: int, num_sets: int) -> list[int]:
-    """Tokens of each set under the cosine schedule: m_i - m_{i+1} with m_i = round(L cos(pi i / 2n)); sums to L.
+    """Tokens of each set under the cosine schedule, which sum to L: m_i - m_{i+1}, m_i = round(L cos(pi i / 2n)).
 
     Empty sets are left out, so the list may be shorter than `num_sets`.
     """
@@ -39,7 +39,7 @@ class Order(Protocol):
     """
 
     def reveal(self, uniform: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Uniform numbers (B, L, 1) of the tokens on a grid (rows, columns) -> token ids (B, L) in order of revelation.
+        """Uniform numbers (B, L, 1) of the tokens on a grid (rows, columns) -> token ids (B, L) in order.
 
         Ids count row by row. On a GPU this may be captured in a graph: it makes its tensors on `uniform.device`.
         """
@@ -91,7 +91,7 @@ def set_sizes_of(order: Order, num_tokens: int, num_sets: int) -> list[int]:
 
 
 def mask_ratios(count: int, generator: torch.Generator | None = None, device: torch.device | None = None) -> Tensor:
-    """(count,) mask ratios from a normal of mean 1 and std 0.25 truncated to [0.7, 1], as the paper trains with.
+    """The paper's mask ratios (count,): a normal of mean 1 and std 0.25, truncated to [0.7, 1].
 
     Drawn by inverting the normal's distribution function between the two bounds.
     """

@@ -26,7 +26,7 @@ from nova_video.pipeline.plan import plan_as_json
 from nova_video.pipeline.records import read_record
 from nova_video.pipeline.saved_facts import Facts, check_facts
 from nova_video.sampling.context import Statistics
-from nova_video.sampling.guidance import UNGUIDED, Guidance
+from nova_video.sampling.guidance import CONDITIONAL, Guidance
 from nova_video.sampling.history import restore_context
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.state import GivenFrame, OpenFrame, SamplingState, Segment
@@ -60,7 +60,7 @@ def save_generation(generation: Generation, path: Path) -> None:
         if not any(segment.text is text for text in texts):
             texts.append(segment.text)
         text = next(index for index, text in enumerate(texts) if segment.text is text)
-        guidance = segment.guidance if isinstance(segment.guidance, Guidance) else UNGUIDED  # the plan names a rule
+        guidance = segment.guidance if isinstance(segment.guidance, Guidance) else CONDITIONAL  # the plan names a rule
         segments.append({"start": segment.start, "begin": segment.begin, "text": text, "guidance": asdict(guidance)})
     tensors |= {f"text.{index}": text for index, text in enumerate(texts)}
     given = {}

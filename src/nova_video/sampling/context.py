@@ -1,4 +1,4 @@
-"""What the temporal encoder is shown of the past: all of it, or a bounded context; and what is done against drift.
+"""The past that the temporal encoder reads: all of it or a bounded context; and settings against drift.
 
 A bounded context is laid out as a short clip of its own, first frames and then recent ones, and encoded anew for every
 frame: its positions are those of a clip of that length, so that the model never meets one it was not trained on, with

@@ -145,7 +145,7 @@ def row(a: float, b: float, deviation: float, own: float, share: float, before: 
 def linear_step(
     x: Tensor, output: Tensor, row: Tensor, clip: float | None, noise: Tensor | None, before: Tensor | None = None
 ) -> Tensor:
-    """x' = own x + share clamp(a x + b output) + deviation noise + row[7] before, all (..., P) float32.
+    """One step, all (..., P) float32: x' = own x + share clamp(a x + b output) + deviation noise + row[7] before.
 
     `row` (8,) holds the numbers; `before` is the data that a multistep schedule's step before predicted.
     """
@@ -232,7 +232,7 @@ def denoise_set(
 
 
 def in_whole_frame(prediction: Prediction, x: Tensor, ids: Tensor) -> Prediction:
-    """The prediction of the tokens `ids` (B, S) in the frame x (B, L, P): elsewhere every pass's is x itself."""
+    """The prediction of the tokens `ids` (B, S), in the frame x (B, L, P): elsewhere it is x itself."""
     cond, prompted = (scatter_tokens(x, ids, part) for part in (prediction.cond, prediction.prompted))
     history = prediction.history
     return Prediction(cond, prompted, None if history is None else scatter_tokens(torch.zeros_like(x), ids, history))

@@ -26,13 +26,15 @@ class Engine(Protocol):
     def model(self) -> NOVATransformer3DModel: ...
 
     def context(self, condition: Tensor, tokens: Tensor, positions: Positions) -> Tensor:
-        """condition (N * B, T, D) and the tokens of slot 0 (N * B, Lc, D) -> c_0 (N * B, Lc, D)."""
+        """Condition (N * B, T, D), tokens of slot 0 (N * B, Lc, D) -> c_0 (N * B, Lc, D)."""
         ...
 
     def features(
         self, condition: Tensor, embedded: Tensor, visible: Tensor, ids: Tensor, positions: Positions
     ) -> Tensor:
-        """condition (N * B, Lc, D), embedded tokens (B, L, D), visible (B, V) -> z of `ids` (B, S): (N * B, S, D)."""
+        """The spatial features z (N * B, S, D) of the tokens `ids` (B, S).
+
+        From condition (N * B, Lc, D), embedded tokens (B, L, D) and the ids of the visible ones (B, V)."""
         ...
 
     def denoise(
@@ -50,7 +52,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PlainEngine:
-    """As the paper says it, one call after the other."""
+    """The engine that calls the model step by step, as the paper has it."""
 
     model: NOVATransformer3DModel
 

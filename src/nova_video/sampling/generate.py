@@ -22,7 +22,7 @@ from nova_video.model.finite import first_not_finite
 from nova_video.model.patches import gather_tokens, scatter_tokens
 from nova_video.sampling.diffusion import Schedule, SetNoise
 from nova_video.sampling.engine import Engine, PlainEngine
-from nova_video.sampling.guidance import UNGUIDED
+from nova_video.sampling.guidance import CONDITIONAL
 from nova_video.sampling.history import collect_statistics, draw_to_reference, encode_next_frame
 from nova_video.sampling.presets import second_order
 from nova_video.sampling.side_stream import beside
@@ -123,7 +123,7 @@ def reveal_set(
     """Predict the next set of the open frame and fix it; the last set closes the frame."""
     guidance = state.segments[state.segment_at(state.done)].guidance
     if not state.shortcuts.guides(frame.sets, len(frame.sizes)):
-        guidance = UNGUIDED
+        guidance = CONDITIONAL
     visible = frame.revealed(frame.sets)  # (B, V)
     ids = frame.revealed(frame.sets + 1)[:, visible.shape[1] :]  # (B, S)
     with (

@@ -53,13 +53,13 @@ class Guidance:
     """The rule of the paper and of the released implementation, with its settings."""
 
     scale: float = 5.0
-    """Of the prompt; off at 1 and below."""
+    """The prompt's weight; off at 1 and below."""
     trunc: float = 0.0
     """Below this timestep only the conditional pass runs."""
     renorm: float = 1.0
     """Below 1: least factor by which the prompt's part is scaled towards the conditional prediction's norm."""
     image_scale: float = 0.0
-    """Of the history; above 0 there are three passes."""
+    """The history's weight; above 0 there are three passes."""
 
     @property
     def passes(self) -> int:
@@ -74,7 +74,7 @@ class Guidance:
         return combine(outputs, passes, self.scale, self.image_scale)
 
 
-UNGUIDED = Guidance(scale=1.0)
+CONDITIONAL = Guidance(scale=1.0)
 
 
 def check_rule(rule: Any) -> None:

@@ -13,7 +13,7 @@ from nova_video.sampling.state import SamplingState
 
 
 def encode_next_frame(engine: Engine, state: SamplingState) -> Tensor:
-    """The next frame's condition for the spatial encoder (N * B, Lc, D), from the earlier frames that it may read."""
+    """The condition (N * B, Lc, D) of the next frame, from the earlier frames that it may read."""
     model, segment = engine.model, state.segment_at(state.done)
     if state.num_frames == 1:  # no later frame reads a cache
         text, tokens = state.segments[segment].text, history_tokens(model, state, None, 0)
@@ -78,7 +78,7 @@ def read_frame(state: SamplingState, frame: int) -> Tensor:
 
 
 def collect_statistics(state: SamplingState, latents: Tensor) -> None:
-    """Add the next frame (B, C, h, w) to the statistics of a scene's first frames, which later ones are drawn to."""
+    """Add the next frame (B, C, h, w) to the statistics of a scene's first frames."""
     if state.context.hold_statistics == 0:
         return
     begin = state.segments[state.segment_at(state.done)].begin

@@ -28,7 +28,7 @@ DIFFUSION = ("DDPMScheduler", "DDIMScheduler")
 SIGMAS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 """Diffusion in terms of sigmas; they know the predictions epsilon and v_prediction. Heun's steps are not among them: of
 eight steps, from sigmas as large as those of a cosine schedule, they make values far outside the data."""
-UNSUPPORTED = (
+UNSUPPORTED_OPTIONS = (
     *("thresholding", "use_dynamic_shifting", "invert_sigmas"),
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
 )
@@ -89,7 +89,7 @@ def check_scheduler(scheduler: Any, trained: TrainedNoise) -> None:
                 )
         if (algorithm := str(config.get("algorithm_type", "deis"))) in ("dpmsolver", "sde-dpmsolver"):
             raise InputError(f"scheduler is {name} with algorithm_type {algorithm}: expected {algorithm}++ for a flow")
-    for option in UNSUPPORTED:
+    for option in UNSUPPORTED_OPTIONS:
         if config.get(option):
             raise InputError(f"scheduler is {name} with {option} {config[option]}: expected False")
     if _is_a(scheduler, ("UniPCMultistepScheduler",)):
@@ -146,7 +146,7 @@ def new_scheduler(name: Literal["flow", "ddpm"]) -> Any:
 
 
 def request_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
-    """A copy of a scheduler for one request, which may count its steps in it; shifted, if a shift is given."""
+    """A copy of a scheduler for one request, which counts its steps in it; shifted, if a shift is given."""
     scheduler = copy.deepcopy(scheduler)
     if flow_shift is None:
         return scheduler

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @contextmanager
 def beside(device: torch.device, work: Callable[[], Sequence[Tensor]]) -> Iterator[list[Tensor]]:
-    """What `work` makes, computed on a GPU beside what is launched in this block; to be read behind it.
+    """The tensors that `work` makes, on a GPU beside what this block launches; they are read behind it.
 
     It may read what is there before the block. Elsewhere it is just called first.
     """

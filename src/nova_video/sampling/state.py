@@ -1,4 +1,4 @@
-"""What one request holds while it is made, and nothing else does: modules keep weights only.
+"""The state of one request while it is made: nothing else keeps any, modules hold weights only.
 
 A state is all that has to travel for a generation to go on: frames so far, the frame in progress, the order of
 revelation and the random generators; the temporal cache follows from them. It is made by the pipeline, advanced by
@@ -24,7 +24,7 @@ from nova_video.sampling.random import FrameNoise, RandomState
 
 @dataclass(frozen=True)
 class Segment:
-    """What steers the frames from one of them on: the first segment starts at frame 0, each next one takes over."""
+    """Text and guidance of the frames from one of them on; the first segment starts at frame 0."""
 
     start: int
     text: Tensor
@@ -51,7 +51,7 @@ class OpenFrame:
     """The frame that is being filled in."""
 
     condition: Tensor
-    """(N * B, Lc, D) what the spatial encoder is told of it."""
+    """(N * B, Lc, D) the temporal encoder's feature, which the spatial encoder reads."""
     tokens: Tensor
     """(B, L, P) values, zero where not revealed."""
     embedded: Tensor
@@ -61,12 +61,13 @@ class OpenFrame:
     known: int
     """Tokens given."""
     sizes: list[int]
-    """Of the sets in which the others are revealed."""
+    """Tokens of each set in which the others are revealed."""
     sets: int = 0
     """Sets revealed."""
     differences: Tensor | None = None
-    """((N - 1) * B, S of the next sets, D): what the other passes' features differ by from the conditional pass's,
-    where they are not computed for every set."""
+    """((N - 1) * B, S of the next sets, D) the other passes' features less the conditional pass's.
+
+    They are kept where the other passes are not encoded for every set."""
 
     def revealed(self, sets: int) -> Tensor:
         """Ids (B, V) of the tokens that are there after `sets` sets, in order of revelation."""
@@ -102,7 +103,7 @@ class SamplingState:
     cached: list[int] | None = None
     """Earlier frames in the cache, behind text and BOS; None: the cache is empty."""
     built: int = 0
-    """Of them, those that entered in one pass; the others came one by one."""
+    """The number of them that entered in one pass; the others came one by one."""
     cached_segment: int = 0
     """Whose text is in the cache."""
     anchor: Tensor | None = None
@@ -112,7 +113,7 @@ class SamplingState:
     noised_history: dict[int, Tensor] = field(default_factory=dict)
     """Frames with the noise that the temporal encoder reads them with, where it does."""
     reference: Statistics | None = None
-    """Of the first frames, where later ones are drawn to them."""
+    """Statistics of the first frames, where later ones are drawn to them."""
     done: int = 0
     """Finished frames."""
     open: OpenFrame | None = None

@@ -36,7 +36,7 @@ from nova_video.data.encode import EncodeSettings, encode_dataset
 from nova_video.data.encoders import EncodeLatents, EncodeText
 from nova_video.data.sources import SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, Motion, read_bytes
-from nova_video.text.encoders import find_text_encoder
+from nova_video.text.find import find_text_encoder
 
 LEAST_CALLS = 3
 FORWARDS = 4  # of the autoencoder in a call

@@ -27,11 +27,12 @@ from nova_video.common.errors import InputError
 from nova_video.common.extras import install_command
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
 from nova_video.data.encode import model_text
-from nova_video.data.encoders import autoencoder_info, text_names
+from nova_video.data.encoders import autoencoder_info
 from nova_video.fast.graphs import Recording
 from nova_video.fast.training_graphs import StepGraphs
 from nova_video.pipeline.loading import load_transformer
 from nova_video.pipeline.pipeline import NovaPipeline
+from nova_video.text.find import find_text
 from nova_video.training import dataset_task, stream
 from nova_video.training import log as log_module
 from nova_video.training import trainer as trainer_module
@@ -207,7 +208,7 @@ def test_what_the_dataset_names_is_looked_for_before_the_first_step(
     assert said(replace(recipe, text_encoder="/lost")) == "there is no text encoder folder /lost"
     DatasetTask(replace(sheets, text_encoder=str(tiny_text_encoder)), CPU)
 
-    monkeypatch.setattr(dataset_task, "check_text_parts", lambda name: 16)
+    monkeypatch.setattr(dataset_task, "check_text_encoder", lambda name: 16)
     replace(info, text_encoder="some/encoder").save(place)
     DatasetTask(recipe, CPU)  # which names it in its model and opens it never
     assert f"'some/encoder' makes features 16 wide: expected 32, as {place} holds; --text" in said(sheets)
@@ -373,7 +374,7 @@ def test_a_model_can_be_taken_elsewhere(
     shutil.rmtree(encoder)
     speak(whole)
     gone = f"{linked}/text_encoder is a link to {start}/text_encoder, which is not there: expected that folder"
-    for use in (speak, lambda model: text_names(str(model)), lambda model: model_text(str(model))):
+    for use in (speak, lambda model: find_text(str(model)), lambda model: model_text(str(model))):
         with pytest.raises(InputError, match=re.escape(gone)):
             use(linked)
     gone = f"there is no text encoder folder {encoder}; the checkpoint's nova.json names it: expected another"

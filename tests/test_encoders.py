@@ -1,8 +1,6 @@
 """The encoding stages with networks: batches give what single clips give, and both stages travel between processes."""
 
 import pickle
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,19 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.common.errors import InputError
-from nova_video.data import encoders as encoders_module
 from nova_video.data.encoders import (
     EncodeLatents,
     EncodeText,
     autoencoder_info,
-    check_text_parts,
     fingerprint,
-    same_text_encoder,
-    text_names,
 )
-from nova_video.io import checkpoints
 from nova_video.io.checkpoints import PACKAGED_MODELS
-from nova_video.text.encoders import encode_prompts, load_text_encoder
+from nova_video.text.features import encode_prompts
+from nova_video.text.load import load_text_encoder
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 
@@ -106,112 +100,10 @@ def test_text_features_are_of_caption_and_first_sentence(tiny_text_encoder: Path
     assert made[1].short is not None
     torch.testing.assert_close(made[1].short.float(), expected[-1], rtol=1e-3, atol=1e-3)
     again = pickle.loads(pickle.dumps(stage))
-    assert again._parts is None
+    assert again._encoder is None
     assert torch.equal(again(captions)[1].text, made[1].text)
     assert stage.width == 32
     assert EncodeText(str(tiny_text_encoder), "cpu", max_tokens=3)(captions)[1].text.shape == (3, 32)
-
-
-def test_text_encoders_are_found_by_checkpoint_or_name(tiny_checkpoint: Path, tiny: Path) -> None:
-    assert text_names("emoji") == ("sentence-transformers/all-MiniLM-L6-v2", None)
-    assert text_names("microsoft/phi-2") == ("microsoft/phi-2", None)
-    assert text_names("all-MiniLM-L6-v2") == ("all-MiniLM-L6-v2", None)
-    assert text_names(str(tiny_checkpoint)) == (
-        str(tiny_checkpoint / "text_encoder"),
-        str(tiny_checkpoint / "tokenizer"),
-    )
-    with pytest.raises(InputError, match="names no text encoder"):
-        text_names(str(CONFORMANCE / "text-to-video"))
-
-
-def test_a_checkpoint_of_the_hub_brings_its_text_encoder(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whose name looks like that of a text encoder there, which has nothing of a checkpoint."""
-    asked = []
-
-    def download(name: str, local_files_only: bool, **options: object) -> str:
-        asked.append(local_files_only)
-        return str(tiny_checkpoint if name == "BAAI/nova" else tmp_path)
-
-    monkeypatch.setattr(checkpoints, "snapshot_download", download)
-    assert text_names("BAAI/nova") == text_names(str(tiny_checkpoint))
-    assert text_names("microsoft/phi-2") == ("microsoft/phi-2", None)
-    assert asked == [True, True]
-    assert EncodeText("BAAI/nova", device="cpu").width == 32
-    assert asked[2:] == [False]
-    assert text_names("sentence-transformers/all-MiniLM-L6-v2")[0] == "sentence-transformers/all-MiniLM-L6-v2"
-    assert len(asked) == 3
-
-
-def test_text_encoders_are_the_same_by_their_weights(
-    tiny_checkpoint: Path, tiny_text_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Wherever they lie, in half precision and with or without a head."""
-    monkeypatch.setattr(encoders_module, "try_to_load_from_cache", lambda name, file: None)
-    for one, other, expected in [
-        ("emoji", "sentence-transformers/all-MiniLM-L6-v2", True),
-        ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2", True),  # in the same package
-        ("a/phi-2", "b/phi-2", None),
-        ("microsoft/phi-2", "google/t5-small", False),
-        ("sentence-transformers/all-MiniLM-L12-v2", "emoji", False),  # of which one alone is here
-        ("microsoft/phi-2", str(tiny_text_encoder), None),
-        (str(tmp_path / "gone"), str(tiny_text_encoder), None),
-        (str(tmp_path / "gone"), "microsoft/phi-2", None),
-        (str(tiny_checkpoint), str(tiny_text_encoder), True),
-        ("emoji", str(tiny_text_encoder), False),
-    ]:
-        assert same_text_encoder(one, other) is expected, (one, other)
-        assert same_text_encoder(other, one) is expected
-    weights = load_file(tiny_text_encoder / "model.safetensors")
-    for name, changed, expected in [
-        ("half", {f"bert.{key}": value.bfloat16() for key, value in weights.items()} | {"head": torch.ones(3)}, True),
-        ("other", {key: value + 0.01 for key, value in weights.items()}, False),
-        ("wide", {key: torch.cat([value, value]) for key, value in weights.items()}, False),
-    ]:
-        folder = tmp_path / name
-        folder.mkdir()
-        save_file(changed, folder / "model.safetensors")
-        assert same_text_encoder(str(folder), str(tiny_checkpoint)) is expected, name
-    (tmp_path / "half" / "model.safetensors").write_bytes(b"x")
-    assert same_text_encoder(str(tmp_path / "half"), str(tiny_checkpoint)) is None
-
-
-def test_text_encoders_are_checked_without_their_weights(
-    tiny_checkpoint: Path, tiny_text_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of this machine, in its cache of the hub too; what is not in there is fetched."""
-    loaded: list[str] = []
-    monkeypatch.setattr(encoders_module, "load_text_model", lambda name, dtype: loaded.append(name))
-    assert check_text_parts(str(tiny_checkpoint)) == check_text_parts(str(tiny_text_encoder)) == 32
-    assert check_text_parts("emoji") == 384
-
-    def damaged(change: Callable[[Path], object]) -> str:
-        folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / f"{len(list(tmp_path.iterdir()))}"))
-        change(folder)
-        with pytest.raises(InputError) as error:
-            check_text_parts(str(folder))
-        return str(error.value).removeprefix(f"{folder}/")
-
-    weights = "text_encoder/model.safetensors"
-    assert damaged(lambda folder: (folder / weights).unlink()).startswith("text_encoder: has no weights")
-    assert damaged(lambda folder: (folder / weights).write_bytes(b"x")).startswith(f"{weights}: corrupt or truncated")
-    assert "cannot load the text encoder" in damaged(lambda folder: (folder / "text_encoder/config.json").unlink())
-    assert "cannot load the tokenizer" in damaged(lambda folder: (folder / "tokenizer/tokenizer.json").unlink())
-    with pytest.raises(InputError, match="there is no text encoder folder /gone"):
-        check_text_parts("/gone")
-    assert not loaded
-
-    def not_there(*names: str, **options: object) -> str:
-        raise OSError
-
-    monkeypatch.setattr(checkpoints, "snapshot_download", not_there)  # it is no checkpoint
-    monkeypatch.setattr(encoders_module, "text_width", lambda name: 32)
-    monkeypatch.setattr(encoders_module, "load_tokenizer", lambda name: None)
-    for has in (None, tiny_text_encoder / "config.json", tiny_checkpoint / "tokenizer" / "config.json"):
-        monkeypatch.setattr(encoders_module, "try_to_load_from_cache", lambda name, file, has=has: has and str(has))
-        assert check_text_parts("one/encoder") == 32
-    assert loaded == ["one/encoder", "one/encoder"]  # nothing of it was here, or no weights
 
 
 def test_wrong_checkpoints_are_named(tiny_text_encoder: Path) -> None:

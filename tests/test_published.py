@@ -21,7 +21,7 @@ from nova_video.cli import main as cli
 from nova_video.io.media import write_media
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.loading import outline_transformer
-from nova_video.text.encoders import encode_batch
+from nova_video.text.features import encode_batch
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "num_diffusion_steps": 2}
 TINY = "vit_d1w64", "vit_d2w64", "mlp_d1w64"

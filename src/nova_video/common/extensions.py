@@ -4,6 +4,7 @@ Only what the user names on the command line, in a recipe or in Python is import
 """
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ def load_extension(name: str, what: str) -> Any:
     if not hasattr(found, attribute):
         raise InputError(f"{what} is {name!r}: {module} ({found.__file__}) has no {attribute}")
     return getattr(found, attribute)
+
+
+def names_extension(name: str) -> bool:
+    """True if a name has the form `module:Name`; paths, URLs and hub ids have not."""
+    return re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name) is not None
 
 
 def make_extension(name: str, what: str) -> Any:

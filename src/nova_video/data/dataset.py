@@ -73,7 +73,7 @@ class DatasetInfo:
     autoencoder: str
     """Name or folder of the checkpoint whose autoencoder made the moments."""
     fingerprint: str
-    """Of that autoencoder's weights: `encoders.fingerprint`."""
+    """Hash of that autoencoder's weights (`encoders.fingerprint`)."""
     latent_channels: int
     spatial_stride: int
     """Pixels of a cell of the latent grid, in height and in width."""
@@ -81,6 +81,8 @@ class DatasetInfo:
     text_encoder: str | None = None
     """None: there are no text features."""
     text_dim: int | None = None
+    text_fingerprint: str | None = None
+    """Hash of the text encoder's weights (`text_fingerprint`); None in older datasets and for a user's own encoder."""
     settings: dict[str, Any] = field(default_factory=dict)
     """How it was encoded: fps, lengths, sizes and so on."""
 

@@ -38,7 +38,7 @@ from nova_video.data.dataset import (
     write_file,
     write_shard,
 )
-from nova_video.data.encoders import EncodeLatents, EncodeText, autoencoder_info, same_text_encoder, text_names
+from nova_video.data.encoders import EncodeLatents, EncodeText, autoencoder_info
 from nova_video.data.failures import OneByOne
 from nova_video.data.follow import (
     UNKNOWN,
@@ -62,7 +62,9 @@ from nova_video.io.text import printable
 from nova_video.io.weights import read_json
 from nova_video.pipeline.loading import outline_transformer
 from nova_video.pipeline.settings import CheckpointSettings
-from nova_video.text.encoders import text_width
+from nova_video.text.compare import same_text_encoder, text_fingerprint
+from nova_video.text.find import find_text
+from nova_video.text.load import text_width
 
 SHARD_BYTES = 256 << 20  # a group's samples of a bucket are split into shards of about so many
 TOGETHER = 16 << 20  # pixels that wait for the encoders here: several forward passes, so that few are part full
@@ -232,7 +234,8 @@ def describe_dataset(settings: EncodeSettings) -> DatasetInfo:
         spatial_stride=found.spatial_stride,
         temporal_stride=found.temporal_stride,
         text_encoder=None if settings.text is None else _text_noted(settings.text),
-        text_dim=None if settings.text is None else text_width(text_names(settings.text)[0]),
+        text_dim=None if settings.text is None else text_width(settings.text),
+        text_fingerprint=None if settings.text is None else text_fingerprint(settings.text),
         settings={
             "source": str(local_path(source.place) or source.place),
             "caption_column": source.caption_column,
@@ -302,7 +305,7 @@ def model_text(model: str) -> str | None:
 def _text_noted(text: str) -> str:
     """The text encoder's own name if it has one; where it is a folder, what was asked for: a checkpoint brings the
     tokenizer too."""
-    name = text_names(text)[0]
+    name = find_text(text).encoder
     return lasting_name(text) if Path(name).is_dir() else name
 
 
@@ -329,7 +332,8 @@ def check_output(output: Path, info: DatasetInfo) -> None:
     same = {"autoencoder": there.fingerprint == info.fingerprint}  # whatever they are called
     same["source"] = local_path(str(was.get("source"))) == place  # older datasets have it as it was typed
     if there.text_encoder is not None and info.text_encoder is not None:
-        same["text_encoder"] = same_text_encoder(there.text_encoder, info.text_encoder) is True
+        is_same = same_text_encoder(info.text_encoder, there.text_encoder, there.text_fingerprint) is True
+        same |= {"text_encoder": is_same, "text_fingerprint": is_same}
     for name, value in now.items():
         if was.get(name) != value and not same.get(name):
             raise InputError(

@@ -9,16 +9,14 @@ Legend: C latent channels, F latent frames, h w latent grid, T text tokens, D wi
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
@@ -27,18 +25,11 @@ from nova_video.autoencoders import adapt, find_layout
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
 from nova_video.data.dataset import first_sentence, join
-from nova_video.io.checkpoints import HUB_ID, resolve_checkpoint, text_folder
-from nova_video.io.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_shapes
+from nova_video.io.checkpoints import resolve_checkpoint
+from nova_video.io.weights import DIFFUSERS_WEIGHTS, find_weights
 from nova_video.pipeline.loading import load_autoencoder, outline_autoencoder
-from nova_video.pipeline.settings import CheckpointSettings
-from nova_video.text.encoders import (
-    encode_batch,
-    find_text_encoder,
-    load_text_encoder,
-    load_text_model,
-    load_tokenizer,
-    text_width,
-)
+from nova_video.text.features import TextEncoder, encode_texts
+from nova_video.text.load import open_text_encoder
 
 # Pixels that go through the autoencoder together, at least one clip: on a GPU what keeps it busy (a clip of 17 frames
 # of 480x768 is 6 M), on a CPU what stays near its caches.
@@ -107,102 +98,6 @@ def load_frozen_autoencoder(model: str, device: torch.device) -> Any:
     _autoencoder_folder(model)
     vae = load_autoencoder(resolve_checkpoint(model))
     return vae.to(device).eval().requires_grad_(False)  # type: ignore[union-attr]
-
-
-def text_names(model: str, fetch: bool = False) -> tuple[str, str | None]:
-    """Text encoder and tokenizer (None: the encoder's own) of a name: a checkpoint with a text encoder, or one itself.
-
-    A checkpoint is the model in the box, a folder with text_encoder/ or a nova.json that names one, or the hub's, if it
-    is on this machine already; with `fetch` the hub is asked.
-    """
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        try:
-            if find_text_encoder(model) != model:  # a package's
-                return model, None
-            folder = resolve_checkpoint(model, local_files_only=not fetch)
-        except InputError:  # no checkpoint: a text encoder's name
-            return model, None
-    if folder.name == "text_encoder" and folder.is_dir():  # a checkpoint's, as older datasets name it
-        folder = folder.parent
-    if (encoder := text_folder(folder, "text_encoder")) is not None:
-        tokenizer = text_folder(folder, "tokenizer")
-        return str(encoder), None if tokenizer is None else str(tokenizer)
-    if (folder / "transformer").is_dir():
-        named = CheckpointSettings.load(folder).text_encoder
-        if named is None:
-            raise InputError(f"{model}: has no text_encoder/ and names no text encoder: expected the name of one")
-        return named, None
-    return model, None
-
-
-def check_text_parts(name: str) -> int:
-    """The width of the features of a text encoder named as for `text_names`. Raises InputError where it cannot be
-    opened; of weights that are on this machine the headers alone are read, others are fetched."""
-    encoder, tokenizer = text_names(name, fetch=True)
-    load_tokenizer(tokenizer or encoder)
-    width = text_width(encoder)
-    folder = _text_folder(encoder)
-    try:
-        if folder is not None:
-            read_shapes(find_weights(folder, TRANSFORMERS_WEIGHTS).files)
-            return width
-    except InputError:  # which may just not be fetched yet
-        if Path(find_text_encoder(encoder)).is_dir():
-            raise
-    load_text_model(encoder, torch.float16)
-    return width
-
-
-def same_text_encoder(one: str, other: str) -> bool | None:
-    """Whether two names, as for `text_names`, are of the same weights, wherever they lie. None: what is on this machine
-    does not tell."""
-    first, second = text_names(one)[0], text_names(other)[0]
-    if first == second:
-        return True
-    places = [_text_folder(first), _text_folder(second)]
-    if places[0] is None or places[1] is None:
-        ids = all(HUB_ID.fullmatch(name) and not Path(name).is_dir() for name in (first, second))
-        return False if ids and PurePath(first).name.lower() != PurePath(second).name.lower() else None
-    try:
-        return places[0].resolve() == places[1].resolve() or _same_weights(places[0], places[1])
-    except InputError:  # pickled, damaged or not all there
-        return None
-
-
-def _text_folder(name: str) -> Path | None:
-    """Where a text encoder lies on this machine, the hub's cache included; None: nowhere."""
-    try:
-        place = Path(find_text_encoder(name))
-        if not place.is_dir():
-            found = try_to_load_from_cache(name, "config.json")
-            return Path(found).parent if isinstance(found, str) else None
-    except (InputError, HFValidationError):  # a folder that is gone
-        return None
-    return place
-
-
-def _same_weights(one: Path, other: Path) -> bool:
-    """To rounding in half precision, by the first rows of each tensor. What one of them has alone, such as a pooler or
-    a head, is not looked at."""
-    found = [find_weights(folder, TRANSFORMERS_WEIGHTS).files for folder in (one, other)]
-    first, second = ({TEXT_PREFIX.sub("", key): shape for key, shape in read_shapes(files).items()} for files in found)
-    shared = first.keys() & second.keys()
-    if not shared or any(first[key] != second[key] for key in shared):
-        return False
-    rows = [_first_rows(files, shared) for files in found]
-    return all(torch.allclose(rows[0][key], rows[1][key], rtol=0.01, atol=1e-3) for key in shared)
-
-
-def _first_rows(files: list[Path], keys: Collection[str]) -> dict[str, Tensor]:
-    rows = {}
-    for path in files:
-        with safe_open(str(path), framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                if (name := TEXT_PREFIX.sub("", key)) in keys:
-                    part = tensors.get_slice(key)
-                    rows[name] = (part[:4] if part.get_shape() else tensors.get_tensor(key)).float()
-    return rows
 
 
 @dataclass
@@ -297,31 +192,29 @@ class EncodeText:
     """A text encoder (folder, packaged or on the hub), or a checkpoint that has or names one."""
     device: str = "auto"
     max_tokens: int = TEXT_TOKENS
-    _parts: Any = field(default=None, init=False, repr=False)
+    _encoder: TextEncoder | None = field(default=None, init=False, repr=False)
 
-    def load(self) -> tuple[Any, Any]:
-        """Tokenizer and encoder, loaded once."""
-        if self._parts is None:
+    def load(self) -> TextEncoder:
+        """The encoder, loaded once."""
+        if self._encoder is None:
             device = choose_device(self.device)
             dtype = torch.float16 if device.type == "cuda" else torch.float32
-            encoder, tokenizer = text_names(self.name, fetch=True)  # another machine may not have it yet
-            self._parts = load_text_encoder(encoder, dtype, device, tokenizer)
-        return self._parts
+            self._encoder = open_text_encoder(self.name, dtype, device)
+        return self._encoder
 
     @property
     def width(self) -> int:
         """D."""
-        width: int = self.load()[1].config.hidden_size
-        return width
+        return self.load().width
 
     def __call__(self, captions: Sequence[str]) -> list[TextFeatures]:
         short = {caption: first_sentence(caption) for caption in captions}
         texts = list(dict.fromkeys([*short, *short.values()]))
         made: dict[str, Tensor] = {}
-        tokenizer, encoder = self.load()
+        encoder = self.load()
         for start in range(0, len(texts), TEXTS_PER_CALL):
             part = texts[start : start + TEXTS_PER_CALL]
-            features, lengths = encode_batch(tokenizer, encoder, part, self.max_tokens)  # (N, T, D), (N,)
+            features, lengths = encode_texts(encoder, part, self.max_tokens)  # (N, T, D), (N,)
             features = features.to(torch.float16).cpu()
             for text, row, length in zip(part, features, lengths.tolist(), strict=True):
                 made[text] = row[:length].clone()
@@ -331,7 +224,7 @@ class EncodeText:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_parts": None}
+        return self.__dict__ | {"_encoder": None}
 
 
 def _autoencoder_folder(model: str) -> Path:

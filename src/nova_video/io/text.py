@@ -7,6 +7,7 @@ mark. Other encodings are refused, since a guess would turn letters into others 
 import codecs
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,8 @@ def _escape(letter: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte, as Python holds file names that are not UTF-8
         code -= 0xDC00
     return SHORT_ESCAPES.get(letter) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+
+
+def list_some(names: Sequence[str], most: int = 5) -> str:
+    """The first names in one line, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -47,7 +47,7 @@ from nova_video.pipeline.loading import (
     outline_transformer,
 )
 from nova_video.pipeline.settings import SETTINGS_FILE, CheckpointSettings
-from nova_video.text.encoders import text_width
+from nova_video.text.load import text_width
 
 WRAPPERS = ("state_dict", "model_state_dict", "ema_state_dict", "model", "module", "ema")
 """Names under which trainers store the weights beside other values."""

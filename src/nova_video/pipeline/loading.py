@@ -28,12 +28,13 @@ from nova_video.autoencoders.bounds import check_autoencoder_config
 from nova_video.common.checks import check_number
 from nova_video.common.errors import InputError, first_line
 from nova_video.io.checkpoints import COMPONENTS, HUB_ID, resolve_checkpoint, text_folder
-from nova_video.io.text import parse_json
-from nova_video.io.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, find_weights, read_json, read_shapes
+from nova_video.io.text import list_some, parse_json
+from nova_video.io.weights import DIFFUSERS_WEIGHTS, find_weights, read_json, read_shapes
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_PREFIX, Adapter, check_adapter
 from nova_video.model.lora_forms import read_forms
-from nova_video.text.encoders import UNUSED_WEIGHTS, find_text_encoder, load_text_model, load_tokenizer
+from nova_video.text.find import find_text_encoder
+from nova_video.text.load import load_text_model, load_tokenizer, read_text_encoder
 
 AUTOENCODERS = (AutoencoderKL, AutoencoderKLOpenSora, AutoencoderKLCausalTiny)
 MAX_STEPS = 100_000  # of a noise schedule that is not a mistake
@@ -45,8 +46,8 @@ PART_CLASSES: dict[str, type] = {
     "text_encoder": PreTrainedModel,
     "tokenizer": PreTrainedTokenizerBase,
 }
-OWN_METHODS = {"vae": ("encode", "decode")}
-"""Methods that an object of any class needs to stand for a part."""
+OWN_MEMBERS = {"vae": ("encode", "decode"), "text_encoder": ("encode", "width")}
+"""Members that an object of any class needs to stand for a part."""
 
 ADAPTER_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 """What peft saves an adapter as."""
@@ -87,8 +88,8 @@ def check_parts(given: Mapping[str, Any], or_places: bool = True) -> None:
 
 
 def is_own_part(name: str, part: object) -> bool:
-    """True for a user's own part: an object with the methods that a part of that kind needs."""
-    return name in OWN_METHODS and all(callable(getattr(part, method, None)) for method in OWN_METHODS[name])
+    """True for a user's own part: an object with what a part of that kind needs."""
+    return name in OWN_MEMBERS and all(hasattr(part, member) for member in OWN_MEMBERS[name])
 
 
 def check_layout(vae: Any, transformer: NOVATransformer3DModel) -> None:
@@ -270,30 +271,6 @@ def read_scheduler(folder: Path) -> Any:
         raise InputError(f"{path}: no {name} can be made of it: {first_line(error)}") from None
 
 
-def read_text_encoder(
-    folder: Path, torch_dtype: torch.dtype | None = None, variant: str | None = None
-) -> PreTrainedModel:
-    """The text encoder from its own folder. Its weights have no keys that the encoder does not know."""
-    read_json(folder / "config.json")
-    stored = read_shapes(find_weights(folder, TRANSFORMERS_WEIGHTS, variant).files)
-    model = load_text_model(str(folder), torch_dtype, variant=variant)
-    _check_text_keys(folder, stored, model)
-    return model
-
-
-def _check_text_keys(folder: Path, stored: Iterable[str], model: PreTrainedModel) -> None:
-    """No weights besides the encoder's, but for those of a larger model that are not used, such as a language head."""
-    expected = set(model.state_dict())
-    prefix = f"{model.base_model_prefix}."
-    extra = [
-        key
-        for key in stored
-        if key not in expected and key.removeprefix(prefix) not in expected and not UNUSED_WEIGHTS.search(key)
-    ]
-    if extra:
-        raise InputError(f"{folder}: weights do not fit {type(model).__name__}: extra keys {_some(extra)}")
-
-
 def load_adapter(
     name_or_path: str | Path,
     model: NOVATransformer3DModel,
@@ -408,7 +385,7 @@ def check_weights(folder: Path, outline: ModelMixin, stored: Mapping[str, Sequen
         if key in named and named[key] != shape
     ]
     problems = [
-        f"{what} {_some(keys)}"
+        f"{what} {list_some(keys)}"
         for what, keys in (("missing keys", missing), ("extra keys", extra), ("wrong shapes", wrong))
         if keys
     ]
@@ -463,7 +440,3 @@ def _current_name(key: str, expected: Container[str]) -> str:
         if old in key and key.replace(old, new) in expected:
             return key.replace(old, new)
     return key
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

@@ -29,6 +29,7 @@ from nova_video.autoencoders import VideoAutoencoder, adapt, find_layout, scale_
 from nova_video.common.checks import shown
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
+from nova_video.common.extensions import names_extension
 from nova_video.common.notices import warn_once
 from nova_video.fast.engine import DirectRunner, FastEngine
 from nova_video.fast.fp8 import check_fp8, with_fp8_blocks
@@ -43,7 +44,7 @@ from nova_video.model.lora import adapter_names, adapter_state
 from nova_video.pipeline.adapters import AdapterMixin
 from nova_video.pipeline.generation import CALLING, Generation, GivenPixels, StepCallback
 from nova_video.pipeline.keywords import CALL_HINTS, ENCODE_HINTS, OPEN_HINTS, refuse_keywords
-from nova_video.pipeline.loading import check_layout, check_parts, load_parts, load_scheduler
+from nova_video.pipeline.loading import check_layout, check_parts, is_own_part, load_parts, load_scheduler
 from nova_video.pipeline.model_card import CARD, card_facts, pipeline_card
 from nova_video.pipeline.offload import LowMemory, Turn, enable_low_memory
 from nova_video.pipeline.plan import Capabilities, Plan
@@ -60,7 +61,8 @@ from nova_video.sampling.random import RandomState
 from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, request_scheduler
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
 from nova_video.sampling.timing import Stopwatch, span
-from nova_video.text.encoders import encode_batch, load_text_encoder
+from nova_video.text.features import PretrainedTextEncoder, TextEncoder, encode_texts
+from nova_video.text.load import check_own_encoder, load_text_encoder
 from nova_video.text.vocabulary import HINT
 
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -785,36 +787,41 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         """Features (tokens, width) by sentence."""
         if not texts:
             return {}
-        tokenizer, encoder = self._text_parts()
-        config = self.transformer.config
-        if encoder.config.hidden_size != config.text_token_dim:
-            raise InputError(
-                f"the text encoder's features are {encoder.config.hidden_size} wide: expected {config.text_token_dim}"
-            )
-        self.bring(encoder)
-        features, lengths = encode_batch(tokenizer, encoder, texts, config.text_token_len, self.execution_device)
+        encoder, config = self._open_text_encoder(), self.transformer.config
+        if encoder.width != config.text_token_dim:
+            raise InputError(f"the text encoder's features are {encoder.width} wide: expected {config.text_token_dim}")
+        features, lengths = encode_texts(encoder, texts, config.text_token_len)
         rows = zip(texts, features, lengths.tolist(), strict=True)
         return {text: row[:length] for text, row, length in rows}
 
-    def _text_parts(self) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    def _open_text_encoder(self) -> TextEncoder:
         """The checkpoint's own text encoder or the one its settings name, loaded when a call first needs it."""
-        if self.text_encoder is not None and self.tokenizer is not None:
-            return self.tokenizer, self.text_encoder
-        name = self.settings.text_encoder
-        if name is None or self.text_encoder is not None or self.tokenizer is not None:
-            missing = "text_encoder/" if self.text_encoder is None else "tokenizer/"
-            raise InputError(f"the checkpoint has no {missing}: expected prompt_embeds instead of a prompt")
-        with _PREPARING:
-            if self._named_text_parts is None:
-                try:
-                    self._named_text_parts = load_text_encoder(name, self.transformer.dtype)
-                except InputError as error:
-                    raise InputError(
-                        f"{error}; the checkpoint's nova.json names it: expected another name there, or text_encoder/"
-                        " and tokenizer/ beside it"
-                    ) from None
-            tokenizer, encoder = self._named_text_parts
-            return tokenizer, encoder.to(self.execution_device)
+        model, tokenizer, name = self.text_encoder, self.tokenizer, self.settings.text_encoder
+        if is_own_part("text_encoder", model):
+            own: TextEncoder = check_own_encoder(model)
+            return own
+        if model is None or tokenizer is None:
+            if name is None or model is not None or tokenizer is not None:
+                missing = "text_encoder/" if model is None else "tokenizer/"
+                raise InputError(f"the checkpoint has no {missing}: expected prompt_embeds instead of a prompt")
+            if names_extension(name):
+                raise InputError(
+                    f"the checkpoint's nova.json names the text encoder {name!r}, which is no part of it: expected it"
+                    " to be given as text_encoder"
+                )
+            with _PREPARING:
+                if self._named_text_parts is None:
+                    try:
+                        self._named_text_parts = load_text_encoder(name, self.transformer.dtype)
+                    except InputError as error:
+                        raise InputError(
+                            f"{error}; the checkpoint's nova.json names it: expected another name there, or"
+                            " text_encoder/ and tokenizer/ beside it"
+                        ) from None
+                tokenizer, model = self._named_text_parts
+                model.to(self.execution_device)
+        self.bring(model)
+        return PretrainedTextEncoder(tokenizer, model, self.execution_device)
 
     def _segments(
         self, request: GenerateRequest, plan: Plan, texts: list[list[Tensor]], negatives: list[Tensor]

@@ -34,17 +34,17 @@ from nova_video.data.dataset import (
 )
 from nova_video.data.encoders import (
     autoencoder_info,
-    check_text_parts,
     given_or_named,
     load_frozen_autoencoder,
-    same_text_encoder,
-    text_names,
 )
 from nova_video.data.sheets import Entry, draw_sheet
 from nova_video.io.checkpoints import HUB_ID, resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
-from nova_video.text.encoders import encode_batch, load_text_encoder
+from nova_video.text.compare import same_text_encoder
+from nova_video.text.features import TextEncoder, encode_texts
+from nova_video.text.find import find_text
+from nova_video.text.load import check_text_encoder, open_text_encoder
 from nova_video.training.recipe import DatasetRecipe, DatasetTransformerRecipe
 from nova_video.training.stream import Loaded, check_state, collate, is_held_out, joined, open_loader, state_of
 from nova_video.training.transformer import (
@@ -132,18 +132,18 @@ class DatasetTask(TransformerTask):
             )
         self.vae = load_frozen_autoencoder(name, torch.device("cpu"))
         self.text_name = recipe.text_encoder or info.text_encoder or _text_of(recipe.init)
-        self._text: tuple[Any, Any] | None = None
+        self._text: TextEncoder | None = None
         self.probe = list(itertools.islice(self._facts(), PROBED))
         if self.text_name is None and not info.text_dim:
             raise InputError(f"{recipe.dataset.path} has no text features: expected a text_encoder that makes them")
-        width = info.text_dim or self._text_parts(device)[1].config.hidden_size
+        width = info.text_dim or self._text_encoder(device).width
         names = f"{recipe.dataset.path} and text_encoder = {self.text_name!r}"
         size = (self.largest.height, self.largest.width)
         model, resolved = make_model(recipe, Material(info.latent_channels, info.spatial_stride, width, size, names))
         if recipe.init:
             check_autoencoder_of_init(recipe, info)
         if info.text_encoder and info.text_dim:
-            check_text_encoder(recipe, info.text_encoder)
+            check_text_features(recipe, info)
         if self.text_name and info.text_dim and not recipe.lora.rank:
             check_text_is_there(recipe, info, self.text_name)
         frames = self.latent_frames(self.largest)
@@ -320,7 +320,7 @@ class DatasetTask(TransformerTask):
         if loaded.whole is None or loaded.short is None:
             pairs = zip(loaded.captions, short.tolist(), strict=True)
             captions = [first_sentence(caption) if brief else caption for caption, brief in pairs]
-            return encode_batch(*self._text_parts(self.device), captions, length)
+            return encode_texts(self._text_encoder(self.device), captions, length)
         whole, brief = (
             functional.pad(text, (0, 0, 0, length - text.shape[1])) for text, _ in (loaded.whole, loaded.short)
         )
@@ -328,16 +328,15 @@ class DatasetTask(TransformerTask):
         counts = torch.where(short, loaded.short[1], loaded.whole[1]).clamp(max=length)
         return send(text, self.device), send(counts, self.device)
 
-    def _text_parts(self, device: torch.device) -> tuple[Any, Any]:
-        """Tokenizer and text encoder, loaded at the first use."""
+    def _text_encoder(self, device: torch.device) -> TextEncoder:
+        """The text encoder, loaded at the first use."""
         if self._text is None:
             if self.text_name is None:
                 raise InputError(
                     f"{self.recipe.dataset.path} has no text features: expected a text_encoder that makes them"
                 )
-            name, tokenizer = text_names(self.text_name)
             dtype = torch.float16 if device.type == "cuda" else torch.float32
-            self._text = load_text_encoder(name, dtype, device, tokenizer)
+            self._text = open_text_encoder(self.text_name, dtype, device)
         return self._text
 
     # Looking at it ------------------------------------------------------------------------------------------------
@@ -425,12 +424,12 @@ class DatasetTask(TransformerTask):
         if self.text_name is None or self.recipe.lora.rank:
             self.export_parts(model, self.vae, None, folder)
             return
-        name, tokenizer = text_names(self.text_name)
-        self.export_parts(model, self.vae, None if tokenizer else name, folder)
-        if tokenizer:  # parts of a checkpoint, found there
-            for part, place in (("text_encoder", name), ("tokenizer", tokenizer)):
+        place = find_text(self.text_name)
+        self.export_parts(model, self.vae, None if place.tokenizer else place.encoder, folder)
+        if place.tokenizer:  # parts of a checkpoint, found there
+            for part, target in (("text_encoder", place.encoder), ("tokenizer", place.tokenizer)):
                 if not (folder / part).exists():
-                    os.symlink(Path(place).resolve(), folder / part)
+                    os.symlink(Path(target).resolve(), folder / part)
             note_text_parts(folder)
 
 
@@ -439,16 +438,16 @@ def send(value: Tensor, device: torch.device) -> Tensor:
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
-def check_text_encoder(recipe: DatasetTransformerRecipe, stored: str) -> None:
-    """Features of another encoder may have the same width, and mean something else. The dataset's are of `stored`."""
-    place = recipe.dataset.path
+def check_text_features(recipe: DatasetTransformerRecipe, info: DatasetInfo) -> None:
+    """Raises InputError where the recipe's text encoder is not the dataset's: its features mean something else."""
+    stored = info.text_encoder
     if recipe.text_encoder:
         field = f"text_encoder = {recipe.text_encoder!r}"
-        _check_same(field, recipe.text_encoder, stored, place, f"expected the same, or none, which means {stored!r}")
+        _check_same(field, recipe.text_encoder, recipe, info, f"expected the same, or none, which means {stored!r}")
     anew = any(part.startswith("text_embed") or "text_embed".startswith(part) for part in recipe.fresh)
     if not anew and (known := _text_of(recipe.init)) is not None:
         field = f"init = {recipe.init!r} has learned from the text encoder {known!r}"
-        _check_same(field, known, stored, place, "expected the same, or 'text_embed' in `fresh`")
+        _check_same(field, known, recipe, info, "expected the same, or 'text_embed' in `fresh`")
 
 
 def check_autoencoder_of_init(recipe: DatasetTransformerRecipe, info: DatasetInfo) -> None:
@@ -474,14 +473,15 @@ def check_text_is_there(recipe: DatasetTransformerRecipe, info: DatasetInfo, nam
         return
     place = recipe.dataset.path
     with given_or_named(None if name == info.text_encoder else name, place, "text encoder", "--text-encoder"):
-        width = check_text_parts(name)
+        width = check_text_encoder(name)
         if width != info.text_dim:
             raise InputError(f"{name!r} makes features {width} wide: expected {info.text_dim}, as {place} holds")
 
 
-def _check_same(field: str, name: str, stored: str, place: str, expected: str) -> None:
-    same = same_text_encoder(name, stored)
-    said = f"{field}, and {place} holds features of {stored!r}"
+def _check_same(field: str, name: str, recipe: DatasetTransformerRecipe, info: DatasetInfo, expected: str) -> None:
+    assert info.text_encoder is not None
+    same = same_text_encoder(name, info.text_encoder, info.text_fingerprint)
+    said = f"{field}, and {recipe.dataset.path} holds features of {info.text_encoder!r}"
     if same is False:
         raise InputError(f"{said}: {expected}")
     if same is None:

@@ -20,7 +20,6 @@ from nova_video.common.errors import InputError
 from nova_video.common.extensions import check_members, load_extension, make_extension
 from nova_video.common.extras import install_command
 from nova_video.common.startup import reveal
-from nova_video.data.encoders import check_text_parts
 from nova_video.io.checkpoints import lasting_name, resolve_checkpoint
 from nova_video.io.weights import read_json
 from nova_video.model import RANDOM_ORDER, NOVATransformer3DModel, Order, mask_ratios
@@ -30,7 +29,7 @@ from nova_video.pipeline.loading import load_scheduler, load_transformer
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.sampling.schedulers import new_scheduler
-from nova_video.text.encoders import text_class
+from nova_video.text.load import check_text_encoder, text_class
 from nova_video.training.blocks import TemporalMasks, checkpointed, compile_blocks
 from nova_video.training.flops import step_flops
 from nova_video.training.lora import add_lora, save_lora
@@ -239,7 +238,7 @@ def note_text_parts(folder: Path) -> None:
 def check_text_of_init(init: str) -> None:
     """Adapters are sampled with all that the checkpoint has."""
     try:
-        check_text_parts(init)
+        check_text_encoder(init)
     except InputError as error:
         raise InputError(f"init = {init!r}, which samples are made with: {error}") from None
 

@@ -36,7 +36,8 @@ from nova_video.pipeline.request import GenerateRequest
 from nova_video.pipeline.result import GenerateResult
 from nova_video.pipeline.settings import SETTINGS_FILE, CheckpointSettings, Defaults
 from nova_video.sampling.presets import EXACT, PRESETS, Shortcuts
-from nova_video.text.encoders import encode_prompts, load_text_encoder
+from nova_video.text.features import encode_prompts
+from nova_video.text.load import load_text_encoder
 from nova_worlds.clips import ClipSpec
 from nova_worlds.evaluation.benchmark import JUDGE_CLIPS, check_judge
 from nova_worlds.evaluation.emoji import JUDGED, EmojiSettings, asked_specs, clip_flags, pair_flags, score

@@ -16,7 +16,8 @@ from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.loading import load_autoencoder
 from nova_video.pipeline.settings import CheckpointSettings
-from nova_video.text.encoders import encode_batch, load_text_encoder
+from nova_video.text.features import encode_batch
+from nova_video.text.load import load_text_encoder
 from nova_video.text.vocabulary import Vocabulary
 from nova_video.training.task import LossParts
 from nova_video.training.transformer import (

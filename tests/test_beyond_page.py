@@ -150,7 +150,7 @@ def test_defaults_that_the_page_names() -> None:
     text = " ".join(PAGE.read_text(encoding="utf-8").split())
     assert defaults["context_frames"] == ENDLESS_CONTEXT == 33
     assert "trained on clips of at most 33 frames, 9 latent ones" in text
-    assert "with the model in the box at most 29" in text  # a latent frame of the nine is the one being made
+    assert "with the bundled model at most 29" in text  # a latent frame of the nine is the one being made
     assert 4 * (Context(frames=9).frames - 2) + 1 == 29
     recipe = (MODEL / "training" / "emoji-beyond.toml").read_text(encoding="utf-8")
     assert max(int(n) for n in re.findall(r"\d+", re.search(r"^frames = \[(.*?)\]", recipe, re.M | re.S)[1])) == 33

@@ -22,13 +22,13 @@ import av
 import numpy as np
 import torch
 import tyro
+from result_file import result_of, write_result
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nova_video.autoencoders import AutoencoderKLOpenSora
 from nova_video.bench.sample import digits
-from nova_video.bench.script import result_of, write_result
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
 from nova_video.data.dataset import read_shard, write_shard

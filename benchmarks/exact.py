@@ -21,10 +21,10 @@ from typing import Literal
 
 import torch
 import tyro
+from result_file import result_of, write_result
 from torch import Tensor
 
 from nova_video.bench.configs import SIZES, build
-from nova_video.bench.script import result_of, write_result
 from nova_video.common.devices import choose_device
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.patches import gather_tokens

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 import tyro
-
-from nova_video.bench.script import result_of, write_result
+from result_file import result_of, write_result
 
 COMMANDS = {
     "picture": ["generate", "a red apple on a white background", "--num-frames", "1", "-o", "made.png"],

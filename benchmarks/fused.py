@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import tyro
 from diffusers import DDPMScheduler
+from result_file import result_of, write_result
 from torch import Tensor
 
-from nova_video.bench.script import result_of, write_result
 from nova_video.fast.fused import (
     Layout,
     Tile,

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from result_file import result_of, write_result
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PhiConfig, PhiModel, PreTrainedTokenizerFast
 
 from nova_video import NovaPipeline
 from nova_video.bench.configs import SIZES, build, resized
-from nova_video.bench.script import result_of, write_result
 from nova_video.common.devices import choose_device, choose_dtype
 from nova_video.common.errors import InputError
 from nova_video.pipeline.offload import enable_low_memory

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 import tyro
 from diffusers import AutoencoderKL
+from result_file import result_of, write_result
 
 from nova_video.autoencoders import AutoencoderKLOpenSora
 from nova_video.bench.sample import GIB, digits
-from nova_video.bench.script import result_of, write_result
 from nova_video.common.devices import choose_device
 from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
 from nova_video.data.encoders import autoencoder_info

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import tyro
+from result_file import result_of, write_result
 from torch import Tensor
 
-from nova_video.bench.script import result_of, write_result
 from nova_video.common.devices import choose_device
 from nova_video.fast.engine import DirectRunner, FastEngine, in_passes
 from nova_video.io.checkpoints import resolve_checkpoint

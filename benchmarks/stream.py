@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import tyro
+from result_file import result_of, write_result
 
 from nova_video import NovaPipeline
-from nova_video.bench.script import result_of, write_result
 from nova_video.common.devices import choose_device, choose_dtype
 from nova_video.pipeline.request import GenerateRequest
 

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
+from result_file import result_of, write_result
 from torch import Tensor
 
 from nova_video.autoencoders import AutoencoderKLOpenSora
-from nova_video.bench.script import result_of, write_result
 from nova_video.common.devices import choose_device, choose_dtype
 from nova_video.fast import autoencoder as fast
 

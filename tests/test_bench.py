@@ -12,17 +12,16 @@ from types import ModuleType
 import pytest
 import torch
 from PIL import Image
+from plots import PLOTS, is_current, write_plots
+from tables import EMPTY, RELEASED, filled, released_seconds, sweeps, tables
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import CONFORMANCE
 from nova_video.bench.configs import SIZES, TEXT_DIM, build, resized
 from nova_video.bench.floor import RATES, Floor, count_work, device_rates, floor_of, temporal_steps
-from nova_video.bench.plots import PLOTS, is_current, write_plots
 from nova_video.bench.rows import PARTS, Row, as_lines, cells, read_rows, record_row, write_rows
 from nova_video.bench.sample import Asked, Runs, measure, request_of
-from nova_video.bench.tables import EMPTY, RELEASED, filled, released_seconds, sweeps, tables
-from nova_video.bench.targets import SAMPLING, sampling_targets
 from nova_video.cli import main as cli
 from nova_video.cli.arguments import BenchSample, parse
 from nova_video.common.errors import InputError
@@ -293,26 +292,6 @@ def test_released_times_are_for_the_same_work() -> None:
     assert released_seconds(row(device="NVIDIA A100-SXM4-80GB")) is None
 
 
-def test_targets_are_held_against_the_rows() -> None:
-    """The least of the rows that are of the same work; four digits, since 1.451 is more than 1.45."""
-    others = [row(seconds=1.0, changed={"frames": 9}), row(seconds=1.0, compile=False), row(seconds=1.0, error="why")]
-    others += [row(seconds=1.0, device="NVIDIA A100-SXM4-80GB"), row(seconds=1.0, dtype="float32")]
-    rows = [*others, row("t2i-1024-0.6b", 1.451), row(seconds=4.3), row(seconds=2.7, dtype="bfloat16"), row(batch=8)]
-    rows += [row(seconds=1.9, preset="balanced"), row(seconds=2.75, vae_seconds=0.5)]
-    ways = [{"way": "plain", "peak_gb": 19.1}, {"way": "in parts, kernels, parts of 3.0e+08", "peak_gb": 6.442}]
-    lines = sampling_targets(rows, {"decodes": ways, "device": "NVIDIA H100"}).splitlines()
-    assert len(lines) == 3 + len(SAMPLING)
-    for line in (
-        "| t2i-1024-0.6b, exact | 1.45 | 1.1 | 1.451 | **no** |",
-        "| t2v-480-0.6b, exact | 4.2 | 2.8 | 2.7 | yes, and the stretch |",
-        "| t2v-480-0.6b, exact, VAE decode | 0.6 | 0.4 | 0.5 | yes |",
-        "| 33 frames of 480x768, VAE decode alone, GB (NVIDIA H100) | 6 | - | 6.442 | **no** |",
-        "| t2v-480-0.6b, balanced | 1.9 | - | 1.9 | yes |",
-        "| t2i-1024-0.6b, exact, batch 8 | 9 | 7.5 | - | - |",
-    ):
-        assert line in lines
-
-
 def test_sweeps_differ_in_one_thing() -> None:
     found = sweeps([*curve(), row(changed={"frames": 9, "sets": 8})], "frames")
     assert {name: [r.frames for r in rows] for name, rows in found.items()} == {"t2v-480-0.6b, exact": [9, 33, 65]}
@@ -342,7 +321,7 @@ def test_a_page_has_a_place_for_every_table() -> None:
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """benchmarks/tables.py"""
-    spec = importlib.util.spec_from_file_location("tables_script", ROOT / "benchmarks" / "tables.py")
+    spec = importlib.util.spec_from_file_location("tables_command", ROOT / "benchmarks" / "tables.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from tables import EMPTY, presets_table
 
 from conftest import save_tiny_bert, save_tiny_tokenizer
 from nova_video.autoencoders import AutoencoderKLCausalTiny
-from nova_video.bench.tables import EMPTY
 from nova_video.cli import main as cli
 from nova_video.cli.arguments import BenchPresets, parse
 from nova_video.common.errors import InputError
@@ -28,7 +28,6 @@ from nova_worlds.presets.preset_rows import (
     PresetRow,
     Score,
     as_aligned,
-    presets_table,
     read_preset_rows,
     recorded,
     write_preset_rows,

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-
-from nova_video.bench.script import result_of, script_command, write_result
+from result_file import result_of, script_command, write_result
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-OTHERS = ("tables", "scaling")  # they measure nothing
+OTHERS = ("tables", "plots", "scaling", "result_file")  # they measure nothing
 
 
 def open_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

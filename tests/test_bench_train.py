@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from scaling import usual_rows
+from tables import EMPTY, train_table
 
 from conftest import CONFORMANCE
 from nova_video.bench.configs import BATCHES, SIZES, fill_zeros
 from nova_video.bench.rows import record_row
-from nova_video.bench.tables import EMPTY
-from nova_video.bench.targets import training_targets
 from nova_video.bench.train import (
     OPTIMIZER,
     AskedTraining,
@@ -32,7 +32,7 @@ from nova_video.bench.train import (
     open_model,
     warm_up_variants,
 )
-from nova_video.bench.train_rows import TrainRow, read_train_rows, train_line, train_table, usual_rows
+from nova_video.bench.train_rows import TrainRow, read_train_rows, train_line
 from nova_video.cli import main as cli
 from nova_video.cli.arguments import BenchTrain, parse
 from nova_video.common.checks import AttentionKernels
@@ -250,27 +250,6 @@ def test_commands_that_record_are_understood() -> None:
     assert all(isinstance(args, BenchTrain) for args in asked)
     assert {config for args in asked for config in args.config} == set(SIZES)
     assert {args.output for args in asked} == {Path("rows.json")}
-
-
-def test_targets_are_held_against_the_rows() -> None:
-    finite, two = {"finite": True}, {"processes": 2, "strategy": "fsdp", "finite": True, "samples_per_second": 190.0}
-    rows = [row(seconds=0.1, changed={"no-graph": True}, **finite), row(seconds=0.1, finite=False)]
-    rows += [row(seconds=0.139, samples_per_second=95.0, **finite), row("t2v-480-0.6b", 3, 0.32, **finite), row(**two)]
-    rows += [row("t2i-1024-0.6b", 8, 0.42, checkpointing=True, **finite)]
-    rows += [row(**two | {"device": "NVIDIA H100"}), row(**two | {"changed": {"attention": "cudnn"}})]
-    lines = training_targets(rows).splitlines()
-    for line in (
-        "| t2i-512-0.6b, batch 16, s a step | 0.14 | 0.139 | yes |",
-        "| t2i-1024-0.6b, batch 8, s a step | 0.24 | - | - |",
-        "| t2v-480-0.6b, batch 3, s a step | 0.24 | 0.32 | **no** |",
-        "| t2i-1024-0.6b, batch 8, checkpointing, s a step | 0.45 | 0.42 | yes |",
-        "| t2i-1024-0.6b, batch 8, checkpointing, GB | 29 | 22.82 | yes |",
-        "| t2i-512-0.6b, batch 16, MFU | at least 0.45 | 0.451 | yes |",
-        "| t2i-512-0.6b, batch 16, two GPUs (bf16, 2 x fsdp; NVIDIA H200), times the samples/s of one"
-        " | at least 1.9 | 2 | yes |",
-    ):
-        assert line in lines
-    assert sum("two GPUs" in line for line in lines) == 1  # held against one of the same device, asked for the same
 
 
 def test_rows_in_words_and_tables() -> None:

@@ -1,51 +1,41 @@
 """Scaling by calculation: known answers, and a page that says what the command does."""
 
-import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-
-from nova_video.bench.configs import SIZES
-from nova_video.bench.scaling import (
+from scaling import (
     ETHERNET,
     GPUS,
     INFINIBAND,
     STRATEGIES,
     Model,
     Network,
+    Scaling,
     Step,
     ddp,
     fsdp,
+    main,
     mean_visible,
     models,
     sample_bytes,
     tables,
 )
+
+from nova_video.bench.configs import SIZES
 from nova_video.bench.train_rows import TrainRow
 
 ROOT = Path(__file__).parents[1]
 LARGE = Model("large", values=10**9, parts=40, batch=8, seconds=0.3, measured=False)
 
 
-@pytest.fixture(scope="module")
-def command() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scaling_command", ROOT / "benchmarks" / "scaling.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_is_what_the_command_prints(command: ModuleType, tmp_path: Path) -> None:
-    assert command.main(command.Scaling(check=True)) == 0
+def test_the_page_is_what_the_command_prints(tmp_path: Path) -> None:
+    assert main(Scaling(check=True)) == 0
     other = tmp_path / "scaling.md"
     other.write_text((ROOT / "docs" / "scaling.md").read_text().replace("| 1450 |", "| 1452 |", 1))
-    assert command.main(command.Scaling(check=True, page=other)) == 1
+    assert main(Scaling(check=True, page=other)) == 1
 
 
 def test_recorded_steps_take_the_place_of_assumed_ones() -> None:

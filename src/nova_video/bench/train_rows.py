@@ -1,22 +1,11 @@
-"""Training steps, timed: the rows that `nova bench train` writes, in a terminal and in tables."""
+"""Training steps, timed: the rows that `nova bench train` writes, in a terminal."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nova_video.bench.configs import SIZES
 from nova_video.bench.rows import read_records, short
-from nova_video.bench.tables import EMPTY, RELEASED_DEVICE, by_device, made_by, markdown
-
-# Seconds of a step and GB of the released implementation on one H200 (torch 2.11, CUDA 13, bf16), by configuration and
-# batch.
-RELEASED = {
-    ("t2i-512-0.6b", 16): (0.27, 32),
-    ("t2i-1024-0.6b", 8): (0.45, 58),
-    ("t2v-480-0.6b", 3): (0.45, 59),
-}
 
 
 @dataclass(frozen=True)
@@ -88,20 +77,7 @@ def read_train_rows(path: Path) -> list[TrainRow]:
     return read_records(path, TrainRow)
 
 
-def usual_rows(rows: Sequence[TrainRow], device: str = RELEASED_DEVICE) -> list[TrainRow]:
-    """On one such device, as one would train on it: bf16, compiled, nothing changed, computed twice or not finite."""
-    return [
-        row
-        for row in rows
-        if device in row.device
-        and (row.precision, row.processes, row.checkpointing, row.compile) == ("bf16", 1, False, True)
-        and not row.changed
-        and row.error is None
-        and row.finite is not False
-    ]
-
-
-# In a terminal and in tables ------------------------------------------------------------------------------------------
+# In a terminal --------------------------------------------------------------------------------------------------------
 
 
 def how(row: TrainRow) -> str:
@@ -129,45 +105,6 @@ def train_line(row: TrainRow) -> str:
         *([f"{row.skipped_steps} of {row.steps} steps skipped"] if row.skipped_steps else []),
     ]
     return f"{name}: {', '.join(parts)}"
-
-
-def train_table(rows: Sequence[TrainRow]) -> str:
-    """Steps of every configuration, beside the released implementation's."""
-    configs = [*SIZES, *dict.fromkeys(row.config for row in rows if row.config not in SIZES)]
-    done = [row for row in rows if row.error is None and row.step_seconds is not None]
-    columns = (
-        "configuration", "batch", "how", "released implementation, s (GB)", "s a step", "least to most", "times faster",
-        "samples/s", "TFLOP/s", "MFU", "GiB",
-    )  # fmt: skip
-    tables = []
-    for device, own in by_device(done).items():
-        ordered = sorted(own, key=lambda row: (configs.index(row.config), row.batch, row.processes, how(row)))
-        tables.append(f"{device}:\n\n{markdown(columns, [train_cells(row) for row in ordered])}")
-    return "\n\n".join(tables) or EMPTY
-
-
-def train_commands(rows: Sequence[TrainRow]) -> str:
-    """How every row was made, with what; and what could not be measured."""
-    return "\n".join(made_by(row, row.precision) for row in rows) or EMPTY
-
-
-def train_cells(row: TrainRow) -> list[str]:
-    comparable = not row.changed and row.processes == 1 and RELEASED_DEVICE in row.device
-    released = RELEASED.get((row.config, row.batch)) if comparable else None
-    least, most = row.step_seconds_range or (None, None)
-    return [
-        row.config,
-        str(row.batch),
-        how(row),
-        "-" if released is None else f"{released[0]} ({released[1]})",
-        f"**{short(row.step_seconds)}**",
-        f"{short(least)} to {short(most)}",
-        short(None if released is None or row.step_seconds is None else released[0] / row.step_seconds),
-        short(row.samples_per_second),
-        short(row.tflop_per_second),
-        percent(row.mfu),
-        short(row.peak_memory_gb),
-    ]
 
 
 def percent(share: float | None) -> str:

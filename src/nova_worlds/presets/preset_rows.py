@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from nova_video.bench.rows import short
-from nova_video.bench.tables import EMPTY, markdown
 from nova_video.common.errors import InputError
 from nova_video.io.files import atomic_path
 from nova_worlds.evaluation.rates import Paired, Rate
@@ -205,13 +204,3 @@ def made_how(row: PresetRow) -> str:
         f"{row.num_clips} clips of {row.num_frames} frames in batches of {row.batch}, and {row.num_pictures} pictures "
         f"of two objects, by the model {row.config} ({row.dtype}{loop}, {row.device})"
     )
-
-
-def presets_table(rows: Sequence[PresetRow]) -> str:
-    """The table of the page."""
-    if not any(row.error is None for row in rows):
-        return EMPTY
-    first, *others = as_table(rows)
-    failed = "".join(f"\n\n{row.line()}" for row in rows if row.error is not None)
-    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row.command for row in rows))
-    return f"{made_how(rows[0])}:\n\n{markdown(first, others)}{failed}\n\n{commands}"

@@ -16,9 +16,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
+from tables import measured, preset_of, released_seconds, sweeps
 
 from nova_video.bench.rows import Row
-from nova_video.bench.tables import measured, preset_of, released_seconds, sweeps
 from nova_video.io.files import atomic_path
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart; what is not ours in gray.

@@ -161,7 +161,9 @@ class Walk:
         state = generation.state
         random = replace(state.random, dtype=dtype)
         state = replace(state, random=random, noise=replace(state.noise, random=random))
-        sets = generate_sets(pipe.transformer, generation.scheduler, state, pipe.engine(compile))
+        sets = generate_sets(
+            pipe.transformer, generation.scheduler, state, pipe.engines.engine(pipe.transformer, compile)
+        )
         return cls(pipe.transformer, state, sets)
 
     @torch.no_grad()

@@ -74,7 +74,7 @@ def main(args: Reuse) -> None:
         for name, every, shortcuts in ways(args):
             presets.VARIANTS[name] = shortcuts
             engine = ReusingEngine(maker.pipe.transformer, DirectRunner(), every=every)
-            maker.pipe.engine = partial(always, engine)  # type: ignore[method-assign]
+            maker.pipe.engines.engine = partial(always, engine)  # type: ignore[method-assign]
             outcome = maker.make(name, name)
             if exact is None:
                 exact, all_rows = outcome, engine.rows

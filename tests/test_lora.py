@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import nova_video.pipeline.pipeline
+import nova_video.pipeline.engines
 from nova_video import NovaPipeline
 from nova_video.cli import main as cli
 from nova_video.common.errors import InputError
@@ -524,8 +524,8 @@ def test_8_bit_weights_are_made_again_with_the_adapter(
         merge(made)
         return made
 
-    monkeypatch.setattr(nova_video.pipeline.pipeline, "with_fp8_blocks", merged_copy)
-    seen = [pipe._fp8_model()]
+    monkeypatch.setattr(nova_video.pipeline.engines, "with_fp8_blocks", merged_copy)
+    seen = [pipe.engines.fp8_model(pipe.transformer)]
     for change in (
         lambda: pipe.load_lora_weights(adapter, adapter_name="mine"),
         lambda: pipe.set_adapters("mine", 0.5),
@@ -535,8 +535,8 @@ def test_8_bit_weights_are_made_again_with_the_adapter(
         lambda: pipe.unload_lora_weights(),
     ):
         change()
-        seen.append(pipe._fp8_model())
-        assert pipe._fp8_model() is seen[-1]
+        seen.append(pipe.engines.fp8_model(pipe.transformer))
+        assert pipe.engines.fp8_model(pipe.transformer) is seen[-1]
         expected = copy.deepcopy(pipe.transformer)
         merge(expected)
         found = seen[-1].state_dict()

@@ -12,7 +12,7 @@ from torch import nn
 from conftest import CONFORMANCE
 from nova_video import NovaPipeline
 from nova_video.common.errors import InputError
-from nova_video.pipeline.offload import LowMemory, Turn, enable_low_memory, quantise, take_turns
+from nova_video.pipeline.offload import LowMemory, OffloadHook, enable_low_memory, quantise, take_turns
 from nova_video.pipeline.request import GenerateRequest
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "num_diffusion_steps": 2, "num_frames": 5, "output_type": "pt"}
@@ -35,7 +35,7 @@ def test_low_memory_keeps_the_result(tiny_checkpoint: Path) -> None:
     assert pipe.is_offloaded
     assert pipe.execution_device.type == "cpu"
     plan = GenerateRequest(prompt="a whale", **QUICK).resolve(pipe.defaults, pipe.capabilities)
-    assert pipe.decodes_fast(plan)
+    assert pipe._parts().decodes_fast(plan.compile)
     assert not pipe.vae.use_tiling
     for _ in range(2):
         assert (made(pipe) - expected).abs().max() < 1e-4
@@ -48,12 +48,12 @@ def test_graphs_are_told_that_the_transformer_leaves(tiny_checkpoint: Path, monk
     enable_low_memory(pipe, "cpu")
     hook = pipe.transformer._hf_hook
     hook.on_leave = lambda: told.append(pipe.transformer.device.type)
-    assert not hook.leave()  # it is at home
+    assert not hook.to_host()  # it is at home
     assert told == []
     pipe.transformer.to("meta")
     assert all(not tensor.is_cpu for tensor in hook._tensors())
     monkeypatch.setattr(pipe.transformer, "to", lambda device: None)  # nothing comes back from there
-    assert hook.leave()
+    assert hook.to_host()
     assert told == ["meta"]
 
 
@@ -82,7 +82,7 @@ def test_from_pretrained_reaches_all_of_it(tiny_checkpoint: Path, monkeypatch: p
     monkeypatch.setattr("nova_video.pipeline.offload.quantise", lambda module: setattr(module, "quantised", True))
     pipe = NovaPipeline.from_pretrained(tiny_checkpoint, low_memory=asked)
     assert devices == ["cuda:0" if asked == "cuda:0" else "cuda"]
-    assert isinstance(pipe.transformer._hf_hook, Turn)
+    assert isinstance(pipe.transformer._hf_hook, OffloadHook)
     assert pipe.vae.use_tiling == (isinstance(asked, LowMemory) and asked.tiled)
     assert hasattr(pipe.text_encoder, "quantised") == (asked == LowMemory(text_encoder="int8"))
 
@@ -132,11 +132,11 @@ def test_bringing_a_part_sends_the_others_back(monkeypatch) -> None:
     """On a GPU: here what moves is only noted."""
     moves: list[tuple[str, int]] = []
     parts = [nn.Linear(size, size) for size in (1, 2, 3)]
-    monkeypatch.setattr(Turn, "come", lambda self: moves.append(("come", self.module.in_features)))
-    monkeypatch.setattr(Turn, "leave", lambda self: moves.append(("leave", self.module.in_features)))
+    monkeypatch.setattr(OffloadHook, "to_device", lambda self: moves.append(("to_device", self.module.in_features)))
+    monkeypatch.setattr(OffloadHook, "to_host", lambda self: moves.append(("to_host", self.module.in_features)))
     take_turns(parts, torch.device("cpu"))
     parts[1](torch.zeros(1, 2))
-    assert moves == [("leave", 1), ("leave", 3), ("come", 2)]
+    assert moves == [("to_host", 1), ("to_host", 3), ("to_device", 2)]
 
 
 def test_in_a_stream_parts_change_only_to_decode(tiny_checkpoint: Path, monkeypatch) -> None:
@@ -144,14 +144,14 @@ def test_in_a_stream_parts_change_only_to_decode(tiny_checkpoint: Path, monkeypa
     pipe = open_pipe(tiny_checkpoint)
     enable_low_memory(pipe, "cpu")
     brought: list[str] = []
-    come = Turn.come
+    come = OffloadHook.to_device
 
-    def note(turn: Turn) -> None:
+    def note(turn: OffloadHook) -> None:
         come(turn)
         name = "vae" if turn.module is pipe.vae else "transformer"
         brought.extend([name] if brought[-1:] != [name] else [])
 
-    monkeypatch.setattr(Turn, "come", note)
+    monkeypatch.setattr(OffloadHook, "to_device", note)
     assert len(list(pipe.stream("a whale", **QUICK | {"num_frames": 33}))) == 33
     assert brought == ["transformer", "vae", "transformer", "vae"]
 
@@ -166,8 +166,8 @@ def test_gpu_weights_come_back_as_they_were() -> None:
         part._hf_hook.pre_forward(part)
         assert [next(other.parameters()).is_cuda for other in parts] == [other is part for other in parts]
     assert parts[2].weight.is_contiguous(memory_format=torch.channels_last_3d)
-    assert parts[2]._hf_hook.leave()
-    assert not parts[2]._hf_hook.leave()
+    assert parts[2]._hf_hook.to_host()
+    assert not parts[2]._hf_hook.to_host()
     for part, state in zip(parts, before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in part.state_dict().items())
 
@@ -178,7 +178,7 @@ def test_gpu_graphs_last_until_the_transformer_leaves(tiny_checkpoint: Path) -> 
     kept: list[int] = []
 
     def count(pipe: NovaPipeline, step: int, frame: int, tensors: dict[str, torch.Tensor]) -> None:
-        kept.append(sum(len(graphs) for graphs in pipe._graphs.values()))
+        kept.append(pipe.engines.num_graphs)
 
     pipe = open_pipe(tiny_checkpoint)
     enable_low_memory(pipe, "cuda")
@@ -188,7 +188,7 @@ def test_gpu_graphs_last_until_the_transformer_leaves(tiny_checkpoint: Path) -> 
         clips.append(pipe("a whale", generator=generator, callback_on_step_end=count, **QUICK).frames)
         assert kept[0] == 0
         assert kept[-1] > 0
-        assert not any(len(graphs) for graphs in pipe._graphs.values())
+        assert not pipe.engines.num_graphs
         kept.clear()
     plain = made(open_pipe(tiny_checkpoint).to("cuda"))
     for clip in clips:

@@ -542,18 +542,17 @@ def test_release_drops_graphs_and_compiled_code(offloaded: bool, monkeypatch: py
     pipe = NovaPipeline.from_pretrained(CONFORMANCE / "text-to-image")
     resets: list[bool] = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True))
-    pipe.engine(compile=True), pipe.release()
+    pipe.engines.engine(pipe.transformer, compile=True, offloaded=offloaded), pipe.release()
     assert not resets  # nothing is compiled on a CPU
-    monkeypatch.setattr(NovaPipeline, "execution_device", torch.device("cuda"))
-    monkeypatch.setattr(NovaPipeline, "is_offloaded", offloaded)
-    monkeypatch.setattr("nova_video.pipeline.pipeline.can_compile", lambda device: True)
-    monkeypatch.setattr("nova_video.pipeline.pipeline.CudaRecorder", lambda device: DirectRecorder())
-    pipe.engine(compile=True)
-    assert len(pipe._graphs) == (not offloaded)
+    monkeypatch.setattr("nova_video.pipeline.engines.execution_device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr("nova_video.pipeline.engines.can_compile", lambda device: True)
+    monkeypatch.setattr("nova_video.pipeline.engines.CudaRecorder", lambda device: DirectRecorder())
+    pipe.engines.engine(pipe.transformer, compile=True, offloaded=offloaded)
+    assert len(pipe.engines._graphs) == (not offloaded)
     for _ in range(2):
         pipe.release()
-        assert (len(pipe._graphs), len(resets)) == (0, 1)
-    pipe.engine(compile=True), pipe.release()
+        assert (len(pipe.engines._graphs), len(resets)) == (0, 1)
+    pipe.engines.engine(pipe.transformer, compile=True, offloaded=offloaded), pipe.release()
     assert len(resets) == 2
 
 

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from nova_video.data.encode import EncodeSettings as EncodeSettings
     from nova_video.data.encode import encode_dataset as encode_dataset
     from nova_video.model.transformer import NOVATransformer3DModel as NOVATransformer3DModel
-    from nova_video.pipeline.generation import FrameReady as FrameReady
+    from nova_video.pipeline.events import FrameReady as FrameReady
+    from nova_video.pipeline.events import LatentPreview as LatentPreview
+    from nova_video.pipeline.events import PartialFrame as PartialFrame
     from nova_video.pipeline.generation import Generation as Generation
-    from nova_video.pipeline.generation import LatentPreview as LatentPreview
-    from nova_video.pipeline.generation import PartialFrame as PartialFrame
     from nova_video.pipeline.offload import LowMemory as LowMemory
     from nova_video.pipeline.pipeline import NovaPipeline as NovaPipeline
     from nova_video.pipeline.request import GenerateRequest as GenerateRequest
@@ -30,16 +30,16 @@ _HOMES = {  # public name -> the module that defines it
     "AutoencoderKLCausalTiny": "nova_video.autoencoders.tiny",
     "AutoencoderKLOpenSora": "nova_video.autoencoders.opensora",
     "EncodeSettings": "nova_video.data.encode",
-    "FrameReady": "nova_video.pipeline.generation",
+    "FrameReady": "nova_video.pipeline.events",
     "GenerateRequest": "nova_video.pipeline.request",
     "GenerateResult": "nova_video.pipeline.result",
     "Generation": "nova_video.pipeline.generation",
     "InputError": "nova_video.common.errors",
-    "LatentPreview": "nova_video.pipeline.generation",
+    "LatentPreview": "nova_video.pipeline.events",
     "LowMemory": "nova_video.pipeline.offload",
     "NOVATransformer3DModel": "nova_video.model.transformer",
     "NovaPipeline": "nova_video.pipeline.pipeline",
-    "PartialFrame": "nova_video.pipeline.generation",
+    "PartialFrame": "nova_video.pipeline.events",
     "encode_dataset": "nova_video.data.encode",
     "load_recipe": "nova_video.training.recipe",
     "train": "nova_video.training.trainer",

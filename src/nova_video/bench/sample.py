@@ -28,7 +28,8 @@ from nova_video.common.devices import choose_device, choose_dtype
 from nova_video.common.errors import InputError
 from nova_video.fast import flash
 from nova_video.io.checkpoints import resolve_checkpoint
-from nova_video.pipeline.generation import FrameReady, Generation, LatentPreview
+from nova_video.pipeline.events import FrameReady, LatentPreview
+from nova_video.pipeline.generation import Generation
 from nova_video.pipeline.loading import component_folder, load_scheduler, outline_transformer
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.request import GenerateRequest
@@ -276,13 +277,10 @@ class Runs:
 
     def parts(self) -> dict[str, float]:
         """Seconds of one call by part; what is in none of them is "else"."""
-        self.pipe.stopwatch = watch = Stopwatch(self.device)
-        try:
-            start = self._now()
-            self.sampled().run()
-            total = self._now() - start
-        finally:
-            self.pipe.stopwatch = None
+        watch = Stopwatch(self.device)
+        start = self._now()
+        self.sampled(watch).run()
+        total = self._now() - start
         seconds = dict.fromkeys(PARTS, 0.0) | watch.seconds()
         return {part: digits(value) for part, value in (seconds | {"else": total - sum(seconds.values())}).items()}
 
@@ -294,16 +292,16 @@ class Runs:
             self.pipe.decode_picture(generation.state.frames[0])
             self._now()
 
-    def sampled(self) -> Generation:
+    def sampled(self, watch: Stopwatch | None = None) -> Generation:
         """The request with its latents there; to run on is to decode them."""
-        generation = self._start("latent")
+        generation = self._start("latent", watch)
         generation.run()
         generation.output_type = "pt"
         return generation
 
-    def _start(self, output_type: str) -> Generation:
+    def _start(self, output_type: str, watch: Stopwatch | None = None) -> Generation:
         request = replace(self.request, output_type=output_type)
-        return self.pipe.start(request, torch.Generator(self.device).manual_seed(SEED))
+        return self.pipe.start(request, torch.Generator(self.device).manual_seed(SEED), watch)
 
     def _now(self) -> float:
         """Seconds, once the device has done what it was given."""

@@ -84,13 +84,13 @@ def describe_inputs(args: Making, record: dict[str, Any], generation: "Generatio
     """Add to a record how many sets are made, flags that change rounding, and marks of the model and given files."""
     from nova_video.pipeline.saving import model_mark
 
-    state, pipe = generation.state, generation.pipe
+    state, parts = generation.state, generation.parts
     made = len(state.sizes_of(state.num_tokens))  # without those that are empty by rounding
     record["settings"] |= {"sets_made": made} | {name: True for name in FLAGS if getattr(args, name)}
-    if not pipe.capabilities.video:
+    if not parts.capabilities.video:
         record["settings"]["motion"] = None  # the model takes none
     given = [path for name in FILES if isinstance(path := getattr(args, name, None), Path) and path.is_file()]
-    record["weights"] = model_mark(pipe.transformer)
+    record["weights"] = model_mark(parts.transformer)
     if given:
         record["inputs"] = {str(path): file_mark(path) for path in given}
 

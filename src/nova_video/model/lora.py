@@ -50,6 +50,11 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in model.named_modules() if "merged_adapters" in vars(module))
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters in use."""
+    return next((list(layer.active_adapters) for _, layer in adapted_layers(model)), [])
+
+
 def adapter_state(model: nn.Module) -> Hashable:
     """What of the adapters is no tensor: which are used, at what scale, and which are in the weights already.
 

@@ -31,7 +31,7 @@ from nova_video.model.lora import (
 )
 from nova_video.pipeline.keywords import LOAD_LORA_HINTS, SAVE_LORA_HINTS, refuse_keywords
 from nova_video.pipeline.loading import load_adapter
-from nova_video.pipeline.offload import Turn
+from nova_video.pipeline.offload import takes_turns
 from nova_video.pipeline.settings import CheckpointSettings
 
 COMPONENTS = ("transformer",)
@@ -57,7 +57,6 @@ class AdapterMixin(LoraBaseMixin):
     settings: CheckpointSettings
     _unfused: dict[str, Unfused] | None = None
     """The weights before adapters were added to them; None: none is."""
-    _fp8: Any
 
     def load_lora_weights(
         self,
@@ -154,7 +153,7 @@ class AdapterMixin(LoraBaseMixin):
         self._merged_adapters = {
             name for _, layer in adapted_layers(self.transformer) for name in layer.merged_adapters
         }
-        self._fp8 = None
+        self.weights_changed()
 
     def unfuse_lora(self, components: Sequence[str] = COMPONENTS) -> None:
         """The weights as they were before `fuse_lora`, to the last bit, and the adapters beside them again."""
@@ -165,7 +164,10 @@ class AdapterMixin(LoraBaseMixin):
         self._bring_home()
         unfuse(self.transformer, self._unfused)
         self._unfused, self._merged_adapters = None, set()
-        self._fp8 = None
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """Called after adapters were added to the weights or taken out of them."""
 
     def _expect_unfused(self, what: str) -> None:
         if self._unfused is not None:
@@ -174,6 +176,5 @@ class AdapterMixin(LoraBaseMixin):
 
     def _bring_home(self) -> None:
         """In low memory, weights that are on the GPU are copies: changes belong where they come from."""
-        hook = getattr(self.transformer, "_hf_hook", None)
-        if isinstance(hook, Turn):
-            hook.leave()
+        if takes_turns(self.transformer):
+            self.transformer._hf_hook.to_host()

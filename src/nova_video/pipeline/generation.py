@@ -1,40 +1,37 @@
-"""One request while it is carried out: sampled set by set, decoded piece by piece, saved and gone on with.
+"""One request while it is computed: sampled set by set, decoded piece by piece, saved and resumed.
 
-`NovaPipeline.start` makes a `Generation`; calls run it to the end, streams hand out its frames as they become final.
-Both decode through the same pieces and so give the same pixels. What is saved (`saving.py`) is the sampler's state,
-with the plan and what was given.
+`NovaPipeline.start` makes a `Generation`. Calls run it to the end; streams hand out its frames as they become final.
+Both decode through the same pieces (`decoding.py`) and so give the same pixels. `saving.py` writes it to a file.
 
 Legend: B clips, F latent frames, T pixel frames, C latent channels, h w latent grid, H W pixels, L tokens of a frame.
 """
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nova_video.autoencoders import StreamDecoder, adapt, unscale_latents
 from nova_video.common.checks import shown
 from nova_video.common.errors import InputError
-from nova_video.io.pixels import output_form, unit_frames
+from nova_video.io.pixels import output_form
 from nova_video.io.prefetch import prefetch
 from nova_video.model import unpatchify
-from nova_video.model.finite import first_not_finite
-from nova_video.pipeline.plan import Plan
+from nova_video.pipeline.decoding import FrameDecoder, picture_of, unit_pixels, untouched_pixels
+from nova_video.pipeline.events import Event, FrameReady, LatentPreview, PartialFrame
+from nova_video.pipeline.offload import bring
+from nova_video.pipeline.parts import Parts
+from nova_video.pipeline.progress import Progress
 from nova_video.pipeline.result import GenerateResult
+from nova_video.pipeline.saving import save_progress
 from nova_video.sampling.generate import SetDone, generate_sets
-from nova_video.sampling.state import SamplingState
-from nova_video.sampling.timing import span
 
-if TYPE_CHECKING:
-    from nova_video.pipeline.pipeline import NovaPipeline
-
-StepCallback = Callable[["NovaPipeline", int, int, dict[str, Tensor]], object]
+StepCallback = Callable[[Any, int, int, dict[str, Tensor]], object]
 """(pipe, step, frame, tensors) after every set; returning False stops. `step` counts the sets of the whole call,
 `frame` is the latent frame, and tensors are `latents` (B, C, h, w), zero where nothing is revealed yet, and `revealed`,
 (B, h / 2, w / 2) bool."""
@@ -42,133 +39,59 @@ CALLING: ContextVar["Generation | None"] = ContextVar("calling", default=None)
 """The generation whose callback runs in this thread."""
 
 
-@dataclass(frozen=True, eq=False)
-class GivenPixels:
-    """Leading frames as they were given, at the size and rate of the plan."""
+class Interrupts:
+    """Counts how often all running calls of a pipeline were told to stop: each stops when the count changes."""
 
-    frames: Tensor
-    """(1 or B, T, H, W, 3), uint8 or float32 in [0, 1]."""
-    filled: Tensor | None = None
-    """(T, H, W) bool: pixels that are made anew. None: all stay."""
+    def __init__(self) -> None:
+        self.count = 0
 
-    def over(self, made: Tensor, first: int) -> Tensor:
-        """Decoded frames (B, T, 3, H, W) in [0, 1], the first of them number `first`, with given pixels put back."""
-        stop = min(self.frames.shape[1], first + made.shape[1])
-        if stop <= first:
-            return made
-        part = self.part(first, stop, made.shape[0]).to(made.device)
-        if self.filled is not None:
-            filled = self.filled[first:stop, None].to(made.device)  # (T, 1, H, W)
-            part = torch.where(filled, made[:, : stop - first], part)
-        return torch.cat([part, made[:, stop - first :]], dim=1)
-
-    def part(self, first: int, stop: int, batch: int) -> Tensor:
-        """Frames `first` to `stop` as (B, T, 3, H, W) float32 in [0, 1]."""
-        frames = self.frames[:, first:stop]
-        unit = frames.float() / 255 if frames.dtype == torch.uint8 else frames
-        return unit.permute(0, 1, 4, 2, 3).expand(batch, -1, -1, -1, -1)
-
-
-# Events of a stream ---------------------------------------------------------------------------------------------------
+    def interrupt(self) -> None:
+        self.count += 1
 
 
 @dataclass(frozen=True, eq=False)
-class FrameReady:
-    """A pixel frame that is final."""
+class Surroundings:
+    """What a generation needs besides the model's parts."""
 
-    index: int
-    frame: Any
-    """In the form of `output_type`; with output_type "latent", of a latent frame, and `index` counts those."""
-
-
-@dataclass(frozen=True, eq=False)
-class LatentPreview:
-    """The newest latent frame, decoded by itself before its pixels are final."""
-
-    latent_frame: int
-    frame: Any
+    caller: object
+    """What callbacks get as their first argument."""
+    progress_bar: Callable[..., AbstractContextManager[Any]]
+    free_parts: Callable[[], None]
+    """Called at the end of a run or stream: under CPU offload parts go back."""
+    interrupts: Interrupts
 
 
-@dataclass(frozen=True, eq=False)
-class PartialFrame:
-    """The latent frame in hand, one more set of it revealed."""
-
-    latent_frame: int
-    step: int
-    """Counts the sets of the whole request."""
-    latents: Tensor
-    """(B, C, h, w), zero where nothing is revealed."""
-    revealed: Tensor
-    """(B, h / 2, w / 2) bool."""
-    decode: Callable[[Tensor], Any] = field(repr=False)
-
-    @property
-    def frame(self) -> Any:
-        """A picture of it as far as it is, decoded when asked for."""
-        return self.decode(self.latents)
-
-
-Event = FrameReady | LatentPreview | PartialFrame
-
-
-class Generation:
-    """One request while it is carried out. One consumer at a time runs or streams it; any thread may save it."""
+class Generation(Progress):
+    """One request while it is computed. One consumer at a time runs or streams it; any thread may save it."""
 
     def __init__(
         self,
-        pipe: "NovaPipeline",
-        plan: Plan,
-        state: SamplingState,
-        scheduler: Any,
-        *,
-        output_type: str,
-        bare: bool,
-        seeds: tuple[int, ...],
-        given: GivenPixels | None = None,
-        emitted: int = 0,
-        notes: dict[str, Any] | None = None,
+        progress: Progress,
+        parts: Parts,
+        surroundings: Surroundings,
         warnings: tuple[str, ...] = (),
-        records: list[dict[str, Any]] | None = None,
     ) -> None:
-        self.pipe = pipe
-        self.plan = plan
-        self.state = state
-        self.scheduler = scheduler
-        self.output_type = output_type
-        self.bare = bare
-        """One clip of one prompt: streams yield its frames as they are, not in a list of one."""
-        self.seeds = seeds
-        self.given = given
-        self.emitted = emitted
-        """Frames handed out by streams: pixel frames or, with output_type "latent", latent frames."""
-        self.notes: dict[str, Any] = notes or {}
-        """Anything that JSON can hold; saved with the state."""
+        super().__init__(**vars(progress))
+        self.parts = parts
+        self.surroundings = surroundings
+        self.scheduler = parts.request_scheduler(self.plan.flow_shift)
         self.warnings = warnings
-        """What of the prompts the model does not know, one line each."""
-        self.records = records or []
-        """How each picture or clip is made, for the files that the result is saved to."""
+        """Words of the prompts that the model does not know, one line each."""
         self._interrupted = False
         self._lock = threading.Lock()  # held while a set is made: between two of them the state is whole
 
-    @property
-    def total_steps(self) -> int | None:
-        """Sets of the whole request; None: without end."""
-        return self.state.total_steps
-
     def save(self, path: str | Path) -> None:
         """Write what `NovaPipeline.resume` needs to go on from here, with the same result as never stopping."""
-        from nova_video.pipeline.saving import save_generation
-
         with self._lock:
-            if self.state.random.device.type == "cuda":  # what a stream samples, it samples on a CUDA stream of its own
+            if self.state.random.device.type == "cuda":  # streams sample on a CUDA stream of their own
                 torch.cuda.synchronize(self.state.random.device)
-            save_generation(self, Path(path))
+            save_progress(self, self.parts.transformer, Path(path))
 
     # To the end -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def run(self, callback_on_step_end: StepCallback | None = None, show_progress: bool = True) -> GenerateResult:
-        """All frames; of a generation that a stream has begun, those that it has not handed out."""
+        """Compute all frames that no stream has handed out yet."""
         if self.plan.num_frames is None:
             raise InputError("num_frames is inf: expected a whole number, or pipe.stream, which goes on without end")
         check_callback(callback_on_step_end)
@@ -176,7 +99,8 @@ class Generation:
             self.plan.check_pixels()
         last: SetDone | None = None
         try:
-            with self.pipe.progress_bar(total=self.total_steps) if show_progress else nullcontext() as bar:
+            bars = self.surroundings.progress_bar(total=self.total_steps) if show_progress else nullcontext()
+            with bars as bar:
                 if bar is not None:
                     bar.update(self.state.step)
                 for done in self._sets(callback_on_step_end):
@@ -184,11 +108,11 @@ class Generation:
                     if bar is not None:
                         bar.update()
             partial = None
-            if not self.state.frames and last is not None:  # nothing is whole: the first frame as far as it is
+            if not self.state.frames and last is not None:  # none is finished: the first frame so far
                 partial = self._shown(last)["latents"]
             made = self._latents(partial) if self.output_type == "latent" else self._pixels(partial)
         finally:
-            self.pipe.maybe_free_model_hooks()
+            self.surroundings.free_parts()
         images, frames = None, made
         if self.plan.num_frames == 1:
             images, frames = made, None
@@ -212,12 +136,12 @@ class Generation:
         return torch.stack(kept, dim=2)
 
     def _pixels(self, partial: Tensor | None) -> Any:
-        pieces = self._untouched()
+        pieces = untouched_pixels(self)
         if partial is not None:
-            pieces.append(self._unit(self.pipe.decode_picture(partial).unsqueeze(2)))
+            pieces.append(unit_pixels(self.parts.vae, self.parts.decode_picture(partial).unsqueeze(2)))
         else:
-            decoder = self._decoder()
-            pieces += [*self._push(decoder, self.state.done), *self._finish(decoder)]
+            decoder = FrameDecoder(self.parts, self)
+            pieces += [*decoder.push(self.state.done), *decoder.finish()]
         return output_form(torch.cat(pieces, dim=1), self.output_type)
 
     # Frame by frame ---------------------------------------------------------------------------------------------------
@@ -226,7 +150,7 @@ class Generation:
     def stream(
         self, preview: bool = False, callback_on_step_end: StepCallback | None = None, ahead: bool | None = None
     ) -> Iterator[Any]:
-        """Frames as they become final, in the form of `output_type`; with `preview`, events (see above).
+        """Frames as they become final, in the form of `output_type`; with `preview`, events (`events.py`).
 
         `ahead`: sample the next frames in a thread, on a GPU in a CUDA stream of its own, while these are decoded and
         used. None: on a GPU, unless parts of the model take turns on it; on a CPU both would only share its cores.
@@ -235,32 +159,28 @@ class Generation:
         check_callback(callback_on_step_end)
         device = self.state.random.device
         if ahead is None:
-            ahead = device.type == "cuda" and not self.pipe.is_offloaded
+            ahead = device.type == "cuda" and not self.parts.is_offloaded
         own = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
         if own is not None:
-            own.wait_stream(torch.cuda.current_stream(device))  # all that `start` was given to do
+            own.wait_stream(torch.cuda.current_stream(device))  # for the work that `start` began
             for given in self.state.given.values():
                 given.latents.record_stream(own)
-        sets = self._marked(callback_on_step_end, own)
+        sets = self._streamed(callback_on_step_end, own)
         depth = 2 * len(self.state.sizes_of(self.state.num_tokens))  # sets of two latent frames
         inside = nullcontext() if own is None else torch.cuda.stream(own)
         try:
-            with prefetch(sets, depth, inside) if ahead else nullcontext(sets) as marked:
-                yield from self._events(marked, preview) if preview else self._frames(marked)
+            with prefetch(sets, depth, inside) if ahead else nullcontext(sets) as ready:
+                for event in self._events(ready, preview):
+                    yield event if preview else event.frame
         finally:
-            if own is not None:  # memory that its last kernels read must not be used again before
+            if own is not None:  # its last kernels may still read memory that is reused from here on
                 torch.cuda.current_stream(device).wait_stream(own)
-            self.pipe.maybe_free_model_hooks()
+            self.surroundings.free_parts()
 
-    def _frames(self, sets: Iterator["_Marked"]) -> Iterator[Any]:
-        for event in self._events(sets, preview=False):
-            assert isinstance(event, FrameReady)
-            yield event.frame
-
-    def _events(self, sets: Iterator["_Marked"], preview: bool) -> Iterator[Event]:
+    def _events(self, sets: Iterator["_StreamedSet"], preview: bool) -> Iterator[Event]:
         latent = self.output_type == "latent"
-        decoder: _Decoder | None = None  # made when given frames are in their place, before the first new one
-        for piece in [] if latent else self._untouched():
+        decoder: FrameDecoder | None = None  # made when given frames are in their place, before the first new one
+        for piece in [] if latent else untouched_pixels(self):
             yield from self._hand_out(piece)
         for made in sets:
             frame = made.set.frame
@@ -271,26 +191,26 @@ class Generation:
                 continue
             made.wait()
             if decoder is None and not latent:
-                decoder = self._decoder()
+                decoder = FrameDecoder(self.parts, self)
             if preview and not latent:
                 yield LatentPreview(frame, self._picture(self.state.frames[frame]))
             yield from self._final(decoder, frame + 1)
         if decoder is None and not latent:
-            decoder = self._decoder()
+            decoder = FrameDecoder(self.parts, self)
         yield from self._final(decoder, self.state.done)
-        for piece in [] if decoder is None else self._finish(decoder):
+        for piece in [] if decoder is None else decoder.finish():
             yield from self._hand_out(piece)
 
-    def _final(self, decoder: "_Decoder | None", stop: int) -> Iterator[FrameReady]:
-        """What is final once the latent frames before `stop` are there."""
+    def _final(self, decoder: FrameDecoder | None, stop: int) -> Iterator[FrameReady]:
+        """Frames that are final once the latent frames before `stop` are there."""
         if decoder is None:
             while self.emitted < stop:
                 self.emitted += 1  # before it is handed out: the consumer may save, or never come back
                 latents = self.state.frames[self.emitted - 1]
-                yield FrameReady(self.emitted - 1, latents[0] if self.bare else latents)
+                yield FrameReady(self.emitted - 1, latents[0] if self.unbatched else latents)
                 self._forget(self.emitted)
             return
-        for piece in self._push(decoder, stop):
+        for piece in decoder.push(stop):
             yield from self._hand_out(piece)
             self._forget(decoder.first_needed)
 
@@ -300,31 +220,36 @@ class Generation:
         for index in range(piece.shape[1]):
             frame = [clip[index] for clip in made] if isinstance(made, list) else made[:, index]
             self.emitted += 1
-            yield FrameReady(self.emitted - 1, frame[0] if self.bare else frame)
+            yield FrameReady(self.emitted - 1, frame[0] if self.unbatched else frame)
 
     def _forget(self, before: int) -> None:
-        """Let go of latent frames that nothing needs again."""
+        """Drop latent frames that nothing needs again."""
         with self._lock:
             self.state.forget(before)
+
+    def _picture(self, latents: Tensor) -> Any:
+        """Latents (B, C, h, w) decoded by themselves, in the form of `output_type`."""
+        pictures = picture_of(self.parts, latents, self.output_type)
+        return pictures[0] if self.unbatched else pictures
 
     # Sampling ---------------------------------------------------------------------------------------------------------
 
     def _sets(self, callback_on_step_end: StepCallback | None) -> Iterator[SetDone]:
         """The sets that remain, until the end or until the callback stops them."""
-        pipe = self.pipe
-        engine = pipe.engine(self.plan.compile, self.plan.shortcuts.fp8)
-        sets = generate_sets(engine.model, self.scheduler, self.state, engine, pipe.stopwatch)
-        self._interrupted, interruptions = False, pipe.interruptions
+        engine = self.parts.engine(self.plan.compile, self.plan.shortcuts.fp8)
+        sets = generate_sets(engine.model, self.scheduler, self.state, engine, self.parts.stopwatch)
+        interrupts = self.surroundings.interrupts
+        self._interrupted, count = False, interrupts.count
         while not self.state.finished:
             with self._lock:
-                self.pipe.bring(self.pipe.transformer)
+                bring(self.parts.transformer)
                 done = next(sets, None)
             if done is None:
                 return
             yield done
             if callback_on_step_end is not None and not self._call(callback_on_step_end, done):
                 return
-            if self._interrupted or pipe.interruptions != interruptions:
+            if self._interrupted or interrupts.count != count:
                 return
 
     def _call(self, callback: StepCallback, done: SetDone) -> bool:
@@ -332,7 +257,7 @@ class Generation:
         shown = self._shown(done)
         before = CALLING.set(self)
         try:
-            made = callback(self.pipe, done.step, done.frame, dict(shown))
+            made = callback(self.surroundings.caller, done.step, done.frame, dict(shown))
         finally:
             CALLING.reset(before)
         for name, tensor in made.items() if isinstance(made, dict) else ():
@@ -342,101 +267,27 @@ class Generation:
 
     @property
     def interrupted(self) -> bool:
-        """Told to stop after the set in hand."""
+        """True if `interrupt` was called since the run or stream began."""
         return self._interrupted
 
     def interrupt(self) -> None:
-        """Stop after the set in hand; another run or stream goes on from there."""
+        """Stop after the present set; another run or stream goes on from there."""
         self._interrupted = True
 
-    def _marked(self, callback_on_step_end: StepCallback | None, own: torch.cuda.Stream | None) -> Iterator["_Marked"]:
-        """The same, each with what tells the consumer's CUDA stream that it is there, if it is made on another."""
+    def _streamed(
+        self, callback_on_step_end: StepCallback | None, own: torch.cuda.Stream | None
+    ) -> Iterator["_StreamedSet"]:
+        """The sets that remain, each with the event after which the consumer's CUDA stream may read it."""
         for done in self._sets(callback_on_step_end):
             frames = (self.state.frames[done.frame],) if done.frame_done else ()
-            yield _Marked(done, (done.tokens, done.ids, *frames), None if own is None else own.record_event())
+            yield _StreamedSet(done, (done.tokens, done.ids, *frames), None if own is None else own.record_event())
 
     def _shown(self, done: SetDone) -> dict[str, Tensor]:
         """A set's tensors for callbacks and events."""
-        patch, grid = self.pipe.transformer.patch_size, self.state.grid
+        patch, grid = self.parts.transformer.patch_size, self.state.grid
         revealed = torch.zeros(done.tokens.shape[:2], dtype=torch.bool, device=done.tokens.device)
         revealed = revealed.scatter(1, done.ids, True).view(-1, grid[0] // patch, grid[1] // patch)
         return {"latents": unpatchify(done.tokens, patch, grid), "revealed": revealed}
-
-    # Pixels -----------------------------------------------------------------------------------------------------------
-
-    @property
-    def _untouched_latents(self) -> int:
-        """Leading latent frames that need no decoding, since their pixels were given and stay."""
-        if self.given is None or self.plan.edits:
-            return 0
-        return (self.plan.given_frames - self.plan.offset - 1) // self.plan.temporal_stride + 1
-
-    def _untouched(self) -> list[Tensor]:
-        """Given frames that come back without decoding, as far as they were not handed out: one piece or none."""
-        if self.given is None or self.plan.edits or self.emitted >= self.plan.given_frames:
-            return []
-        given = self.given.part(self.emitted, self.plan.given_frames, self.state.batch)
-        return [given.to(self.state.random.device)]  # where the others will be
-
-    def _decoder(self) -> "_Decoder":
-        """A decoder that stands at the piece of the next frame to hand out."""
-        return _Decoder(self, self._untouched_latents)
-
-    @torch.no_grad()
-    def check_frames(self) -> None:
-        """Raises InputError if a finished frame that has to be decoded yet is not there: of a state that was saved."""
-        if self.output_type == "latent" or self.pipe.vae is None:
-            return
-        try:
-            first = self._decoder().pushed
-        except KeyError as error:
-            raise InputError(f"it lacks the latent frame {error}, which is needed to decode later ones") from None
-        missing = [frame for frame in range(first, self.state.done) if frame not in self.state.frames]
-        if missing:
-            raise InputError(f"it lacks the latent frame {missing[0]}, which is not decoded yet: expected it")
-
-    def _push(self, decoder: "_Decoder", stop: int) -> Iterator[Tensor]:
-        """Latent frames up to `stop` to the decoder -> pieces (B, T, 3, H, W) in [0, 1], given pixels put back."""
-        while decoder.pushed < stop:
-            with span(self.pipe.stopwatch, "vae"):
-                pieces = decoder.push(self.state.frames[decoder.pushed])
-            for piece in pieces:
-                yield self._finished(decoder, piece)
-
-    def _finish(self, decoder: "_Decoder") -> Iterator[Tensor]:
-        with span(self.pipe.stopwatch, "vae"):
-            pieces = decoder.finish()
-        for piece in pieces:
-            yield self._finished(decoder, piece)
-
-    def _finished(self, decoder: "_Decoder", pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, T, H, W) of a piece -> its frames that were not handed out and were asked for."""
-        first = decoder.first_pixel
-        decoder.first_pixel += pixels.shape[2]
-        frames = self._unit(pixels)
-        if self.given is not None:
-            frames = self.given.over(frames, first)
-        last = decoder.first_pixel if self.plan.num_frames is None else self.plan.num_frames
-        return frames[:, max(self.emitted - first, 0) : max(last - first, 0)]
-
-    def _unit(self, pixels: Tensor) -> Tensor:
-        """The autoencoder's pixels (B, 3, T, H, W) -> (B, T, 3, H, W) in [0, 1]. Raises InputError for what is not
-        finite, which would be black."""
-        if not bool(pixels.isfinite().all()):
-            vae = self.pipe.require_vae("decoding")
-            name = first_not_finite(vae)
-            cause = "a smaller scale, or another precision such as float32" if name is None else "finite weights"
-            known = "" if name is None else f", but its {name} is not"
-            raise InputError(f"the autoencoder's pixels are not finite: expected {cause}{known}")
-        return unit_frames(pixels)
-
-    @torch.no_grad()
-    def _picture(self, latents: Tensor) -> Any:
-        """Latents (B, C, h, w) decoded by themselves, in the form of `output_type` ("pt" for "latent")."""
-        frames = self._unit(self.pipe.decode_picture(latents).unsqueeze(2))
-        made = output_form(frames, "pt" if self.output_type == "latent" else self.output_type)
-        pictures = [clip[0] for clip in made] if isinstance(made, list) else made[:, 0]
-        return pictures[0] if self.bare else pictures
 
 
 def check_callback(callback: object) -> None:
@@ -447,50 +298,18 @@ def check_callback(callback: object) -> None:
         )
 
 
-class _Decoder:
-    """Latent frames to pixels, for one consumer of a generation: knows where in the clip it stands."""
-
-    def __init__(self, generation: Generation, untouched: int) -> None:
-        vae, plan, state = adapt(generation.pipe.require_vae("decoding")), generation.plan, generation.state
-        self.pipe = generation.pipe
-        self.vae = vae
-        self.pushed = 0 if vae.decodes_whole_clips else untouched
-        """Latent frames that went in."""
-        while plan.first_pixel(self.pushed + vae.decode_piece(self.pushed)) <= generation.emitted:
-            self.pushed += vae.decode_piece(self.pushed)
-        before = range(max(self.pushed - vae.decode_context, 0), self.pushed)
-        scaled = [unscale_latents(vae.vae, state.frames[frame].to(vae.dtype)) for frame in before]
-        self.pieces = StreamDecoder(vae, scaled, decoded=self.pushed, fast=generation.pipe.decodes_fast(plan))
-        self.first_pixel = plan.first_pixel(self.pushed)
-        """Of the next piece."""
-
-    @property
-    def first_needed(self) -> int:
-        """First latent frame that going on from here, in another process too, takes."""
-        return self.pushed - self.pieces.needs
-
-    def push(self, latents: Tensor) -> list[Tensor]:
-        """The next latent frame (B, C, h, w) -> pieces of pixels (B, 3, T, H, W) in [-1, 1] that are final with it."""
-        self.pushed += 1
-        return self.pieces.push(unscale_latents(self.vae.vae, latents.to(self.vae.dtype)))
-
-    def finish(self) -> list[Tensor]:
-        """No more latent frames: what had waited for a whole piece."""
-        return self.pieces.finish()
-
-
 @dataclass(frozen=True, eq=False)
-class _Marked:
+class _StreamedSet:
     """A set, perhaps made on another CUDA stream than its consumer's."""
 
     set: SetDone
     tensors: tuple[Tensor, ...]
     """What its consumer may read."""
     event: torch.cuda.Event | None
-    """After which they are there; None: made on the consumer's own stream."""
+    """After it the tensors are there; None: they were made on the consumer's own stream."""
 
     def wait(self) -> None:
-        """The consumer's stream goes on when they are there; their memory is not used again before it has read them."""
+        """Make the consumer's stream wait for the tensors, and keep their memory until it has read them."""
         if self.event is not None:
             current = torch.cuda.current_stream(self.set.tokens.device)
             current.wait_event(self.event)

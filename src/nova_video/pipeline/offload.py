@@ -6,9 +6,9 @@ frames at a time. Text is encoded once a call, so its encoder may as well be sen
 read the transformer's weights where they are: they last until it leaves, which pays for clips from the second frame on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module
@@ -20,10 +20,19 @@ from nova_video.common.errors import InputError
 from nova_video.common.extras import install_command
 from nova_video.common.startup import reveal
 
-if TYPE_CHECKING:
-    from nova_video.pipeline.pipeline import NovaPipeline
-
 TextEncoder = Literal["float", "int8"]
+
+
+class Offloadable(Protocol):
+    """The pipeline, as its parts are made to take turns."""
+
+    transformer: Any
+    vae: Any
+    text_encoder: Any
+
+    def remove_all_hooks(self) -> None: ...
+
+    def drop_graphs(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class LowMemory:
 
 
 def enable_low_memory(
-    pipe: "NovaPipeline", device: torch.device | str, text_encoder: TextEncoder = "float", tiled: bool = False
+    pipe: Offloadable, device: torch.device | str, text_encoder: TextEncoder = "float", tiled: bool = False
 ) -> None:
     """Let the pipeline's parts take turns on `device`, from their place in the processor's memory. Only once a pipe.
 
@@ -58,7 +67,7 @@ def enable_low_memory(
     overlapping tiles too, for sizes that do not fit otherwise; the pixels differ a little.
     """
     device = torch.device(device)
-    if any(isinstance(getattr(part, "_hf_hook", None), Turn) for part in (pipe.transformer, pipe.vae)):
+    if any(isinstance(getattr(part, "_hf_hook", None), OffloadHook) for part in (pipe.transformer, pipe.vae)):
         raise InputError("low memory is on for this pipeline already: expected to be asked once")
     if text_encoder not in ("float", "int8"):
         raise InputError(f"text_encoder is {text_encoder!r}: expected 'float' or 'int8'")
@@ -75,8 +84,7 @@ def enable_low_memory(
             parts.append(pipe.text_encoder)
         else:
             pass_through(pipe.text_encoder, device)
-    take_turns(parts, device)
-    pipe.transformer._hf_hook.on_leave = pipe.drop_graphs
+    take_turns(parts, device, on_leave={pipe.transformer: pipe.drop_graphs})
     if pipe.vae is not None:
         pipe.vae.enable_slicing()
         if tiled:
@@ -106,30 +114,40 @@ def pass_through(module: nn.Module, device: torch.device) -> None:
     )
 
 
-def take_turns(parts: list[nn.Module], device: torch.device) -> None:
-    """Of `parts` only one at a time on the device: the one that was last brought there or called."""
-    turns: list[Turn] = []
+def take_turns(
+    parts: Sequence[nn.Module], device: torch.device, on_leave: Mapping[nn.Module, Callable[[], None]] | None = None
+) -> None:
+    """Keep one of the parts at a time on the device: the one that was last brought there or called.
+
+    `on_leave`: what is called before a part goes back.
+    """
+    hooks: list[OffloadHook] = []
     for part in parts:
-        turns.append(Turn(part, device, turns))
-        add_hook_to_module(part, turns[-1])
+        hooks.append(OffloadHook(part, device, hooks, (on_leave or {}).get(part)))
+        add_hook_to_module(part, hooks[-1])
 
 
-class Turn(CpuOffload):
-    """The hook of a part that takes turns: bringing it sends the others back.
+class OffloadHook(CpuOffload):
+    """The hook of a part that takes turns on the device with others: bringing it sends the others back.
 
-    Unlike the library's own, it keeps the weights where they came from, in pinned memory on CUDA, so that going back
-    copies nothing. Weights that are changed on the device are therefore lost, as after any reload.
+    Unlike accelerate's own, it keeps the weights where they came from, in pinned memory on CUDA, so that going back
+    copies nothing. Changes of weights on the device are therefore lost, as after any reload.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, turns: list["Turn"]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        hooks: list["OffloadHook"],
+        on_leave: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(device)
         self.module = module
-        self.turns = turns
+        self.hooks = hooks
         """Of all parts, this one's too."""
         self.home: dict[Tensor, Tensor] = {}
         """Tensors of the part that are on the device -> what they were before."""
-        self.on_leave: Callable[[], None] = lambda: None
-        """Called before the part goes back."""
+        self.on_leave = on_leave
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         module.to("cpu")
@@ -140,13 +158,14 @@ class Turn(CpuOffload):
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        others = [turn.leave() for turn in self.turns if turn is not self]
+        others = [hook.to_host() for hook in self.hooks if hook is not self]
         if any(others) and torch.device(self.execution_device).type == "cuda":
             torch.cuda.empty_cache()  # parts ask for blocks of other sizes
-        self.come()
+        self.to_device()
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
 
-    def come(self) -> None:
+    def to_device(self) -> None:
+        """Bring the part."""
         device = torch.device(self.execution_device)
         if not all(_is_plain(tensor) for tensor in self._tensors()):
             self.module.to(device)  # quantised weights know how to move themselves
@@ -156,11 +175,12 @@ class Turn(CpuOffload):
                 self.home[tensor] = tensor.data
                 tensor.data = tensor.data.to(device, non_blocking=True)
 
-    def leave(self) -> bool:
-        """Back home; whether the part was away."""
+    def to_host(self) -> bool:
+        """Send the part back; True if it was on the device."""
         if all(tensor.device.type == "cpu" for tensor in self._tensors()):
             return False
-        self.on_leave()
+        if self.on_leave is not None:
+            self.on_leave()
         for tensor, before in self.home.items():
             tensor.data = before
         self.home = {}
@@ -174,3 +194,29 @@ class Turn(CpuOffload):
 
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
+
+
+# What hooks of any kind mean for the pipeline -------------------------------------------------------------------------
+
+
+def bring(module: nn.Module) -> None:
+    """Move a part to its device under CPU offload, where the library's hooks do so only at `forward` and `decode`."""
+    hook = getattr(module, "_hf_hook", None)
+    if isinstance(hook, CpuOffload):
+        hook.pre_forward(module)
+
+
+def takes_turns(module: nn.Module) -> bool:
+    """True if the part takes turns by a hook of this module, whose weights stay where they are meanwhile."""
+    return isinstance(getattr(module, "_hf_hook", None), OffloadHook)
+
+
+def is_offloaded(*modules: nn.Module | None) -> bool:
+    """True if a hook moves one of the parts."""
+    return any(getattr(module, "_hf_hook", None) is not None for module in modules)
+
+
+def execution_device(module: Any) -> torch.device:
+    """Where a part computes: under CPU offload not where its weights are."""
+    hook = getattr(module, "_hf_hook", None)
+    return torch.device(hook.execution_device if isinstance(hook, CpuOffload) else module.device)

@@ -11,7 +11,7 @@ import inspect
 import logging
 import tempfile
 import threading
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,46 +19,43 @@ from typing import Any, Self
 import huggingface_hub
 import numpy as np
 import torch
-from accelerate.hooks import CpuOffload
-from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nova_video.autoencoders import VideoAutoencoder, adapt, find_layout, scale_latents, unscale_latents
+from nova_video.autoencoders import adapt, scale_latents
 from nova_video.common.checks import shown
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
 from nova_video.common.extensions import names_extension
-from nova_video.common.notices import warn_once
-from nova_video.fast.engine import DirectRunner, FastEngine
-from nova_video.fast.fp8 import check_fp8, with_fp8_blocks
-from nova_video.fast.graphs import CudaRecorder, GraphRunner, can_compile
+from nova_video.fast.fp8 import check_fp8
 from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.io.files import make_readable
 from nova_video.io.inputs import known_tokens, masks_at, same_rate, to_pixels
 from nova_video.io.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, index_or_single
 from nova_video.model import NOVATransformer3DModel
-from nova_video.model.casting import is_cast
-from nova_video.model.lora import adapter_names, adapter_state
+from nova_video.model.lora import adapter_names
 from nova_video.pipeline.adapters import AdapterMixin
-from nova_video.pipeline.generation import CALLING, Generation, GivenPixels, StepCallback
+from nova_video.pipeline.engines import Engines
+from nova_video.pipeline.generation import CALLING, Generation, Interrupts, StepCallback, Surroundings
 from nova_video.pipeline.keywords import CALL_HINTS, ENCODE_HINTS, OPEN_HINTS, refuse_keywords
 from nova_video.pipeline.loading import check_layout, check_parts, is_own_part, load_parts, load_scheduler
 from nova_video.pipeline.model_card import CARD, card_facts, pipeline_card
-from nova_video.pipeline.offload import LowMemory, Turn, enable_low_memory
+from nova_video.pipeline.offload import LowMemory, bring, enable_low_memory, execution_device
+from nova_video.pipeline.parts import Parts
 from nova_video.pipeline.plan import Capabilities, Plan
+from nova_video.pipeline.progress import GivenPixels, Progress
 from nova_video.pipeline.record import make_records
 from nova_video.pipeline.registration import register
 from nova_video.pipeline.request import GenerateRequest, Mask, Number, Picture, Prompt, Video
 from nova_video.pipeline.result import GenerateResult
-from nova_video.pipeline.saving import load_generation
+from nova_video.pipeline.saving import load_progress
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from nova_video.pipeline.timeline import Timeline
-from nova_video.sampling.engine import Engine, PlainEngine
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.random import RandomState
-from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, request_scheduler
+from nova_video.sampling.schedulers import TrainedNoise, check_scheduler
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
 from nova_video.sampling.timing import Stopwatch, span
 from nova_video.text.features import PretrainedTextEncoder, TextEncoder, encode_texts
@@ -109,13 +106,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         given = CheckpointSettings() if settings is None else settings
         self.settings = CheckpointSettings.from_json(dict(given)) if isinstance(given, Mapping) else given
         self._named_text_parts: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
-        self._graphs: dict[tuple[torch.device, bool], GraphRunner] = {}  # by device, and whether in 8 bits
-        self._fp8: tuple[Hashable, NOVATransformer3DModel] | None = None  # and the weights it was made of
-        self._compiled = False  # blocks, for a call of this pipeline
-        self.interruptions = 0
-        """Counts how often all running calls were told to stop: each stops when the count changes."""
-        self.stopwatch: Stopwatch | None = None
-        """Where set, calls are timed by their parts."""
+        self.engines = Engines()
+        self._interrupts = Interrupts()
 
     # Opening and saving -------------------------------------------------------------------------------------------
 
@@ -323,38 +315,17 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
     @property
     def capabilities(self) -> Capabilities:
         """What requests are checked against."""
-        config = self.transformer.config
-        video = self.transformer.has_motion
-        stride = (4 if video else 1) if self.vae is None else find_layout(self.vae).temporal_stride
-        return Capabilities(
-            image_size=(config.image_size[0], config.image_size[1]),
-            image_stride=config.image_stride,
-            size_multiple=self.transformer.size_multiple,
-            any_size=config.rotary_pos_embed,
-            video=video,
-            temporal_stride=stride,
-            text_dim=config.text_token_dim,
-            text_len=config.text_token_len,
-            shiftable=self.trained_noise.is_flow,
-            max_diffusion_steps=self.scheduler.config.num_train_timesteps,
-            latent_channels=config.image_dim,
-            layers=len(self.transformer.video_encoder.blocks),
-            width=self.transformer.width,
-            value_bytes=self.transformer.dtype.itemsize,
-            second_order=isinstance(self.scheduler, DDPMScheduler | FlowMatchEulerDiscreteScheduler),
-        )
+        return self._parts().capabilities
 
     @property
     def trained_noise(self) -> TrainedNoise:
         """The noise schedule that the weights were trained with, whatever scheduler is there now."""
-        assert self.settings.noise is not None  # set with the settings
-        return self.settings.noise
+        return self._parts().trained_noise
 
-    def request_scheduler(self, flow_shift: float | None) -> Any:
-        """The scheduler for one request; InputError if it is not for what the weights were trained with."""
-        scheduler = self.scheduler
-        check_scheduler(scheduler, self.trained_noise)
-        return request_scheduler(scheduler, flow_shift if self.trained_noise.is_flow else None)
+    def _parts(self, stopwatch: Stopwatch | None = None) -> Parts:
+        """What a call that begins now computes with."""
+        name = getattr(self.config, "_name_or_path", None)
+        return Parts(self.transformer, self.scheduler, self.vae, self.settings, self.engines, name, stopwatch)
 
     def enable_vae_slicing(self) -> None:
         """Decode one picture or clip at a time."""
@@ -531,36 +502,41 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         """Carry out one request. Without a generator the request's seed makes one, or a new seed does."""
         return self.start(request, generator).run(callback_on_step_end)
 
-    def resume(self, path: str | Path) -> Generation:
-        """What `Generation.save` wrote, to run or stream on: the result is that of never having stopped."""
-        return load_generation(self, Path(path))
-
     @torch.no_grad()
-    def start(self, request: GenerateRequest, generator: Generators | None = None) -> Generation:
-        """A request with its text and what it gives encoded, and nothing sampled: to run, stream or save."""
-        scheduler = self.request_scheduler(request.flow_shift)
-        plan = request.resolve(self.defaults, self.capabilities)
+    def start(
+        self,
+        request: GenerateRequest,
+        generator: Generators | None = None,
+        stopwatch: Stopwatch | None = None,
+    ) -> Generation:
+        """A request with its text and given frames encoded and nothing sampled yet: to run, stream or save.
+
+        `stopwatch` times the call by its parts.
+        """
+        parts = self._parts(stopwatch)
+        parts.request_scheduler(request.flow_shift)  # errors come before any work
+        plan = request.resolve(self.defaults, parts.capabilities)
         if plan.shortcuts.fp8:
-            check_fp8(self.execution_device, self.transformer.dtype)
+            check_fp8(parts.device, parts.dtype)
         if request.given_clips:
-            self.require_vae("an image" if request.image is not None else "a clip in pixels")
+            parts.require_vae("an image" if request.image is not None else "a clip in pixels")
         elif request.output_type != "latent":
-            vae = adapt(self.require_vae(f"output_type {request.output_type!r}"))
+            vae = adapt(parts.require_vae(f"output_type {request.output_type!r}"))
             if plan.num_frames is None and vae.decodes_whole_clips:
                 raise InputError(
                     f"num_frames is inf, and {type(self.vae).__name__} decodes whole clips: expected a number of frames"
                 )
         generators = self._generators(request, generator, plan.batch)
-        unknown = self.unknown_words(request.prompts or [], request.negative_prompts or [], plan)
+        unknown = parts.unknown_words(request.prompts or [], request.negative_prompts or [], plan)
         if unknown:
             lines = (line if line.endswith("?") else f"{line}." for line in unknown)
             log.warning("%s %s", " ".join(lines), HINT)
         try:
-            random = RandomState(generators, self.execution_device, self.transformer.dtype)
-            with span(self.stopwatch, "text"):
+            random = RandomState(generators, parts.device, parts.dtype)
+            with span(stopwatch, "text"):
                 texts, negatives = self._prompt_features(request, plan)
             given, pixels = self._given(request, plan, random)
-            self.bring(self.transformer)
+            bring(self.transformer)
             state = SamplingState.create(
                 self.transformer,
                 self._segments(request, plan, texts, negatives),
@@ -584,19 +560,25 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
                 state.num_tokens,
                 len(state.sizes_of(state.num_tokens)),
             )
-        generation = Generation(
-            self,
+        progress = Progress(
             plan,
             state,
-            scheduler,
             output_type=request.output_type,
-            bare=plan.batch == 1 and request.is_single,
+            unbatched=plan.batch == 1 and request.is_single,
             seeds=tuple(g.initial_seed() for g in generators),
             given=pixels,
-            warnings=unknown,
         )
+        generation = Generation(progress, parts, self._surroundings(), unknown)
         generation.records = make_records(request, generation)
         return generation
+
+    def resume(self, path: str | Path) -> Generation:
+        """What `Generation.save` wrote, to run or stream on: the result is that of never having stopped."""
+        parts = self._parts()
+        return Generation(load_progress(parts, Path(path)), parts, self._surroundings())
+
+    def _surroundings(self) -> Surroundings:
+        return Surroundings(self, self.progress_bar, self.maybe_free_model_hooks, self._interrupts)
 
     def _generators(self, request: GenerateRequest, generator: Generators | None, batch: int) -> list[torch.Generator]:
         if generator is None:
@@ -650,81 +632,25 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         if (call := CALLING.get()) is not None:
             call.interrupt()
         else:
-            self.interruptions += 1
+            self._interrupts.interrupt()
 
     # Speed --------------------------------------------------------------------------------------------------------
 
-    def engine(self, compile: bool, fp8: bool = False) -> Engine:
-        """How the sets of a request are computed. Captured graphs are the pipeline's, shared by its requests."""
-        model, device = self._fp8_model() if fp8 else self.transformer, self.execution_device
-        if not compile:
-            return PlainEngine(model)
-        if device.type != "cuda" or is_cast(model):  # blocks that cast their weights are called as they are
-            return FastEngine(model, DirectRunner())
-        compiles = can_compile(device)
-        self._compiled |= compiles
-        if self.is_offloaded and not isinstance(getattr(self.transformer, "_hf_hook", None), Turn):
-            warn_once("the library moves the weights: blocks are compiled, but nothing is captured in graphs")
-            return FastEngine(model, DirectRunner(compiles))
-        with _PREPARING:
-            if (device, fp8) not in self._graphs:
-                self._graphs[device, fp8] = GraphRunner(CudaRecorder(device), compiles)
-            graphs = self._graphs[device, fp8]
-            graphs.use(model)
-            return FastEngine(model, graphs)
-
-    def _fp8_model(self) -> NOVATransformer3DModel:
-        """The transformer with products in 8 bits, made once for the weights that are there."""
-        if is_cast(self.transformer):
-            raise InputError("fp8 is True with layerwise casting: expected one of them")
-        if self.is_offloaded:
-            raise InputError("fp8 needs the transformer to stay on the GPU: expected no offloading with it")
-        pointers = tuple(weight.data_ptr() for weight in self.transformer.parameters())
-        weights = (pointers, adapter_state(self.transformer))
-        with _PREPARING:
-            if self._fp8 is None or self._fp8[0] != weights:
-                self._fp8 = weights, with_fp8_blocks(self.transformer)
-            return self._fp8[1]
-
-    def decodes_fast(self, plan: Plan) -> bool:
-        """The autoencoder's own fast arrangement decodes: on a GPU, but for the plain loop, and in low memory.
-
-        That arrangement reads weights where they are, so not under the library's hooks, which bring them to a module's
-        `forward`.
-        """
-        vae = self.vae
-        if not isinstance(vae, VideoAutoencoder) or any(hasattr(module, "_diffusers_hook") for module in vae.modules()):
-            return False
-        if isinstance(getattr(vae, "_hf_hook", None), Turn):
-            return True
-        return plan.compile and self.execution_device.type == "cuda" and not self.is_offloaded
-
     def drop_graphs(self) -> None:
-        """Let go of captured graphs and their memory; compiled code stays."""
-        for graphs in list(self._graphs.values()):
-            graphs.release()
+        """Drop captured graphs and their memory; compiled code stays."""
+        self.engines.drop_graphs()
 
     def release(self) -> None:
-        """Let go of captured graphs, compiled code and their memory; the next call makes them anew.
+        """Drop captured graphs, compiled code and their memory; the next call makes them anew.
 
-        Compiled code is dropped by `torch.compiler.reset`, everybody's in this process.
+        Compiled code is dropped by `torch.compiler.reset`, for the whole process.
         """
-        self.drop_graphs()
-        with _PREPARING:
-            self._graphs.clear()
-            self._fp8 = None
-            if self._compiled:
-                torch.compiler.reset()
-                self._compiled = False
+        self.engines.release()
+
+    def weights_changed(self) -> None:
+        self.engines.drop_copies()
 
     # Text ---------------------------------------------------------------------------------------------------------
-
-    def unknown_words(self, prompts: Sequence[Timeline[str]], negatives: Sequence[str], plan: Plan) -> tuple[str, ...]:
-        """What of prompts is beyond the checkpoint's vocabulary, if it has one."""
-        if self.settings.vocabulary is None:
-            return ()
-        texts = [text for timeline in prompts for text in timeline.values]
-        return self.settings.vocabulary.check(texts, negatives, picture=plan.num_frames == 1)
 
     def _prompt_features(self, request: GenerateRequest, plan: Plan) -> tuple[list[list[Tensor]], list[Tensor]]:
         """Features (tokens, width) of every prompt for each of its moments, and of a negative for each, if guided."""
@@ -820,7 +746,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
                         ) from None
                 tokenizer, model = self._named_text_parts
                 model.to(self.execution_device)
-        self.bring(model)
+        bring(model)
         return PretrainedTextEncoder(tokenizer, model, self.execution_device)
 
     def _segments(
@@ -930,39 +856,25 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         latents = scale_latents(self.vae, mean + std * noise.to(mean.dtype))
         return latents.to(random.dtype).expand(plan.batch, -1, -1, -1, -1)
 
-    # Parts, as a generation uses them -------------------------------------------------------------------------------
+    # Parts --------------------------------------------------------------------------------------------------------
 
     def decode_picture(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) of one frame by itself -> pixels (B, 3, H, W) in [-1, 1]."""
-        vae = adapt(self.require_vae("decoding"))
-        return vae.decode(unscale_latents(self.vae, latents.to(vae.dtype)).unsqueeze(2))[:, :, 0]
+        return self._parts().decode_picture(latents)
 
     def require_vae(self, what: str) -> Any:
-        if self.vae is None:
-            raise InputError(
-                f"the checkpoint has no vae/, which {what} needs: expected output_type 'latent' and no image"
-            )
-        return self.vae
-
-    def bring(self, module: torch.nn.Module) -> None:
-        """Under CPU offload, move a part to its device: the library's hooks act on `forward`, and the autoencoders'
-        `encode` and `decode`, alone."""
-        hook = getattr(module, "_hf_hook", None)
-        if isinstance(hook, CpuOffload):
-            hook.pre_forward(module)
+        """The autoencoder; InputError if there is none."""
+        return self._parts().require_vae(what)
 
     @property
     def is_offloaded(self) -> bool:
-        """Parts take turns on the device."""
-        return (
-            getattr(self.transformer, "_hf_hook", None) is not None or getattr(self.vae, "_hf_hook", None) is not None
-        )
+        """True if parts take turns on the device."""
+        return self._parts().is_offloaded
 
     @property
     def execution_device(self) -> torch.device:
         """Where calls compute: under CPU offload not where the parts are."""
-        hook = getattr(self.transformer, "_hf_hook", None)
-        return torch.device(hook.execution_device) if isinstance(hook, CpuOffload) else self.transformer.device
+        return execution_device(self.transformer)
 
 
 # diffusers' own `from_pretrained` takes only the parameters without a default for parts, and ignores a part given for

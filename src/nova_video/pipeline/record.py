@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nova_video import __version__
-from nova_video.model.lora import adapter_names
+from nova_video.model.lora import active_adapters
 
 if TYPE_CHECKING:
     from nova_video.pipeline.generation import Generation
@@ -24,7 +24,7 @@ def make_record(
 
     `given` is what there was beside a sentence, and `origin` names the model and its adapters.
     """
-    plan, pipe = generation.plan, generation.pipe
+    plan, parts = generation.plan, generation.parts
     read, kept = plan.context.frames, plan.context.sink  # latent frames
     stride = plan.temporal_stride
     settings = {
@@ -42,21 +42,21 @@ def make_record(
         "context_frames": None if read is None else stride * (read - 1) + 1,
         "sink_frames": None if read is None else stride * (kept - 1) + 1,
         "reanchor_frames": stride * (plan.context.reanchor or 0),
-        "device": str(pipe.device),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": str(parts.device),
+        "dtype": str(parts.dtype).removeprefix("torch."),
     }
     record = {"prompt": request.prompt, "negative": request.negative_prompt, "seed": request.seed}
-    unknown = pipe.unknown_words(request.prompts or [], request.negative_prompts or [], plan)
+    unknown = parts.unknown_words(request.prompts or [], request.negative_prompts or [], plan)
     said = {"warnings": list(unknown)} if unknown else {}
     return {**record, **origin, **said, "settings": settings, "nova_video": __version__}
 
 
 def make_records(request: "GenerateRequest", generation: "Generation") -> list[dict[str, Any]]:
     """The record of every picture or clip of a call from Python."""
-    plan, pipe = generation.plan, generation.pipe
+    plan, parts = generation.plan, generation.parts
     guidance = plan.guidance.values[0]
     others = {
-        "scheduler": type(pipe.scheduler).__name__,
+        "scheduler": type(parts.scheduler).__name__,
         "guidance_trunc": guidance.trunc,
         "guidance_renorm": guidance.renorm,
         "image_guidance": guidance.image_scale,
@@ -68,9 +68,9 @@ def make_records(request: "GenerateRequest", generation: "Generation") -> list[d
         "hold_statistics": plan.context.hold_statistics,
     }
     given = {name: value for name, value in others.items() if value is not None}
-    origin: dict[str, Any] = {"model": getattr(pipe.config, "_name_or_path", None)}
-    if adapter_names(pipe.transformer):
-        origin["adapters"] = pipe.get_active_adapters()
+    origin: dict[str, Any] = {"model": parts.name}
+    if adapters := active_adapters(parts.transformer):
+        origin["adapters"] = adapters
     whole = make_record(request, generation, given, origin)
     several = isinstance(request.prompt, list | tuple) and request.prompts is not None
     several = several and len(request.prompts or []) == len(request.prompt or "")
@@ -90,7 +90,7 @@ def make_records(request: "GenerateRequest", generation: "Generation") -> list[d
         if several and "warnings" in whole:  # those of this picture's own prompt
             prompts = (request.prompts or [])[number : number + 1]
             negative = [own["negative"]] if own["negative"] else []
-            records[-1]["warnings"] = list(pipe.unknown_words(prompts, negative, plan))
+            records[-1]["warnings"] = list(parts.unknown_words(prompts, negative, plan))
     made: list[dict[str, Any]] = json.loads(json.dumps(records, default=_plain))
     return made
 

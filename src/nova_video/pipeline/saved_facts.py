@@ -5,7 +5,7 @@ line that names the entry. Legend as in `sampling/state.py`.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +13,10 @@ from torch import Tensor
 from nova_video.common.checks import LIMITS, check_number, shown
 from nova_video.common.errors import InputError
 from nova_video.model import set_sizes
+from nova_video.pipeline.parts import Parts
 from nova_video.pipeline.plan import Plan, check_plan
 from nova_video.pipeline.request import OUTPUT_TYPES
 from nova_video.sampling.guidance import Guidance
-
-if TYPE_CHECKING:
-    from nova_video.pipeline.pipeline import NovaPipeline
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -71,12 +69,12 @@ class Facts:
     open: OpenFacts | None = None
 
 
-def check_facts(facts: Facts, tensors: dict[str, Tensor], pipe: "NovaPipeline") -> None:
+def check_facts(facts: Facts, tensors: dict[str, Tensor], parts: Parts) -> None:
     """Raises InputError for the first entry that does not fit the model, the plan or another entry."""
-    check_plan(facts.plan, pipe.capabilities)
+    check_plan(facts.plan, parts.capabilities)
     _check_numbers(facts)
     _check_places(facts)
-    expected = _Expected(facts, tensors, pipe)
+    expected = _Expected(facts, tensors, parts)
     for name in tensors:
         if name not in expected.shapes:
             raise InputError(f"its tensor {shown(name)} belongs to nothing in it: expected another generation's file")
@@ -148,8 +146,8 @@ def _check_places(facts: Facts) -> None:
 class _Expected:
     """Names, shapes and types of the tensors that a file with these facts has. None in a shape: any size."""
 
-    def __init__(self, facts: Facts, tensors: dict[str, Tensor], pipe: "NovaPipeline") -> None:
-        model, plan = pipe.transformer, facts.plan
+    def __init__(self, facts: Facts, tensors: dict[str, Tensor], parts: Parts) -> None:
+        model, plan = parts.transformer, facts.plan
         batch, (height, width) = plan.batch, plan.grid
         rows, floats = facts.passes * batch, (model.dtype,)
         self.tokens = (height // model.patch_size) * (width // model.patch_size)

@@ -1,4 +1,4 @@
-"""A generation in a file: all that another process needs to go on with it, with the same result as never stopping.
+"""A generation in a file: all that another process needs to resume it, with the same result as never stopping.
 
 A safetensors file: tensors are the latents, what was given, the frame in hand and the random generators; its metadata
 has the plan and where things stand, as JSON. Keys and values of the temporal cache are not in it: they are computed
@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,8 +21,11 @@ from nova_video.common.errors import InputError, first_line
 from nova_video.io.files import atomic_path
 from nova_video.io.text import parse_json
 from nova_video.model import NOVATransformer3DModel
-from nova_video.pipeline.generation import Generation, GivenPixels
+from nova_video.pipeline.decoding import check_frames
+from nova_video.pipeline.offload import bring
+from nova_video.pipeline.parts import Parts
 from nova_video.pipeline.plan import plan_as_json
+from nova_video.pipeline.progress import GivenPixels, Progress
 from nova_video.pipeline.records import read_record
 from nova_video.pipeline.saved_facts import Facts, check_facts
 from nova_video.sampling.context import Statistics
@@ -31,16 +34,13 @@ from nova_video.sampling.history import restore_context
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.state import GivenFrame, OpenFrame, SamplingState, Segment
 
-if TYPE_CHECKING:
-    from nova_video.pipeline.pipeline import NovaPipeline
-
 KEY = "nova_generation"
 FORMAT = 1
 OPEN_TENSORS = ("condition", "tokens", "embedded", "order", "differences")  # of the frame in hand
 
 
 def model_mark(model: NOVATransformer3DModel) -> str:
-    """What tells one model's weights from another's: a hash of its settings and of a few small weights."""
+    """A hash of the model's settings and of a few small weights, which differs from other models'."""
     settings = {name: value for name, value in sorted(model.config.items()) if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(settings, default=list).encode())
     for weight in (model.mask_embed.bos_token, model.mask_embed.mask_token, model.image_decoder.head.bias):
@@ -48,9 +48,9 @@ def model_mark(model: NOVATransformer3DModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_generation(generation: Generation, path: Path) -> None:
-    """Write the file, whole or not at all. The caller sees to it that no set is being made."""
-    state, model = generation.state, generation.pipe.transformer
+def save_progress(progress: Progress, model: NOVATransformer3DModel, path: Path) -> None:
+    """Write the file, whole or not at all. The caller makes sure that no set is being made."""
+    state = progress.state
     tensors: dict[str, Tensor] = {}
     for name, frames in (("frames", state.frames), ("heard", state.noised_history)):
         tensors |= {f"{name}.{frame}": latents for frame, latents in frames.items()}
@@ -74,13 +74,13 @@ def save_generation(generation: Generation, path: Path) -> None:
         "format": FORMAT,
         "model": model_mark(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "plan": plan_as_json(generation.plan),
-        "output_type": generation.output_type,
-        "bare": generation.bare,
-        "seeds": list(generation.seeds),
-        "emitted": generation.emitted,
-        "notes": generation.notes,
-        "records": generation.records,
+        "plan": plan_as_json(progress.plan),
+        "output_type": progress.output_type,
+        "bare": progress.unbatched,
+        "seeds": list(progress.seeds),
+        "emitted": progress.emitted,
+        "notes": progress.notes,
+        "records": progress.records,
         "passes": state.passes,
         "segments": segments,
         "given": given,
@@ -102,10 +102,10 @@ def save_generation(generation: Generation, path: Path) -> None:
         tensors |= {f"open.{name}": tensor for name, tensor in held.items() if tensor is not None}
     for index, generator in enumerate(state.random.generators):
         tensors[f"generator.{index}"] = generator.get_state()
-    if generation.given is not None:
-        tensors["pixels"] = generation.given.frames
-        if generation.given.filled is not None:
-            tensors["filled"] = generation.given.filled
+    if progress.given is not None:
+        tensors["pixels"] = progress.given.frames
+        if progress.given.filled is not None:
+            tensors["filled"] = progress.given.filled
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         with atomic_path(path) as part_path:
@@ -114,25 +114,25 @@ def save_generation(generation: Generation, path: Path) -> None:
         raise InputError(f"the state {path} could not be written: {first_line(error)}") from None
 
 
-def load_generation(pipe: "NovaPipeline", path: Path) -> Generation:
-    """The generation that was saved, with the same model; its cache is filled again."""
+def load_progress(parts: Parts, path: Path) -> Progress:
+    """What was saved with the same model; the temporal cache is filled again."""
     facts, tensors = load_file_facts(path)
-    model = pipe.transformer
+    model = parts.transformer
     mark, dtype = model_mark(model), str(model.dtype).removeprefix("torch.")
     if (other := facts.get("dtype")) != dtype:
         raise InputError(f"{path} was saved with a model in {_word(other)}: expected {dtype}, this one's precision")
     if (other := facts.get("model")) != mark:  # weights in another precision have another
         raise InputError(f"{path} was saved with another model (mark {_word(other)}): expected {mark}, this one's")
     try:
-        return _restore(pipe, facts, tensors)
+        return _restore(parts, facts, tensors)
     except InputError as error:
         raise InputError(f"{path} cannot be gone on with: {error}") from None
 
 
-def _restore(pipe: "NovaPipeline", values: dict[str, Any], tensors: dict[str, Tensor]) -> Generation:
-    model, device = pipe.transformer, pipe.execution_device
+def _restore(parts: Parts, values: dict[str, Any], tensors: dict[str, Tensor]) -> Progress:
+    model, device = parts.transformer, parts.device
     facts = read_record(Facts, values, "its record")
-    check_facts(facts, tensors, pipe)
+    check_facts(facts, tensors, parts)
     plan = facts.plan
     generators = [_generator(place, tensors[f"generator.{i}"], device) for i, place in enumerate(facts.generators)]
     moved = {
@@ -165,28 +165,26 @@ def _restore(pipe: "NovaPipeline", values: dict[str, Any], tensors: dict[str, Te
             facts.reference.begin, facts.reference.count, moved["reference.mean"], moved["reference.deviation"]
         )
     if facts.open is not None:
-        parts: dict[str, Any] = {name: moved.get(f"open.{name}") for name in OPEN_TENSORS}
-        state.open = OpenFrame(**parts, known=facts.open.known, sizes=list(facts.open.sizes), sets=facts.open.sets)
+        held: dict[str, Any] = {name: moved.get(f"open.{name}") for name in OPEN_TENSORS}
+        state.open = OpenFrame(**held, known=facts.open.known, sizes=list(facts.open.sizes), sets=facts.open.sets)
         if state.open.sizes != state.sizes(state.done):
             sizes = state.sizes(state.done)
             raise InputError(f"its open frame's sizes are {shown(state.open.sizes)}: expected {shown(sizes)}")
-    pipe.bring(model)
+    bring(model)
     restore_context(model, state)
-    generation = Generation(
-        pipe,
+    progress = Progress(
         plan,
         state,
-        pipe.request_scheduler(plan.flow_shift),
         output_type=facts.output_type,
-        bare=facts.bare,
+        unbatched=facts.bare,
         seeds=facts.seeds,
         given=GivenPixels(tensors["pixels"], tensors.get("filled")) if "pixels" in tensors else None,
         emitted=facts.emitted,
         notes=facts.notes,
         records=list(facts.records),
     )
-    generation.check_frames()
-    return generation
+    check_frames(parts, progress)
+    return progress
 
 
 def _generator(place: str, state: Tensor, device: torch.device) -> torch.Generator:

@@ -28,7 +28,6 @@ MAY_IMPORT = {
 UPWARD = {
     ("autoencoders", "fast"): "the fast decoder is not yet beside the plain one",
     ("model", "fast"): "blocks are not yet plain",
-    ("model", "io"): "adapters are not yet in one home",
 }
 """Pairs of packages that go against the order, with the reason."""
 CYCLES = {

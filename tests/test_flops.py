@@ -10,11 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nova_video.bench.configs import SIZES, build
 from nova_video.model import NOVATransformer3DModel
+from nova_video.model.lora import add_lora
 from nova_video.model.operations import attention, block, linear
 from nova_video.training.flops import device_peak, step_flops, step_parts
-from nova_video.training.lora import add_lora
 from nova_video.training.loss import NoiseTable, draw, losses
-from nova_video.training.recipe import LoraRecipe
 
 BATCH, GRID, TOKENS, LATENT, REPEATS, TEXT = 2, (8, 12), 24, 6, 3, 8  # LATENT: temporal tokens of a frame
 
@@ -85,7 +84,7 @@ def test_adapters_learn_alone() -> None:
     """Within what the first adapted block and its waste come to: their inputs have no gradient."""
     model = tiny(video=True)
     trained = step_flops(model, BATCH, 4, GRID, 5, 20)
-    add_lora(model, LoraRecipe(rank=4))
+    add_lora(model, rank=4)
     useful = step_flops(model, BATCH, 4, GRID, 5, 20)
     assert useful + wasted(model, 4, 5, 20) == pytest.approx(counted(model, 4, 5, 20), rel=0.02)
     assert 0.6 * trained < useful < 0.75 * trained

@@ -21,11 +21,19 @@ from nova_video.fast.engine import DirectRunner, FastEngine
 from nova_video.fast.graphs import GraphRunner
 from nova_video.io import media
 from nova_video.model import NOVATransformer3DModel
-from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_TARGETS, adapter_state, fuse, unfuse
+from nova_video.model.lora import (
+    LORA_TARGETS,
+    adapter_state,
+    add_lora,
+    fuse,
+    load_lora_state,
+    lora_state_dict,
+    merge,
+    unfuse,
+)
+from nova_video.pipeline.lora_files import LORA_FILE, LORA_METADATA, save_lora
 from nova_video.sampling.engine import Engine, PlainEngine
 from nova_video.sampling.guidance import Guidance
-from nova_video.training.lora import add_lora, load_lora_state, lora_state_dict, merge, save_lora
-from nova_video.training.recipe import LoraRecipe
 from test_cli import interrupt_at
 from test_engine import DirectRecorder, embeds, generate_sets, make_state, open_scheduler, request_scheduler
 
@@ -49,7 +57,7 @@ def fill_in(model: NOVATransformer3DModel, seed: int = 0, std: float = 0.3) -> N
 def adapter(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an adapter of all blocks, the denoiser's too."""
     model = new_model(tiny_checkpoint)
-    add_lora(model, LoraRecipe(rank=4, alpha=2.0, targets=LORA_TARGETS + DENOISER))
+    add_lora(model, rank=4, alpha=2.0, targets=LORA_TARGETS + DENOISER)
     fill_in(model)
     return save_lora(model, tmp_path_factory.mktemp("adapter")).parent
 
@@ -79,7 +87,7 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
 
 def test_an_adapter_begins_at_nothing_and_is_all_that_learns(tiny_checkpoint: Path) -> None:
     model, base = new_model(tiny_checkpoint), new_model(tiny_checkpoint)
-    trained = add_lora(model, LoraRecipe(rank=4))
+    trained = add_lora(model, rank=4)
     blocks = len(base.video_encoder.blocks) + len(base.image_encoder.blocks)
     assert len(trained) == 2 * len(LORA_TARGETS) * blocks
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained}
@@ -106,7 +114,7 @@ def test_an_adapter_begins_at_nothing_and_is_all_that_learns(tiny_checkpoint: Pa
 def test_stored_and_put_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
     model, other = new_model(tiny_checkpoint), new_model(tiny_checkpoint)
     for each in (model, other):
-        add_lora(each, LoraRecipe(rank=2, alpha=8.0, targets=("attn.qkv",)))
+        add_lora(each, rank=2, alpha=8.0, targets=("attn.qkv",))
     fill_in(model)
     path = save_lora(model, tmp_path / "new" / "folder")
     assert path.name == LORA_FILE
@@ -131,20 +139,20 @@ def test_stored_and_put_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["attn.qvk", "patch_embed.proj", "attn", "qkv."])
 def test_targets_are_linear_layers(tiny_checkpoint: Path, target: str) -> None:
     with pytest.raises(InputError, match=f"lora.targets has '{target}': expected how names of linear layers end"):
-        add_lora(new_model(tiny_checkpoint), LoraRecipe(rank=4, targets=("mlp.fc1", target)))
+        add_lora(new_model(tiny_checkpoint), rank=4, targets=("mlp.fc1", target))
 
 
 def test_a_rank_is_bounded_by_the_layers(tiny_checkpoint: Path) -> None:
     model = new_model(tiny_checkpoint)
     full = min(model.video_encoder.blocks[0].mlp.fc1.weight.shape)
     with pytest.raises(InputError, match=f"lora.rank is {full + 1}: expected at most {full}, the full rank of mlp.fc1"):
-        add_lora(model, LoraRecipe(rank=full + 1, targets=("mlp.fc1",)))
+        add_lora(model, rank=full + 1, targets=("mlp.fc1",))
 
 
 @torch.no_grad()
 def test_fused_weights_come_back_to_the_last_bit(tiny_checkpoint: Path) -> None:
     model = new_model(tiny_checkpoint).bfloat16()
-    add_lora(model, LoraRecipe(rank=4))
+    add_lora(model, rank=4)
     fill_in(model)
     before, state = weights(model), adapter_state(model)
     kept = fuse(model, 0.7)
@@ -208,7 +216,7 @@ def test_fused_for_good_is_a_plain_model(pipe: NovaPipeline, adapter: Path, tmp_
 
 def test_several_adapters(pipe: NovaPipeline, adapter: Path, tmp_path: Path) -> None:
     model = new_model(Path(pipe.config._name_or_path))
-    add_lora(model, LoraRecipe(rank=2, targets=("mlp.fc2",)))
+    add_lora(model, rank=2, targets=("mlp.fc2",))
     fill_in(model, 1)
     pipe.load_lora_weights(adapter, adapter_name="a")
     only = latents(pipe)
@@ -458,7 +466,7 @@ def test_keywords_of_adapters(pipe: NovaPipeline, adapter: Path, tmp_path: Path)
 
 def adapted(checkpoint: Path) -> NOVATransformer3DModel:
     model = new_model(checkpoint)
-    add_lora(model, LoraRecipe(rank=4, targets=LORA_TARGETS + DENOISER))
+    add_lora(model, rank=4, targets=LORA_TARGETS + DENOISER)
     fill_in(model)
     return model.double()  # so that what differs is more than rounding
 

@@ -20,17 +20,15 @@ from nova_video.io.checkpoints import lasting_name
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.casting import is_cast
 from nova_video.model.lora import (
-    LORA_BASE,
     Unfused,
     adapted_layers,
     adapter_names,
     fuse,
     require_peft,
-    save_lora,
     unfuse,
 )
 from nova_video.pipeline.keywords import LOAD_LORA_HINTS, SAVE_LORA_HINTS, refuse_keywords
-from nova_video.pipeline.loading import load_adapter
+from nova_video.pipeline.lora_files import LORA_BASE, load_adapter, save_lora
 from nova_video.pipeline.offload import takes_turns
 from nova_video.pipeline.settings import CheckpointSettings
 

@@ -17,22 +17,17 @@ from typing import Any, TypeVar
 import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSora, find_layout
 from nova_video.autoencoders.bounds import check_autoencoder_config
 from nova_video.common.checks import check_number
 from nova_video.common.errors import InputError, first_line
-from nova_video.io.checkpoints import COMPONENTS, HUB_ID, resolve_checkpoint, text_folder
-from nova_video.io.text import list_some, parse_json
+from nova_video.io.checkpoints import COMPONENTS, resolve_checkpoint, text_folder
+from nova_video.io.text import list_some
 from nova_video.io.weights import DIFFUSERS_WEIGHTS, find_weights, read_json, read_shapes
 from nova_video.model import NOVATransformer3DModel
-from nova_video.model.lora import LORA_FILE, LORA_METADATA, LORA_PREFIX, Adapter, check_adapter
-from nova_video.model.lora_forms import read_forms
+from nova_video.pipeline.lora_files import LORA_FILE
 from nova_video.text.find import find_text_encoder
 from nova_video.text.load import load_text_model, load_tokenizer, read_text_encoder
 
@@ -48,9 +43,6 @@ PART_CLASSES: dict[str, type] = {
 }
 OWN_MEMBERS = {"vae": ("encode", "decode"), "text_encoder": ("encode", "width")}
 """Members that an object of any class needs to stand for a part."""
-
-ADAPTER_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
-"""What peft saves an adapter as."""
 
 T = TypeVar("T")
 
@@ -269,93 +261,6 @@ def read_scheduler(folder: Path) -> Any:
         return scheduler.from_config(config)
     except Exception as error:  # of a value that the library does not know: it raises many kinds
         raise InputError(f"{path}: no {name} can be made of it: {first_line(error)}") from None
-
-
-def load_adapter(
-    name_or_path: str | Path,
-    model: NOVATransformer3DModel,
-    weight_name: str | None = None,
-    subfolder: str | None = None,
-    **hub: Any,
-) -> Adapter:
-    """A low-rank adapter for the model: a safetensors file, a folder with one, or a hub id; checked key by key.
-
-    Files of peft, diffusers, ComfyUI and kohya are read (`model/lora_forms.py`). `hub`: for `hf_hub_download`.
-    """
-    path = _find_adapter(name_or_path, weight_name, subfolder, hub)
-    try:
-        tensors = load_file(path)
-        with safe_open(str(path), framework="pt") as file:
-            told = (file.metadata() or {}).get(LORA_METADATA)
-        settings = None if told is None else parse_json(told)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: expected a safetensors file with an adapter ({error})") from None
-    if not isinstance(settings, dict | None):
-        raise InputError(f"{path}: its metadata {LORA_METADATA} is {type(settings).__name__}: expected a JSON object")
-    tensors = {key: value.float() if value.itemsize == 1 else value for key, value in tensors.items()}
-    broken = next((key for key, value in tensors.items() if not bool(value.isfinite().all())), None)
-    if broken is not None:
-        raise InputError(f"{path}: {broken} has values that are not finite: expected finite weights")
-    config_path = path.with_name(ADAPTER_CONFIG)
-    config = read_json(config_path) if settings is None and config_path.is_file() else None
-    own, scaled = read_forms(model, tensors, config, str(path))
-    if settings is None:
-        if config is None and any(key.startswith("base_model.model.") for key in tensors):
-            log.warning("%s: there is no %s beside it, so lora_alpha is taken as the rank", path, ADAPTER_CONFIG)
-        settings = scaled
-    elif any(key.endswith(".alpha") for key in tensors):
-        raise InputError(f"{path}: has alpha both as tensors and in its metadata: expected one of them")
-    else:
-        settings = {key.removeprefix(LORA_PREFIX): value for key, value in settings.items()}
-        if not settings.get("target_modules"):
-            raise InputError(f"{path}: its metadata has no target_modules: expected the names of the layers")
-    adapter = Adapter(own, settings)
-    check_adapter(model, adapter, str(path))
-    return adapter
-
-
-def _find_adapter(
-    name_or_path: str | Path, weight_name: str | None, subfolder: str | None, hub: Mapping[str, Any]
-) -> Path:
-    """The file of an adapter; in a folder or on the hub the one of that name, or diffusers' name, or peft's.
-
-    A folder may also have one safetensors file of any other name.
-    """
-    path = Path(name_or_path).expanduser()
-    if subfolder is not None and path.is_dir():
-        path /= subfolder
-    names = (LORA_FILE, PEFT_FILE) if weight_name is None else (weight_name,)
-    listed = " or ".join(names)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        for name in names:
-            if (path / name).is_file():
-                return path / name
-        files = sorted(path.glob("*.safetensors"))
-        if weight_name is None and len(files) == 1:
-            return files[0]
-        there = f", but {', '.join(file.name for file in files[:5])}" if files else ""
-        instead = "weight_name with one of these" if files else "one that has"
-        raise InputError(f"adapter {path}: the folder has no {listed}{there}: expected {instead}")
-    if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name_or_path):
-        raise InputError(
-            f"adapter {str(name_or_path)!r} not found: expected a file, a folder with {listed}, or a hub id"
-        )
-    for name in names:
-        try:
-            place = hf_hub_download(name_or_path, name, subfolder=subfolder, **hub)
-            if name == PEFT_FILE:
-                hf_hub_download(name_or_path, ADAPTER_CONFIG, subfolder=subfolder, **hub)  # lies beside it
-            return Path(str(place))
-        except EntryNotFoundError as error:
-            if name == names[-1]:
-                raise InputError(f"adapter {name_or_path!r}: has no {listed} on the hub: {first_line(error)}") from None
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise InputError(
-                f"adapter {name_or_path!r}: no such file here, and not to be had from the hub: {first_line(error)}"
-            ) from None
-    raise AssertionError("names is never empty")
 
 
 def load_component(

@@ -23,16 +23,17 @@ from nova_video.common.startup import reveal
 from nova_video.io.checkpoints import lasting_name, resolve_checkpoint
 from nova_video.io.weights import read_json
 from nova_video.model import RANDOM_ORDER, NOVATransformer3DModel, Order, mask_ratios
+from nova_video.model.lora import add_lora
 from nova_video.model.transformer import spatial_patch
 from nova_video.model.vit import Block
 from nova_video.pipeline.loading import load_scheduler, load_transformer
+from nova_video.pipeline.lora_files import save_lora
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.sampling.schedulers import new_scheduler
 from nova_video.text.load import check_text_encoder, text_class
 from nova_video.training.blocks import TemporalMasks, checkpointed, compile_blocks
 from nova_video.training.flops import step_flops
-from nova_video.training.lora import add_lora, save_lora
 from nova_video.training.loss import (
     TIME_BINS,
     LossDraws,
@@ -104,7 +105,7 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
             check_text_of_init(recipe.init)
         freeze(model, recipe.frozen)
         if recipe.lora.rank:
-            add_lora(model, recipe.lora)
+            add_lora(model, recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets)
         if recipe.precision == "fp8":
             use_fp8(model, device)
         if recipe.compile and self.on_gpu:

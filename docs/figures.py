@@ -26,7 +26,7 @@ class Figures:
     """Draw the pictures of the README and the docs."""
 
     model: str = "emoji"
-    """As for `nova generate`: the model in the box, a checkpoint folder, or the name of a released checkpoint."""
+    """As for `nova generate`: the bundled model, a checkpoint folder, or the name of a released checkpoint."""
     output: Path = DOCS / "images"
     """Folder to write."""
     structure_only: bool = False

@@ -22,7 +22,7 @@ CLIP, PICTURE = Bucket(5, 32, 48), Bucket(1, 48, 32)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven clips in two shards, three pictures, two rejected sources; latents of the model in the box."""
+    """Eleven clips in two shards, three pictures, two rejected sources; latents of the bundled model."""
     folder = tmp_path_factory.mktemp("made") / "films"
     found = autoencoder_info("emoji")
     info = DatasetInfo(

@@ -47,7 +47,7 @@ def tiled(tiny_checkpoint: Path) -> NovaPipeline:
 
 @pytest.fixture(scope="module")
 def causal(tiny_checkpoint: Path) -> NovaPipeline:
-    """Rotary positions, flow matching, and a strictly causal autoencoder, as the model in the box."""
+    """Rotary positions, flow matching, and a strictly causal autoencoder, as the bundled model."""
     flow, words = open_pipe(CONFORMANCE / "rotary-flow"), open_pipe(tiny_checkpoint)
     torch.manual_seed(0)
     vae = AutoencoderKLCausalTiny(latent_channels=4, block_out_channels=(16, 16, 16), norm_num_groups=4).eval()

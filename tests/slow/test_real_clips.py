@@ -47,7 +47,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def test_clips_of_a_camera(folder: Path, tmp_path: Path) -> None:
-    """By the model in the box: what is decoded from a row is what the file shows at that time, cropped to its size."""
+    """By the bundled model: what is decoded from a row is what the file shows at that time, cropped to its size."""
     output = tmp_path / "dataset"
     words = ["encode", folder, "-o", output, "--no-ray", "--cuts", "--frames", 17, 33]
     assert cli.main([str(word) for word in words]) == 0

@@ -27,7 +27,7 @@ from nova_video.fast.engine import DirectRunner, FastEngine, in_passes
 from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.model import Positions
 from nova_video.model.patches import gather_tokens
-from nova_video.sampling.presets import EXACT, Shortcuts
+from nova_video.sampling.presets import EXACT, Preset
 from nova_worlds.evaluation.emoji import EmojiSettings
 from nova_worlds.evaluation.rates import Paired
 from nova_worlds.presets import presets
@@ -83,7 +83,7 @@ def main(args: Reuse) -> None:
             write_result(args.output, result)
 
 
-def ways(args: Reuse) -> Iterator[tuple[str, int, Shortcuts]]:
+def ways(args: Reuse) -> Iterator[tuple[str, int, Preset]]:
     """Name, sets between two encodings of all tokens, and shortcuts; the exact way first."""
     yield "exact", 1, EXACT
     for share in args.sets:

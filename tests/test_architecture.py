@@ -199,6 +199,7 @@ WRITES = {
         "register: sys.meta_path.insert",
     ],
     "the limit of Pillow is put back at once, under a lock": ["_open: Image"],
+    "a decorator completes the class that it decorates": ["with_aliases: record", "with_aliases: setattr"],
     "a frozen request reads what it was given once": ["GenerateRequest._check_given: object.__setattr__"],
 }
 """Why `function: what` or `Class: what`, which is another's, is changed."""

@@ -182,7 +182,7 @@ def test_wrong_settings_are_named(asked: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", PICTURES, "--size", "40x64"], "size is 64x40: expected height and width in multiples of 32"),
+        (["--config", PICTURES, "--size", "40x64"], "size is 40x64: expected width and height in multiples of 32"),
         (["--config", "t2i-512-0.6b", "--size", "500x500"], "size is 500x500: expected"),
         (["--config", "t2v-480-0.6b", "t2i-512-0.6b", "--frames", "9"], "t2i-512-0.6b makes pictures: expected 1"),
         (["--config", "nowhere"], "config is 'nowhere': expected one of t2i-512-0.6b"),

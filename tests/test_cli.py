@@ -701,8 +701,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["generate", "a whale", "--num-frames", "0"],
         "num_frames is 0: expected a whole number of at least 1",
     ),
-    "no sets": (["generate", "a whale", "--sets", "0"], "num_inference_steps is 0"),
-    "no steps": (["generate", "a whale", "--diffusion-steps", "0"], "num_diffusion_steps is 0"),
+    "no sets": (["generate", "a whale", "--sets", "0"], "sets is 0"),
+    "no steps": (["generate", "a whale", "--diffusion-steps", "0"], "diffusion_steps is 0"),
     "no preset": (["generate", "a whale", "--guided-sets", "2"], "guided_sets is 2.0: expected a number of at least 0"),
     "negative guidance": (["generate", "a whale", "--guidance", "-1"], "guidance_scale is -1.0"),
     "negative seed": (["generate", "a whale", "--seed", "-1"], "seed is -1"),
@@ -885,7 +885,7 @@ def test_limits_of_the_checkpoint(run: Run, tiny_checkpoint: Path, monkeypatch: 
     common = ["generate", "a whale", "-o", "x.mp4", "--model", tiny_checkpoint]
     for extra, message in [
         (["--size", "100x64"], "multiples of 32"),
-        (["--size", "128x64"], "expected 64x96"),
+        (["--size", "128x64"], "expected 96x64"),
         (["--image", tiny_checkpoint / "x.png"], "no file"),
     ]:
         code, _, err = run(*common, *extra)

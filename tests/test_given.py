@@ -346,7 +346,7 @@ def test_known_tokens() -> None:
 
 
 def test_importing_opens_no_video_library() -> None:
-    code = "import sys, nova_video.io.inputs, nova_video.pipeline.timeline; sys.exit('av' in sys.modules)"
+    code = "import sys, nova_video.io.inputs, nova_video.common.timeline; sys.exit('av' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -256,7 +256,7 @@ def latents_on_gpu(model: Any, scheduler: Any, engine: Any, guidance: Guidance, 
 def test_gpu_graphs_equal_the_plain_loop(folder: str, guidance: Guidance, preset: PresetName, fused: bool) -> None:
     """Called, captured and replayed: all the same, in fp32 within 1e-4 of the largest value."""
     model, scheduler = open_model(folder).cuda(), open_scheduler(folder)
-    shape: dict[str, Any] = {"frames": 1 if folder == "text-to-image" else 3, "sets": 5, "shortcuts": PRESETS[preset]}
+    shape: dict[str, Any] = {"frames": 1 if folder == "text-to-image" else 3, "sets": 5, "speed": PRESETS[preset]}
     plain = latents_on_gpu(model, scheduler, PlainEngine(model), guidance, **shape)
     cuda = torch.device("cuda")
     runner = GraphRunner(CudaRecorder(cuda), can_compile(cuda), fused)

@@ -95,44 +95,77 @@ def test_reference_cases(folder: str, name: str) -> None:
 # What a call returns --------------------------------------------------------------------------------------------------
 
 
+KEYWORDS: dict[str, Any] = {
+    "negative_prompt": "b",
+    "height": 64,
+    "width": 96,
+    "num_frames": 5,
+    "fps": 8,
+    "num_inference_steps": 2,
+    "num_diffusion_steps": 2,
+    "guidance_scale": 2.0,
+    "guidance_trunc": 1.0,
+    "guidance_renorm": 0.5,
+    "image_guidance_scale": 1.0,
+    "motion_flow": 3.0,
+    "flow_shift": 2.0,
+    "num_images_per_prompt": 2,
+    "output_type": "np",
+    "seconds": 0.5,
+    "context_frames": 9,
+    "sink_frames": 1,
+    "history_noise": 0.1,
+    "reanchor_frames": 8,
+    "hold_statistics": 0.5,
+    "compile": False,
+    "preset": "fast",
+    "solver": "dpm++",
+    "last_steps": 0.5,
+    "guided_sets": 0.5,
+    "guidance_every": 2,
+    "fp8": True,
+    "memory_gb": 2.0,
+    "num_videos_per_prompt": 2,
+    "sets": 2,
+    "num_sets": 2,
+    "diffusion_steps": 2,
+    "seed": 3,
+}
+"""Every keyword of a call that is a setting, those of version 0.1 and their new names -> a value."""
+ALIASES = {
+    "num_inference_steps": "sets",
+    "num_sets": "sets",
+    "num_diffusion_steps": "diffusion_steps",
+    "num_videos_per_prompt": "num_images_per_prompt",
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_every_keyword_reaches_the_request(videos: NovaPipeline, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[GenerateRequest] = []
+
+    def start(request: GenerateRequest, generator: object) -> None:
+        requests.append(request)
+        raise InputError("started")
+
+    monkeypatch.setattr(videos, "start", start)
+    for call in (videos, videos.stream):
+        with pytest.raises(InputError, match="started"):
+            call("a whale", **{name: KEYWORDS[name]})
+    for request in requests:
+        assert getattr(request, ALIASES.get(name, name)) == getattr(request, name) == KEYWORDS[name]
+
+
 def test_signature() -> None:
+    """A call shows every setting and what belongs to the call alone; its first arguments may be given by place."""
     parameters = inspect.signature(NovaPipeline.__call__).parameters
-    assert list(parameters)[1:] == [
+    assert list(parameters)[1:11] == [
         *("prompt", "negative_prompt", "image", "height", "width", "num_frames", "fps", "num_inference_steps"),
-        *("num_diffusion_steps", "guidance_scale", "guidance_trunc", "guidance_renorm", "image_guidance_scale"),
-        *("motion_flow", "flow_shift", "num_images_per_prompt", "generator", "prompt_embeds"),
-        *("negative_prompt_embeds", "output_type", "callback_on_step_end"),
-        *("seconds", "video", "mask_image", "strength", "context_frames", "sink_frames", "history_noise"),
-        *(
-            "reanchor_frames",
-            "hold_statistics",
-            "compile",
-            "preset",
-            "solver",
-            "last_steps",
-            "guided_sets",
-            "guidance_every",
-            "fp8",
-            "memory_gb",
-            "disable_progress_bar",
-            "num_videos_per_prompt",
-            "callback_on_step_end_tensor_inputs",
-            "return_dict",
-            "others",
-        ),
+        *("num_diffusion_steps", "guidance_scale"),
     ]
-    given = {name: p.default for name, p in parameters.items() if p.default not in (None, inspect.Parameter.empty)}
-    assert given == {
-        "guidance_trunc": 0.0,
-        "guidance_renorm": 1.0,
-        "image_guidance_scale": 0.0,
-        "num_images_per_prompt": 1,
-        "output_type": "pil",
-        "history_noise": 0.0,
-        "hold_statistics": 0.0,
-        "disable_progress_bar": False,
-        "return_dict": True,
-    }
+    own = {"generator", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
+    media = {"video", "mask_image", "strength", "prompt_embeds", "negative_prompt_embeds", "disable_progress_bar"}
+    assert own | media | KEYWORDS.keys() - ALIASES.keys() <= parameters.keys()
 
 
 def test_output_types_of_one_frame(images: NovaPipeline) -> None:
@@ -645,11 +678,11 @@ def test_autoencoder_of_other_channels(images: NovaPipeline) -> None:
         ({"latents": torch.zeros(1)}, "latents is no argument of the pipeline: expected generator"),
         ({"num_frame": 9}, "num_frame is no argument of the pipeline: expected num_frames"),
         ({"num_frames": 0}, "num_frames is 0"),
-        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
-        ({"num_diffusion_steps": 0}, "num_diffusion_steps is 0"),
+        ({"num_inference_steps": 0}, "sets is 0"),
+        ({"num_diffusion_steps": 0}, "diffusion_steps is 0"),
         ({"guidance_scale": -1}, "guidance_scale is -1"),
-        ({"height": 100}, "size is 100x96"),
-        ({"height": 128}, "size is 128x96: expected 64x96"),
+        ({"height": 100}, "size is 96x100"),
+        ({"height": 128}, "size is 96x128: expected 96x64"),
         ({"flow_shift": 2.0}, "flow_shift is 2"),
         ({"generator": [torch.Generator()] * 2}, "generator: got a list of 2"),
     ],

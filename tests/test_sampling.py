@@ -21,7 +21,7 @@ from nova_video.sampling.context import Context
 from nova_video.sampling.diffusion import Schedule, ddpm_row, linear_step, predicted_data
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance, combine, pass_weights, renorm_ratio
-from nova_video.sampling.presets import EXACT, Shortcuts
+from nova_video.sampling.presets import EXACT, Preset
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, request_scheduler
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
@@ -81,7 +81,7 @@ def make_state(
     generators: list[torch.Generator] | None = None,
     given: tuple[Tensor, ...] = (),
     context: Context | None = None,
-    shortcuts: Shortcuts = EXACT,
+    speed: Preset = EXACT,
     device: torch.device = CPU,
 ) -> SamplingState:
     generators = generators or [torch.Generator().manual_seed(0)]
@@ -95,7 +95,7 @@ def make_state(
         random=RandomState(generators, device, torch.float32),
         passes=guidance.passes,
         context=context,
-        shortcuts=shortcuts,
+        speed=speed,
         given={frame: GivenFrame(latents) for frame, latents in enumerate(given)},
     )
 

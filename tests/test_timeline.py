@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nova_video.common.errors import InputError
-from nova_video.pipeline.timeline import Timeline, is_timeline
+from nova_video.common.timeline import Timeline, is_timeline
 
 SPIN: list[tuple[float, str]] = [(0, "moving"), (2.0, "spinning")]
 

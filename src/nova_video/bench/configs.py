@@ -60,7 +60,7 @@ LOSS_REPEAT = 4  # in training
 def resized(size: Size, height: int, width: int) -> Size:
     """The same model for another size in pixels: its position tables are made for that."""
     if height % 32 or width % 32 or min(height, width) < 32:
-        raise InputError(f"size is {height}x{width}: expected height and width in multiples of 32")
+        raise InputError(f"size is {width}x{height}: expected width and height in multiples of 32")
     return replace(size, image_size=(height, width))
 
 

@@ -98,7 +98,7 @@ def count_work(model: NOVATransformer3DModel, plan: Plan) -> Work:
             flops["temporal"] += linear(batch * temporal, 4 * values, width) + mixer(model, rows * temporal)
 
     flops["spatial"] = flops["denoiser"] = 0.0
-    sizes = set_sizes(tokens, plan.num_inference_steps)
+    sizes = set_sizes(tokens, plan.sets)
     visible = 0  # V
     for size in sizes:
         first, second = temporal + visible, temporal + tokens
@@ -108,7 +108,7 @@ def count_work(model: NOVATransformer3DModel, plan: Plan) -> Work:
         step = denoiser_step(rows * size, denoiser_depth, denoiser_width, values)
         flops["denoiser"] += linear(rows * size, width, denoiser_width)
         flops["denoiser"] += linear(rows * size, denoiser_width, denoiser_width)
-        flops["denoiser"] += plan.num_diffusion_steps * step
+        flops["denoiser"] += plan.diffusion_steps * step
         visible += size
     flops["spatial"] *= plan.latent_frames
     flops["denoiser"] *= plan.latent_frames

@@ -32,9 +32,9 @@ from nova_video.pipeline.events import FrameReady, LatentPreview
 from nova_video.pipeline.generation import Generation
 from nova_video.pipeline.loading import component_folder, load_scheduler, outline_transformer
 from nova_video.pipeline.pipeline import NovaPipeline
-from nova_video.pipeline.request import GenerateRequest
+from nova_video.pipeline.request import GenerateRequest, OutputType
 from nova_video.pipeline.settings import CheckpointSettings
-from nova_video.sampling.presets import PRESETS
+from nova_video.sampling.presets import PRESETS, PresetName
 from nova_video.sampling.timing import Stopwatch
 
 WARM_UP = 2  # calls: the second one captures graphs
@@ -46,7 +46,7 @@ GIB = 2**30
 class Asked:
     """How to run a configuration. None: as it is."""
 
-    preset: str = "exact"
+    preset: PresetName = "exact"
     batch: int = 1
     compile: bool = True
     frames: int | None = None
@@ -137,8 +137,8 @@ def _measured(row: Row, pipe: NovaPipeline, asked: Asked, device: torch.device, 
         size=f"{plan.width}x{plan.height}",
         tokens=(plan.grid[0] // patch) * (plan.grid[1] // patch),
         latent_frames=plan.latent_frames,
-        sets=plan.num_inference_steps,
-        diffusion_steps=plan.num_diffusion_steps,
+        sets=plan.sets,
+        diffusion_steps=plan.diffusion_steps,
         guidance=plan.guidance.values[0].scale,
         repeats=asked.repeats,
         seconds=digits(seconds),
@@ -216,8 +216,8 @@ def request_of(pipe: NovaPipeline, asked: Asked, config: str) -> GenerateRequest
         height=height,
         width=width,
         num_frames=asked.frames,
-        num_inference_steps=asked.sets,
-        num_diffusion_steps=asked.diffusion_steps,
+        sets=asked.sets,
+        diffusion_steps=asked.diffusion_steps,
         compile=None if asked.compile else False,
         preset=asked.preset,
     )
@@ -299,7 +299,7 @@ class Runs:
         generation.output_type = "pt"
         return generation
 
-    def _start(self, output_type: str, watch: Stopwatch | None = None) -> Generation:
+    def _start(self, output_type: OutputType, watch: Stopwatch | None = None) -> Generation:
         request = replace(self.request, output_type=output_type)
         return self.pipe.start(request, torch.Generator(self.device).manual_seed(SEED), watch)
 

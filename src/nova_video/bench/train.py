@@ -302,7 +302,7 @@ def check_training(configs: Sequence[str], asked: AskedTraining) -> None:
         cell = model.size_multiple
         if asked.size is not None and (asked.size[0] % cell or asked.size[1] % cell):
             height, width = asked.size
-            raise InputError(f"size is {height}x{width}: expected height and width in multiples of {cell}")
+            raise InputError(f"size is {width}x{height}: expected width and height in multiples of {cell}")
 
 
 class Clock:

@@ -447,7 +447,7 @@ class BenchSample:
     config: Annotated[tuple[str, ...], arg(metavar="NAME ...")]
     """t2i-512-0.6b, t2i-1024-0.3b, t2i-1024-0.6b, t2i-1024-1.4b or t2v-480-0.6b (random weights at a released size),
     or a model as for `nova generate`."""
-    preset: Annotated[str, arg(metavar="NAME")] = "exact"
+    preset: Preset = "exact"
     """As for `nova generate`."""
     batch: Annotated[int, arg(metavar="N")] = 1
     """Pictures or clips of a call."""

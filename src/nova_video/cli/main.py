@@ -69,8 +69,8 @@ EXTRAS = {  # package -> the extra that brings it
 
 def run_info(args: Info) -> None:
     """The record inside a file, one setting a line or as JSON."""
+    from nova_video.common.timeline import is_timeline
     from nova_video.io import media
-    from nova_video.pipeline.timeline import is_timeline
 
     record = media.read_metadata(args.file)
     if args.json:

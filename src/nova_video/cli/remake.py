@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from nova_video.cli.arguments import Edit, Format, Generate, Making
 from nova_video.cli.script import check_value
 from nova_video.common.errors import InputError
-from nova_video.pipeline.timeline import is_timeline
+from nova_video.common.timeline import is_timeline
 
 if TYPE_CHECKING:
     from nova_video.pipeline.generation import Generation
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 FIELDS = {"continue": "video", "edited": "file"}  # key in a record -> field of a command, where they differ
 FILES = ("image", "video", "file", "mask", "lora")  # fields that name a file to read
 TIMELINES = ("prompt", "motion", "guidance")  # fields whose changes in time have a field of their own
-RESULTS = ("given_frames", "sets_made")  # settings that follow from others
+RESULTS = (
+    "given_frames",
+    "sets_made",
+    "guidance_trunc",
+    "guidance_renorm",
+    "image_guidance",
+    "compile",
+)  # settings that follow from others
 NOT_RECORDED = (  # of a run and not of a result, or another way to say a setting
     *(
         "output",

@@ -52,14 +52,18 @@ def check_whether(name: str, value: object) -> None:
         raise InputError(f"{name} is {shown(value)}: expected True or False")
 
 
+def shorten(text: str, length: int = 200) -> str:
+    """Text for a message, cut where it is long."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def shown(value: object, length: int = 60) -> str:
     """A value for a message, cut where it is long: integers may have more digits than Python writes."""
     try:
         text = repr(value)
     except ValueError:
         return f"a number of about {int(value).bit_length() * 0.30103:.0f} digits" if isinstance(value, int) else "?"
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[: length - 3]}..."
+    return shorten(" ".join(text.split()), length)
 
 
 @dataclass(frozen=True)

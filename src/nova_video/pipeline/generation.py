@@ -236,7 +236,7 @@ class Generation(Progress):
 
     def _sets(self, callback_on_step_end: StepCallback | None) -> Iterator[SetDone]:
         """The sets that remain, until the end or until the callback stops them."""
-        engine = self.parts.engine(self.plan.compile, self.plan.shortcuts.fp8)
+        engine = self.parts.engine(self.plan.compile, bool(self.plan.fp8))
         sets = generate_sets(engine.model, self.scheduler, self.state, engine, self.parts.stopwatch)
         interrupts = self.surroundings.interrupts
         self._interrupted, count = False, interrupts.count

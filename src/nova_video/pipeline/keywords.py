@@ -4,10 +4,14 @@ Scripts for the released code and for diffusers' other pipelines give arguments 
 call refuses them here with the way to get the same; any other unknown name gets the nearest one that exists.
 """
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from difflib import get_close_matches
+from typing import Any
 
 from nova_video.common.errors import InputError
+from nova_video.common.options import aliases_of
 
 OPEN_HINTS = {
     "custom_pipeline": "none: no code of a checkpoint is ever run",
@@ -27,14 +31,11 @@ CALL_HINTS = {
     "max_latent_length": "num_frames, in pixel frames: num_frames = 4 (n - 1) + 1 for n latent frames",
     "latents": "generator for a fixed start, or video with the latents of a clip to go on from",
     "guidance_rescale": "guidance_renorm, which scales the guided prediction to the conditional one's norm",
-    "timesteps": "num_diffusion_steps: the scheduler has timesteps of its own",
-    "sigmas": "num_diffusion_steps and flow_shift: the scheduler has sigmas of its own",
+    "timesteps": "diffusion_steps: the scheduler has timesteps of its own",
+    "sigmas": "diffusion_steps and flow_shift: the scheduler has sigmas of its own",
     "eta": "a scheduler that adds noise, such as DDPMScheduler",
-    "steps": "num_inference_steps for sets of tokens, num_diffusion_steps for the denoising steps of a set",
-    "sets": "num_inference_steps, which counts sets of tokens",
-    "num_sets": "num_inference_steps, which counts sets of tokens",
-    "seed": "generator, such as torch.Generator().manual_seed(0)",
-    "num_steps": "num_inference_steps for sets of tokens, num_diffusion_steps for the denoising steps of a set",
+    "steps": "sets for sets of tokens, diffusion_steps for the denoising steps of a set",
+    "num_steps": "sets for sets of tokens, diffusion_steps for the denoising steps of a set",
     "cross_attention_kwargs": "set_adapters, for the scales of adapters",
     "joint_attention_kwargs": "set_adapters, for the scales of adapters",
     "attention_kwargs": "set_adapters, for the scales of adapters",
@@ -80,9 +81,29 @@ SAVE_LORA_HINTS = {
 """For `save_lora_weights`."""
 
 
+def keywords_of(record: type[Any]) -> list[str]:
+    """Every keyword that a record is made with: its fields and the aliases of its options."""
+    return [*(each.name for each in fields(record)), *aliases_of(record)]
+
+
+def with_settings(function: Callable[..., Any], record: type[Any]) -> inspect.Signature:
+    """The signature of a function with the fields of a record in place of its `**options`."""
+    signature = inspect.signature(function)
+    own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    more = [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+        for each in fields(record)
+        if each.name not in signature.parameters
+    ]
+    return signature.replace(parameters=[*own, *more])
+
+
 def refuse_keywords(call: str, given: Iterable[str], hints: Mapping[str, str], known: Iterable[str]) -> None:
-    """`given` is empty, or an InputError says what to give in the first one's place."""
+    """Raise InputError for the first given keyword that is not known, with what to give in its place."""
+    known = list(known)
     for name in given:
-        near = get_close_matches(name, list(known), n=1)
+        if name in known:
+            continue
+        near = get_close_matches(name, known, n=1)
         expected = hints.get(name) or (near[0] if near else "one of its arguments, which help(...) lists")
         raise InputError(f"{name} is no argument of {call}: expected {expected}")

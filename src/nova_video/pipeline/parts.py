@@ -10,12 +10,12 @@ from torch import Tensor
 
 from nova_video.autoencoders import VideoAutoencoder, adapt, find_layout, unscale_latents
 from nova_video.common.errors import InputError
+from nova_video.common.timeline import Timeline
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.engines import Engines
 from nova_video.pipeline.offload import execution_device, is_offloaded, takes_turns
 from nova_video.pipeline.plan import Capabilities, Plan
 from nova_video.pipeline.settings import CheckpointSettings
-from nova_video.pipeline.timeline import Timeline
 from nova_video.sampling.engine import Engine
 from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, request_scheduler
 from nova_video.sampling.timing import Stopwatch

@@ -12,7 +12,7 @@ import logging
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +29,8 @@ from nova_video.common.checks import shown
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
 from nova_video.common.extensions import names_extension
+from nova_video.common.options import Number
+from nova_video.common.timeline import Timeline
 from nova_video.fast.fp8 import check_fp8
 from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.io.files import make_readable
@@ -39,7 +41,14 @@ from nova_video.model.lora import adapter_names
 from nova_video.pipeline.adapters import AdapterMixin
 from nova_video.pipeline.engines import Engines
 from nova_video.pipeline.generation import CALLING, Generation, Interrupts, StepCallback, Surroundings
-from nova_video.pipeline.keywords import CALL_HINTS, ENCODE_HINTS, OPEN_HINTS, refuse_keywords
+from nova_video.pipeline.keywords import (
+    CALL_HINTS,
+    ENCODE_HINTS,
+    OPEN_HINTS,
+    keywords_of,
+    refuse_keywords,
+    with_settings,
+)
 from nova_video.pipeline.loading import check_layout, check_parts, is_own_part, load_parts, load_scheduler
 from nova_video.pipeline.model_card import CARD, card_facts, pipeline_card
 from nova_video.pipeline.offload import LowMemory, bring, enable_low_memory, execution_device
@@ -48,11 +57,10 @@ from nova_video.pipeline.plan import Capabilities, Plan
 from nova_video.pipeline.progress import GivenPixels, Progress
 from nova_video.pipeline.record import make_records
 from nova_video.pipeline.registration import register
-from nova_video.pipeline.request import GenerateRequest, Mask, Number, Picture, Prompt, Video
+from nova_video.pipeline.request import GenerateRequest, OutputType, Picture, Prompt, Video
 from nova_video.pipeline.result import GenerateResult
 from nova_video.pipeline.saving import load_progress
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
-from nova_video.pipeline.timeline import Timeline
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.schedulers import TrainedNoise, check_scheduler
@@ -381,96 +389,43 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         num_inference_steps: int | None = None,
         num_diffusion_steps: int | None = None,
         guidance_scale: Number | None = None,
-        guidance_trunc: float = 0.0,
-        guidance_renorm: float = 1.0,
-        image_guidance_scale: float = 0.0,
-        motion_flow: Number | None = None,
-        flow_shift: float | None = None,
-        num_images_per_prompt: int = 1,
-        generator: Generators | None = None,
-        prompt_embeds: Sequence[Tensor] | None = None,
-        negative_prompt_embeds: Sequence[Tensor] | None = None,
-        output_type: str = "pil",
-        callback_on_step_end: StepCallback | None = None,
         *,
-        seconds: float | None = None,
         video: Video | None = None,
-        mask_image: Mask | None = None,
-        strength: float | None = None,
-        context_frames: int | None = None,
-        sink_frames: int | None = None,
-        history_noise: float = 0.0,
-        reanchor_frames: int | None = None,
-        hold_statistics: float = 0.0,
-        compile: bool | None = None,
-        preset: str | None = None,
-        solver: str | None = None,
-        last_steps: float | None = None,
-        guided_sets: float | None = None,
-        guidance_every: int | None = None,
-        fp8: bool | None = None,
-        memory_gb: float | None = None,
-        disable_progress_bar: bool = False,
-        num_videos_per_prompt: int | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        generator: Generators | None = None,
+        output_type: OutputType = "pil",
         return_dict: bool = True,
-        **others: Any,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        disable_progress_bar: bool = False,
+        **options: Any,
     ) -> Any:
-        """Generate. The arguments are those of `GenerateRequest`, explained there; None is the checkpoint's default.
+        """Generate. `options` are the other settings of `GenerateRequest`; None is the checkpoint's default.
 
-        `generator` is one for the call or one for each picture, which then has random numbers that do not depend on its
-        neighbours: it is the picture that it is alone, but for rounding, which depends on the size of the batch.
-        `num_videos_per_prompt` is another name of `num_images_per_prompt`. With `return_dict=False` the result is a
-        tuple that begins with the images or frames; otherwise it is a `GenerateResult`.
+        `num_inference_steps` counts sets of tokens, as `sets` does, and `num_diffusion_steps` the denoising steps of a
+        set, as `diffusion_steps` does. `generator` is one for the call or one for each picture, which then has random
+        numbers that do not depend on its neighbours: it is the picture that it is alone, but for rounding, which
+        depends on the size of the batch. With `return_dict=False` the result is a tuple that begins with the images or
+        frames; otherwise it is a `GenerateResult`.
         """
-        refuse_keywords("the pipeline", others, CALL_HINTS, inspect.signature(self.__call__).parameters)
-        if num_videos_per_prompt is not None:
-            if num_images_per_prompt not in (1, num_videos_per_prompt):
-                raise InputError(
-                    f"got num_images_per_prompt {num_images_per_prompt} and num_videos_per_prompt"
-                    f" {num_videos_per_prompt}: expected one of them"
-                )
-            num_images_per_prompt = num_videos_per_prompt
+        named: dict[str, Any] = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "image": image,
+            "video": video,
+            "height": height,
+            "width": width,
+            "num_frames": num_frames,
+            "fps": fps,
+            "num_inference_steps": num_inference_steps,
+            "num_diffusion_steps": num_diffusion_steps,
+            "guidance_scale": guidance_scale,
+            "output_type": output_type,
+        }
+        refuse_keywords("the pipeline", options, CALL_HINTS, CALL_KEYWORDS)
         callback = _with_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        request = GenerateRequest(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            image=image,
-            video=video,
-            mask_image=mask_image,
-            strength=strength,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            seconds=seconds,
-            fps=fps,
-            num_inference_steps=num_inference_steps,
-            num_diffusion_steps=num_diffusion_steps,
-            guidance_scale=guidance_scale,
-            guidance_trunc=guidance_trunc,
-            guidance_renorm=guidance_renorm,
-            image_guidance_scale=image_guidance_scale,
-            motion_flow=motion_flow,
-            flow_shift=flow_shift,
-            context_frames=context_frames,
-            sink_frames=sink_frames,
-            history_noise=history_noise,
-            reanchor_frames=reanchor_frames,
-            hold_statistics=hold_statistics,
-            compile=compile,
-            preset=preset,
-            solver=solver,
-            last_steps=last_steps,
-            guided_sets=guided_sets,
-            guidance_every=guidance_every,
-            fp8=fp8,
-            memory_gb=memory_gb,
-            num_images_per_prompt=num_images_per_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            output_type=output_type,
+        result = self.start(GenerateRequest(**named, **options), generator).run(
+            callback, show_progress=not disable_progress_bar
         )
-        result = self.start(request, generator).run(callback, show_progress=not disable_progress_bar)
         return result if return_dict else result.to_tuple()
 
     def stream(
@@ -480,7 +435,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         preview: bool = False,
         generator: Generators | None = None,
         callback_on_step_end: StepCallback | None = None,
-        **request: Any,
+        **options: Any,
     ) -> Iterator[Any]:
         """Generate, one frame at a time: takes the call's arguments, yields the call's frames as they become final.
 
@@ -489,9 +444,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         decoded alone as soon as it exists, and the frame in hand as it fills in. `num_frames=math.inf` goes on without
         end. Closing the iterator, as leaving a loop over it does, stops.
         """
-        known = [field.name for field in fields(GenerateRequest)]
-        refuse_keywords("stream", [name for name in request if name not in known], CALL_HINTS, known)
-        return self.start(GenerateRequest(prompt=prompt, **request), generator).stream(preview, callback_on_step_end)
+        refuse_keywords("stream", options, CALL_HINTS, keywords_of(GenerateRequest))
+        return self.start(GenerateRequest(prompt, **options), generator).stream(preview, callback_on_step_end)
 
     def generate(
         self,
@@ -516,7 +470,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         parts = self._parts(stopwatch)
         parts.request_scheduler(request.flow_shift)  # errors come before any work
         plan = request.resolve(self.defaults, parts.capabilities)
-        if plan.shortcuts.fp8:
+        if plan.fp8:
             check_fp8(parts.device, parts.dtype)
         if request.given_clips:
             parts.require_vae("an image" if request.image is not None else "a clip in pixels")
@@ -542,21 +496,21 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
                 self._segments(request, plan, texts, negatives),
                 num_frames=plan.latent_frames,
                 grid=plan.grid,
-                num_sets=plan.num_inference_steps,
-                num_diffusion_steps=plan.num_diffusion_steps,
+                num_sets=plan.sets,
+                num_diffusion_steps=plan.diffusion_steps,
                 random=random,
                 passes=plan.passes,
                 context=plan.context,
-                shortcuts=plan.shortcuts,
+                speed=plan,
                 given=given,
             )
         except BaseException:
             self.maybe_free_model_hooks()
             raise
-        if request.num_inference_steps is not None and request.num_inference_steps > state.num_tokens:
+        if request.sets is not None and request.sets > state.num_tokens:
             log.warning(
                 "num_inference_steps (sets) is %d, and a frame has %d tokens: each is made in %d sets",
-                request.num_inference_steps,
+                request.sets,
                 state.num_tokens,
                 len(state.sizes_of(state.num_tokens)),
             )
@@ -756,7 +710,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         moments = Timeline((0.0,), (0,))  # of the prompts
         if request.timeline is not None:
             moments = Timeline(request.timeline.times, tuple(range(len(texts))))
-        timelines: tuple[Timeline[Any], ...] = (moments, plan.motion_flow, plan.guidance)
+        timelines: tuple[Timeline[Any], ...] = (moments, plan.motion, plan.guidance)
         starts = sorted({plan.latent_at(time) for timeline in timelines for time in timeline.times})
         conditions: dict[tuple[int, float], Tensor] = {}
         segments: list[Segment] = []
@@ -876,6 +830,10 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         """Where calls compute: under CPU offload not where the parts are."""
         return execution_device(self.transformer)
 
+
+_call = inspect.signature(NovaPipeline.__call__).parameters
+CALL_KEYWORDS = [name for name in (*_call, *keywords_of(GenerateRequest)) if name not in ("self", "options")]
+NovaPipeline.__call__.__signature__ = with_settings(NovaPipeline.__call__, GenerateRequest)  # type: ignore[attr-defined]
 
 # diffusers' own `from_pretrained` takes only the parameters without a default for parts, and ignores a part given for
 # another one. The signature that it reads therefore shows no default for the optional parts; Python uses them still.

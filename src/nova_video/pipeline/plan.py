@@ -7,19 +7,23 @@ Pixel frames against latent ones: latent frame 0 is one pixel frame, every later
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from nova_video.common.checks import LIMITS, check_number
 from nova_video.common.errors import InputError
+from nova_video.common.options import check_option, option_fields, values_of
+from nova_video.common.timeline import Timeline
 from nova_video.io.inputs import Clip
-from nova_video.pipeline.settings import Defaults, check_setting
-from nova_video.pipeline.timeline import Timeline
+from nova_video.pipeline.options import Options
+from nova_video.pipeline.settings import Defaults
 from nova_video.sampling.context import Context
 from nova_video.sampling.guidance import Guidance
-from nova_video.sampling.presets import EXACT, Shortcuts
+from nova_video.sampling.presets import PRESETS, SpeedOptions
 
 if TYPE_CHECKING:
     from nova_video.pipeline.request import GenerateRequest
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 PIXEL_BYTES = 24  # red, green and blue as float32, twice while pieces are joined
 ACTIVATIONS = 12  # values of a token at once within a block: query, key and value, the hidden layer, sums
 ENDLESS_CONTEXT = 33  # pixel frames: of a clip without end, where the checkpoint says nothing; the released length
+
+SHARES = {"sets": "sets", "diffusion_steps": "steps"}  # options that a preset has a share of -> its field
 
 
 @dataclass(frozen=True)
@@ -65,35 +71,32 @@ class Capabilities:
 
     def latent_count(self, num_frames: int) -> int:
         """Whole latent frames that cover so many pixel frames."""
-        return math.ceil((num_frames - 1) / self.temporal_stride) + 1
+        return latent_count(num_frames, self.temporal_stride)
 
     def pixel_count(self, latent_frames: int) -> int:
         """Pixel frames of so many latent frames."""
         return self.temporal_stride * (latent_frames - 1) + 1
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What will be made. No None is left but for what is truly absent."""
+@dataclass(frozen=True, kw_only=True)
+class Plan(Options):
+    """What will be made: every option with its value, and what follows from the request and the checkpoint.
 
-    batch: int
-    """Pictures or clips: prompts times num_images_per_prompt."""
-    height: int
+    None is left only for what is truly absent.
+    """
+
     width: int
+    height: int
     num_frames: int | None
     """Pixel frames, given ones included; None: without end."""
-    latent_frames: int | None
-    """Whole latent frames that cover them, without the given frames that are only returned."""
+    fps: float
+    sets: int
+    diffusion_steps: int
+    compile: bool
+    batch: int
+    """Pictures or clips: prompts times num_images_per_prompt."""
     grid: tuple[int, int]
     """Latent height and width."""
-    fps: float
-    num_inference_steps: int
-    num_diffusion_steps: int
-    guidance: Timeline[Guidance]
-    motion_flow: Timeline[float]
-    flow_shift: float | None
-    """None: the schedule's own."""
-    context: Context
     temporal_stride: int
     given_frames: int = 0
     """Leading pixel frames that are given, at this plan's frame rate."""
@@ -101,11 +104,45 @@ class Plan:
     """Of them, those that are only returned: latent frame 0 is pixel frame `offset`."""
     edits: bool = False
     """Given frames are changed, under a mask or by `strength`; else they stay."""
-    shortcuts: Shortcuts = EXACT
-    compile: bool = True
-    """Arranged for speed, not the plain loop."""
-    memory_gb: float | None = None
-    """Most memory that it may take by an estimate; None: what the machine has."""
+
+    def __post_init__(self) -> None:
+        for name in option_fields(Options):
+            check_option(Options, name, getattr(self, name))
+
+    @property
+    def latent_frames(self) -> int | None:
+        """Whole latent frames that cover the pixel frames, without the given frames that are only returned."""
+        if self.num_frames is None:
+            return None
+        return latent_count(self.num_frames - self.offset, self.temporal_stride)
+
+    @property
+    def guidance(self) -> Timeline[Guidance]:
+        """The guidance rule of every moment."""
+        scales = Timeline.of("guidance_scale", self.guidance_scale)
+        rules = [
+            Guidance(scale, self.guidance_trunc, self.guidance_renorm, self.image_guidance_scale)
+            for scale in scales.values
+        ]
+        return Timeline(scales.times, tuple(rules))
+
+    @property
+    def motion(self) -> Timeline[float]:
+        """The motion score of every moment."""
+        return Timeline.of("motion_flow", self.motion_flow)
+
+    @property
+    def context(self) -> Context:
+        """What the temporal encoder is shown, in latent frames."""
+        stride, reanchor = self.temporal_stride, self.reanchor_frames
+        assert self.sink_frames is not None
+        return Context(
+            frames=None if self.context_frames is None else latent_count(self.context_frames, stride),
+            sink=latent_count(self.sink_frames, stride),
+            reanchor=max(1, round(reanchor / stride)) if reanchor else None,
+            history_noise=self.history_noise,
+            hold_statistics=self.hold_statistics,
+        )
 
     def check_pixels(self) -> None:
         """Raises InputError if the machine cannot hold all frames at once, which only a stream does without."""
@@ -143,68 +180,77 @@ class Plan:
 
 def make_plan(request: "GenerateRequest", defaults: Defaults, model: Capabilities) -> Plan:
     """Fill in every None of a request, and check what depends on the checkpoint."""
-    height, width = _size(request, model)
-    fps = defaults.fps if request.fps is None else request.fps
+    values = values_of(request, Options)
+    preset = PRESETS[request.preset or "exact"]
+    for name, value in asdict(defaults).items():
+        if values[name] is None:
+            values[name] = max(1, round(value * getattr(preset, SHARES[name]))) if name in SHARES else value
+    for name, value in values_of(preset, SpeedOptions).items():
+        values[name] = value if values[name] is None else values[name]
+    values |= {"preset": request.preset or "exact", "compile": request.compile is not False, "seconds": None}
+    values["height"], values["width"] = height, width = _size(request, model)
+    fps = values["fps"]
     given = _given_frames(request, model, fps)
-    num_frames = _num_frames(request, defaults, given, fps)
+    values["num_frames"] = num_frames = _num_frames(request, defaults, given, fps)
     _check_frames(request, num_frames, given, model)
     _check_features(request, model)
     if request.motion_flow is not None and not model.video:
         score = f"{request.motion_flow:g}" if isinstance(request.motion_flow, int | float) else request.motion_flow
         raise InputError(f"motion_flow is {score}: this model makes images and takes no motion score")
-    if request.flow_shift is not None and not model.shiftable:
-        raise InputError(f"flow_shift is {request.flow_shift:g}: this model's schedule is not a flow and has no shift")
-    shortcuts = request.shortcuts
-    steps, sets = request.num_diffusion_steps, request.num_inference_steps
-    if steps is None:
-        steps = max(1, round(defaults.num_diffusion_steps * shortcuts.steps))
-    check_number("num_diffusion_steps", steps, 1, integer=True, high=model.max_diffusion_steps)
-    if sets is None:
-        sets = max(1, round(defaults.num_inference_steps * shortcuts.sets))
-    if shortcuts.solver != "own" and not model.second_order:
-        raise InputError(f"solver is {shortcuts.solver}: expected a checkpoint with a DDPM or flow schedule")
-    context = _context(request, defaults, model, endless=num_frames is None)
-    scales, motion = request.guidance(defaults), request.motion(defaults)
-    for name, timeline in (("prompt", request.timeline), ("guidance_scale", scales), ("motion_flow", motion)):
-        if timeline is not None and num_frames is not None:
-            timeline.check_end(name, num_frames / fps)
-    guidance = Timeline(
-        scales.times,
-        tuple(
-            Guidance(scale, request.guidance_trunc, request.guidance_renorm, request.image_guidance_scale)
-            for scale in scales.values
-        ),
-    )
-    offset = 0
-    if request.video_pixels is not None and not request.edits:
-        used = (given - 1) // model.temporal_stride + 1  # latent frames: the last 4k + 1 pixel frames
-        if context.frames is not None:
-            used = min(used, context.frames - 1)
-        offset = given - model.pixel_count(used)
+    if values["context_frames"] is None and num_frames is None:
+        values["context_frames"] = ENDLESS_CONTEXT
     plan = Plan(
+        **{name: _plain(value) for name, value in values.items()},
         batch=request.num_prompts * request.num_images_per_prompt,
-        height=height,
-        width=width,
-        num_frames=num_frames,
-        latent_frames=None if num_frames is None else model.latent_count(num_frames - offset),
         grid=(height // model.image_stride, width // model.image_stride),
-        fps=fps,
-        num_inference_steps=sets,
-        num_diffusion_steps=steps,
-        guidance=guidance,
-        motion_flow=motion,
-        flow_shift=request.flow_shift,
-        context=context,
         temporal_stride=model.temporal_stride,
         given_frames=given,
-        offset=offset,
         edits=request.edits,
-        shortcuts=shortcuts,
-        compile=request.compile is not False,
-        memory_gb=request.memory_gb,
     )
-    plan.check_memory(sampling_memory(plan, model))
+    timelines = {"prompt": request.timeline, "guidance_scale": plan.guidance, "motion_flow": plan.motion}
+    for name, timeline in timelines.items():
+        if timeline is not None and num_frames is not None:
+            timeline.check_end(name, num_frames / fps)
+    if request.video_pixels is not None and not request.edits:
+        used = (given - 1) // model.temporal_stride + 1  # latent frames: the last 4k + 1 pixel frames
+        if plan.context.frames is not None:
+            used = min(used, plan.context.frames - 1)
+        plan = replace(plan, offset=given - model.pixel_count(used))
+    _check_fit(plan, model)
     return plan
+
+
+def _check_fit(plan: Plan, model: Capabilities) -> None:
+    """Raise InputError where the options of a plan are not for this model, or more than the machine holds."""
+    check_number("diffusion_steps", plan.diffusion_steps, 1, integer=True, high=model.max_diffusion_steps)
+    if plan.flow_shift is not None and not model.shiftable:
+        raise InputError(f"flow_shift is {plan.flow_shift:g}: this model's schedule is not a flow and has no shift")
+    if plan.solver not in (None, "own") and not model.second_order:
+        raise InputError(f"solver is {plan.solver}: expected a checkpoint with a DDPM or flow schedule")
+    context = plan.context
+    if context.frames is not None and context.frames < context.sink + 2:
+        least = model.pixel_count(context.sink + 1) + 1
+        raise InputError(
+            f"context_frames is {plan.context_frames} with {plan.sink_frames} first frames kept (sink_frames): expected"
+            f" at least {least}"
+        )
+    if context.frames is None and plan.num_frames is None:
+        raise InputError("context_frames is None: expected a number, the clip has no end")
+    plan.check_memory(sampling_memory(plan, model))
+
+
+def latent_count(num_frames: int, stride: int) -> int:
+    """Whole latent frames that cover so many pixel frames."""
+    return math.ceil((num_frames - 1) / stride) + 1
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as Python's, and a timeline as (seconds, value) pairs: types that JSON has."""
+    if isinstance(value, Timeline):
+        return tuple(zip(value.times, map(_plain, value.values), strict=True))
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if not isinstance(value, Sequence) or isinstance(value, str) else tuple(map(_plain, value))
 
 
 def sampling_memory(plan: Plan, model: Capabilities) -> dict[str, int]:
@@ -247,7 +293,7 @@ def _size(request: "GenerateRequest", model: Capabilities) -> tuple[int, int]:
         if (latents.shape[1], *latents.shape[3:]) != expected:
             raise InputError(
                 f"video: got latents {tuple(latents.shape)}: expected (B, {expected[0]}, F, {expected[1]}, "
-                f"{expected[2]}) for {height}x{width}"
+                f"{expected[2]}) for {width}x{height}"
             )
     return height, width
 
@@ -255,10 +301,10 @@ def _size(request: "GenerateRequest", model: Capabilities) -> tuple[int, int]:
 def _check_size(height: int, width: int, model: Capabilities) -> None:
     own, multiple = model.image_size, model.size_multiple
     if height % multiple or width % multiple:
-        raise InputError(f"size is {height}x{width}: expected height and width in multiples of {multiple}")
+        raise InputError(f"size is {width}x{height}: expected width and height in multiples of {multiple}")
     if (height, width) != own and not model.any_size:
         raise InputError(
-            f"size is {height}x{width}: expected {own[0]}x{own[1]}, the only one this model's positions allow"
+            f"size is {width}x{height}: expected {own[1]}x{own[0]}, the only one this model's positions allow"
         )
 
 
@@ -323,27 +369,6 @@ def _check_features(request: "GenerateRequest", model: Capabilities) -> None:
                 )
 
 
-def _context(request: "GenerateRequest", defaults: Defaults, model: Capabilities, endless: bool) -> Context:
-    frames = defaults.context_frames if request.context_frames is None else request.context_frames
-    if frames is None and endless:
-        frames = ENDLESS_CONTEXT
-    sink = defaults.sink_frames if request.sink_frames is None else request.sink_frames
-    sinks = model.latent_count(sink)
-    if frames is not None and model.latent_count(frames) < sinks + 2:
-        least = model.pixel_count(sinks + 1) + 1
-        raise InputError(
-            f"context_frames is {frames} with {sink} first frames kept (sink_frames): expected at least {least}"
-        )
-    reanchor = defaults.reanchor_frames if request.reanchor_frames is None else request.reanchor_frames
-    return Context(
-        frames=None if frames is None else model.latent_count(frames),
-        sink=sinks,
-        reanchor=max(1, round(reanchor / model.temporal_stride)) if reanchor else None,
-        history_noise=request.history_noise,
-        hold_statistics=request.hold_statistics,
-    )
-
-
 # On paper -------------------------------------------------------------------------------------------------------------
 
 
@@ -353,55 +378,20 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
 
 def check_plan(plan: Plan, model: Capabilities) -> None:
-    """Raises InputError for a plan that no request to this model would have made."""
+    """Raise InputError for a plan that no request to this model would have made."""
     check_number("batch", plan.batch, 1, integer=True, high=LIMITS.pictures)
-    for name in ("height", "width"):
-        check_number(name, getattr(plan, name), 1, integer=True, high=LIMITS.side)
     _check_size(plan.height, plan.width, model)
     if plan.grid != (plan.height // model.image_stride, plan.width // model.image_stride):
-        raise InputError(f"grid is {plan.grid}: expected that of {plan.height}x{plan.width}")
+        raise InputError(f"grid is {plan.grid}: expected that of {plan.width}x{plan.height}")
     if plan.temporal_stride != model.temporal_stride:
         raise InputError(f"temporal_stride is {plan.temporal_stride}: expected {model.temporal_stride}")
-    for name, value in (
-        ("num_frames", plan.num_frames),
-        ("fps", plan.fps),
-        ("num_inference_steps", plan.num_inference_steps),
-        ("num_diffusion_steps", plan.num_diffusion_steps),
-        *(("motion_flow", score) for score in plan.motion_flow.values),
-        *(("guidance_scale", guidance.scale) for guidance in plan.guidance.values),
-    ):
-        if value is not None or name != "num_frames":
-            check_setting(name, value)
-    check_number("num_diffusion_steps", plan.num_diffusion_steps, 1, integer=True, high=model.max_diffusion_steps)
-    for guidance in plan.guidance.values:
-        check_number("guidance_trunc", guidance.trunc, 0)
-        check_number("guidance_renorm", guidance.renorm, 0, high=1)
-        check_number("image_guidance_scale", guidance.image_scale, 0, high=LIMITS.scale)
-    if plan.flow_shift is not None:
-        check_number("flow_shift", plan.flow_shift, 0, above=True, high=LIMITS.scale)
-        if not model.shiftable:
-            raise InputError(f"flow_shift is {plan.flow_shift:g}: expected None, this model's schedule is not a flow")
-    if plan.shortcuts.solver != "own" and not model.second_order:
-        raise InputError(f"solver is {plan.shortcuts.solver}: expected a checkpoint with a DDPM or flow schedule")
     if plan.num_frames != 1 and (not model.video or model.temporal_stride == 1):
         raise InputError(f"num_frames is {plan.num_frames}: expected 1, since this model makes images")
     check_number("given_frames", plan.given_frames, 0, integer=True, high=LIMITS.frames)
     check_number("offset", plan.offset, 0, integer=True, high=max(plan.given_frames - 1, 0))
-    latents = None if plan.num_frames is None else model.latent_count(plan.num_frames - plan.offset)
-    if plan.latent_frames != latents or (latents is not None and latents < 1):
-        raise InputError(f"latent_frames is {plan.latent_frames}: expected {latents}")
-    _check_context(plan.context, endless=plan.num_frames is None)
-    plan.check_memory(sampling_memory(plan, model))
-
-
-def _check_context(context: Context, endless: bool) -> None:
-    check_number("context's sink", context.sink, 1, integer=True, high=LIMITS.frames)
-    check_number("context's carry", context.carry, 0, integer=True, high=LIMITS.frames)
-    if context.frames is not None:
-        check_number("context's frames", context.frames, context.sink + 2, integer=True, high=LIMITS.frames)
-    elif endless:
-        raise InputError("context's frames is None: expected a number, the clip has no end")
-    if context.reanchor is not None:
-        check_number("context's reanchor", context.reanchor, 1, integer=True, high=LIMITS.frames)
-    check_number("context's history_noise", context.history_noise, 0, high=LIMITS.scale)
-    check_number("context's hold_statistics", context.hold_statistics, 0, high=1)
+    if plan.num_frames is not None and plan.num_frames <= plan.offset:
+        raise InputError(f"offset is {plan.offset}: expected less than the {plan.num_frames} frames")
+    for name in ("guidance_scale", "motion_flow", "sink_frames"):
+        if getattr(plan, name) is None:
+            raise InputError(f"{name} is None: expected a number")
+    _check_fit(plan, model)

@@ -1,20 +1,17 @@
 """The record of how a picture or clip was made, which files carry inside: of the command line and of Python."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from nova_video import __version__
+from nova_video.common.options import facts_of, key_of, option_fields
 from nova_video.model.lora import active_adapters
+from nova_video.pipeline.options import Options
 
 if TYPE_CHECKING:
     from nova_video.pipeline.generation import Generation
     from nova_video.pipeline.request import GenerateRequest
-    from nova_video.pipeline.timeline import Timeline
-
-T = TypeVar("T")
-
-SHORTCUTS = ("solver", "last_steps", "guided_sets", "guidance_every", "fp8")  # a preset's sets and steps are numbers
 
 
 def make_record(
@@ -25,23 +22,11 @@ def make_record(
     `given` is what there was beside a sentence, and `origin` names the model and its adapters.
     """
     plan, parts = generation.plan, generation.parts
-    read, kept = plan.context.frames, plan.context.sink  # latent frames
-    stride = plan.temporal_stride
+    recorded = {name: each for name, each in option_fields(Options).items() if facts_of(each).recorded}
+    del recorded["seed"]  # each picture of a call has its own
     settings = {
-        "width": plan.width,
-        "height": plan.height,
-        "num_frames": plan.num_frames,
-        "fps": plan.fps,
+        **{key_of(each): getattr(plan, name) for name, each in recorded.items()},
         **given,
-        "sets": plan.num_inference_steps,
-        "diffusion_steps": plan.num_diffusion_steps,
-        "preset": request.preset or "exact",
-        **{name: getattr(plan.shortcuts, name) for name in SHORTCUTS},
-        "guidance": _as_json(plan.guidance, lambda guidance: guidance.scale),
-        "motion": _as_json(plan.motion_flow, float),
-        "context_frames": None if read is None else stride * (read - 1) + 1,
-        "sink_frames": None if read is None else stride * (kept - 1) + 1,
-        "reanchor_frames": stride * (plan.context.reanchor or 0),
         "device": str(parts.device),
         "dtype": str(parts.dtype).removeprefix("torch."),
     }
@@ -54,18 +39,10 @@ def make_record(
 def make_records(request: "GenerateRequest", generation: "Generation") -> list[dict[str, Any]]:
     """The record of every picture or clip of a call from Python."""
     plan, parts = generation.plan, generation.parts
-    guidance = plan.guidance.values[0]
     others = {
         "scheduler": type(parts.scheduler).__name__,
-        "guidance_trunc": guidance.trunc,
-        "guidance_renorm": guidance.renorm,
-        "image_guidance": guidance.image_scale,
-        "flow_shift": plan.flow_shift,
         "given_frames": plan.given_frames or None,
         "edited": True if plan.edits else None,
-        "strength": request.strength,
-        "history_noise": plan.context.history_noise,
-        "hold_statistics": plan.context.hold_statistics,
     }
     given = {name: value for name, value in others.items() if value is not None}
     origin: dict[str, Any] = {"model": parts.name}
@@ -98,10 +75,3 @@ def make_records(request: "GenerateRequest", generation: "Generation") -> list[d
 def _plain(value: Any) -> Any:
     """What JSON lacks: NumPy's numbers as Python's, and any other value by its name."""
     return value.item() if hasattr(value, "item") else str(value)
-
-
-def _as_json(timeline: "Timeline[T]", value: Callable[[T], float]) -> float | list[list[float]]:
-    """A number, or (seconds, number) pairs."""
-    if timeline.is_constant:
-        return value(timeline.values[0])
-    return [[at, value(moment)] for at, moment in zip(timeline.times, timeline.values, strict=True)]

@@ -2,12 +2,12 @@
 
 import dataclasses
 import typing
+from collections.abc import Sequence
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union
 
-from nova_video.common.checks import is_finite, shown
+from nova_video.common.checks import is_finite, shorten, shown
 from nova_video.common.errors import InputError
-from nova_video.pipeline.timeline import Timeline
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ def read_record(kind: type[T], values: object, where: str) -> T:
     known = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind))}
     for key in values:
         if key not in known:
-            raise InputError(f"{where} has the key {shown(key)}: expected one of {', '.join(known)}")
+            raise InputError(f"{where} has the key {shown(key)}: expected one of {shorten(', '.join(known))}")
     for key, field in known.items():
         if key not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise InputError(f"{where} lacks {key}: expected it")
@@ -43,13 +43,12 @@ def read_value(hint: Any, value: object, where: str) -> Any:
         kinds = [kind for kind in arguments if kind is not type(None)]
         if value is None and len(kinds) < len(arguments):
             return None
-        return read_value(kinds[0], value, where)
-    if origin is Timeline:
-        return _timeline(arguments[0], value, where)
+        lists = [kind for kind in kinds if typing.get_origin(kind) is Sequence and isinstance(value, list)]
+        return read_value((lists or kinds)[0], value, where)
     if dataclasses.is_dataclass(hint):
         return read_record(typing.cast(type[Any], hint), value, where)
-    if origin is tuple:
-        several = arguments[-1] is ...
+    if origin in (tuple, Sequence):
+        several = origin is Sequence or arguments[-1] is ...
         if not isinstance(value, list) or not (several or len(arguments) == len(value)):
             raise InputError(f"{where} is {shown(value)}: expected a list")
         each = arguments[:1] * len(value) if several else arguments
@@ -68,14 +67,3 @@ def read_value(hint: Any, value: object, where: str) -> Any:
         return value
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
     raise InputError(f"{where} is {shown(value)}: expected {names.get(hint, hint)}")
-
-
-def _timeline(kind: Any, value: object, where: str) -> Timeline[Any]:
-    """Times and values of equal number, the times rising from 0."""
-    if not isinstance(value, dict) or set(value) != {"times", "values"}:
-        raise InputError(f"{where} is {shown(value)}: expected times and values")
-    times = read_value(tuple[float, ...], value["times"], f"{where}.times")
-    values = read_value(tuple[kind, ...], value["values"], f"{where}.values")
-    if len(times) != len(values):
-        raise InputError(f"{where} has {len(times)} times and {len(values)} values: expected as many")
-    return Timeline.of(where, list(zip(times, values, strict=True)))

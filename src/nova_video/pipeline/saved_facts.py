@@ -86,7 +86,7 @@ def check_facts(facts: Facts, tensors: dict[str, Tensor], parts: Parts) -> None:
         _check_tensor(name, tensors[name], shape, dtypes)
     _check_order(facts, tensors, expected)
     if not facts.plan.given_frames and not facts.given:  # every frame has as many sets
-        sets = len(set_sizes(expected.tokens, facts.plan.num_inference_steps))
+        sets = len(set_sizes(expected.tokens, facts.plan.sets))
         made = facts.done * sets + (0 if facts.open is None else facts.open.sets)
         if facts.step != made:
             raise InputError(f"its step is {facts.step}: expected {made}, the sets of its frames")
@@ -98,7 +98,7 @@ def _check_numbers(facts: Facts) -> None:
     check_number("its done", facts.done, 0, integer=True, high=frames)
     most = facts.done if facts.output_type == "latent" else max(plan.first_pixel(facts.done), plan.given_frames)
     check_number("its emitted", facts.emitted, 0, integer=True, high=most)
-    check_number("its step", facts.step, 0, integer=True, high=(facts.done + 1) * plan.num_inference_steps)
+    check_number("its step", facts.step, 0, integer=True, high=(facts.done + 1) * plan.sets)
     check_number("its passes", facts.passes, 1, integer=True, high=3)
     if facts.passes != plan.passes:
         raise InputError(f"its passes are {facts.passes}: expected {plan.passes}, those of its plan's guidance")
@@ -222,12 +222,12 @@ class _Expected:
             "open.embedded": ((batch, self.tokens, width), floats),
             "open.order": ((batch, self.tokens), (torch.int64,)),
         }
-        every = facts.plan.shortcuts.guidance_every
+        every = facts.plan.guidance_every or 1
         passes = [part.guidance.passes for part in facts.segments if part.start <= facts.done][-1]
         if passes == 1 or every == 1:
             return
         later = None
-        if (part := frame.sets % every) and facts.plan.shortcuts.guides(frame.sets, len(frame.sizes)):
+        if (part := frame.sets % every) and facts.plan.guides(frame.sets, len(frame.sizes)):
             later = sum(frame.sizes[frame.sets : frame.sets - part + every])
         else:  # what is left of the last guided sets is not read again
             self.optional.add("open.differences")

@@ -35,7 +35,7 @@ from nova_video.sampling.random import RandomState
 from nova_video.sampling.state import GivenFrame, OpenFrame, SamplingState, Segment
 
 KEY = "nova_generation"
-FORMAT = 1
+FORMAT = 2
 OPEN_TENSORS = ("condition", "tokens", "embedded", "order", "differences")  # of the frame in hand
 
 
@@ -144,12 +144,12 @@ def _restore(parts: Parts, values: dict[str, Any], tensors: dict[str, Tensor]) -
         segments,
         num_frames=plan.latent_frames,
         grid=plan.grid,
-        num_sets=plan.num_inference_steps,
-        num_diffusion_steps=plan.num_diffusion_steps,
+        num_sets=plan.sets,
+        num_diffusion_steps=plan.diffusion_steps,
         random=RandomState(generators, device, model.dtype),
         passes=facts.passes,
         context=plan.context,
-        shortcuts=plan.shortcuts,
+        speed=plan,
         given={
             int(frame): GivenFrame(moved[f"given.{frame}.latents"], moved.get(f"given.{frame}.known"), redraw)
             for frame, redraw in facts.given.items()
@@ -219,7 +219,9 @@ def load_file_facts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(facts, dict):
         raise InputError(f"{path} is a safetensors file, but not a saved generation")
     if facts.get("format") != FORMAT:
-        raise InputError(f"{path} was saved in format {shown(facts.get('format'))}: expected {FORMAT}, this version's")
+        older = facts.get("format") == 1
+        instead = "finish it with nova-video 0.1, or start anew" if older else "this version's"
+        raise InputError(f"{path} was saved in format {shown(facts.get('format'))}: expected {FORMAT}, {instead}")
     return facts, tensors
 
 

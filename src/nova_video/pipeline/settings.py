@@ -1,64 +1,43 @@
 """What a checkpoint says about itself beside its weights: the defaults of requests and its text encoder's name."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from nova_video.common.checks import LIMITS, check_number
 from nova_video.common.errors import InputError
+from nova_video.common.options import aliases_of, check_options, option_fields, with_aliases
 from nova_video.io.text import decode_text, parse_json
+from nova_video.pipeline.options import Options
 from nova_video.sampling.schedulers import TrainedNoise
 from nova_video.text.vocabulary import Vocabulary
 
 SETTINGS_FILE = "nova.json"
-SETS = " (it counts sets of tokens; the denoising steps of a set are num_diffusion_steps)"
 
 
+def _released(name: str, value: float | None) -> Any:
+    """A field with the released models' value of an option, and that option's bounds and help."""
+    return field(default=value, metadata=option_fields(Options)[name].metadata)
+
+
+@with_aliases
 @dataclass(frozen=True)
 class Defaults:
     """What None means for one checkpoint: the released models' values, unless its folder says otherwise."""
 
-    num_frames: int = 1
-    """Pixel frames; 1 is an image."""
-    fps: float = 12
-    """Frames per second: told to the model and written into the file."""
-    num_inference_steps: int = 64
-    """Sets in which the tokens of a frame are revealed. Not denoising steps: those are `num_diffusion_steps`."""
-    num_diffusion_steps: int = 25
-    """Denoising steps of each set."""
-    guidance_scale: float = 5.0
-    """Classifier-free guidance; off at 1 and below."""
-    motion_flow: float = 5.0
-    """Motion score: mean optical flow in pixels a frame."""
-    context_frames: int | None = None
-    """Longest clip that the model is shown, in pixel frames; None: however long it is."""
-    sink_frames: int = 1
-    """First pixel frames that a bounded context keeps."""
-    reanchor_frames: int = 0
-    """Against drift: every so many pixel frames the context is cut back to the first frames and the newest one; 0:
-    never."""
+    num_frames: int = _released("num_frames", 1)
+    fps: float = _released("fps", 12)
+    sets: int = _released("sets", 64)
+    diffusion_steps: int = _released("diffusion_steps", 25)
+    guidance_scale: float = _released("guidance_scale", 5.0)
+    motion_flow: float = _released("motion_flow", 5.0)
+    context_frames: int | None = _released("context_frames", None)
+    sink_frames: int = _released("sink_frames", 1)
+    reanchor_frames: int = _released("reanchor_frames", 0)
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value is not None or name != "context_frames":
-                check_setting(name, value)
-
-
-def check_setting(name: str, value: object) -> None:
-    """The bounds of the settings that have a default."""
-    counts = {"num_inference_steps": LIMITS.sets, "num_diffusion_steps": LIMITS.diffusion_steps}
-    hint = SETS if name == "num_inference_steps" else ""
-    if name == "fps":
-        check_number(name, value, LIMITS.least_fps, high=LIMITS.fps)
-    elif name == "guidance_scale":
-        check_number(name, value, 0, high=LIMITS.scale)
-    elif name == "motion_flow":
-        check_number(name, value, 0, high=LIMITS.motion)
-    else:  # "reanchor_frames" is 0 for never
-        check_number(
-            name, value, name != "reanchor_frames", integer=True, high=counts.get(name, LIMITS.frames), hint=hint
-        )
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -87,14 +66,15 @@ class CheckpointSettings:
 
     @classmethod
     def from_json(cls, values: object, path: str | Path = SETTINGS_FILE) -> "CheckpointSettings":
-        """Of what JSON holds; `path` is where errors say that it comes from."""
+        """Settings from what JSON holds; `path` is where errors say that it comes from."""
         _check_keys(path, "", values, ["text_encoder", "defaults"])
         assert isinstance(values, dict)
         name = values.get("text_encoder")
         if name is not None and not (isinstance(name, str) and name):
             raise InputError(f"{path}: text_encoder is {name!r}: expected the name of a text encoder")
         defaults = values.get("defaults", {})
-        _check_keys(path, "defaults.", defaults, [setting.name for setting in fields(Defaults)])
+        own = [setting.name for setting in fields(Defaults)]
+        _check_keys(path, "defaults.", defaults, own, tuple(aliases_of(Defaults)))
         try:
             return cls(name, Defaults(**defaults))
         except InputError as error:
@@ -111,9 +91,11 @@ class CheckpointSettings:
             self.vocabulary.save(folder)
 
 
-def _check_keys(path: str | Path, prefix: str, values: object, known: list[str]) -> None:
+def _check_keys(
+    path: str | Path, prefix: str, values: object, known: Sequence[str], aliases: Sequence[str] = ()
+) -> None:
     if not isinstance(values, dict):
         raise InputError(f"{path}: {prefix.rstrip('.') or 'the file'} is {values!r}: expected an object")
     for key in values:
-        if key not in known:
+        if key not in known and key not in aliases:
             raise InputError(f"{path}: unknown key {prefix}{key}: expected one of {', '.join(known)}")

@@ -24,7 +24,7 @@ from nova_video.sampling.diffusion import Schedule, SetNoise
 from nova_video.sampling.engine import Engine, PlainEngine
 from nova_video.sampling.guidance import CONDITIONAL
 from nova_video.sampling.history import collect_statistics, draw_to_reference, encode_next_frame
-from nova_video.sampling.presets import second_order
+from nova_video.sampling.schedulers import second_order
 from nova_video.sampling.side_stream import beside
 from nova_video.sampling.state import OpenFrame, SamplingState
 from nova_video.sampling.timing import Stopwatch, span
@@ -55,7 +55,7 @@ def generate_sets(
 ) -> Iterator[SetDone]:
     """Advance `state` to its end, one set a turn. `scheduler` is the request's own copy; None: the plain engine."""
     engine = engine or PlainEngine(model)
-    if state.shortcuts.solver == "dpm++":
+    if state.speed.solver == "dpm++":
         scheduler = second_order(scheduler)
     schedules: dict[int, Schedule] = {}  # by number of steps
     while not state.finished:
@@ -68,7 +68,7 @@ def generate_sets(
                 condition = encode_next_frame(engine, state)
             state.open = open_frame(model, state, condition)
         frame = state.open
-        steps = state.shortcuts.steps_of(frame.sets, len(frame.sizes), state.num_diffusion_steps)
+        steps = state.speed.steps_of(frame.sets, len(frame.sizes), state.num_diffusion_steps)
         if steps not in schedules:
             schedules[steps] = Schedule.of(scheduler, steps, state.random.device)
         yield reveal_set(model, engine, schedules[steps], state, frame, stopwatch)
@@ -122,7 +122,7 @@ def reveal_set(
 ) -> SetDone:
     """Predict the next set of the open frame and fix it; the last set closes the frame."""
     guidance = state.segments[state.segment_at(state.done)].guidance
-    if not state.shortcuts.guides(frame.sets, len(frame.sizes)):
+    if not state.speed.guides(frame.sets, len(frame.sizes)):
         guidance = CONDITIONAL
     visible = frame.revealed(frame.sets)  # (B, V)
     ids = frame.revealed(frame.sets + 1)[:, visible.shape[1] :]  # (B, S)
@@ -150,7 +150,7 @@ def set_features(
     engine: Engine, state: SamplingState, frame: OpenFrame, visible: Tensor, ids: Tensor, passes: int
 ) -> Tensor:
     """Spatial features of the tokens `ids` (B, S) in the first `passes` passes, (N * B, S, D)."""
-    batch, every = len(ids), state.shortcuts.guidance_every
+    batch, every = len(ids), state.speed.guidance_every or 1
     condition, following = frame.condition[: passes * batch], ids
     if passes > 1 and every > 1:
         if frame.sets % every:

@@ -11,7 +11,13 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
+)
 
 from nova_video.common.checks import shown
 from nova_video.common.errors import InputError
@@ -160,3 +166,25 @@ def request_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
 
 def _is_a(scheduler: Any, names: tuple[str, ...]) -> bool:
     return isinstance(scheduler, tuple(getattr(diffusers, name) for name in names))
+
+
+def second_order(scheduler: Any) -> Any:
+    """DPM-Solver++ on a checkpoint's noise schedule."""
+    config = scheduler.config
+    if isinstance(scheduler, DDPMScheduler):
+        return DPMSolverMultistepScheduler.from_config(
+            config,
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+            timestep_spacing=config.timestep_spacing,  # from_config leaves out what was not set: it has another default
+        )
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return DPMSolverMultistepScheduler(
+            num_train_timesteps=config.num_train_timesteps,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=scheduler.shift,
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+        )
+    raise InputError(f"solver is dpm++: expected a DDPM or flow schedule, got {type(scheduler).__name__}")

@@ -18,7 +18,7 @@ from nova_video.model import RANDOM_ORDER, NOVATransformer3DModel, Order, Positi
 from nova_video.model.masking import set_sizes_of
 from nova_video.sampling.context import Context, Statistics
 from nova_video.sampling.guidance import GuidanceRule
-from nova_video.sampling.presets import EXACT, Shortcuts
+from nova_video.sampling.presets import EXACT, SpeedOptions
 from nova_video.sampling.random import FrameNoise, RandomState
 
 
@@ -87,7 +87,7 @@ class SamplingState:
     num_sets: int
     """Sets that a frame is revealed in."""
     num_diffusion_steps: int
-    shortcuts: Shortcuts
+    speed: SpeedOptions
     segments: Sequence[Segment]
     context: Context
     positions: Positions
@@ -133,7 +133,7 @@ class SamplingState:
         random: RandomState,
         passes: int,
         context: Context | None = None,
-        shortcuts: Shortcuts = EXACT,
+        speed: SpeedOptions = EXACT,
         given: Mapping[int, GivenFrame] | None = None,
         order_rule: Order = RANDOM_ORDER,
     ) -> "SamplingState":
@@ -147,7 +147,7 @@ class SamplingState:
             num_tokens=(grid[0] // model.patch_size) * (grid[1] // model.patch_size),
             num_sets=num_sets,
             num_diffusion_steps=num_diffusion_steps,
-            shortcuts=shortcuts,
+            speed=speed,
             segments=segments,
             context=context,
             positions=positions,

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from nova_video.common.checks import AttentionKernels, check_local, check_number
 from nova_video.common.errors import InputError, first_line, unknown
 from nova_video.common.extensions import load_extension
+from nova_video.common.options import without_aliases
 from nova_video.io.text import read_toml
 from nova_video.pipeline.settings import Defaults
 
@@ -440,6 +441,7 @@ def check_shares(name: str, shares: tuple[float, ...]) -> None:
 def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
     """A dataclass from a TOML table; unknown keys and wrong types are errors that name the key."""
     known = typing.get_type_hints(kind)
+    values = without_aliases(kind, values)
     for key in values:
         if key not in known:
             near = "".join(f" (is it {name}?)" for name in get_close_matches(key, known, 1))

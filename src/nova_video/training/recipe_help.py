@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+from nova_video.common.options import facts_of, is_option
 from nova_video.training.recipe import Recipe
 
 
@@ -26,7 +27,7 @@ def _help_lines(kind: type[Any], values: Any, prefix: str) -> Iterator[str]:
             continue
         default = "" if value == each.default else f"  (default: {_shown(each.default)})"
         yield f"{prefix}{name} {_shown(value)}{default}"
-        if meaning := meanings.get(each.name):
+        if meaning := meanings.get(each.name) or (facts_of(each).help if is_option(each) else None):
             yield textwrap.fill(meaning, 100, initial_indent="    ", subsequent_indent="    ")
 
 

@@ -58,7 +58,7 @@ class PresetRow:
     """Of a clip."""
     seed: int
     shortcuts: dict[str, Any] = field(default_factory=dict)
-    """Fields of `Shortcuts` that are not the exact way's."""
+    """Fields of `Preset` that are not the exact way's."""
     sets: int | None = None
     diffusion_steps: int | None = None
 

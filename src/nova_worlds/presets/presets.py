@@ -35,7 +35,7 @@ from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.pipeline.result import GenerateResult
 from nova_video.pipeline.settings import SETTINGS_FILE, CheckpointSettings, Defaults
-from nova_video.sampling.presets import EXACT, PRESETS, Shortcuts
+from nova_video.sampling.presets import EXACT, PRESETS, Preset
 from nova_video.text.features import encode_prompts
 from nova_video.text.load import load_text_encoder
 from nova_worlds.clips import ClipSpec
@@ -47,21 +47,21 @@ from nova_worlds.presets.preset_rows import PresetRow, compared, digits
 from nova_worlds.world import EmojiWorld, to_uint8
 
 OTHER_SEED = "other-seed"
-VARIANTS: dict[str, Shortcuts] = {
+VARIANTS: dict[str, Preset] = {
     "exact": EXACT,
     OTHER_SEED: EXACT,
-    "sets-0.75": Shortcuts(sets=0.75),
-    "sets-0.5": Shortcuts(sets=0.5),
-    "steps-0.5": Shortcuts(steps=0.5),
-    "steps-0.32": Shortcuts(steps=0.32),
-    "dpm-0.5": Shortcuts(steps=0.5, solver="dpm++"),
-    "dpm-0.32": Shortcuts(steps=0.32, solver="dpm++"),
-    "last-steps-0.4": Shortcuts(last_steps=0.4),
-    "guided-sets-0.75": Shortcuts(guided_sets=0.75),
-    "guided-sets-0.5": Shortcuts(guided_sets=0.5),
-    "guidance-every-2": Shortcuts(guidance_every=2),
-    "guidance-every-3": Shortcuts(guidance_every=3),
-    "fp8": Shortcuts(fp8=True),
+    "sets-0.75": Preset(sets=0.75),
+    "sets-0.5": Preset(sets=0.5),
+    "steps-0.5": Preset(steps=0.5),
+    "steps-0.32": Preset(steps=0.32),
+    "dpm-0.5": Preset(steps=0.5, solver="dpm++"),
+    "dpm-0.32": Preset(steps=0.32, solver="dpm++"),
+    "last-steps-0.4": Preset(last_steps=0.4),
+    "guided-sets-0.75": Preset(guided_sets=0.75),
+    "guided-sets-0.5": Preset(guided_sets=0.5),
+    "guidance-every-2": Preset(guidance_every=2),
+    "guidance-every-3": Preset(guidance_every=3),
+    "fp8": Preset(fp8=True),
     "balanced": PRESETS["balanced"],
     "fast": PRESETS["fast"],
 }
@@ -151,15 +151,15 @@ def measure_presets(asked: Asked, command: str) -> Iterator[tuple[PresetRow, boo
         yield found, kept
 
 
-def changed(shortcuts: Shortcuts) -> dict[str, Any]:
+def changed(shortcuts: Preset) -> dict[str, Any]:
     """The parts that are not the exact way's."""
     return {part: value for part, value in asdict(shortcuts).items() if value != getattr(EXACT, part)}
 
 
-def numbers_of(shortcuts: Shortcuts, settings: EmojiSettings, defaults: Defaults) -> tuple[int, int]:
+def numbers_of(shortcuts: Preset, settings: EmojiSettings, defaults: Defaults) -> tuple[int, int]:
     """Sets and denoising steps of a variant."""
-    sets = defaults.num_inference_steps if settings.num_inference_steps is None else settings.num_inference_steps
-    steps = defaults.num_diffusion_steps if settings.num_diffusion_steps is None else settings.num_diffusion_steps
+    sets = defaults.sets if settings.num_inference_steps is None else settings.num_inference_steps
+    steps = defaults.diffusion_steps if settings.num_diffusion_steps is None else settings.num_diffusion_steps
     return max(1, round(sets * shortcuts.sets)), max(1, round(steps * shortcuts.steps))
 
 
@@ -283,8 +283,8 @@ class Maker:
             prompt_embeds=[self.features[text] for text in self.world.captions(spec)],
             negative_prompt_embeds=[self.features[""]],
             num_frames=spec.num_frames,
-            num_inference_steps=sets,
-            num_diffusion_steps=steps,
+            sets=sets,
+            diffusion_steps=steps,
             guidance_scale=settings.guidance_scale,
             motion_flow=settings.motion_flow,
             compile=None if self.asked.compile else False,

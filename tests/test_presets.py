@@ -1,4 +1,4 @@
-"""Shortcuts do what they say and no more; presets are shares of a checkpoint's own numbers."""
+"""Preset do what they say and no more; presets are shares of a checkpoint's own numbers."""
 
 import json
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor
 
 from nova_video.common.errors import InputError
+from nova_video.common.options import values_of
 from nova_video.fast.engine import DirectRunner, FastEngine
 from nova_video.fast.fp8 import check_fp8
 from nova_video.model import set_sizes
@@ -23,8 +24,8 @@ from nova_video.sampling.diffusion import Schedule
 from nova_video.sampling.engine import PlainEngine
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance
-from nova_video.sampling.presets import EXACT, PRESETS, Shortcuts, second_order, shortcuts_of
-from nova_video.sampling.schedulers import request_scheduler
+from nova_video.sampling.presets import EXACT, PRESETS, Preset, SpeedOptions
+from nova_video.sampling.schedulers import request_scheduler, second_order
 from nova_video.sampling.state import SamplingState
 from test_engine import embeds
 from test_sampling import GUIDANCES, close, make_state, open_model, open_scheduler
@@ -57,7 +58,7 @@ class Watched(PlainEngine):
 
 
 def made(
-    shortcuts: Shortcuts,
+    speed: Preset,
     guidance: Guidance = GUIDED,
     folder: str = "rotary-flow",
     scheduler: Any = None,
@@ -65,7 +66,7 @@ def made(
 ) -> tuple[Tensor, list[tuple[int, ...]]]:
     """Latents, and what the engine was asked for."""
     model, calls = open_model(folder), list[tuple[int, ...]]()
-    state = make_state(model, embeds()[:1], guidance, sets=SETS, steps=4, shortcuts=shortcuts)
+    state = make_state(model, embeds()[:1], guidance, sets=SETS, steps=4, speed=speed)
     engine = FastEngine(model, DirectRunner(set_multiple=8)) if fast else Watched(model, calls)
     scheduler = request_scheduler(scheduler or open_scheduler(folder), None)
     for _ in generate_sets(model, scheduler, state, engine):
@@ -79,23 +80,23 @@ SIZES = set_sizes(24, SETS)
 def test_exact_is_exact() -> None:
     latents, calls = made(EXACT)
     assert calls == [call for size in SIZES for call in ((2, size), (2, 4))] * 2
-    for none in (Shortcuts(guidance_every=1), Shortcuts(guided_sets=1.0), Shortcuts(last_steps=1.0)):
+    for none in (Preset(guidance_every=1), Preset(guided_sets=1.0), Preset(last_steps=1.0)):
         assert torch.equal(made(none)[0], latents)
 
 
 def test_annealing() -> None:
-    _, calls = made(Shortcuts(last_steps=0.25))
+    _, calls = made(Preset(last_steps=0.25))
     assert [steps for _, steps in calls[1::2]] == [4, 3, 2, 2, 1] * 2
     assert [EXACT.steps_of(i, 3, 25) for i in range(3)] == [25, 25, 25]
-    assert Shortcuts(last_steps=0.01).steps_of(2, 3, 25) == 1
+    assert Preset(last_steps=0.01).steps_of(2, 3, 25) == 1
 
 
 @pytest.mark.parametrize("guidance", [Guidance(4.0), Guidance(4.0, image_scale=1.5)], ids=str)
 def test_guided_sets(guidance: Guidance) -> None:
-    none, calls = made(Shortcuts(guided_sets=0.0), guidance)
+    none, calls = made(Preset(guided_sets=0.0), guidance)
     close(none, made(EXACT, Guidance(1.0))[0])
     assert {rows for rows, _ in calls} == {1}
-    some, calls = made(Shortcuts(guided_sets=0.6), guidance)
+    some, calls = made(Preset(guided_sets=0.6), guidance)
     n = guidance.passes
     assert [rows for rows, _ in calls[::2]] == [n, n, n, 1, 1] * 2
     assert [passes for passes, _ in calls[1::2]] == [n, n, n, 1, 1] * 2
@@ -104,21 +105,21 @@ def test_guided_sets(guidance: Guidance) -> None:
 
 @pytest.mark.parametrize("guidance", [Guidance(4.0), Guidance(4.0, image_scale=1.5)], ids=str)
 def test_guidance_every_other_set(guidance: Guidance) -> None:
-    latents, calls = made(Shortcuts(guidance_every=2), guidance)
+    latents, calls = made(Preset(guidance_every=2), guidance)
     n, s = guidance.passes, SIZES
     asked = [(n, s[0] + s[1]), (1, s[1]), (n, s[2] + s[3]), (1, s[3]), (n, s[4])]
     assert calls[::2] == asked * 2
     assert {passes for passes, _ in calls[1::2]} == {n}
     exact = made(EXACT, guidance)[0]
     assert not torch.equal(latents, exact)
-    assert (latents - exact).abs().mean() < (made(Shortcuts(guided_sets=0.2), guidance)[0] - exact).abs().mean()
+    assert (latents - exact).abs().mean() < (made(Preset(guided_sets=0.2), guidance)[0] - exact).abs().mean()
 
 
 @pytest.mark.parametrize("folder", ["text-to-video", "rotary-flow"])
 def test_second_order_is_the_library_s(folder: str) -> None:
     scheduler = second_order(open_scheduler(folder))
     assert isinstance(scheduler, DPMSolverMultistepScheduler)
-    got, _ = made(Shortcuts(solver="dpm++"), folder=folder)
+    got, _ = made(Preset(solver="dpm++"), folder=folder)
     close(got, made(EXACT, folder=folder, scheduler=scheduler)[0])
 
 
@@ -164,19 +165,19 @@ MODEL = Capabilities((64, 64), 8, 32, False, True, 4, 32, 8, True, 1000)
 
 
 def plan(**values: Any) -> Any:
-    return GenerateRequest("a whale", **values).resolve(Defaults(num_inference_steps=16, num_diffusion_steps=25), MODEL)
+    return GenerateRequest("a whale", **values).resolve(Defaults(sets=16, diffusion_steps=25), MODEL)
 
 
 def test_presets_are_shares_of_the_checkpoint_s_own() -> None:
-    assert (plan().num_inference_steps, plan().num_diffusion_steps, plan().shortcuts) == (16, 25, EXACT)
+    assert (plan().sets, plan().diffusion_steps, values_of(plan(), SpeedOptions)) == (16, 25, values_of(SpeedOptions()))
     fast = PRESETS["fast"]
     quick = plan(preset="fast")
-    assert (quick.num_inference_steps, quick.num_diffusion_steps) == (round(16 * fast.sets), round(25 * fast.steps))
-    assert quick.shortcuts == fast
-    named = plan(preset="fast", num_inference_steps=12, num_diffusion_steps=7, solver="own", guidance_every=1)
-    assert (named.num_inference_steps, named.num_diffusion_steps) == (12, 7)
-    assert (named.shortcuts.solver, named.shortcuts.guidance_every) == ("own", 1)
-    assert named.shortcuts.last_steps == fast.last_steps
+    assert (quick.sets, quick.diffusion_steps) == (round(16 * fast.sets), round(25 * fast.steps))
+    assert values_of(quick, SpeedOptions) == values_of(fast, SpeedOptions)
+    named = plan(preset="fast", sets=12, diffusion_steps=7, solver="own", guidance_every=1)
+    assert (named.sets, named.diffusion_steps) == (12, 7)
+    assert (named.solver, named.guidance_every) == ("own", 1)
+    assert named.last_steps == fast.last_steps
     assert read_record(Plan, json.loads(json.dumps(plan_as_json(quick))), "plan") == quick
 
 
@@ -190,10 +191,9 @@ def test_presets_are_shares_of_the_checkpoint_s_own() -> None:
         ({"guidance_every": 0}, "guidance_every is 0"),
     ],
 )
-def test_wrong_shortcuts(values: dict[str, Any], message: str) -> None:
+def test_wrong_speed_options(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         GenerateRequest("a whale", **values)
-    assert shortcuts_of(None) == EXACT
 
 
 def test_fp8_needs_a_gpu_that_has_it() -> None:

@@ -140,7 +140,7 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
     """(line, rule, text) of every docstring, fields' included, that is too long or opens without a subject."""
     for line, text in _every_docstring(tree):
         first = first_sentence(text)
-        if len(first.split()) > MOST_WORDS:
+        if count_words(first) > MOST_WORDS:
             yield line, f"first sentence has more than {MOST_WORDS} words", first
         if OPENING.match(text):
             yield line, "docstring opens without a subject", first
@@ -150,6 +150,12 @@ def first_sentence(text: str) -> str:
     """The text up to the first full stop or empty line, on one line."""
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
     return re.split(r"(?<=[.?!])\s", paragraph, maxsplit=1)[0]
+
+
+def count_words(sentence: str) -> int:
+    """Number of words; shapes and other remarks in brackets do not count, nor do signs and numbers."""
+    plain = re.sub(r"\([^()]*\)|\[[^][]*\]", " ", sentence)
+    return sum(any(letter.isalpha() for letter in word) for word in plain.split())
 
 
 def _every_docstring(tree: ast.Module) -> Iterator[tuple[int, str]]:

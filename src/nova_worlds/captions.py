@@ -64,7 +64,7 @@ _PLACES = {  # a wording's field -> what stands there, in the terms of a vocabul
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says."""
+    """The contents of a caption."""
 
     object: str
     background: str
@@ -127,7 +127,7 @@ def with_article(name: str) -> str:
 
 
 def parse_caption(caption: str, names: Sequence[str]) -> Scene | None:
-    """What a caption in any of the wordings above says, or None if it is none of them about `names`."""
+    """The scene of a caption in any wording above; None if it has none of them about `names`."""
     known = {with_article(name): name for name in names}
     for kind, patterns in _PATTERNS.items():
         for pattern in patterns:
@@ -168,7 +168,7 @@ def caption_vocabulary(names: Mapping[str, Sequence[str]], clips: bool, pictures
 
 
 def _template(wording: str) -> str:
-    """A wording as a template of a vocabulary: all may be absent but the objects and how they stand to each other."""
+    """A wording as a template of a vocabulary. All parts but the objects and their relation may be absent."""
     parts = []
     for before, field in re.findall(r"((?:\w+ )*)\{(\w+)\}", wording.replace(",", "")):
         words = " ".join(word for word in before.split() if word not in (*IGNORED, "background"))

@@ -1,4 +1,4 @@
-"""What a clip shows, as numbers: `ClipSpec`, a batch of clips, and the path each object takes through the frames.
+"""The contents of clips as numbers: `ClipSpec`, a batch of clips, and the path of each object.
 
 The paths are plain functions of the frame number, so a clip has any length: movers turn round at the edge, growing and
 shrinking swing back. Places and phases are chosen so that the first `SPAN` frames show the named motion and nothing
@@ -38,7 +38,7 @@ class ClipSpec:
 
     num_frames: int
     has_pairs: bool
-    """Whether any clip may show a second object: known without asking the device."""
+    """True if any clip may show a second object. It is known without a transfer from the device."""
     object: Tensor
     """Index into the world's names."""
     background: Tensor
@@ -136,8 +136,10 @@ def object_path(spec: ClipSpec) -> ObjectPath:
 
 
 def pair_paths(spec: ClipSpec) -> tuple[ObjectPath, ObjectPath]:
-    """The paths of both objects in pictures of two: one half each, apart along the relation's axis, about level
-    along the other."""
+    """The paths of both objects in pictures of two, apart along the axis of their relation.
+
+    Each object has one half of the picture; along the other axis they are about level.
+    """
     beside = (spec.relation == 0)[:, None]  # (N, 1): next to each other, else one above the other
     paths = []
     for size, place, side in ((spec.size, spec.place, 0.0), (spec.second_size, spec.second_place, 1.0)):

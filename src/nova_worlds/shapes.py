@@ -1,4 +1,7 @@
-"""A world of shapes drawn by code, in the same format as the real art: for tests, and to train without any download."""
+"""A world of shapes that code draws, for tests and for training without a download.
+
+Its format is that of the real art.
+"""
 
 import math
 from dataclasses import dataclass

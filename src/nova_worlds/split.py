@@ -1,4 +1,6 @@
-"""Which combinations are held out: one tenth, by a hash of the words, so the same on every machine and for every set.
+"""The combinations that are held out: one tenth, chosen by a hash of the words.
+
+They are the same on every machine and for every set.
 
 A clip is known by (object, motion, background), a single image counts as a clip staying still, and an image of two
 objects is known by (object, relation, object). Speeds, sizes and places do not matter.
@@ -16,7 +18,7 @@ HELD_OUT_ONE_IN = 10
 
 
 def is_held_out(*parts: str) -> bool:
-    """Whether the combination of these words is never trained on."""
+    """True if the combination of these words is never trained on."""
     digest = hashlib.sha256("|".join(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 

@@ -1,4 +1,4 @@
-"""What the world of captioned clips is made of, in words: backgrounds, motions, speeds, relations.
+"""The words of the captioned world: backgrounds, motions, speeds, relations.
 
 Everything else in `data` numbers these by their place in the tuples below, so the order is part of the prepared format.
 """

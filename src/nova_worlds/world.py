@@ -45,7 +45,7 @@ Split = Literal["train", "heldout"]
 
 @dataclass(frozen=True)
 class WorldInfo:
-    """What `world.json` says."""
+    """The contents of `world.json`."""
 
     set: str
     """core, all or shapes."""
@@ -101,7 +101,7 @@ class EmojiWorld:
         return cls(info, tensors, device)
 
     def to(self, device: torch.device | str) -> "EmojiWorld":
-        """The same world on another device."""
+        """This world on another device."""
         return EmojiWorld(self.info, self.tensors, device)
 
     def __len__(self) -> int:
@@ -209,7 +209,7 @@ class EmojiWorld:
         return tiles.view(N, 4, frames, CANVAS, CANVAS)
 
     def captions(self, spec: ClipSpec, rng: random.Random | None = None) -> list[str]:
-        """One caption per clip: in the main form, or with `rng` in a random wording, the main form half the time.
+        """One caption per clip, in the main form. With `rng`, half of them have a random other wording.
 
         Single frames are told as images, which have no motion.
         """

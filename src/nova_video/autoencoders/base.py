@@ -1,4 +1,4 @@
-"""What every video autoencoder of the project shares: shapes checked, pictures as clips of one frame, slicing, tiling.
+"""The base of video autoencoders: checks of shapes, pictures as clips of one frame, slicing, tiling.
 
 A subclass says how a whole clip becomes moments and how latents become pixels; this file does the rest, so that both
 autoencoders meet the pipeline and the trainer through the same `encode` and `decode`. Nothing about a call is kept.
@@ -34,8 +34,10 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
     use_slicing = False
     use_tiling = False
     decode_context = 1
-    """Latent frames that must stand before a piece of a clip for its pixels to be those of the whole clip: one at
-    least, since a piece with nothing before it is a clip's beginning."""
+    """Earlier latent frames that a piece of a clip needs to have the pixels of the whole clip.
+
+    There is one at least, because a piece with nothing before it is the beginning of a clip.
+    """
 
     def encode_clip(self, x: Tensor) -> Tensor:
         """Whole clip (B, 3, T, H, W) -> moments (B, 2C, F, h, w)."""

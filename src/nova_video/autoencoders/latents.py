@@ -17,7 +17,7 @@ def scale_latents(vae: Any, z: Tensor) -> Tensor:
 
 
 def unscale_latents(vae: Any, z: Tensor) -> Tensor:
-    """What the transformer made -> what the autoencoder decodes; undoes `scale_latents`."""
+    """Undoes `scale_latents`: latents of the transformer -> latents that the autoencoder decodes."""
     mean, scale = _affine(vae, z)
     return z / scale + mean
 

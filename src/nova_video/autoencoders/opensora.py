@@ -24,7 +24,7 @@ TEMPORAL_LEVELS = 2  # levels at which time halves or doubles: 4x in all
 
 
 class CausalConv3d(nn.Conv3d):
-    """3D convolution whose left padding in time is copies of the first frame, so that no frame sees a later one."""
+    """3D convolution that pads time with copies of the first frame, so that no frame sees a later one."""
 
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> None:
         super().__init__(inputs, outputs, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))

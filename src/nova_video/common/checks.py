@@ -28,8 +28,10 @@ def check_number(
     below: bool = False,
     hint: str = "",
 ) -> None:
-    """`value` is a finite number of at least `low` (more than it with `above`) and at most `high` (less than it with
-    `below`), or an InputError."""
+    """Refuses a `value` that is not a finite number from `low` to `high`.
+
+    With `above` it must be more than `low`, with `below` less than `high`.
+    """
     kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
     if isinstance(value, kinds) and not isinstance(value, bool) and is_finite(value):  # compared exactly, as it is
         fits = high is None or value < high or (value == high and not below)
@@ -68,9 +70,9 @@ def shown(value: object, length: int = 60) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one request may ask for, of any model: more is a slip of the pen, and would fail after a long wait.
+    """Upper bounds of one request, for every model. More is a typing error, and would fail after a long wait.
 
-    What a request would take of memory is estimated besides (`plan.py`), against `GenerateRequest.memory_gb`.
+    `plan.py` also estimates the memory of a request and compares it with `GenerateRequest.memory_gb`.
     """
 
     side: int = 16_384
@@ -95,7 +97,7 @@ LIMITS = Limits()
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a number is finite as a float: integers of hundreds of digits are not."""
+    """True if a number is finite as a float; integers of hundreds of digits are not."""
     try:
         return math.isfinite(value)
     except OverflowError:
@@ -103,7 +105,7 @@ def is_finite(value: Any) -> bool:
 
 
 def check_local(name: str, place: str | Path, hint: str = "") -> None:
-    """`place`, which is written to, is a path: where a URL is meant, a folder of its name would be made here."""
+    """Refuses a URL as a place to write to; otherwise a folder with that name would appear here."""
     if (match := URL.match(str(place))) is not None:
         raise InputError(f"{name} is {match[1]}://{match[2]}: expected a local folder{hint}")
 

@@ -30,7 +30,7 @@ def unknown(what: str, name: str, known: Collection[str], otherwise: str = "") -
 
 
 def first_line(error: object) -> str:
-    """What an error of a library says first; the next line too, where that is what the first one announces."""
+    """The first line of a library's error, with the next one if the first one announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -21,7 +21,7 @@ def install_command(extra: str) -> str:
 
 
 def _requirement(extra: str) -> str:
-    """What pip takes: the package's folder, as editable if it is, its URL or its name, with the extra."""
+    """The argument of pip: the folder of the package, its URL or its name, with the extra."""
     try:
         record = json.loads(metadata.distribution("nova-video").read_text("direct_url.json") or "{}")
     except metadata.PackageNotFoundError:

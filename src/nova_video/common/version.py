@@ -1,4 +1,4 @@
-"""The commit that this code is from: written into a wheel when it is built, asked of git in a checkout."""
+"""The commit of this code. A build writes it into the wheel; in a checkout git is asked."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The stages of encoding on Ray Data: decoding and motion as tasks on any core, each network as a pool of actors.
+"""The stages of encoding on Ray Data: tasks decode and measure motion, pools of actors run the networks.
 
     items --tasks--> clips --actors: EncodeLatents--> samples --actors: EncodeText--> samples --> this process
 
@@ -79,7 +79,7 @@ class Encoded:
 
 @dataclass
 class Pending:
-    """What has come back of an item so far."""
+    """The results of an item so far."""
 
     mark: Mark | None = None
     samples: dict[int, Sample | Rejected] = field(default_factory=dict)
@@ -193,9 +193,9 @@ class Plan:
     """How the stages share a Ray."""
 
     device: str
-    """What actors compute on: cpu, or cuda (each sees its own GPU alone)."""
+    """The device of the actors: cpu, or cuda (each sees its own GPU alone)."""
     actors: int
-    """Of the autoencoder; and on GPUs of the text encoder, which else has one."""
+    """Number of actors of the autoencoder, and on GPUs of the text encoder, which has one otherwise."""
     cores: int
 
     @property
@@ -203,7 +203,7 @@ class Plan:
         return self.actors if self.device == "cuda" else 1
 
     def share(self, gpu: float, core: float) -> dict[str, float]:
-        """What one actor asks for."""
+        """The resources of one actor."""
         whole = min(1.0, (self.cores - 1) / self.actors)  # a core is left for decoding
         return {"num_cpus": round(core * whole, 4), "num_gpus": gpu if self.device == "cuda" else 0.0}
 
@@ -278,7 +278,7 @@ def _result(mark: Mark, made: dict[int, Sample | Rejected]) -> ItemResult:
 
 
 def _windows(items: Iterable[Item]) -> Iterator[list[bytes]]:
-    """Pickled items, as many as Ray gets together: pools of actors are made anew for every window, so it is long."""
+    """Pickled items in long windows, because Ray makes the pools of actors again for each window."""
     window: list[bytes] = []
     size = 0
     for item in items:
@@ -328,8 +328,10 @@ def _ray(address: str) -> Iterator[None]:
 
 @functools.cache
 def _token() -> str:
-    """What a Ray of our own asks of all who talk to it, else Ray writes one to the user's home. One for all of this
-    process's life, since Ray reads it once."""
+    """The token of the Ray instance that this process starts.
+
+    Without one, Ray would write a token to the user's home. Ray reads it once, so the process keeps one token.
+    """
     return secrets.token_hex(32)
 
 
@@ -376,7 +378,7 @@ def _knock(address: str) -> None:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What went wrong in a task or an actor, in one line."""
+    """Raises an error of a task or an actor as one line."""
     from ray.exceptions import RayError
 
     try:

@@ -25,7 +25,7 @@ class OneByOne:
         """Since the last clip that went through."""
 
     def __call__(self, run: Callable[[Sequence[A]], Sequence[B]], clips: Sequence[A]) -> list[B | Exception]:
-        """What `run` gives for each clip, or its error."""
+        """The result of `run` for each clip, or its error."""
         if not clips:
             return []
         try:

@@ -45,7 +45,7 @@ class Entry:
     media: str
     """Digest of the bytes; empty where they are elsewhere, or there are none."""
     mark: str
-    """What the file system says of the file."""
+    """The file system's facts about the file: size, inode and times."""
 
     @property
     def has_problem(self) -> bool:
@@ -53,17 +53,17 @@ class Entry:
 
     @property
     def is_inside(self) -> bool:
-        """Whether the bytes are in the file of the item's part."""
+        """True if the bytes are in the file of the item's part."""
         return "@" in self.mark or (not self.mark and (bool(self.media) or self.has_problem))
 
 
 @dataclass
 class Record:
-    """What `progress/GROUP.json` says of a finished group."""
+    """The contents of `progress/GROUP.json`, for a finished group."""
 
     items: int
     final: bool
-    """Whether the part of the source was read to its end with this group."""
+    """True if the part of the source was read to its end with this group."""
     shards: dict[str, int] = field(default_factory=dict)
     """Bucket -> rows."""
     rejected: list[dict[str, str]] = field(default_factory=list)
@@ -71,16 +71,16 @@ class Record:
     part: str = ""
     """Name of the part of the source that its items are of."""
     part_mark: str = ""
-    """What the file system said of the part's file."""
+    """The file system's facts about the part's file."""
     entries: list[Entry] = field(default_factory=list)
-    """Of its items; older versions have none."""
+    """Entries of its items; older versions have none."""
     replaces: str = ""
     """A group that this one stands for, and that is to be removed."""
     written: int = field(default=0, compare=False)
     """When the record was written, in nanoseconds; not in the file."""
 
     def knows(self, mark: str, now: str) -> bool:
-        """Whether nothing was written to a file since this record: its mark then and now tell."""
+        """True if nothing was written to a file since this record, judged by its mark then and now."""
         if not mark or mark != now:
             return False
         times = mark.split(":")[1:3] if mark.startswith("local:") else []
@@ -106,10 +106,10 @@ class Counts:
 
 @dataclass
 class Comparison:
-    """What is to be done for a dataset to be that of its source again."""
+    """The work that brings a dataset up to date with its source."""
 
     kept: dict[str, list[Entry | None]]
-    """Of each group its entries as they are now; None: the item is gone, or encoded anew."""
+    """By group, its entries as they are now; None if the item is gone or is encoded again."""
     captions: dict[tuple[str, int], str] = field(default_factory=dict)
     """New captions, by group and number in it."""
     skipped: set[int] = field(default_factory=set)
@@ -117,16 +117,16 @@ class Comparison:
     ended: set[int] = field(default_factory=set)
     """Parts that a group is the final one of."""
     wanted: dict[int, set[Key]] = field(default_factory=dict)
-    """Of parts that were read, the items to encode; of others all are."""
+    """By part that was read, the items to encode; of other parts all are."""
     part_of: dict[str, str] = field(default_factory=dict)
-    """Of each group, the one part that its items are of; groups with items of several have none."""
+    """By group, the one part that its items belong to; groups with items of several have none."""
     counts: Counts = field(default_factory=Counts)
     """New items of parts that were not read are not among them."""
     anew: int = 0
-    """Of the changed items, those that are encoded anew."""
+    """Number of changed items that are encoded again."""
 
     def is_affected(self, group: str, record: Record) -> bool:
-        """Whether a group's shards have to be written anew."""
+        """True if the shards of a group have to be written again."""
         return any(
             now is None or now.source != was.source or (group, number) in self.captions
             for number, (was, now) in enumerate(zip(record.entries, self.kept[group], strict=True))
@@ -151,7 +151,7 @@ class _Seen:
     """None: not read yet."""
     caption: str | None = None
     digest: str = ""
-    """Of the caption."""
+    """Hash of the caption."""
 
 
 class _Comparer:
@@ -197,7 +197,7 @@ class _Comparer:
         return self.result
 
     def _is_untouched(self, part: int) -> bool:
-        """Whether the file of a part is as it was when all of its items were encoded."""
+        """True if the file of a part is unchanged since all of its items were encoded."""
         name, mark = self.source.part_name(part), self.source.part_mark(part)
         of_part = [record for record in self.records.values() if record.part == name]
         return (
@@ -314,7 +314,7 @@ def _of(items: Iterator[Item], wanted: set[Key] | None, seen: Counter[str]) -> I
 
 
 def _grouped(items: Iterator[Item], part: int, size: int, taken: set[str], ends: bool) -> Iterator[Item]:
-    """Items with their groups, each one telling whether it is the last of its group, and of its part if that `ends`."""
+    """Gives items their groups, and marks the last one of each group, and of the part if that `ends`."""
     following = next(items, None)
     while following is not None:
         name = free_name(part, taken)
@@ -383,7 +383,7 @@ def caption_digest(caption: str) -> str:
 
 
 def media_digest(item: Item) -> str:
-    """Of an item's bytes, where they are here; else empty."""
+    """Hash of an item's bytes if they are local; else empty."""
     if item.data is not None:
         return hashlib.sha256(item.data).hexdigest()[:32]
     path = local_path(item.url) if item.url else None

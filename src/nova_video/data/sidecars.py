@@ -28,12 +28,12 @@ class Row:
     """A row of a table by its columns."""
 
     number: int
-    """Of a CSV file, counted after the header; of JSON lines, the line."""
+    """Number of the row in a CSV file, without the header, or of the line in JSON lines."""
     values: dict[str, Any]
     problem: str | None = None
     """Why it cannot be used, if its values are wrong or cut."""
     is_short: bool = False
-    """Whether it has fewer cells than columns: it may belong to the row before."""
+    """True if it has fewer cells than columns: it may belong to the row before."""
 
 
 def caption_text(value: object) -> str:
@@ -52,7 +52,7 @@ def caption_text(value: object) -> str:
 
 
 def check_unicode(text: str) -> None:
-    """Raises ValueError for what no text file can hold: NUL, half of a pair of surrogates, bytes that are not UTF-8."""
+    """Raises ValueError for text that no file can hold: NUL, lone surrogates, bytes that are not UTF-8."""
     if "\0" in text:
         raise ValueError("holds NUL characters: expected text")
     if not text.isascii() and (wrong := re.search("[\ud800-\udfff]", text)):
@@ -62,7 +62,7 @@ def check_unicode(text: str) -> None:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, for a message."""
+    """The kind of a value, for a message."""
     if isinstance(value, dict):
         return f"an object (keys {shorten(', '.join(map(str, value)))})" if value else "an object without keys"
     if value is None or isinstance(value, bool):
@@ -109,7 +109,7 @@ def _caption_named(name: str, value: object) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """What metadata.csv or metadata.jsonl holds."""
+    """The contents of metadata.csv or metadata.jsonl."""
 
     columns: list[str]
     rows: list[Row]

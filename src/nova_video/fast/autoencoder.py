@@ -124,7 +124,7 @@ PLAIN = Pieces(normalise, convolve, double)
 
 
 def decode_tile(decoder: "Decoder", z: Tensor, pieces: Pieces | None = None, values: int = PART_VALUES) -> Tensor:
-    """What `decoder(z)` is: one tile (1, C, F, h, w), F > 1, to pixels (1, 3, T, H, W). `values`: of a part."""
+    """Computes `decoder(z)` for one tile (1, C, F, h, w), F > 1: pixels (1, 3, T, H, W). `values` limits a part."""
     pieces = pieces or choose_pieces(z)
     start = decoder.conv_in(z)[0].permute(1, 2, 3, 0).contiguous()  # (F, h, w, C)
     clip = whole(start)
@@ -181,7 +181,10 @@ def resnet(block: "ResnetBlock3D", x: Clip, pieces: Pieces) -> Clip:
 
 
 def double_frames(conv: nn.Conv3d, x: Clip, pieces: Pieces, values: int) -> Clip:
-    """Every row and column twice, then a 3x3 convolution: for each of four places in a doubled cell a 2x2 one of x."""
+    """Doubles rows and columns and convolves 3x3, as four 2x2 convolutions of x.
+
+    There is one for each of the four places in a doubled cell.
+    """
     weight, bias = conv.weight, _bias(conv)  # (D, C, 1, 3, 3)
     _, H, W, C = x.parts[0].shape
     out = Clip([], x.sums.new_zeros(()), x.frames)
@@ -201,7 +204,10 @@ def double_frames(conv: nn.Conv3d, x: Clip, pieces: Pieces, values: int) -> Clip
 
 
 def halved(weight: Tensor, axis: int, place: int) -> Tensor:
-    """Of three taps on doubled values the two on those before doubling, for the first or second of a pair."""
+    """Turns three taps on doubled values into two taps on the values before doubling.
+
+    `place` is the first or the second one of a pair.
+    """
     first, middle, last = weight.float().unbind(axis)
     pair = (first, middle + last) if place == 0 else (first + middle, last)
     memory = torch.channels_last_3d if weight.ndim == 5 else torch.preserve_format
@@ -229,7 +235,7 @@ def double_clip(conv: nn.Conv3d, x: Clip, pieces: Pieces, values: int) -> Clip:
 
 
 class Window:
-    """What a causal convolution reads: a part, normalised, in a border of zeros, behind the two frames before it."""
+    """The input of a causal convolution: a normalised part with a border of zeros, behind its two earlier frames."""
 
     def __init__(self, clip: Clip, shape: torch.Size) -> None:
         _, H, W, C = shape

@@ -159,7 +159,7 @@ def choose_tile(inputs: int, outputs: int) -> Tile:
 
 
 def normalise(part: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    """As `fast.normalise`."""
+    """The kernel for `fast.normalise`."""
     _, H, W, C = part.shape
     rows = part.numel() // C
     grid, sizes = _blocks(rows, C)
@@ -167,7 +167,7 @@ def normalise(part: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
 
 
 def double(x: Tensor) -> Callable[[int, Tensor], None]:
-    """As `fast.double`."""
+    """The kernel for `fast.double`."""
     T, H, W, C = x.shape
 
     def write(start: int, out: Tensor) -> None:
@@ -187,7 +187,7 @@ def convolve(
     first: tuple[int, int],
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `fast.convolve`."""
+    """The kernel for `fast.convolve`."""
     k, H, W, C = window.shape
     if C % 16:  # narrower than the matrix units' blocks
         return convolve_by_library(window, weight, bias, out, add, first)
@@ -212,7 +212,7 @@ def convolve(
 def convolve_by_library(
     window: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None, add: bool, first: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """As `fast.convolve`: the library's convolution, then addition and sums in one pass."""
+    """Computes `fast.convolve` by the library's convolution, then addition and sums in one pass."""
     made = fast.cudnn_convolve(window, weight, bias, out, first)
     C, loops = made.shape[-1], 16
     rows = made.numel() // C
@@ -239,7 +239,7 @@ LIBRARY_PIECES = fast.Pieces(normalise, convolve_by_library, double)
 
 
 def agree(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if the kernels give what the plain pieces give on small tensors, else what is off and by how much."""
+    """Compares the kernels with the plain pieces on small tensors: None, or the difference in words."""
     generator = torch.Generator(device).manual_seed(0)
 
     def noise(*shape: int) -> Tensor:

@@ -67,7 +67,7 @@ def predict(
 
 @triton.jit
 def release_kernel_behind(EARLY: tl.constexpr):
-    """Let the next kernel be launched while this one runs: what it reads before it awaits this one costs no time."""
+    """Let the next kernel start while this one runs. Its reads before it waits for this one cost no time."""
     if EARLY:
         gdc_launch_dependents()
 

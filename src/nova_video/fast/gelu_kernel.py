@@ -58,8 +58,10 @@ def gelu_backward_kernel(
     TOGETHER: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The gradient of (rows, columns) numbers, to_out times Phi(x) + x phi(x), where x has the bias added; and its sums
-    over every `each` rows."""
+    """The gradient of GELU, to_out times Phi(x) + x phi(x), and its sums over every `each` rows.
+
+    The bias is added to x first. All have (rows, columns) numbers.
+    """
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < columns
     if BIAS:

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: N803
-"""The Triton kernel of `norm.py`: a layer norm's gradients, of what it is given and of all that is summed over rows."""
+"""The Triton kernel of `norm.py`: gradients of a layer norm, for its input and for all sums over rows."""
 
 import torch
 import triton
@@ -31,8 +31,10 @@ def norm_backward_kernel(
     TOGETHER: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The gradient of (rows, columns) numbers, and sums over every `each` rows, one behind the other: the gradients of
-    the bias, of the weight and of the shift."""
+    """The gradient of (rows, columns) numbers, and sums over every `each` rows.
+
+    The sums are the gradients of the bias, of the weight and of the shift, one behind the other.
+    """
     column = tl.arange(0, COLUMNS)
     there = column < columns
     scale = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -68,8 +70,10 @@ def norm_backward_kernel(
 
 
 def share(rows: int, programs: int, together: int) -> int:
-    """Rows of each of at most so many programs, which take so many at once: all programs run at the same time, and
-    none waits for a multiprocessor while others have ended."""
+    """Rows per program, so that all programs run in one wave.
+
+    There are at most `programs`, and each takes `together` rows at once.
+    """
     return together * ((rows + programs * together - 1) // (programs * together))
 
 

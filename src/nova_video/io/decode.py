@@ -129,7 +129,7 @@ class Media:
                 yield 0, next(times), frame
 
     def problem(self) -> str | None:
-        """What was wrong with the frames, said after the last one."""
+        """The fault of the frames, known after the last one; None if there is none."""
         return None if self.video is None else self.video.problem()
 
     def close(self) -> None:
@@ -209,7 +209,7 @@ def warn_of_pages(media: Media, name: object) -> None:
 
 
 class MediaFile:
-    """A picture or clip in a file, known by its size, rate and length, and decoded only when it is read."""
+    """A picture or clip in a file, with its size, rate and length. It is decoded only when it is read."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """InputError for a file that is neither, or cannot be shown rightly."""

@@ -1,4 +1,4 @@
-"""What a request is given to begin with: clips and masks, in every form that people hold them.
+"""Given clips and masks of a request, in every form that users have.
 
 `read_clips` and `read_masks` bring them to one form each; the rest takes that form to a model's frame rate and size,
 and to tensors. A clip in a file stays there until it is known at which rate and size it is needed. Pixels pass bit for
@@ -228,7 +228,7 @@ def read_masks(mask_image: object) -> np.ndarray:
 
 
 def _brighter(values: np.ndarray) -> np.ndarray:
-    """(M, H, W) or (M, H, W, 3) -> (M, H, W) bool: white or nearer to it than to black."""
+    """Mask values (M, H, W) or (M, H, W, 3) -> (M, H, W) bool: True if nearer to white than to black."""
     if values.dtype == bool:
         return values
     half = 128 if values.dtype == np.uint8 else 0.5
@@ -267,7 +267,7 @@ def enlarge(clip: Clip, masks: np.ndarray | None, pixels: int) -> tuple[Clip, np
 
 
 def same_rate(source_fps: float | None, fps: float) -> bool:
-    """Whether a clip can be taken frame by frame: its rate is the request's, or unknown."""
+    """True if a clip can be used frame by frame: its rate is that of the request, or unknown."""
     return source_fps is None or abs(source_fps - fps) <= SAME_RATE * fps
 
 
@@ -291,7 +291,7 @@ def fit_masks(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _any_touched(masks: np.ndarray, low: float, high: float, count: int, axis: int) -> np.ndarray:
-    """Along one axis: the part from `low` to `high` in `count` cells, each True where any pixel that it covers is."""
+    """Divides the part from `low` to `high` of one axis into `count` cells: True where any covered pixel is."""
     edges = low + (high - low) * np.arange(count + 1) / count
     first = np.floor(edges[:-1] + 1e-6).astype(int)  # a hair, so that rounding touches no neighbour
     last = np.maximum(np.ceil(edges[1:] - 1e-6).astype(int), first + 1)

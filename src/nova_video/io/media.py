@@ -1,4 +1,4 @@
-"""Pictures and clips to files and back, in the formats of `SUFFIXES`, each with a JSON record of how it was made.
+"""Writes and reads pictures and clips in the formats of `SUFFIXES`, each with a JSON record of its making.
 
 A file appears whole or not at all: it is written beside its place under a hidden name and then renamed. `LiveWriter` is
 the exception: its mp4 grows in place, and plays while it does. A png, webp or gif of several frames is animated.

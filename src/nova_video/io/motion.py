@@ -9,13 +9,12 @@ from nova_video.common.extras import install_command
 
 
 def flow_magnitude(frames: np.ndarray, every: int = 1) -> float:
-    """Mean Farneback flow magnitude of one clip, frames (F, H, W, 3) uint8; of pairs of frames, only each
-    `every`-th is measured."""
+    """Mean Farneback flow magnitude of one clip, frames (F, H, W, 3) uint8. Only each `every`-th pair is measured."""
     return float(np.mean(flow_magnitudes(frames, every)))
 
 
 def flow_magnitudes(frames: np.ndarray, every: int = 1) -> list[float]:
-    """The same of each pair of frames that is measured: 0 and 1, then `every` and the one after it, and so on."""
+    """Flow magnitude of each measured pair of frames: 0 and 1, then `every` and its next one, and so on."""
     try:
         import cv2
     except ImportError as error:

@@ -19,7 +19,7 @@ from nova_video.common.errors import MediaError
 from nova_video.io.colour import Coding, Primaries, coding_of, to_srgb
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What Pillow may open. Others, such as EPS, would start programs or read other files."""
+"""Formats that Pillow may open. Others, such as EPS, would start programs or read other files."""
 ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")
 SIGNATURES = {
     b"%!PS": "EPS or PostScript",
@@ -231,7 +231,7 @@ def _reduction(image: Image.Image) -> int:
 
 
 def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """A picture in L, RGB, CMYK or LAB by its ICC profile; as it is where that is sRGB to a step of 255."""
+    """Converts a picture in L, RGB, CMYK or LAB by its ICC profile, unless that is nearly sRGB."""
     try:
         space = ImageCms.ImageCmsProfile(BytesIO(profile)).profile.xcolor_space.strip()
         if space == "RGB" and image.mode == "L":

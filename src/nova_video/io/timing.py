@@ -57,7 +57,7 @@ def steady_rate(times: Iterable[float], told: float) -> float:
 
 
 def repeats(durations: list[float], sure: float) -> list[int]:
-    """How often each frame of an animation comes at a steady rate: files hold equal frames as one, shown for longer.
+    """How often each frame of an animation comes at a steady rate. Files hold equal frames once, shown for longer.
 
     Durations below `sure` are too coarse to tell, and count once each.
     """

@@ -147,7 +147,7 @@ class Video:
                 yield frame
 
     def problem(self) -> str | None:
-        """What was wrong with the frames, said after the last one."""
+        """The fault of the frames, known after the last one; None if there is none."""
         if self.damaged:
             return f"has {self.damaged} damaged frames, which are left out"
         told = self._told_frames
@@ -314,8 +314,10 @@ def _on_white(pixels: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np
 
 
 def _check_boxes(file: BinaryIO) -> None:
-    """MediaError for what a file's boxes say and its frames do not: encryption, and Dolby Vision that only its own
-    players can show."""
+    """Refuses encryption and Dolby Vision that only its own players can show.
+
+    The boxes of the file tell them; its frames do not.
+    """
     file.seek(0)
     head = file.read(HEAD)
     boxes = _mp4_index(file) if head[4:8] in (b"ftyp", b"moov", b"free", b"wide", b"mdat", b"skip") else head

@@ -14,7 +14,7 @@ from nova_video.io.text import decode_text, parse_json
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
 VARIANTS = (None, "fp16", "bf16")
-"""What the files' names may say of the weights, in the order in which they are looked for."""
+"""Variants that names of files may have, in the order in which they are looked for."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Weights:
 
 
 def find_weights(folder: Path, base: str, variant: str | None = None) -> Weights:
-    """One file or the shards of an index: of the variant, or else in their plain form, or else as fp16 or bf16."""
+    """Finds one file or the shards of an index: the variant, else the plain form, else fp16 or bf16."""
     for kind in dict.fromkeys([variant, *VARIANTS]):
         index, single = index_or_single(folder, base, kind)
         if index.is_file():

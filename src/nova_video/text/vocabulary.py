@@ -33,9 +33,9 @@ class WordList:
     """Phrases that take the same place in a sentence, such as the names of objects."""
 
     kind: str
-    """What the sentence templates call the place: {object}. Several lists may share one."""
+    """The name of the place in sentence templates: {object}. Several lists may share one."""
     title: str
-    """What a list of them is headed with."""
+    """The heading of a printed list."""
     phrases: tuple[str, ...]
 
 
@@ -87,7 +87,7 @@ class Vocabulary:
         (folder / VOCABULARY_FILE).write_text(text + "\n", encoding="utf-8")
 
     def __add__(self, other: "Vocabulary") -> "Vocabulary":
-        """What either covers: a model that went on learning knows both."""
+        """The words of both: a model that was trained further knows them all."""
         return Vocabulary(
             tuple(dict.fromkeys(self.words + other.words)),
             tuple(dict.fromkeys(self.clips + other.clips)),
@@ -104,7 +104,7 @@ class Vocabulary:
     # Checking prompts ---------------------------------------------------------------------------------------------
 
     def problems(self, prompt: str, picture: bool = False) -> list[str]:
-        """What of a prompt for a clip, or for a picture, the model does not know; one line each, none if it is fine."""
+        """The parts of a prompt for a clip or a picture that the model does not know, one line each."""
         items = self._read(prompt)
         if not items:
             return []  # the empty prompt asks for nothing
@@ -190,8 +190,10 @@ class Vocabulary:
             run = []
 
     def _suggestions(self, run: list[str], kinds: set[str]) -> list[str]:
-        """The phrases of these kinds that a run of unknown words is nearest to: misspelt, begun, or without its
-        adjective ("apple" of "red apple")."""
+        """Phrases of these kinds that are nearest to a run of unknown words.
+
+        The words may be misspelt, incomplete, or lack an adjective ("apple" for "red apple").
+        """
         phrases = [phrase for found in self.words if found.kind in kinds for phrase in found.phrases]
         for text in dict.fromkeys([" ".join(run), *(word for word in reversed(run) if len(word) > SHORT)]):
             near = [phrase for phrase in phrases if phrase.endswith(f" {text}") or phrase.startswith(text)]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: how to sample, clips as the judge wants them, and the record of a run.
+"""The common part of the benchmarks: sampling, clips in the form of the judge, the record of a run.
 
 A benchmark judges the judge first, on real renders: one that reads less than 97% of anything right there is no judge.
 """
@@ -40,7 +40,7 @@ class SamplingSettings:
     guidance_scale: float | None = None
     motion_flow: float | None = None
     preset: str | None = None
-    """As in a pipeline's call, and so is the next."""
+    """This and the next setting are those of a pipeline's call."""
     compile: bool | None = None
 
     def check(self, least: dict[str, int]) -> None:
@@ -61,7 +61,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class LongSettings:
-    """What a long clip is made from: the arguments of a pipeline's call by the same names, explained there."""
+    """Settings of a long clip. Their names are those of a pipeline's call, which explains them."""
 
     context_frames: int | None = None
     """None in this and the next two: the model's own."""
@@ -72,7 +72,7 @@ class LongSettings:
 
 
 class EvaluatedPipeline(Protocol):
-    """What is evaluated: `NovaPipeline`, or a stand-in for it."""
+    """The evaluated pipeline: `NovaPipeline`, or a stand-in for it."""
 
     vae: Any
 
@@ -81,7 +81,7 @@ class EvaluatedPipeline(Protocol):
 
 @dataclass(frozen=True)
 class Origin:
-    """What a report says of where its numbers are from."""
+    """The origin of a report's numbers."""
 
     world: str
     model: str
@@ -125,7 +125,7 @@ class Sheet:
 
 
 class Report(Protocol):
-    """What a benchmark found."""
+    """The result of a benchmark."""
 
     def as_json(self) -> dict[str, Any]: ...
 
@@ -162,7 +162,7 @@ def fill(
 
 
 def as_frames(made: Any, count: int, num_frames: int) -> Tensor:
-    """What a pipeline returned with output_type "np" -> (N, F, CANVAS, CANVAS, 3) uint8."""
+    """Frames of a pipeline with output_type "np" -> (N, F, CANVAS, CANVAS, 3) uint8."""
     frames = np.stack(made.images)[:, None] if num_frames == 1 else np.stack(made.frames)
     expected = (count, num_frames, CANVAS, CANVAS, 3)
     if frames.shape != expected:
@@ -193,7 +193,7 @@ def check_judge(rates: dict[str, Rate], judged: Sequence[str], what: str = "real
 
 
 def in_words(world: EmojiWorld, seen: Judgement, moves: bool) -> list[str]:
-    """What the judge saw in each clip: "whale, moving left, blue"."""
+    """The judge's findings in words, for each clip: "whale, moving left, blue"."""
     said = []
     for thing, motion, color in zip(seen.object.tolist(), seen.motion.tolist(), seen.background.tolist(), strict=True):
         words = [world.names[thing] if thing >= 0 else "no object", COLORS[color]]

@@ -83,7 +83,7 @@ class DriftSettings(SamplingSettings):
         self.check({"num_clips": 1, "num_frames": 2 * ENDS * WINDOW, "context_frames": 1, "reanchor_frames": 1})
 
     def variants(self) -> dict[str, LongSettings]:
-        """What is compared, by name."""
+        """The settings to compare, by name."""
         plain = LongSettings(context_frames=self.context_frames, sink_frames=self.sink_frames, reanchor_frames=0)
         return {
             PLAIN: plain,
@@ -139,7 +139,7 @@ class SourceDrift:
     """How the clips of one source change."""
 
     long: LongSettings | None
-    """What they were made with, if a model made them."""
+    """The settings that a model made them with; None if no model did."""
     curves: dict[str, Curve]
     """By measure."""
     ends: dict[str, Rate]
@@ -271,7 +271,7 @@ def measure(judge: Judge, frames: Tensor, asked: ClipSpec) -> dict[str, Tensor]:
 
 
 def _looks(judge: Judge, frames: Tensor, asked: ClipSpec) -> dict[str, Tensor]:
-    """What is seen in single frames: each (N, frames looked at)."""
+    """Measurements of single frames, each (N, number of frames)."""
     track = track_object(frames)
     area = track.area.clamp(min=MIN_AREA)  # (N, F)
     colors = frames.permute(0, 1, 4, 2, 3).float()  # (N, F, 3, H, W)
@@ -299,7 +299,7 @@ def windows(values: Tensor, frames: Tensor, count: int) -> Tensor:
 
 
 def at_the_end(judge: Judge, asked: ClipSpec, last: Tensor) -> dict[str, Rate]:
-    """What the judge sees in the last SPAN frames (N, SPAN, H, W, 3)."""
+    """The judge's rates for the last SPAN frames (N, SPAN, H, W, 3)."""
     seen = judge(last, replace(asked, num_frames=last.shape[1]))
     return {"object": Rate.of(seen.rank == 0), "background": Rate.of(seen.background == asked.background)}
 

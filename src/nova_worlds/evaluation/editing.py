@@ -1,4 +1,4 @@
-"""The benchmark beyond one clip: does a model carry on what it is given, change when told to, fill in what is missing?
+"""The benchmark beyond one clip. Does a model continue given frames, follow a change, fill in holes?
 
 The parts are in `parts.py`. For each the judge is judged first, on answers made of real renders and in the same frames;
 then on the autoencoder's reconstructions of them, with what is given in its place; then the model is asked.
@@ -46,7 +46,7 @@ class BeyondSettings(SamplingSettings):
 
     parts: tuple[PartName, ...] = tuple(PARTS)
     num_clips: int = 400
-    """Of each part."""
+    """Number of clips in each part."""
     split: Split = "heldout"
     """Combinations never trained on, or those trained on."""
     long: LongSettings = field(default_factory=LongSettings)
@@ -59,7 +59,7 @@ class BeyondSettings(SamplingSettings):
 
 @dataclass(frozen=True)
 class PartReport:
-    """What one part found."""
+    """The result of one part."""
 
     title: str
     slices: Slices
@@ -67,7 +67,7 @@ class PartReport:
     rates: dict[str, dict[str, Rate]]
     """By source (REAL, RECONSTRUCTED where there is an autoencoder, GENERATED) and score."""
     groups: dict[str, dict[str, dict[str, Rate]]]
-    """Of what was generated: by table, row and score."""
+    """Rates of the generated clips, by table, row and score."""
     seconds: float
     """Time of generating alone."""
     sheet: Sheet = field(repr=False)
@@ -188,7 +188,10 @@ def evaluate_part(
 
 
 def asked_cases(part: Part, world: EmojiWorld, settings: BeyondSettings) -> Case:
-    """What is asked for, with enough cases to judge the judge. Drawn on the CPU, so every device is asked the same."""
+    """Draws the cases on the CPU, so that they are equal on every device.
+
+    There are enough of them to judge the judge.
+    """
     generator = torch.Generator().manual_seed(settings.seed)
     return part.ask(world.to("cpu"), max(settings.num_clips, JUDGE_CLIPS), generator, settings.split).to(world.device)
 

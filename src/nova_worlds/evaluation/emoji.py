@@ -50,7 +50,7 @@ class EmojiSettings(SamplingSettings):
     num_pairs: int = 100
     """Pictures of two objects; 0 leaves them out."""
     num_frames: int = SPAN
-    """Of a clip; 1 evaluates a model of images."""
+    """Frames of a clip; 1 evaluates a model of images."""
     split: Split = "heldout"
     """Combinations never trained on, or those trained on."""
 
@@ -165,7 +165,7 @@ def evaluate_emoji(
 
 
 def asked_specs(world: EmojiWorld, settings: EmojiSettings) -> tuple[ClipSpec, ClipSpec]:
-    """What is asked for: clips, and pictures of two objects; enough of both to judge the judge, if any.
+    """Draws clips, and pictures of two objects, enough of both to judge the judge.
 
     Drawn on the CPU, so that every device is asked the same.
     """
@@ -204,7 +204,7 @@ def score(asked: ClipSpec, seen: Judgement, asked_pairs: ClipSpec, seen_pairs: J
 
 
 def clip_flags(asked: ClipSpec, seen: Judgement) -> dict[str, Tensor]:
-    """What is right of each clip, (N,) bool by score."""
+    """Correctness of each clip by score, (N,) bool."""
     background, motion, thing = seen.background == asked.background, seen.motion == asked.motion, seen.rank == 0
     moves = {"motion": motion} if asked.num_frames > 1 else {}
     objects = {"object": thing, "object_top5": seen.rank < 5}
@@ -212,6 +212,6 @@ def clip_flags(asked: ClipSpec, seen: Judgement) -> dict[str, Tensor]:
 
 
 def pair_flags(asked: ClipSpec, seen: Judgement) -> dict[str, Tensor]:
-    """The same for pictures of two objects."""
+    """Correctness of each picture of two objects by score, (N,) bool."""
     both = (seen.rank == 0) & (seen.second == asked.second)
     return {"relation": seen.relation == asked.relation, "both_objects": both}

@@ -50,7 +50,7 @@ GPU_CLIPS, CPU_CLIPS = 64, 4  # at a time: a CPU is quicker in small pieces
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
-    """What the judge saw in N clips. All (N,) int64."""
+    """The judge's findings in N clips. All (N,) int64."""
 
     background: Tensor
     """Index into words.COLORS."""
@@ -61,7 +61,7 @@ class Judgement:
     rank: Tensor
     """How many objects of the world match better than the asked one: 0 if recognised."""
     relation: Tensor
-    """Of two objects: index into words.RELATIONS, of the asked object to the other. -1 for none, or one object."""
+    """Index into words.RELATIONS, of the named object to the other; -1 for none, or one object."""
     second: Tensor
     """The other of two objects, else -1."""
 
@@ -235,8 +235,11 @@ def name_motion(track: Track) -> Tensor:
 
 
 def turn_rate(track: Track) -> Tensor:
-    """(N,) radians a frame, clockwise: the rate at which the object, seen in polar coordinates around its centre,
-    agrees best with itself some frames later. Every candidate rate is tried at all lags together."""
+    """The rate of turning of each object, (N,) radians a frame, clockwise.
+
+    It is the rate at which the object, in polar coordinates around its centre, agrees best with itself some frames
+    later. Every candidate rate is tried at all lags together.
+    """
     N, frames = track.area.shape
     device = track.area.device
     angles = torch.arange(RAYS, device=device) * (2 * math.pi / RAYS)

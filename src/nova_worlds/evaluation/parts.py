@@ -1,4 +1,4 @@
-"""The parts of the benchmark beyond one clip: what is given and asked, what that should look like, what the judge says.
+"""The parts of the benchmark beyond one clip: given frames, tasks, right answers, verdicts.
 
 Everything is drawn from held-out combinations of the emoji world and given as real renders. Each part also knows the
 answer, frames as a perfect model would return them: what the judge is judged on, in the very frames it looks at.
@@ -44,9 +44,9 @@ class Case:
     """N cases of one part."""
 
     given: ClipSpec
-    """What the given frames show."""
+    """The contents of the given frames."""
     asked: ClipSpec
-    """What the sentence asks for."""
+    """The contents that the sentence names."""
     hole: Tensor
     """(N,) index into the part's holes, -1 where frames are given whole."""
 
@@ -62,7 +62,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What the judge says of N cases."""
+    """The judge's verdict on N cases."""
 
     flags: dict[str, Tensor]
     """By score, each (N,) bool."""
@@ -74,7 +74,7 @@ class Part(ABC):
     """One way of going beyond a clip."""
 
     title: str
-    """What is done, in a line."""
+    """The task in one line."""
     num_frames: int
     given_frames: int
     judged: tuple[str, ...] = ("background", "motion", "object")
@@ -113,7 +113,7 @@ class Part(ABC):
         long: LongSettings,
         first: int,
     ) -> Tensor:
-        """What a model makes of the cases, (N, F, H, W, 3) uint8; `first` is the number of the first of them."""
+        """Frames that a model makes of the cases, (N, F, H, W, 3) uint8. `first` is the number of the first case."""
         prompts = self.prompts(world, case)
         given = self.given(world, case) if self.given_frames else None
         frames = torch.empty(len(case), self.num_frames, CANVAS, CANVAS, 3, dtype=torch.uint8)
@@ -147,7 +147,7 @@ class Part(ABC):
         return torch.cat((start, frames[:, self.given_frames :]), dim=1)
 
     def kept(self, world: EmojiWorld, case: Case, frames: Tensor) -> Tensor:
-        """Whether every pixel that was given came back as it was: (N,) bool."""
+        """True for each case in which every given pixel came back unchanged: (N,) bool."""
         same = frames[:, : self.given_frames].to(world.device) == self.given(world, case)
         return (same | ~self.known(case)).flatten(1).all(dim=1)
 
@@ -313,7 +313,7 @@ class Inpaint(Part):
 
 
 class InpaintEmpty(Inpaint):
-    """The same hole in a picture of a background alone: nothing tells where an object was."""
+    """A hole in a picture of a background alone: nothing tells where an object was."""
 
     title = "a hole in a picture of a background alone, filled with an object"
 
@@ -328,7 +328,7 @@ class InpaintEmpty(Inpaint):
 
 
 class InpaintPair(Inpaint):
-    """Of a picture of two objects, the half of one is a hole, to be filled with a third object."""
+    """A hole in place of one of two objects, to be filled with a third object."""
 
     title = "one half of a real picture of two objects, filled with a third one"
 
@@ -416,7 +416,7 @@ def by_motion(spec: ClipSpec) -> dict[str, Tensor]:
 
 
 def _speeds(motion: Tensor, generator: torch.Generator) -> Tensor:
-    """As the world draws them: a quarter slowly, half plain, a quarter quickly."""
+    """Draws speeds as the world does: a quarter slow, half normal, a quarter quick."""
     fast = torch.rand(motion.shape, generator=generator)
     return torch.where(motion == STILL, PLAIN, 1 + (fast >= 0.75).long() - (fast < 0.25).long())
 

@@ -35,8 +35,7 @@ def spins(spec: ClipSpec) -> Tensor:
 
 
 def steered_path(first: ClipSpec, then: ClipSpec) -> ObjectPath:
-    """The path of objects that do one thing for all frames of `first` and from then on another, as the world does it:
-    (N, F) of the frames of `then`."""
+    """The path of objects that move as in `first` and then as in `then`: (N, F) of the frames of `then`."""
     begun = object_path(first)
     is_motion = {name: (then.motion == index)[:, None] for index, name in enumerate(MOTIONS)}  # each (N, 1)
     count = then.num_frames - first.num_frames
@@ -68,7 +67,7 @@ def steered_path(first: ClipSpec, then: ClipSpec) -> ObjectPath:
 
 
 def has_room(first: ClipSpec, then: ClipSpec, num_frames: int) -> Tensor:
-    """Whether such objects stay within the picture and the world's sizes for so many frames in all: (N,) bool."""
+    """True for objects that stay within the picture and the world's sizes for `num_frames` frames: (N,) bool."""
     path = steered_path(first, replace(then, num_frames=num_frames))
     low, high = (SIZES[end] * GROW_RANGE[end] for end in (0, 1))
     reach = path.size / 2 * torch.where(spins(first) | spins(then), math.sqrt(2), 1.0)[:, None]  # (N, F)

@@ -48,7 +48,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Paired:
-    """How often something is right of `total` things, against how often it was in another way to do the same things."""
+    """The rates of two ways to make the same `total` things, compared thing by thing."""
 
     gained: int
     """Right now and wrong before."""
@@ -67,8 +67,10 @@ class Paired:
         return (self.gained - self.lost) / self.total if self.total else math.nan
 
     def interval(self) -> tuple[float, float]:
-        """95% interval of Agresti and Min (Statistics in Medicine 24, 2005, 729-740): the normal approximation to the
-        mean of the differences, with half a thing added to each of the four cells of right and wrong. Without that, as
+        """95% interval of Agresti and Min (Statistics in Medicine 24, 2005, 729-740).
+
+        It is the normal approximation to the mean of the differences, with half a thing added to each of the four cells
+        of right and wrong. Without that, as
         with a bootstrap, it has no width where nothing differs, and is too narrow where little does."""
         if not self.total:
             return math.nan, math.nan

@@ -1,4 +1,4 @@
-"""What a benchmark found: as tables, as JSON, and as sheets of clips to look at."""
+"""The result of a benchmark as tables, as JSON, and as sheets of clips."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What one variant of `presets.py` gave, sentence by sentence, and the files that keep it.
+"""The outcome of one variant of `presets.py`, sentence by sentence, and the files that keep it.
 
 A file holds the key that it was made under, a JSON text of all that decides the result; it is taken for that key alone.
 """
@@ -18,7 +18,7 @@ from nova_video.io.files import atomic_path
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What one variant gave."""
+    """The outcome of one variant."""
 
     flags: dict[str, Tensor]
     """By score, whether each clip or picture is right: (N,) bool."""
@@ -49,7 +49,7 @@ class Outcome:
 
     @classmethod
     def load(cls, path: Path, key: str) -> "Outcome | None":
-        """What was kept for this very key."""
+        """The outcome that was kept for exactly this key; None if there is none."""
         kept = load_tensors(path, key)
         if kept is None:
             return None
@@ -59,7 +59,7 @@ class Outcome:
 
 
 def digest(folder: Path, parts: Sequence[str]) -> str:
-    """Of the files in these parts of a folder, and their names."""
+    """A hash of the files in these parts of a folder, and of their names."""
     found = hashlib.sha256()
     for part in parts:
         place = folder / part
@@ -78,7 +78,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], key: str, record: str =
 
 
 def load_tensors(path: Path, key: str) -> tuple[dict[str, Tensor], str] | None:
-    """What was saved with this key, and its record."""
+    """The tensors that were saved with this key, and their record."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""What shortcuts cost, on disk and in tables: the rows that `nova bench presets` writes, one a variant."""
+"""The cost of shortcuts, on disk and in tables: `nova bench presets` writes one row a variant."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class Score:
     points: float = 0.0
     """Difference from the exact way, over the same sentences."""
     points_95: tuple[float, float] = (0.0, 0.0)
-    """Of the paired differences (`Paired.interval`)."""
+    """Interval of the paired differences (`Paired.interval`)."""
 
     @property
     def change(self) -> str:
@@ -53,9 +53,9 @@ class PresetRow:
     command: str
     num_clips: int
     num_pictures: int
-    """Of two objects, for `relation` and `both_objects`."""
+    """Number of pictures of two objects, for `relation` and `both_objects`."""
     num_frames: int
-    """Of a clip."""
+    """Frames of a clip."""
     seed: int
     shortcuts: dict[str, Any] = field(default_factory=dict)
     """Fields of `Preset` that are not the exact way's."""
@@ -151,7 +151,10 @@ def _scores(values: Mapping[str, dict[str, Any]]) -> dict[str, Score]:
 
 
 def recorded(kept: Sequence[PresetRow], new: Sequence[PresetRow]) -> list[PresetRow]:
-    """The rows of a file with new ones in their places, the exact one first; none stays if that was made otherwise."""
+    """Puts new rows into those of a file, the exact one first.
+
+    No old row stays if the exact one was made with other settings.
+    """
     comparable = bool(kept) and kept[0].made == new[0].made
     return list({row.preset: row for row in [*(kept if comparable else []), *new]}.values())
 
@@ -198,7 +201,7 @@ def as_aligned(rows: Sequence[PresetRow]) -> list[str]:
 
 
 def made_how(row: PresetRow) -> str:
-    """What all rows of a run share."""
+    """The settings that all rows of a run share."""
     loop = "" if row.compile else ", plain loop"
     return (
         f"{row.num_clips} clips of {row.num_frames} frames in batches of {row.batch}, and {row.num_pictures} pictures "

@@ -1,4 +1,4 @@
-"""What each shortcut costs: the same sentences of the emoji world made exactly and in every other way, and judged.
+"""The cost of each shortcut: sentences of the emoji world are made exactly and in every other way, and judged.
 
 Held-out combinations are made once with each of `VARIANTS` and judged as `nova evaluate emoji` does; every score is
 compared with the exact way's sentence by sentence (`preset_rows.py`). What a variant gave is kept in a folder as soon
@@ -73,7 +73,7 @@ LATENTS = "exact-latents.safetensors"  # what the others are compared with
 
 @dataclass(frozen=True)
 class Asked:
-    """What to compare, on what."""
+    """The variants to compare, and the device."""
 
     model: str
     data: Path
@@ -305,7 +305,7 @@ class Maker:
 
 
 def frames_of(made: GenerateResult) -> Tensor:
-    """What a call gave as "pt" -> (B, T, H, W, 3) uint8."""
+    """Frames of a call with output_type "pt" -> (B, T, H, W, 3) uint8."""
     frames = made.images.unsqueeze(1) if made.frames is None else made.frames  # (B, T, 3, H, W) in [0, 1]
     return (frames * 255).round_().to(torch.uint8).permute(0, 1, 3, 4, 2)
 
@@ -318,7 +318,7 @@ def now(device: torch.device) -> float:
 
 
 def free(device: torch.device) -> None:
-    """What a variant, perhaps a failed one, left behind."""
+    """Frees the memory that a variant, perhaps a failed one, left behind."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

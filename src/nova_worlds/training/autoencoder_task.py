@@ -1,4 +1,4 @@
-"""What is particular to training the autoencoder: its samples, its loss and how good its reconstructions are."""
+"""Training of the autoencoder: its samples, its loss and the quality of its reconstructions."""
 
 from pathlib import Path
 

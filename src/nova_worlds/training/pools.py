@@ -20,7 +20,7 @@ Rows = dict[str, Tensor]
 
 @dataclass
 class Pool:
-    """`size` rows in chunks; chunk k is first made by fill k, then again by every later fill n with n % chunks == k."""
+    """`size` rows in chunks. Fill n makes chunk n % chunks, so later fills replace older chunks in turn."""
 
     make: Callable[[int, int], Rows]
     """(rows, fill number) -> that many new rows, fixed by the fill number."""

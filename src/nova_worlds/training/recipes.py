@@ -11,7 +11,7 @@ from nova_worlds.words import MOTIONS
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """What is learned from: a prepared world, rendered on the device as training goes."""
+    """The training data: a prepared world, rendered on the device as training goes."""
 
     world: str = "data/emoji"
     """Folder written by `nova data emoji` or `nova data shapes`."""
@@ -34,8 +34,11 @@ class DataRecipe:
     emphasis: float = 1.0
     """How many times as often."""
     window: int | None = None
-    """Of longer clips a step shows so many frames, the first one and a stretch of the rest, as a bounded context does
-    in sampling. Only the second half of them is learned: where the stretch begins, nothing tells the first ones."""
+    """Frames that a step takes of longer clips: the first one and a stretch of the rest.
+
+    A bounded context does the same in sampling. Only the second half of the frames is learned: at the beginning of the
+    stretch, nothing tells the first ones.
+    """
 
     def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in ("frames", "probability", "batch", "pool")}

@@ -25,6 +25,7 @@ from diffusers import DDPMScheduler
 from result_file import result_of, write_result
 from torch import Tensor
 
+from nova_video.fast.denoiser import modulations, predict
 from nova_video.fast.fused import (
     Layout,
     Tile,
@@ -88,12 +89,14 @@ class Loop:
         )
         size, count = rows // PASSES, CHANNELS * PATCH**2
         features = torch.randn(PASSES, size, CONDITION, device=device).to(DTYPES[args.dtype])
-        times = denoiser.embed_times(torch.tensor(schedule.timesteps, device=device)).to(features.dtype)  # (K, W)
-        u = times[:, None, None] + denoiser.project_condition(features)
+        times = denoiser.time_cond_embed.embed_times(
+            torch.tensor(schedule.timesteps, device=device), features.dtype
+        )  # (K, W)
+        u = times[:, None, None] + denoiser.time_cond_embed.condition_proj(features)
         start = torch.randn(1, size, count, device=device)
         fresh = torch.randn(sum(schedule.noisy), 1, size, count, device=device)
         scales = torch.tensor([SCALE, 0.0], device=device)
-        return cls(denoiser, schedule, start, fresh, u, denoiser.modulations(u), scales)
+        return cls(denoiser, schedule, start, fresh, u, modulations(denoiser, u), scales)
 
     def plain(self, step: Callable[..., Tensor] | None = None) -> Tensor:
         x, step = self.start, step or one_step
@@ -138,7 +141,7 @@ def one_step(
     noise: Tensor | None,
     clip: float | None,
 ) -> Tensor:
-    output = denoiser.predict(x.to(modulations[0].dtype).repeat(PASSES, 1, 1), modulations)
+    output = predict(denoiser, x.to(modulations[0].dtype).repeat(PASSES, 1, 1), modulations)
     guided = combine(output, PASSES, scales[0], scales[1]).guided()
     return linear_step(x, guided, row, clip, noise)
 
@@ -214,8 +217,8 @@ def run_plain(shape: str, args: Fused, device: torch.device) -> Iterator[dict[st
     loop = Loop.random(shape, args, 0, device)
     yield attempt("eager", lambda: {"seconds": seconds(loop.plain, device, graph=False)})
     if device.type == "cuda":
-        modulations = "modulations of all steps, before any"
-        yield attempt(modulations, lambda: {"seconds": seconds(lambda: loop.denoiser.modulations(loop.u), device)})
+        before = "modulations of all steps, before any"
+        yield attempt(before, lambda: {"seconds": seconds(lambda: modulations(loop.denoiser, loop.u), device)})
         yield attempt("eager in a graph", lambda: {"seconds": seconds(loop.plain, device)})
         step = torch.compile(one_step)
         yield attempt("compiled in a graph", lambda: {"seconds": seconds(lambda: loop.plain(step), device)})

@@ -27,7 +27,6 @@ MAY_IMPORT = {
 """Packages -> those that they import, wherever in a module. `cli` may import all of them."""
 UPWARD = {
     ("autoencoders", "fast"): "the fast decoder is not yet beside the plain one",
-    ("model", "fast"): "blocks are not yet plain",
 }
 """Pairs of packages that go against the order, with the reason."""
 CYCLES = {
@@ -166,10 +165,8 @@ WRITES = {
     ],
     "the command owns its process, and sets threads, signals and kernels for all of it": [
         "choose_kernels: torch",
-        "choose_kernels: torch.compiler.reset",
         "choose_kernels: torch.set_float32_matmul_precision",
-        "allow_kernels: flash",
-        "allow_kernels: torch.backends.cuda.enable_cudnn_sdp",
+        "choose_kernels: torch.backends.cuda.enable_cudnn_sdp",
         "compile_every_variant: torch",
         "measure_training: torch._dynamo.reset",
         "hide: _hidden.append",

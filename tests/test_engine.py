@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor
 
 from nova_video.common.notices import warn_once
+from nova_video.fast.denoiser import modulations as modulations_of
 from nova_video.fast.engine import DirectRunner, FastEngine, Inputs, Modulations, pad_set
 from nova_video.fast.graphs import GraphRunner, Recording
 from nova_video.model.denoiser import Denoiser, DenoiserBlock
@@ -135,8 +136,8 @@ class DirectRecorder:
 
 
 class Halved(Denoiser):
-    def predict(self, noisy: Tensor, modulations: Sequence[Tensor]) -> Tensor:
-        return super().predict(noisy, modulations) / 2
+    def forward(self, *args: Any) -> Tensor:
+        return super().forward(*args) / 2
 
 
 class HalvedBlock(DenoiserBlock):
@@ -144,9 +145,9 @@ class HalvedBlock(DenoiserBlock):
         return super().forward(*args) / 2
 
 
-class HalvedAttention(Attention):
+class NegatedAttention(Attention):
     def forward(self, *args: Any) -> Tensor:
-        return super().forward(*args) / 2
+        return -super().forward(*args)
 
 
 @dataclass(frozen=True)
@@ -164,23 +165,23 @@ def set_class(part: str, kind: type[Any]) -> Callable[[Any, Any], None]:
     return lambda model, patch: patch.setattr(model.get_submodule(part), "__class__", kind)
 
 
-def halved(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: function(*args, **kwargs) / 2
+def negated(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: -function(*args, **kwargs)
 
 
 def patched(kind: type[Any], name: str) -> Callable[[Any, Any], None]:
-    return lambda model, patch: patch.setattr(kind, name, halved(getattr(kind, name)))
+    return lambda model, patch: patch.setattr(kind, name, negated(getattr(kind, name)))
 
 
 def patched_on(part: str, name: str) -> Callable[[Any, Any], None]:
     """On the object alone."""
     return lambda model, patch: patch.setattr(
-        model.get_submodule(part), name, halved(getattr(model.get_submodule(part), name)), raising=False
+        model.get_submodule(part), name, negated(getattr(model.get_submodule(part), name)), raising=False
     )
 
 
 def hooked(part: str) -> Callable[[Any, Any], None]:
-    return lambda model, patch: model.get_submodule(part).register_forward_hook(lambda *called: called[-1] / 2)
+    return lambda model, patch: model.get_submodule(part).register_forward_hook(lambda *called: -called[-1])
 
 
 def patched_combine(model: Any, patch: Any) -> None:
@@ -191,13 +192,13 @@ def patched_combine(model: Any, patch: Any) -> None:
 CHANGES: list[tuple[Callable[[Any, Any], object] | None, Guidance, str]] = [
     (set_class("image_decoder", Halved), Guidance(4.0), "image_decoder is a Halved, a class of its own"),
     (set_class("image_decoder.blocks.0", HalvedBlock), Guidance(4.0), "image_decoder.blocks.0 is a HalvedBlock"),
-    (set_class("image_encoder.blocks.2.attn", HalvedAttention), Guidance(4.0), "attn is a HalvedAttention"),
-    (set_class("video_encoder.blocks.0.attn", HalvedAttention), Guidance(4.0), "attn is a HalvedAttention"),
+    (set_class("image_encoder.blocks.2.attn", NegatedAttention), Guidance(4.0), "attn is a NegatedAttention"),
+    (set_class("video_encoder.blocks.0.attn", NegatedAttention), Guidance(4.0), "attn is a NegatedAttention"),
     (set_class("image_encoder.blocks.1.norm2", HalvedNorm), Guidance(4.0), "norm2 is a HalvedNorm"),
     (hooked("image_decoder"), Guidance(4.0), "image_decoder (Denoiser) has a hook"),
     (hooked("image_encoder.blocks.3.mlp"), Guidance(4.0), "image_encoder.blocks.3.mlp (Mlp) has a hook"),
     (patched_on("image_decoder", "forward"), Guidance(4.0), "image_decoder (Denoiser) has a hook or a method"),
-    (patched_on("", "denoise"), Guidance(4.0), "the transformer (NOVATransformer3DModel) has a hook or a method"),
+    (patched_on("", "encode_tokens"), Guidance(4.0), "the transformer (NOVATransformer3DModel) has a hook or a method"),
     (patched(Denoiser, "forward"), Guidance(4.0), "Denoiser.forward is patched"),
     (patched(Attention, "forward"), Guidance(4.0), "Attention.forward is patched"),
     (patched_combine, Guidance(4.0), "Guidance.combine is patched"),
@@ -324,7 +325,9 @@ def test_modulations_in_chunks(at_once: int) -> None:
     modulations = Modulations(denoiser, condition, times)
     modulations.chunk = at_once
     for step in range(5):
-        for got, expected in zip(modulations.at(step, 1), denoiser.modulations(times[step] + condition), strict=True):
+        for got, expected in zip(
+            modulations.at(step, 1), modulations_of(denoiser, times[step] + condition), strict=True
+        ):
             torch.testing.assert_close(got, expected[:1], rtol=1e-5, atol=1e-5)
 
 

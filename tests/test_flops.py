@@ -40,8 +40,7 @@ def counted(model: NOVATransformer3DModel, frames: int, visible: int, repeats: i
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
         condition = model.embed_condition(text, lengths, motion, motion)
-        positions = model.positions(frames, GRID)
-        losses(model, latents, latents, condition, positions, table, draws).total.backward()
+        losses(model, latents, latents, condition, table, draws).total.backward()
     return float(counter.get_total_flops())
 
 

@@ -18,6 +18,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from nova_video.fast import fused
+from nova_video.fast.denoiser import modulations, predict
 from nova_video.fast.fused import (
     Layout,
     Tile,
@@ -77,8 +78,9 @@ class Loop:
         self.features = torch.randn(passes * batch, size, 16, device=DEVICE).to(dtype)
 
     def modulations(self) -> list[Tensor]:
-        times = self.denoiser.embed_times(self.times).to(self.dtype)  # (K, W)
-        return self.denoiser.modulations(times[:, None, None] + self.denoiser.project_condition(self.features))
+        embed = self.denoiser.time_cond_embed
+        times = embed.embed_times(self.times, self.dtype)  # (K, W)
+        return modulations(self.denoiser, times[:, None, None] + embed.condition_proj(self.features))
 
     def fused(self, layout: Layout | None = LAYOUT, clip: float | None = None, before: Tensor | None = None) -> Tensor:
         return denoise_fused(
@@ -97,11 +99,11 @@ class Loop:
     def plain(
         self, clip: float | None = None, passes: Sequence[int] | None = None, before: Tensor | None = None
     ) -> Tensor:
-        x, modulations = self.start, self.modulations()
+        x, made = self.start, self.modulations()
         for step, row in enumerate(self.rows):
             count = passes[step] if passes else self.passes
             noisy = x.to(self.dtype).repeat(count, 1, 1)
-            output = self.denoiser.predict(noisy, [modulation[step][: len(noisy)] for modulation in modulations])
+            output = predict(self.denoiser, noisy, [modulation[step][: len(noisy)] for modulation in made])
             guided = self.guidance.combine(output, count).guided()
             data = None if before is None else predicted_data(x, guided, row)
             x = linear_step(x, guided, row, clip, self.fresh[step] if step < len(self.fresh) else None, before)
@@ -159,7 +161,7 @@ def test_guidance_can_end_early(cls: Any) -> None:
         start=loop.start,
         fresh=loop.fresh,
         rows=schedule.rows,
-        times=loop.denoiser.embed_times(loop.times),
+        times=loop.denoiser.time_cond_embed.embed_times(loop.times, torch.float32),
         weights=pass_weights(loop.guidance, DEVICE),
     )
     before = torch.zeros_like(loop.start) if schedule.multistep else None

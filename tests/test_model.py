@@ -58,13 +58,13 @@ def test_parts(folder: str) -> None:
         parts["encoder.cond"], gather_tokens(tokens, visible), visible, tokens, positions.image_rotary
     )
     close(out, parts["encoder.out"])
-    condition = model.project_features(parts["denoiser.cond"])
+    z = parts["denoiser.cond"]
     tokens = patchify(noisy, 2)
-    close(model.denoise(tokens, parts["denoiser.timestep"], condition), parts["denoiser.out"])
+    close(model.image_decoder(tokens, parts["denoiser.timestep"], z), parts["denoiser.out"])
 
     # a set alone, and the same set among the untouched noise
     ids = parts["denoiser.pred_ids"].squeeze(-1)
-    alone = model.denoise(gather_tokens(tokens, ids), parts["denoiser.timestep"], gather_tokens(condition, ids))
+    alone = model.image_decoder(gather_tokens(tokens, ids), parts["denoiser.timestep"], gather_tokens(z, ids))
     close(scatter_tokens(tokens, ids, alone), parts["denoiser.out_packed"])
     if "mixer.out" in parts:
         close(model.mix(parts["mixer.first"], parts["mixer.frame"]), parts["mixer.out"])
@@ -97,8 +97,7 @@ def test_loss_and_gradients(folder: str) -> None:
     draws = LossDraws(visible, hidden, tensors["timestep"].gather(1, rows), gather_tokens(tensors["noise"], rows))
     motion = None if case["motion_flow"] is None else torch.tensor(case["motion_flow"])
     condition = model.embed_condition(*prompts(tensors, "prompt_embeds"), motion=motion, fps=torch.full((2,), 12.0))
-    positions = model.positions(latents.shape[2], latents.shape[3:])
-    found = losses(model, latents, latents, condition, positions, table, draws)
+    found = losses(model, latents, latents, condition, table, draws)
     parts = loss_parts(found.by_frame)
     released = minimised(found, "released")
     assert set(parts) == {name for name in tensors if name.startswith("loss")}

@@ -192,7 +192,7 @@ class PlainSampler:
             tokens = model.embed_tokens(patchify(canvas, 2))
             features = [model.encode_tokens(c, tokens, order[:, :start], positions) for c in mixed]
             ids = order[:, start : start + size]
-            sample = self.denoise([model.project_features(z) for z in features], ids)
+            sample = self.denoise(features, ids)
             inside = torch.zeros(batch, self.num_tokens, dtype=torch.bool).scatter(1, ids, True).unsqueeze(-1)
             canvas = unpatchify(torch.where(inside, patchify(sample, 2), patchify(canvas, 2)), 2, self.grid)
             start += size
@@ -206,7 +206,7 @@ class PlainSampler:
         for t in self.scheduler.timesteps:
             noisy = patchify(x, 2)
             timestep = torch.full((batch,), float(t))
-            outputs = [torch.where(inside, self.model.denoise(noisy, timestep, z), noisy) for z in features]
+            outputs = [torch.where(inside, self.model.image_decoder(noisy, timestep, z), noisy) for z in features]
             cond = guided = outputs[0]
             if t >= guidance.trunc and len(outputs) == 2:
                 guided = outputs[1] + guidance.scale * (cond - outputs[1])
@@ -475,10 +475,11 @@ def test_sets_in_turn() -> None:
 
 
 def test_only_what_is_needed_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The denoiser sees the set's tokens alone, its condition is projected once a set, a token is embedded once."""
+    """The denoiser sees the set's tokens alone, and a token is embedded once."""
     model, scheduler = open_model("rotary-flow"), open_scheduler("rotary-flow")
-    seen: dict[str, list[int]] = {"denoise": [], "project_features": [], "embed_tokens": [], "encode_frame": []}
-    seen["encode_context"] = []
+    seen: dict[str, list[int]] = {"embed_tokens": [], "encode_frame": [], "encode_context": []}
+    denoised: list[int] = []
+    model.image_decoder.register_forward_pre_hook(lambda head, given: denoised.append(given[0].shape[1]))
 
     def spy(name: str) -> None:
         original = getattr(model, name)
@@ -494,7 +495,6 @@ def test_only_what_is_needed_is_computed(monkeypatch: pytest.MonkeyPatch) -> Non
     run(model, scheduler, make_state(model, [torch.randn(5, 32)], Guidance(4.0), frames=2, sets=3, steps=4))
     sizes = set_sizes(24, 3)
     assert seen["embed_tokens"] == sizes * 2
-    assert seen["project_features"] == sizes * 2
-    assert seen["denoise"] == [size for size in sizes for _ in range(4)] * 2
+    assert denoised == [size for size in sizes for _ in range(4)] * 2
     assert seen["encode_context"] == [1]  # frame
     assert seen["encode_frame"] == [6]

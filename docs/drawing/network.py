@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from drawing.requests import Revelation
 from drawing.style import CHOSEN, FAINT, HIDDEN, INK, MIXER, SPACE, TEXT, TIME, Point, arrow, box, sheet
 from nova_video.model import NOVATransformer3DModel
-from nova_video.model.transformer import parse_arch
+from nova_video.model.config import parse_arch
 
 FRAMES = 3
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from nova_video.common.errors import InputError
 from nova_video.model import NOVATransformer3DModel, set_sizes
+from nova_video.model.config import parse_arch
 from nova_video.model.operations import block, linear
-from nova_video.model.transformer import parse_arch
 from nova_video.pipeline.plan import Plan
 
 

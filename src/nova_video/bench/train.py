@@ -206,7 +206,7 @@ def _measured(
     row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRecipe, processes: Processes, profile: Path | None
 ) -> TrainRow:
     device = processes.device
-    choose_kernels(recipe.attention_kernels)
+    choose_kernels()
     opened = open_model(row.config, asked, device)
     task = GivenTask(recipe, opened, device)
     module = processes.spread(task)

@@ -11,21 +11,21 @@ the frame, D width, P values of a token, K denoising steps.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from nova_video.common.devices import compile_every_variant
 from nova_video.common.notices import warn_once
+from nova_video.fast.arrange import arrange_for_sampling
+from nova_video.fast.blocks import compiled
+from nova_video.fast.denoiser import modulations, predict
 from nova_video.fast.fused import run_fused, supports
 from nova_video.fast.known import unknown_part
 from nova_video.model import NOVATransformer3DModel, Positions
 from nova_video.model.denoiser import Denoiser
 from nova_video.model.embeddings import Rotary
-from nova_video.model.transformer import ApplyBlock
-from nova_video.model.vit import Block
 from nova_video.sampling import guidance as formulas
 from nova_video.sampling.diffusion import Schedule, SetNoise, denoise_set, linear_step, predicted_data
 from nova_video.sampling.engine import PlainEngine
@@ -91,11 +91,12 @@ class FastEngine:
             "cos": None if rotary is None else rotary.cos,
             "sin": None if rotary is None else rotary.sin,
         }
-        return self.runner(("context",), partial(encode_first, self.model, positions, self._apply), inputs)
+        return self.runner(("context",), partial(encode_first, self._arranged, positions), inputs)
 
-    @property
-    def _apply(self) -> ApplyBlock:
-        return compiled(Block.forward) if self.runner.compiled else Block.__call__
+    @cached_property
+    def _arranged(self) -> NOVATransformer3DModel:
+        """The model over the same weights, with compiled blocks where the runner compiles."""
+        return arrange_for_sampling(self.model) if self.runner.compiled else self.model
 
     def features(
         self, condition: Tensor, embedded: Tensor, visible: Tensor, ids: Tensor, positions: Positions
@@ -112,7 +113,7 @@ class FastEngine:
             "cos": None if rotary is None else rotary.cos,
             "sin": None if rotary is None else rotary.sin,
         }
-        encode = partial(encode_set, self.model, positions, self._apply)
+        encode = partial(encode_set, self._arranged, positions)
         return self.runner(("features",), encode, inputs)[:, : ids.shape[1]]
 
     def denoise(
@@ -181,7 +182,7 @@ class FastEngine:
         """(K, width) embedded timesteps, once a request."""
         if schedule.key not in self._once:
             steps = torch.tensor(schedule.timesteps, device=like.device)
-            self._once[schedule.key] = self.model.image_decoder.embed_times(steps).to(like.dtype)
+            self._once[schedule.key] = self.model.image_decoder.time_cond_embed.embed_times(steps, like.dtype)
         return self._once[schedule.key]
 
     def _scales(self, guidance: Guidance, device: torch.device) -> Tensor:
@@ -210,7 +211,6 @@ def pad_set(tokens: Tensor, multiple: int, dim: int) -> Tensor:
 def encode_first(
     model: NOVATransformer3DModel,
     positions: Positions,
-    apply: ApplyBlock,
     *,
     text: Tensor,
     tokens: Tensor,
@@ -220,13 +220,12 @@ def encode_first(
     """The temporal encoder on a frame that is the only one: (N * B, Lc, D)."""
     rotary = None if cos is None or sin is None else Rotary(cos, sin)
     positions = replace(positions, video_rotary=rotary)
-    return model.encode_context(text, tokens.unsqueeze(1), positions, apply=apply)[:, 0]
+    return model.encode_context(text, tokens.unsqueeze(1), positions)[:, 0]
 
 
 def encode_set(
     model: NOVATransformer3DModel,
     positions: Positions,
-    apply: ApplyBlock,
     *,
     condition: Tensor,
     embedded: Tensor,
@@ -245,7 +244,6 @@ def encode_set(
         in_passes(visible, passes),
         replace(positions, image_space=space, image_rotary=rotary),
         in_passes(ids, passes),
-        apply,
     )
 
 
@@ -270,7 +268,7 @@ def run_steps(
     """All steps of a set whose tokens are stepped by themselves: start (B, S, P) -> values (B, S, P)."""
     x, drawn = start, 0
     before = torch.zeros_like(start) if schedule.multistep else None
-    modulations = Modulations(denoiser, denoiser.project_condition(features), times)
+    modulations = Modulations(denoiser, denoiser.time_cond_embed.condition_proj(features), times)
     for i, t in enumerate(schedule.timesteps):
         noise = fresh[drawn] if schedule.noisy[i] else None
         drawn += schedule.noisy[i]
@@ -302,7 +300,7 @@ def guided_prediction(
     denoiser: Denoiser, x: Tensor, modulations: list[Tensor], scales: Tensor, passes: int
 ) -> Prediction:
     """x (B, S, P) float32 under the modulations of n passes -> their prediction."""
-    output = denoiser.predict(torch.cat([x.to(modulations[0].dtype)] * passes), modulations)
+    output = predict(denoiser, torch.cat([x.to(modulations[0].dtype)] * passes), modulations)
     return formulas.combine(output, passes, scales[0], scales[1])
 
 
@@ -322,7 +320,7 @@ def run_any(
     scales: Tensor,
 ) -> Tensor:
     """All steps of a set in any other way: `denoise_set` with the modulations computed beforehand."""
-    modulations = Modulations(denoiser, denoiser.project_condition(features), times)
+    modulations = Modulations(denoiser, denoiser.time_cond_embed.condition_proj(features), times)
 
     def predict(i: int, x: Tensor) -> Prediction:
         passes = guidance.passes_at(schedule.timesteps[i])
@@ -347,12 +345,5 @@ class Modulations:
         if not self.computed or step >= self.first + len(self.computed[0]):
             self.first = step
             u = self.times[step : step + self.chunk, None, None] + self.condition  # (K', N * B, S, width)
-            self.computed = self.denoiser.modulations(u)
+            self.computed = modulations(self.denoiser, u)
         return [modulation[step - self.first, :rows] for modulation in self.computed]
-
-
-@cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function, compiled once for all blocks and any number of tokens."""
-    compile_every_variant()
-    return torch.compile(function, dynamic=True)

@@ -22,19 +22,16 @@ MOST_CHANNELS = 128  # of a head
 
 log = logging.getLogger(__name__)
 
-allowed = True
-"""False: it is left alone (`attention.allow_kernels`)."""
-
 
 @torch.compiler.assume_constant_result
 def installed(device: torch.device) -> bool:
-    """Whether the package is there, has kernels for this GPU and may be taken."""
-    return allowed and loads(device)
+    """True if flash-attn-4 is installed and supports this GPU: a constant for torch.compile."""
+    return loads(device)
 
 
 @cache
 def loads(device: torch.device) -> bool:
-    """Whether the package is there and has kernels for this GPU."""
+    """True if flash-attn-4 is installed and supports this GPU."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(device)[0] not in CAPABILITIES:
         return False
     try:
@@ -49,7 +46,7 @@ def loads(device: torch.device) -> bool:
 
 
 def suits(query: Tensor, key: Tensor) -> bool:
-    """Whether it takes these, of any layout (..., head_dim)."""
+    """True if it takes these, of any layout (..., head_dim)."""
     channels = query.shape[-1]
     if not query.is_cuda or query.dtype not in HALVES or key.dtype != query.dtype:
         return False

@@ -2,7 +2,7 @@
 
 At batch 1 the loop's matrix products are so small that launches, not arithmetic, take the time. Here everything between
 two products is one kernel, and so is each product with what follows it: 3 * depth kernels a step (`fused_kernels.py`),
-meant to be captured in a CUDA graph. What does not depend on the noisy values, `Denoiser.modulations` of all steps, is
+meant to be captured in a CUDA graph. What does not depend on the noisy values, the modulations of all steps, is
 computed before. Triton comes with CUDA builds of torch; nothing here needs it until a loop is run.
 
 Legend: K steps, N passes, B batch, S tokens of a set, P values of a token, R = N * B * S rows.
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from nova_video.fast.denoiser import modulations
 from nova_video.fast.known import known_denoiser_parts
 from nova_video.model.denoiser import Denoiser, DenoiserBlock
 from nova_video.sampling.diffusion import Schedule
@@ -102,7 +103,7 @@ def run_fused(
 ) -> Tensor:
     """All steps of a set, start (B, S, P) -> values (B, S, P): for features (N * B, S, D), `rows` of `linear_step`, the
     noise `fresh` of the steps that draw any, embedded `times` (K, width) and the passes' `weights` (N,)."""
-    condition = denoiser.project_condition(features)  # (N * B, S, width)
+    condition = denoiser.time_cond_embed.condition_proj(features)  # (N * B, S, width)
     passes = [guidance.passes_at(t) for t in schedule.timesteps]
     most = max(1, ROWS_AT_ONCE // condition[..., 0].numel())
     x, first, drawn = start, 0, 0
@@ -115,7 +116,7 @@ def run_fused(
         draws = sum(schedule.noisy[first:last])
         x = denoise_fused(
             denoiser,
-            denoiser.modulations(u),
+            modulations(denoiser, u),
             x,
             fresh[drawn : drawn + draws],
             rows[first:last],

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from nova_video.model import denoiser, embeddings, patches, transformer, vit
+from nova_video.model import attention, denoiser, embeddings, patches, transformer, vit
 from nova_video.model.denoiser import AdaLayerNorm, Denoiser, DenoiserBlock, Projection, TimeCondEmbed
 from nova_video.model.patches import PatchEmbed
 from nova_video.model.transformer import ImageEncoder, NOVATransformer3DModel, VideoEncoder
 from nova_video.model.vit import Attention, Block, Mlp
 from nova_video.sampling import diffusion, guidance
 
-SOURCES = (denoiser, embeddings, patches, transformer, vit, diffusion, guidance)
+SOURCES = (attention, denoiser, embeddings, patches, transformer, vit, diffusion, guidance)
 """Modules whose functions and methods the fast ways copy."""
 
 

@@ -13,9 +13,8 @@ from torch.nn import functional
 
 
 def takes_kernels(x: Tensor) -> bool:
-    """Whether what is computed of x has kernels of its own: in compiled blocks on a GPU. Others would lose to launches
-    what the kernels save."""
-    return x.is_cuda and torch.compiler.is_compiling()
+    """True where Triton's kernels run. Only compiled parts call what asks: launches would cost what kernels save."""
+    return x.is_cuda
 
 
 def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:

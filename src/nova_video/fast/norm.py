@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nova_video.fast.linear import apply_apart, takes_kernels
+from nova_video.model import denoiser as plain
 
 
 def norm_of(norm: nn.LayerNorm, linear: nn.Module, x: Tensor) -> Tensor:
@@ -27,13 +28,12 @@ def norm_of(norm: nn.LayerNorm, linear: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
-def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(1 + scale) LN(x) + shift, a layer norm without weights; all (..., C)."""
     if takes_kernels(x) and torch.is_grad_enabled():
-        result: Tensor = Modulated.apply(x, scale, shift, eps)  # type: ignore[no-untyped-call]
+        result: Tensor = Modulated.apply(x, scale, shift, plain.NORM_EPS)  # type: ignore[no-untyped-call]
         return result
-    out = torch.addcmul(shift, functional.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
-    return out.to(x.dtype)  # under autocast norms are float32
+    return plain.modulate(x, scale, shift)
 
 
 def add_gated(x: Tensor, gate: Tensor, norm: nn.LayerNorm, branch: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def add_gated(x: Tensor, gate: Tensor, norm: nn.LayerNorm, branch: Tensor) -> Te
     if takes_kernels(x) and torch.is_grad_enabled():
         gated: Tensor = Gated.apply(branch, gate, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
         return x + gated.to(x.dtype)
-    return torch.addcmul(x, gate, norm(branch).to(x.dtype))
+    return plain.add_gated(x, gate, norm(branch))
 
 
 class Norm(torch.autograd.Function):

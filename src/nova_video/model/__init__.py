@@ -3,9 +3,10 @@
 `transformer.py` assembles the parts; `sampling` and `training` are its only users.
 """
 
+from nova_video.model.embeddings import Positions
 from nova_video.model.masking import RANDOM_ORDER, Order, RandomOrder, mask_ratios, random_order, set_sizes
 from nova_video.model.patches import patchify, unpatchify
-from nova_video.model.transformer import NOVATransformer3DModel, Positions
+from nova_video.model.transformer import NOVATransformer3DModel
 from nova_video.model.vit import TemporalCache
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Layerwise casting: the encoders' linear weights in 8 bits, brought to the compute dtype a block at a time.
 
-diffusers casts each layer for its own `forward`. Here a block's layers read each other's weights, so the block is what
-is cast. Its norms and all other modules stay in the compute dtype.
+diffusers casts each layer for its own `forward`. Here a block is cast as a whole, and threads that share a model take
+turns in it. Norms and all other modules stay in the compute dtype.
 """
 
 import threading
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
+
+from nova_video.common.errors import InputError
 
 NAME = "layerwise_casting"
 """Of the hook: diffusers finds the compute dtype of a model by it."""
@@ -43,15 +45,19 @@ class BlockCasting(ModelHook):
                 module.to(dtype=dtype, non_blocking=self.non_blocking)
 
 
-def cast_blocks(
-    blocks: list[nn.Module], storage_dtype: torch.dtype, compute_dtype: torch.dtype, non_blocking: bool
-) -> None:
-    for block in blocks:
+def cast_blocks(model: Any, storage_dtype: torch.dtype, compute_dtype: torch.dtype, non_blocking: bool) -> None:
+    """Store the linear weights of both encoders' blocks in `storage_dtype`."""
+    if is_cast(model) or getattr(model, "peft_config", None):
+        raise InputError(
+            "the transformer is cast already or has adapters: expected a plain one; fuse adapters and unload them"
+        )
+    model.to(compute_dtype)
+    for block in (*model.video_encoder.blocks, *model.image_encoder.blocks):
         hook = BlockCasting(storage_dtype, compute_dtype, non_blocking)
         HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, NAME)
 
 
 def is_cast(model: nn.Module) -> bool:
-    """The model's blocks are stored in another dtype than they compute in."""
+    """True if blocks or layers of the model are stored in another dtype than they compute in."""
     registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
     return any(registry is not None and registry.get_hook(NAME) is not None for registry in registries)

@@ -1,10 +1,11 @@
-"""What the temporal encoder is told: text, motion and positions. Modules here hold weights only."""
+"""The inputs of the encoders: text, motion and positions. Modules here hold weights only."""
 
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nova_video.model.patches import token_positions
 
@@ -76,6 +77,44 @@ class Rotary:
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class Positions:
+    """Where tokens are, for one size and length; once per call. Absolute tables or rotary angles, never both."""
+
+    num_frames: int
+    time: Tensor | None  # (F, 1, D)
+    video_space: Tensor | None  # (Lc, D)
+    image_space: Tensor | None  # (L, D)
+    video_rotary: Rotary | None  # (F * Lc, head_dim / 2)
+    image_rotary: Rotary | None  # (L, head_dim / 2)
+
+    @classmethod
+    def absolute(cls, time: Tensor, grid: tuple[int, int], width: int) -> "Positions":
+        """Tables for embedded frames `time` (F, 1, D) of `grid` = (rows, columns) spatial tokens."""
+        video, image = (
+            space_table(grid[0] // size, grid[1] // size, width, time.device).to(time.dtype) for size in (2, 1)
+        )
+        return cls(len(time), time, video, image, None, None)
+
+    @classmethod
+    def rotary(cls, num_frames: int, grid: tuple[int, int], head_dim: int, device: torch.device) -> "Positions":
+        """Angles for frames of `grid` = (rows, columns) spatial tokens; the spatial encoder's have time 0."""
+        row, column = token_positions(grid[0] // 2, grid[1] // 2, device)
+        frame = torch.arange(num_frames, device=device).repeat_interleave(row.numel())
+        video = rotary_angles(frame, row.repeat(num_frames), column.repeat(num_frames), head_dim)
+        row, column = token_positions(*grid, device)
+        image = rotary_angles(torch.zeros_like(row), row, column, head_dim)
+        return cls(num_frames, None, None, None, Rotary.from_angles(video), Rotary.from_angles(image))
+
+    @property
+    def video_tokens(self) -> int:
+        """Lc, the temporal encoder's tokens of a frame."""
+        if self.video_rotary is not None:
+            return self.video_rotary.cos.shape[0] // self.num_frames
+        assert self.video_space is not None
+        return self.video_space.shape[0]
+
+
 class TextEmbed(nn.Module):
     """Prompt features over the head of a padding table, then LN(proj(.)).
 
@@ -108,9 +147,8 @@ class MotionEmbed(nn.Module):
         self.flow_proj = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.fps_proj = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, motion: Tensor, fps: Tensor) -> Tensor:
-        """motion (B,), fps (B,) -> (B, 2, D)."""
-        dtype = next(self.parameters()).dtype
+    def forward(self, motion: Tensor, fps: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """motion (B,), fps (B,) -> (B, 2, D); `dtype` is what the model computes in."""
         tokens = [self.flow_proj(sinusoid(motion).to(dtype)), self.fps_proj(sinusoid(fps).to(dtype))]
         return torch.stack(tokens, dim=1)
 
@@ -145,3 +183,17 @@ def timestep_frequencies(timestep: Tensor) -> Tensor:
     exponent = torch.arange(128, dtype=torch.float32, device=timestep.device) * (-math.log(10000.0) / 128)
     angles = timestep.float().unsqueeze(-1) * exponent.exp()
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Mixer(nn.Module):
+    """Scale-and-shift of the first frame's feature by the current one's (section 3.2): c_0 * (1 + s) + b."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.lora = nn.Linear(width, rank, bias=False) if rank > 0 else nn.Identity()
+        self.proj = nn.Linear(rank if rank > 0 else width, 2 * width)
+
+    def forward(self, first: Tensor, feature: Tensor) -> Tensor:
+        """first, feature (..., Lc, D) -> (..., Lc, D)."""
+        scale, shift = self.proj(self.lora(functional.silu(feature))).chunk(2, dim=-1)
+        return first * (1 + scale) + shift

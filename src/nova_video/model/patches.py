@@ -39,7 +39,8 @@ class PatchEmbed(nn.Module):
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """(..., P) values in patchify order -> (..., D): the same map for chosen tokens, without their grid."""
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P) in patchify order
-        return functional.linear(tokens, weight, self.proj.bias)
+        bias = None if self.proj.bias is None else self.proj.bias.to(tokens.dtype)
+        return functional.linear(tokens, weight.to(tokens.dtype), bias)  # weights may be stored in fewer bits
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:

@@ -5,15 +5,13 @@ Unusual against a standard ViT: post-norm inside the residual branch, x + LN(f(x
 """
 
 from dataclasses import dataclass
-from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from nova_video.fast.gelu import gelu_of
-from nova_video.fast.linear import apply_linear
-from nova_video.fast.norm import norm_of
-from nova_video.model.attention import Mask, attend, attend_packed
+from nova_video.model.attention import attend
 from nova_video.model.embeddings import Rotary
 from nova_video.model.patches import gather_tokens
 
@@ -67,7 +65,7 @@ class CacheLayer:
 
 
 class Attention(nn.Module):
-    """What the heads find, side by side: (B, N, D) -> (B, N or S, D). `proj` is left to the norm behind it."""
+    """Multi-head attention of tokens to one another, (B, N, D) -> (B, N, D), or (B, S, D) for the rows (B, S) alone."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -79,29 +77,24 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: Rotary | None,
-        mask: Mask | None = None,
+        mask: Tensor | None = None,
         cache: CacheLayer | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        batch, count, width = x.shape
-        heads = index(self.heads)  # where blocks are sharded torch.compile would take any number, and lay out for none
-        qkv = apply_linear(self.qkv, x).view(batch, count, 3, heads, width // heads)  # (B, N, 3, heads, head_dim)
-        if rotary is None and cache is None and rows is None:
-            return attend_packed(qkv, mask).reshape(batch, count, width)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, head_dim)
         query, key, value = qkv.unbind(2)
         if rotary is not None:
             query, key = rotary.rotate(qkv[:, :, :2]).unbind(2)
         if rows is not None:
-            query = gather_tokens(query.flatten(2), rows).unflatten(2, (heads, -1))  # (B, S, heads, head_dim)
+            query = gather_tokens(query.flatten(2), rows).unflatten(2, (self.heads, -1))  # (B, S, heads, head_dim)
         query, key, value = (y.transpose(1, 2) for y in (query, key, value))  # (B, heads, N, head_dim)
         if cache is not None:
             key, value = cache.append(key, value)
-        out = attend(query, key, value, mask)
-        return out.transpose(1, 2).reshape(batch, -1, width)
+        return self.proj(attend(query, key, value, mask).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
-    """The hidden layer, (B, N, D) -> (B, N, 4 D). `fc2` is left to the norm behind it."""
+    """Linear, GELU, Linear, four times as wide inside; (B, N, D) -> (B, N, D)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -109,7 +102,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu_of(self.fc1, x)
+        return self.fc2(functional.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -129,18 +122,28 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotary: Rotary | None,
-        mask: Mask | None = None,
+        mask: Tensor | None = None,
         cache: CacheLayer | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        y = norm_of(self.norm1, self.attn.proj, self.attn(x, rotary, mask, cache, rows)).to(x.dtype)
+        y = self.norm1(self.attn(x, rotary, mask, cache, rows)).to(x.dtype)
         x = (x if rows is None else gather_tokens(x, rows)) + y
-        return x + norm_of(self.norm2, self.mlp.fc2, self.mlp(x)).to(x.dtype)
+        return x + self.norm2(self.mlp(x)).to(x.dtype)
+
+
+def call_block(owner: nn.Module, block: nn.Module, *args: Any) -> Tensor:
+    """Calls a block of `owner`. Under gradient checkpointing, the backward pass computes its insides a second time.
+
+    diffusers' `enable_gradient_checkpointing` sets the switch and the function on every part that has the switch.
+    """
+    if owner.gradient_checkpointing and torch.is_grad_enabled():
+        out: Tensor = owner._gradient_checkpointing_func(block, *args)  # type: ignore[operator]
+        return out
+    return block(*args)
 
 
 def residual_stream(x: Tensor) -> Tensor:
-    """What blocks are to add to: under autocast in the type that it multiplies in, as a model in that type has it, so
-    that norms and sums, which the memory's rate bounds, move half as much."""
+    """x in the type that blocks add in: under autocast the one it multiplies in, so that sums move half the bytes."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 

@@ -77,13 +77,12 @@ class PlainEngine:
         noise: SetNoise,
         generators: Sequence[torch.Generator],
     ) -> Tensor:
-        condition = self.model.project_features(features)  # (N * B, S, width), the same at every step
 
         def predict(i: int, x: Tensor) -> Prediction:
             passes = guidance.passes_at(schedule.timesteps[i])
-            noisy = schedule.scaled(i, x).to(condition.dtype).repeat(passes, 1, 1)  # (n * B, S, P)
+            noisy = schedule.scaled(i, x).to(features.dtype).repeat(passes, 1, 1)  # (n * B, S, P)
             timestep = torch.full((len(noisy),), schedule.timesteps[i], device=x.device)
-            output = self.model.denoise(noisy, timestep, condition[: len(noisy)])
+            output = self.model.image_decoder(noisy, timestep, features[: len(noisy)])
             return guidance.combine(output, passes)
 
         return denoise_set(schedule, guidance, noise, ids, predict, list(generators))

@@ -11,14 +11,10 @@ from typing import Any, Literal
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
-from torch.nn import functional
 
 from nova_video.common.errors import InputError
-from nova_video.model import RANDOM_ORDER, NOVATransformer3DModel, Order, Positions, mask_ratios, masking, patchify
+from nova_video.model import RANDOM_ORDER, NOVATransformer3DModel, Order, mask_ratios, masking, patchify
 from nova_video.model.patches import gather_tokens
-from nova_video.model.transformer import ApplyBlock
-from nova_video.model.vit import Block
-from nova_video.training.blocks import TemporalMasks
 
 VideoLoss = Literal["mean", "released"]
 """How the frames of a clip are weighed: alike, or as the released trainer does."""
@@ -165,31 +161,28 @@ def losses(
     latents: Tensor,
     history: Tensor,
     condition: Tensor,
-    positions: Positions,
     table: NoiseTable,
     draws: LossDraws,
-    apply: ApplyBlock = Block.__call__,
-    masks: TemporalMasks | None = None,
 ) -> Losses:
-    """latents (B, C, F, h, w) are what is predicted; history, of the same shape, is what the temporal encoder reads:
-    the latents themselves, or with noise on them; condition (B, T, D).
+    """The network predicts latents (B, C, F, h, w) from condition (B, T, D) and history, which is like latents.
 
-    `apply` calls a block of the encoders or the denoiser (`blocks.checkpointed`). `masks` keeps temporal masks from
-    call to call, and chooses their form.
+    The temporal encoder reads the history: the latents themselves, or with noise on them.
     """
     num_frames = latents.shape[2]
-    mask = None if masks is None else masks.of(model, condition.shape[1], positions)
-    features = model.encode_frames(condition, history, positions, mask, apply).flatten(0, 1)  # (B * F, Lc, D)
     clean = patchify(latents.transpose(1, 2).flatten(0, 1), model.patch_size)  # (B * F, L, P)
-    z = model.encode_tokens(
-        features, model.embed_tokens(clean), draws.visible_ids, positions, draws.hidden_ids, apply, draws.revealed
-    )  # (B * F, S, D)
     repeats = draws.noise.shape[0] // clean.shape[0]
-    times = functional.embedding(draws.index, model.embed_times(table.timestep))  # (R * B * F, S, width)
-    u = (times.unflatten(0, (repeats, -1)) + model.project_features(z)).flatten(0, 1)
     data = gather_tokens(clean, draws.hidden_ids).repeat(repeats, 1, 1)  # (R * B * F, S, P)
     noisy, target = table.noisy_and_target(data, draws.noise, draws.index)
-    predicted = model.denoise_under(noisy, u, apply)
+    predicted = model(
+        condition,
+        latents,
+        draws.visible_ids,
+        draws.hidden_ids,
+        noisy,
+        table.timestep[draws.index],
+        history,
+        draws.revealed,
+    )
     error = (predicted.float() - target.float()).square().mean(-1)  # (R * B * F, S)
     scored = torch.ones_like(draws.index, dtype=torch.bool)
     if draws.scored is not None:

@@ -27,12 +27,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nova_video.common.checks import AttentionKernels
 from nova_video.common.errors import InputError
+from nova_video.common.fast_parts import find_fast
 from nova_video.fast.graphs import CudaRecorder
 from nova_video.fast.training_graphs import StepGraphs, tensors_of
 from nova_video.io.files import atomic_path, lock_folder, make_readable
-from nova_video.model.attention import allow_kernels, allowed_kernels
 from nova_video.training.card import CARD, SHEET, Record, newest_sheet, write_card
 from nova_video.training.checkpoint import (
     Average,
@@ -75,7 +74,7 @@ def train(recipe: Recipe) -> Path:
     """
     processes = Processes(recipe)
     log = Log(recipe, processes.is_main)
-    choose_kernels(recipe.attention_kernels)
+    choose_kernels()
     torch.manual_seed(recipe.seed)
     task = make_task(recipe, processes.device)
     with lock_folder(log.output) if processes.is_main else nullcontext():
@@ -278,18 +277,12 @@ def compare_recipes(path: Path, recipe: Recipe, log: Log) -> dict[str, tuple[Any
     return changed
 
 
-def choose_kernels(attention: AttentionKernels) -> None:
-    """How torch multiplies on a GPU, in all training; and which kernels attention may take where they suit.
-
-    Compiled code keeps the kernels of attention that were allowed when it was made: it is let go of, and what torch
-    keeps on disk is told apart.
-    """
+def choose_kernels() -> None:
+    """Set how torch multiplies on a GPU, in all training."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    if allowed_kernels() != attention:
-        allow_kernels(attention)
-        torch.compiler.reset()
-    torch.compiler.config.cache_key_tag = f"attention={attention}"
+    if find_fast("attention") is None:  # which takes cuDNN's attention only where its gradients are finite
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def make_task(recipe: Recipe, device: torch.device) -> AnyTask:

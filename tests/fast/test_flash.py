@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from nova_video.bench.sample import versions
 from nova_video.fast import flash
-from nova_video.model.attention import allow_kernels, allowed_kernels, attend, attend_packed
+from nova_video.fast.attention import attend, attend_packed
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -110,15 +110,20 @@ def test_not_without_a_gpu_that_it_knows() -> None:
     assert not flash.suits(query, query)
 
 
-def test_what_is_allowed_is_set_and_read() -> None:
-    before = allowed_kernels()
-    try:
-        for kernels in ("flash", "cudnn", "auto"):
-            allow_kernels(kernels)
-            assert allowed_kernels() == kernels
-            assert flash.allowed == (kernels == "auto")
-    finally:
-        allow_kernels(before)
+def test_kernels_bound_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention 4 is called where it suits and may be taken, also for packed tensors."""
+    calls = []
+    monkeypatch.setattr(flash, "suits", lambda query, key: True)
+    monkeypatch.setattr(flash, "attend", lambda query, key, value: calls.append("apart") or plain(query, key, value))
+    monkeypatch.setattr(flash, "attend_packed", lambda packed: calls.append("packed") or plain(*packed.unbind(2)))
+    packed = torch.randn(1, 6, 3, 2, 8)
+    query, key, value = (x.transpose(1, 2) for x in packed.unbind(2))
+    for kernels in ("auto", "cudnn", "flash"):
+        out = attend(query, key, value, None, kernels)
+        assert torch.allclose(attend_packed(packed, None, kernels), out.transpose(1, 2), atol=1e-6)
+    assert calls == ["apart", "packed"]
+    assert attend(query, key, value, torch.ones(6, 6) > 0).shape == query.shape
+    assert calls == ["apart", "packed"]
 
 
 @pytest.mark.parametrize("loads", [False, True])

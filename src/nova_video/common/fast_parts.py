@@ -1,0 +1,19 @@
+"""The one place where the package finds its fast parts, and goes without them where they are left out."""
+
+import importlib
+from typing import Any
+
+from nova_video.common.notices import warn_once
+
+FAST = "nova_video.fast"
+
+
+def find_fast(part: str) -> Any | None:
+    """The module `part` of `nova_video.fast`; None, with one line in the log, where that package is left out."""
+    try:
+        return importlib.import_module(f"{FAST}.{part}")
+    except ModuleNotFoundError as error:
+        if error.name not in (FAST, f"{FAST}.{part}"):
+            raise
+        warn_once(f"{FAST} is left out of this installation: everything is computed plainly, which is slower")
+        return None

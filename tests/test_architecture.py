@@ -106,8 +106,7 @@ CHANGING = {
         Interrupts Window""",
     "are of one file that is read or written": "LiveWriter Media Video _Deinterlacer _Expected",
     "are of one run of training": """
-        Average CudaRecorder DatasetTask Log Pool Reader Replicated Rows StepGraphs Stepper StopSignal Stream
-        TemporalMasks""",
+        Average CudaRecorder DatasetTask Log Pool Reader Replicated Rows StepGraphs Stepper StopSignal Stream""",
     "are of one run of nova encode": "DecodeLatents EncodeLatents EncodeText Marks OneByOne _Comparer",
     "are of one benchmark": "Maker",
     "hold captured graphs, made under a lock": "Buffer GraphRunner",
@@ -131,6 +130,7 @@ WRITES = {
         "_write_video: container",
         "upright_srgb: colour",
     ],
+    "a copy of a module is given its other parts": ["over: setattr"],
     "the caller hands over its own record, to be filled": [
         "InpaintEmpty.judge: verdict",
         "Maker._batch: generation",

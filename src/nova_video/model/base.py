@@ -9,6 +9,7 @@ from torch import nn
 from nova_video.common.errors import InputError
 from nova_video.model.casting import cast_blocks
 from nova_video.model.embeddings import MaskEmbed
+from nova_video.model.vit import heads_for_width
 
 
 class DiffusersModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -18,6 +19,8 @@ class DiffusersModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _no_split_modules = ["Block", "DenoiserBlock"]
     _supports_group_offloading = False  # weights are read by calls that are no `forward`
     mask_embed: MaskEmbed
+    width: int
+    patch_size: int
 
     def enable_layerwise_casting(
         self,
@@ -45,6 +48,16 @@ class DiffusersModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def dtype(self) -> torch.dtype:
         """That it computes in, by itself for the same reason: casting by layers leaves this parameter as it is."""
         return self.mask_embed.mask_token.dtype
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head, the same in both encoders."""
+        return self.width // heads_for_width(self.width)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width in pixels are multiples of it: the side of a token of the temporal encoder."""
+        return 2 * self.patch_size * int(self.config.image_stride)
 
     def initialize_weights(self) -> None:
         """To train from scratch: normal(0.02) linears; the denoiser's gates and output start at zero, as in DiT."""

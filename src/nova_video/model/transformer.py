@@ -45,9 +45,8 @@ class VideoEncoder(nn.Module):
         An empty `cache` is filled, so that `step` can go on from there.
         """
         text, (num_frames, tokens) = condition.shape[1], frames.shape[1:3]
-        mask = None  # a single frame forms one block with the condition: nothing to hide
-        if num_frames > 1:
-            mask = self.causal_mask(text, tokens, num_frames, frames.device)
+        # a single frame forms one block with the condition: nothing to hide
+        mask = None if num_frames == 1 else self.causal_mask(text, tokens, num_frames, frames.device)
         x = residual_stream(torch.cat([condition, frames.flatten(1, 2)], dim=1))  # (B, T + F * Lc, D)
         rotary = None if rotary is None else rotary.after_condition(text)
         for layer, block in enumerate(self.blocks):
@@ -153,16 +152,6 @@ class NOVATransformer3DModel(DiffusersModel):
         self.image_decoder = Denoiser(mlp_depth, mlp_width, width, image_dim, self.patch_size)
         self.initialize_weights()
 
-    @property
-    def head_dim(self) -> int:
-        """Channels of an attention head, the same in both encoders."""
-        return self.width // heads_for_width(self.width)
-
-    @property
-    def size_multiple(self) -> int:
-        """Height and width in pixels are multiples of it: the side of a token of the temporal encoder."""
-        return 2 * self.patch_size * int(self.config.image_stride)
-
     # Conditioning, once per call ----------------------------------------------------------------------------------
 
     def embed_condition(self, text: Tensor, lengths: Tensor, motion: Tensor | None, fps: Tensor | None) -> Tensor:
@@ -198,9 +187,7 @@ class NOVATransformer3DModel(DiffusersModel):
             tokens = self.video_encoder.patch_embed(latents)
         else:
             tokens = self.mask_embed.bos_token.expand(batch, positions.video_tokens, -1)
-        if bare:
-            return tokens
-        if positions.time is None or positions.video_space is None:
+        if bare or positions.time is None or positions.video_space is None:
             return tokens
         return tokens + positions.time[slot] + positions.video_space
 
@@ -244,9 +231,8 @@ class NOVATransformer3DModel(DiffusersModel):
         """An empty temporal cache with room for the condition tokens and all frames of `positions`."""
         text = self.text_embed.token_len + (2 if self.has_motion else 0)
         capacity = text + positions.num_frames * positions.video_tokens
-        heads = heads_for_width(self.width)
-        like = self.mask_embed.bos_token
-        return TemporalCache(len(self.video_encoder.blocks), batch, heads, capacity, self.head_dim, like)
+        layers, heads = len(self.video_encoder.blocks), heads_for_width(self.width)
+        return TemporalCache(layers, batch, heads, capacity, self.head_dim, self.mask_embed.bos_token)
 
     # In space, set by set -----------------------------------------------------------------------------------------
 
@@ -299,10 +285,9 @@ class NOVATransformer3DModel(DiffusersModel):
         what the temporal encoder reads, by default the latents. `revealed` as in `encode_tokens`.
         """
         positions = self.positions(latents.shape[2], (latents.shape[3], latents.shape[4]))
-        history = latents if history is None else history
-        features = self.encode_frames(condition, history, positions).flatten(0, 1)  # (B * F, Lc, D)
+        features = self.encode_frames(condition, latents if history is None else history, positions)
         tokens = self.image_encoder.patch_embed(latents.transpose(1, 2).flatten(0, 1))  # (B * F, L, D)
-        z = self.encode_tokens(features, tokens, visible_ids, positions, ids, revealed)  # (B * F, S, D)
+        z = self.encode_tokens(features.flatten(0, 1), tokens, visible_ids, positions, ids, revealed)  # (B * F, S, D)
         if type(self.image_decoder) is not Denoiser:  # a head of the user's own gets as many rows of z as of tokens
             z = z.repeat(len(noisy) // len(z), 1, 1)
         return self.image_decoder(noisy, timestep, z)

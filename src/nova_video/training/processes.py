@@ -176,9 +176,11 @@ class Processes:
             mesh_dim_names=("shard",) if whole else ("replicate", "shard"),
         )
         shard = partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        blocks = getattr(module.model, "_no_split_modules", None) or []
+        blocks = {*(getattr(module.model, "_no_split_modules", None) or ())}
         for part in module.model.modules():
-            if isinstance(part, nn.ModuleList) and all(type(block).__name__ in blocks for block in part):
+            if isinstance(part, nn.ModuleList) and all(
+                blocks & {kind.__name__ for kind in type(b).__mro__} for b in part
+            ):
                 for start in range(0, len(part), BLOCKS_TOGETHER):
                     shard(list(part[start : start + BLOCKS_TOGETHER]))
         shard(module)

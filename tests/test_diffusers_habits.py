@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from diffusers.hooks import apply_layerwise_casting
 from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -432,6 +433,22 @@ def test_layerwise_casting_rounds_the_weights_of_blocks(tiny_checkpoint: Path) -
         np.testing.assert_allclose(each, expected, atol=1e-4)
     with pytest.raises(InputError, match="cast already"):
         cast.transformer.enable_layerwise_casting()
+
+
+@pytest.mark.parametrize("patterns", [{}, {"skip_modules_pattern": ("norm",)}], ids=["auto", "embeddings"])
+def test_the_librarys_layerwise_casting_computes(tiny_checkpoint: Path, patterns: dict[str, Any]) -> None:
+    """diffusers' function casts single layers, also those outside of blocks."""
+    cast, rounded = (quiet(NovaPipeline.from_pretrained(tiny_checkpoint)) for _ in range(2))
+    apply_layerwise_casting(cast.transformer, torch.float8_e4m3fn, torch.float32, **patterns)
+    names = {name for name, value in cast.transformer.named_parameters() if value.dtype == torch.float8_e4m3fn}
+    assert "image_encoder.blocks.0.attn.qkv.weight" in names
+    assert "image_decoder.time_cond_embed.timestep_proj.fc1.weight" in names
+    for name, value in rounded.transformer.named_parameters():
+        if name in names:
+            value.data = value.data.to(torch.float8_e4m3fn).to(torch.float32)
+    expected = draw(rounded, num_frames=5, **QUICK)
+    for compile in (True, False):
+        np.testing.assert_allclose(draw(cast, num_frames=5, compile=compile, **QUICK), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}])

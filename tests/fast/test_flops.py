@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nova_video.bench.configs import SIZES, build
+from nova_video.fast.arrange import arrange_for_training
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import add_lora
 from nova_video.model.operations import attention, block, linear
@@ -40,7 +41,8 @@ def counted(model: NOVATransformer3DModel, frames: int, visible: int, repeats: i
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
         condition = model.embed_condition(text, lengths, motion, motion)
-        losses(model, latents, latents, condition, table, draws).total.backward()
+        arranged = arrange_for_training(model, table.timestep)
+        losses(arranged, latents, latents, condition, table, draws).total.backward()
     return float(counter.get_total_flops())
 
 

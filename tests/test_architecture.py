@@ -112,7 +112,7 @@ CHANGING = {
     "hold captured graphs, made under a lock": "Buffer GraphRunner",
     "are switched as diffusers' own are, by their users": "VideoAutoencoder",
     "move a part's tensors to the device and back": "OffloadHook",
-    "hold adapters, graphs and copies for their calls": "AdapterMixin Engines NovaPipeline",
+    "hold adapters, graphs and copies for their calls": "AdapterMixin Engines NamedTextEncoder NovaPipeline",
 }
 """What objects are that change themselves after construction -> their classes."""
 WRITES = {

@@ -12,6 +12,7 @@ from torch import nn
 from conftest import CONFORMANCE
 from nova_video import NovaPipeline
 from nova_video.common.errors import InputError
+from nova_video.pipeline.conditions import encode_prompts
 from nova_video.pipeline.offload import LowMemory, OffloadHook, enable_low_memory, quantise, take_turns
 from nova_video.pipeline.request import GenerateRequest
 
@@ -60,9 +61,9 @@ def test_graphs_are_told_that_the_transformer_leaves(tiny_checkpoint: Path, monk
 def test_int8_text_is_close(tiny_checkpoint: Path) -> None:
     pytest.importorskip("torchao")
     pipe = open_pipe(tiny_checkpoint)
-    expected = pipe._encode_text(["a whale"])["a whale"]
+    expected = encode_prompts(pipe._parts(), ["a whale"])["a whale"]
     enable_low_memory(pipe, "cpu", text_encoder="int8", tiled=True)
-    features = pipe._encode_text(["a whale"])["a whale"]
+    features = encode_prompts(pipe._parts(), ["a whale"])["a whale"]
     assert pipe.vae.use_tiling
     assert 0 < (features - expected).abs().max() < 0.05 * expected.abs().max()
     assert torch.isfinite(made(pipe)).all()

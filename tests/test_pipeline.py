@@ -19,6 +19,7 @@ from nova_video import NovaPipeline
 from nova_video.common.errors import InputError
 from nova_video.io.pixels import image_to_pixels, output_form, unit_frames
 from nova_video.model import set_sizes
+from nova_video.pipeline.conditions import encode_prompts
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from test_engine import DirectRecorder
@@ -303,7 +304,7 @@ def test_negative_prompts(videos: NovaPipeline) -> None:
     def call(**values: Any) -> Tensor:
         return videos(generator=seeded(), output_type="latent", **QUICK, **values).images
 
-    encoded = list(videos._encode_text(["a whale", ""]).values())
+    encoded = list(encode_prompts(videos._parts(), ["a whale", ""]).values())
     assert encoded[1].shape == (2, 32)  # the empty string still has its two special tokens
     plain = call(prompt="a whale")
     assert torch.equal(call(prompt="a whale", negative_prompt=""), plain)
@@ -333,9 +334,9 @@ def test_named_text_encoder_is_loaded_when_first_needed(tiny_text_encoder: Path,
         tmp_path / "named"
     )
     pipe = open_pipe(tmp_path / "named")
-    assert pipe._named_text_parts is None
+    assert not pipe._named_encoder.is_loaded
     first = pipe("a whale", generator=seeded(), output_type="latent").images
-    assert pipe._named_text_parts is not None
+    assert pipe._named_encoder.is_loaded
     assert torch.equal(pipe("a whale", generator=seeded(), output_type="latent").images, first)
     assert not torch.equal(pipe("an apple", generator=seeded(), output_type="latent").images, first)
 
@@ -690,7 +691,7 @@ def test_autoencoder_of_other_channels(images: NovaPipeline) -> None:
 def test_wrong_calls_fail_before_any_work(
     videos: NovaPipeline, values: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(videos, "_encode_text", lambda _: pytest.fail("work was done"))
+    monkeypatch.setattr("nova_video.pipeline.conditions.encode_prompts", lambda *_: pytest.fail("work was done"))
     with pytest.raises(InputError, match=message) as caught:
         videos(**{"prompt": "a whale", **values})
     assert "\n" not in str(caught.value)

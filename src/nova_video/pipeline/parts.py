@@ -19,6 +19,7 @@ from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.sampling.engine import Engine
 from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, request_scheduler
 from nova_video.sampling.timing import Stopwatch
+from nova_video.text.load import NamedTextEncoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,10 @@ class Parts:
     transformer: NOVATransformer3DModel
     scheduler: Any
     vae: Any | None
+    text_encoder: Any | None
+    tokenizer: Any | None
+    named_encoder: NamedTextEncoder
+    """The text encoder that the settings name, for checkpoints without one."""
     settings: CheckpointSettings
     engines: Engines
     name: str | None = None

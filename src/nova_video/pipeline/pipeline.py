@@ -10,37 +10,34 @@ Legend: B pictures or clips of the call, F latent frames, h w latent grid, H W p
 import inspect
 import logging
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import huggingface_hub
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nova_video.autoencoders import adapt, scale_latents
+from nova_video.autoencoders import adapt
 from nova_video.common.checks import shown
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
-from nova_video.common.extensions import names_extension
 from nova_video.common.options import Number
-from nova_video.common.timeline import Timeline
 from nova_video.fast.fp8 import check_fp8
 from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.io.files import make_readable
-from nova_video.io.inputs import known_tokens, masks_at, same_rate, to_pixels
 from nova_video.io.weights import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, index_or_single
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import adapter_names
 from nova_video.pipeline.adapters import AdapterMixin
+from nova_video.pipeline.conditions import encode_prompts, prompt_features, segments_of
 from nova_video.pipeline.engines import Engines
 from nova_video.pipeline.generation import CALLING, Generation, Interrupts, StepCallback, Surroundings
+from nova_video.pipeline.given import given_frames
 from nova_video.pipeline.keywords import (
     CALL_HINTS,
     ENCODE_HINTS,
@@ -49,12 +46,12 @@ from nova_video.pipeline.keywords import (
     refuse_keywords,
     with_settings,
 )
-from nova_video.pipeline.loading import check_layout, check_parts, is_own_part, load_parts, load_scheduler
+from nova_video.pipeline.loading import check_layout, check_parts, load_parts, load_scheduler
 from nova_video.pipeline.model_card import CARD, card_facts, pipeline_card
 from nova_video.pipeline.offload import LowMemory, bring, enable_low_memory, execution_device
 from nova_video.pipeline.parts import Parts
-from nova_video.pipeline.plan import Capabilities, Plan
-from nova_video.pipeline.progress import GivenPixels, Progress
+from nova_video.pipeline.plan import Capabilities
+from nova_video.pipeline.progress import Progress
 from nova_video.pipeline.record import make_records
 from nova_video.pipeline.registration import register
 from nova_video.pipeline.request import GenerateRequest, OutputType, Picture, Prompt, Video
@@ -64,10 +61,9 @@ from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.schedulers import TrainedNoise, check_scheduler
-from nova_video.sampling.state import GivenFrame, SamplingState, Segment
+from nova_video.sampling.state import SamplingState
 from nova_video.sampling.timing import Stopwatch, span
-from nova_video.text.features import PretrainedTextEncoder, TextEncoder, encode_texts
-from nova_video.text.load import check_own_encoder, load_text_encoder
+from nova_video.text.load import NamedTextEncoder
 from nova_video.text.vocabulary import HINT
 
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -77,8 +73,6 @@ STEP_TENSORS = ("latents", "revealed")
 
 FROM_CHECKPOINT = object()
 """In `from_pretrained`: the part is the checkpoint's own."""
-
-_PREPARING = threading.Lock()  # two threads that share a pipeline load its named text encoder once, for one
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +107,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             check_layout(vae, transformer)
         given = CheckpointSettings() if settings is None else settings
         self.settings = CheckpointSettings.from_json(dict(given)) if isinstance(given, Mapping) else given
-        self._named_text_parts: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
+        self._named_encoder = NamedTextEncoder()
         self.engines = Engines()
         self._interrupts = Interrupts()
 
@@ -333,7 +327,18 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
     def _parts(self, stopwatch: Stopwatch | None = None) -> Parts:
         """What a call that begins now computes with."""
         name = getattr(self.config, "_name_or_path", None)
-        return Parts(self.transformer, self.scheduler, self.vae, self.settings, self.engines, name, stopwatch)
+        return Parts(
+            self.transformer,
+            self.scheduler,
+            self.vae,
+            self.text_encoder,
+            self.tokenizer,
+            self._named_encoder,
+            self.settings,
+            self.engines,
+            name,
+            stopwatch,
+        )
 
     def enable_vae_slicing(self) -> None:
         """Decode one picture or clip at a time."""
@@ -488,12 +493,12 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         try:
             random = RandomState(generators, parts.device, parts.dtype)
             with span(stopwatch, "text"):
-                texts, negatives = self._prompt_features(request, plan)
-            given, pixels = self._given(request, plan, random)
+                texts, negatives = prompt_features(parts, request, plan)
+            given, pixels = given_frames(parts, request, plan, random)
             bring(self.transformer)
             state = SamplingState.create(
                 self.transformer,
-                self._segments(request, plan, texts, negatives),
+                segments_of(parts, request, plan, texts, negatives),
                 num_frames=plan.latent_frames,
                 grid=plan.grid,
                 num_sets=plan.sets,
@@ -606,28 +611,6 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
 
     # Text ---------------------------------------------------------------------------------------------------------
 
-    def _prompt_features(self, request: GenerateRequest, plan: Plan) -> tuple[list[list[Tensor]], list[Tensor]]:
-        """Features (tokens, width) of every prompt for each of its moments, and of a negative for each, if guided."""
-        count, guided = request.num_prompts, plan.passes > 1
-        prompts = [timeline.values for timeline in request.prompts or []]
-        negatives = request.negative_prompts
-        if negatives is None and prompts and request.negative_prompt_embeds is None:
-            negatives = [""]
-        moments = list(zip(*prompts, strict=True))  # sentences of all prompts, one moment after the other
-        told = [text for moment in moments for text in moment]
-        encoded = self._encode_text(list(dict.fromkeys([*told, *((negatives or []) if guided else [])])))
-        if request.prompt_embeds is not None:
-            texts = [list(request.prompt_embeds)]
-        else:
-            texts = [[encoded[text] for text in moment] for moment in moments]
-        if not guided:
-            return texts, []
-        if negatives is not None:
-            null = [encoded[text] for text in negatives]
-        else:  # features of one's own, without negatives: the padding table alone
-            null = list(request.negative_prompt_embeds or [texts[0][0][:0]])
-        return texts, null * count if len(null) == 1 else null
-
     @torch.no_grad()
     def encode_prompt(
         self,
@@ -656,159 +639,12 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         texts = [text for timeline in request.prompts or [] for text in timeline.values]
         negatives = (request.negative_prompts or [""]) if do_classifier_free_guidance else []
         try:
-            encoded = self._encode_text(list(dict.fromkeys([*texts, *negatives])))
+            encoded = encode_prompts(self._parts(), list(dict.fromkeys([*texts, *negatives])))
         finally:
             self.maybe_free_model_hooks()
         repeats = 1 if len(negatives) == 1 else num_images_per_prompt
         features = [encoded[text] for text in texts for _ in range(num_images_per_prompt)]
         return features, [encoded[text] for text in negatives for _ in range(repeats)] or None
-
-    def _encode_text(self, texts: list[str]) -> dict[str, Tensor]:
-        """Features (tokens, width) by sentence."""
-        if not texts:
-            return {}
-        encoder, config = self._open_text_encoder(), self.transformer.config
-        if encoder.width != config.text_token_dim:
-            raise InputError(f"the text encoder's features are {encoder.width} wide: expected {config.text_token_dim}")
-        features, lengths = encode_texts(encoder, texts, config.text_token_len)
-        rows = zip(texts, features, lengths.tolist(), strict=True)
-        return {text: row[:length] for text, row, length in rows}
-
-    def _open_text_encoder(self) -> TextEncoder:
-        """The checkpoint's own text encoder or the one its settings name, loaded when a call first needs it."""
-        model, tokenizer, name = self.text_encoder, self.tokenizer, self.settings.text_encoder
-        if is_own_part("text_encoder", model):
-            own: TextEncoder = check_own_encoder(model)
-            return own
-        if model is None or tokenizer is None:
-            if name is None or model is not None or tokenizer is not None:
-                missing = "text_encoder/" if model is None else "tokenizer/"
-                raise InputError(f"the checkpoint has no {missing}: expected prompt_embeds instead of a prompt")
-            if names_extension(name):
-                raise InputError(
-                    f"the checkpoint's nova.json names the text encoder {name!r}, which is no part of it: expected it"
-                    " to be given as text_encoder"
-                )
-            with _PREPARING:
-                if self._named_text_parts is None:
-                    try:
-                        self._named_text_parts = load_text_encoder(name, self.transformer.dtype)
-                    except InputError as error:
-                        raise InputError(
-                            f"{error}; the checkpoint's nova.json names it: expected another name there, or"
-                            " text_encoder/ and tokenizer/ beside it"
-                        ) from None
-                tokenizer, model = self._named_text_parts
-                model.to(self.execution_device)
-        bring(model)
-        return PretrainedTextEncoder(tokenizer, model, self.execution_device)
-
-    def _segments(
-        self, request: GenerateRequest, plan: Plan, texts: list[list[Tensor]], negatives: list[Tensor]
-    ) -> list[Segment]:
-        """What steers the clip, from one change of prompt, motion score or guidance to the next."""
-        moments = Timeline((0.0,), (0,))  # of the prompts
-        if request.timeline is not None:
-            moments = Timeline(request.timeline.times, tuple(range(len(texts))))
-        timelines: tuple[Timeline[Any], ...] = (moments, plan.motion, plan.guidance)
-        starts = sorted({plan.latent_at(time) for timeline in timelines for time in timeline.times})
-        conditions: dict[tuple[int, float], Tensor] = {}
-        segments: list[Segment] = []
-        told, begin = 0, 0
-        for start in starts:
-            moment, motion, guidance = (_from_frame(timeline, plan, start) for timeline in timelines)
-            if any(text is not before for text, before in zip(texts[moment], texts[told], strict=True)):
-                begin = max(0, start - plan.context.carry)
-            told = moment
-            if (moment, motion) not in conditions:
-                conditions[moment, motion] = self._condition(request, plan, texts[moment], negatives, motion)
-            segments.append(Segment(start, conditions[moment, motion], guidance, begin))
-        return segments
-
-    def _condition(
-        self, request: GenerateRequest, plan: Plan, texts: list[Tensor], negatives: list[Tensor], motion: float
-    ) -> Tensor:
-        """Condition tokens (N * B, T, D) of every pass, in the order of `guidance.py`."""
-        model, device = self.transformer, self.execution_device
-        features = texts + negatives * (plan.passes - 1)
-        lengths = torch.tensor([len(row) for row in features], device=device)
-        padded = torch.nn.utils.rnn.pad_sequence(
-            [row.to(device, model.dtype) for row in features], batch_first=True
-        )  # (N * prompts, T', text_token_dim)
-        score, fps = (torch.full((len(features),), float(value), device=device) for value in (motion, plan.fps))
-        text = model.embed_condition(padded, lengths, score, fps)  # (N * prompts, T, D)
-        return text.repeat_interleave(request.num_images_per_prompt, dim=0)
-
-    # What is given ------------------------------------------------------------------------------------------------
-
-    def _given(
-        self, request: GenerateRequest, plan: Plan, random: RandomState
-    ) -> tuple[dict[int, GivenFrame], GivenPixels | None]:
-        """Latent frames that are given, whole or in part, and pixels to give back."""
-        if request.video_latents is not None:
-            latents = request.video_latents.to(random.device, random.dtype)
-            if latents.shape[0] not in (1, request.num_prompts, plan.batch):
-                raise InputError(f"video: got latents of {latents.shape[0]} clips: expected 1 or {request.num_prompts}")
-            return {f: GivenFrame(frame) for f, frame in enumerate(_for_batch(latents, plan.batch).unbind(2))}, None
-        clips = request.given_clips
-        if not clips:
-            return {}, None
-        if len(clips) not in (1, request.num_prompts):
-            raise InputError(f"video: got {len(clips)} clips: expected 1 or {request.num_prompts}, one a prompt")
-        size = (plan.height, plan.width)
-        source, fps = clips[0].size, clips[0].fps
-        if request.video is not None and (source != size or not same_rate(fps, plan.fps)):
-            rates = "" if same_rate(fps, plan.fps) else f" at {fps:g} fps", f" at {plan.fps:g} fps"
-            was, now = f"{source[1]}x{source[0]}", f"{plan.width}x{plan.height}"
-            log.warning("the given clip, %s%s, is taken as %s%s", was, rates[0], now, rates[1] if rates[0] else "")
-        frames = [clip.read(plan.fps, size) for clip in clips]
-        pixels = torch.stack([to_pixels(clip[plan.offset :]) for clip in frames])  # (1 or prompts, 3, T, H, W)
-        if plan.edits:
-            masks = np.ones((len(frames[0]), *size), bool)
-            if request.mask_image is not None:
-                masks = masks_at(np.asarray(request.mask_image), clips[0], plan.fps, size)
-            given, filled = self._given_to_edit(request, plan, random, pixels, torch.from_numpy(masks.copy()))
-        else:
-            given = {f: GivenFrame(frame) for f, frame in enumerate(self._encode(pixels, plan, random).unbind(2))}
-            filled = None
-        if request.image is not None and not plan.edits:
-            return given, None  # as the released model has it: the picture comes back as the autoencoder sees it
-        whole = [torch.from_numpy(np.ascontiguousarray(clip)) for clip in frames]
-        kept = whole[0].unsqueeze(0) if len(whole) == 1 else torch.stack(whole)  # not held twice
-        return given, GivenPixels(_for_batch(kept, plan.batch) if len(kept) > 1 else kept, filled)
-
-    def _given_to_edit(
-        self, request: GenerateRequest, plan: Plan, random: RandomState, pixels: Tensor, masks: Tensor
-    ) -> tuple[dict[int, GivenFrame], Tensor]:
-        """Clips (B, 3, T, H, W) and masks (T, H, W) -> their latent frames, and the pixels (T, H, W) made anew."""
-        model, length = self.transformer, len(masks)
-        count = self.capabilities.latent_count(length)
-        missing = self.capabilities.pixel_count(count) - length  # the clip's end stands in for what is not there
-        pixels = torch.cat([pixels, pixels[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
-        latents = self._encode(pixels, plan, random)  # (B, C, F, h, w)
-        stride = model.config.image_stride * model.patch_size
-        known = known_tokens(masks, stride, count, plan.temporal_stride).flatten(1).to(latents.device)  # (F, L)
-        share = 1.0 if request.strength is None else request.strength
-        given = {}
-        filled = masks.clone()
-        for frame in range(count):
-            redraw = round(share * int((~known[frame]).sum()))
-            given[frame] = GivenFrame(latents[:, :, frame], known[frame], redraw)
-            if redraw == 0:
-                filled[plan.first_pixel(frame) : plan.first_pixel(frame + 1)] = False
-        return given, filled
-
-    def _encode(self, pixels: Tensor, plan: Plan, random: RandomState) -> Tensor:
-        """Clips (1 or prompts, 3, T, H, W) in [-1, 1] -> latents (B, C, F, h, w), sampled from their posterior."""
-        vae = adapt(self.vae)
-        posterior = vae.encode(pixels.to(random.device, vae.dtype))
-        mean, std = posterior.mean, posterior.std
-        if len(mean) > 1:
-            mean, std = (_for_batch(part, plan.batch) for part in (mean, std))
-        draws = len(random.generators)  # one sample for all clips, or one for each that has its own generator
-        noise = random.normal(draws, *mean.shape[1:])
-        latents = scale_latents(self.vae, mean + std * noise.to(mean.dtype))
-        return latents.to(random.dtype).expand(plan.batch, -1, -1, -1, -1)
 
     # Parts --------------------------------------------------------------------------------------------------------
 
@@ -844,18 +680,6 @@ NovaPipeline.__init__.__signature__ = _signature.replace(  # type: ignore[attr-d
         for name, parameter in _signature.parameters.items()
     ]
 )
-
-
-def _from_frame(timeline: Timeline[Any], plan: Plan, frame: int) -> Any:
-    """The value that holds at a latent frame: each takes over with the first that begins at its time or later."""
-    return [
-        value for time, value in zip(timeline.times, timeline.values, strict=True) if plan.latent_at(time) <= frame
-    ][-1]
-
-
-def _for_batch(rows: Tensor, batch: int) -> Tensor:
-    """One row for all, or one a prompt -> one a picture: prompts are repeated in place."""
-    return rows.repeat_interleave(batch // len(rows), dim=0)
 
 
 def _with_tensors(callback: StepCallback | None, names: Sequence[str] | None) -> StepCallback | None:

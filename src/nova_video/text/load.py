@@ -56,6 +56,29 @@ def check_own_encoder(encoder: Any) -> Any:
     return encoder
 
 
+class NamedTextEncoder:
+    """A text encoder that is known by its name alone: loaded when it is first needed, once for all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loaded: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._loaded is not None
+
+    def load(
+        self, name: str, dtype: torch.dtype, device: torch.device
+    ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+        """Its tokenizer and model, on the device."""
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = load_text_encoder(name, dtype)
+            tokenizer, model = self._loaded
+            model.to(device)
+            return tokenizer, model
+
+
 def load_text_encoder(
     name: str,
     torch_dtype: torch.dtype | None = None,

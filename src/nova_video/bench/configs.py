@@ -1,4 +1,4 @@
-"""What is measured: the released sizes with random weights, or any checkpoint.
+"""The measured models: the released sizes with random weights, or any checkpoint.
 
 Speed does not depend on the values of the weights, so that nothing has to be downloaded: each size is built on its
 device from a seed. Layers that training starts at zero are made random too, since a GPU multiplies zeros faster.
@@ -29,13 +29,13 @@ class Size:
     image_size: tuple[int, int]
     """Height and width in pixels."""
     width: int
-    """Of both encoders."""
+    """Width of both encoders."""
     denoiser: str
     """Its `arch` entry."""
     num_frames: int = 1
     """Pixel frames; more than one: a model of video."""
     scaling_factor: float = 0.13025
-    """Of the image autoencoder's latents."""
+    """Scaling factor of the image autoencoder's latents."""
     scheduler: Literal["flow", "ddpm"] = "flow"
     """Its noise schedule; that of 512 px by the size of the released file."""
 
@@ -58,7 +58,7 @@ LOSS_REPEAT = 4  # in training
 
 
 def resized(size: Size, height: int, width: int) -> Size:
-    """The same model for another size in pixels: its position tables are made for that."""
+    """This model for another size in pixels, with position tables for that size."""
     if height % 32 or width % 32 or min(height, width) < 32:
         raise InputError(f"size is {width}x{height}: expected width and height in multiples of 32")
     return replace(size, image_size=(height, width))

@@ -24,7 +24,7 @@ from nova_video.pipeline.plan import Plan
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device was measured to reach."""
+    """The measured rates of a device."""
 
     flops: float
     """A second, of large products in float16 and bfloat16."""
@@ -38,7 +38,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Work:
-    """What a call has to do, by part: text, temporal, spatial, denoiser."""
+    """The operations of a call by part: text, temporal, spatial, denoiser."""
 
     flops: dict[str, float]
     bytes: dict[str, float]
@@ -57,7 +57,7 @@ class Floor:
 
 
 def device_rates(name: str, dtype: torch.dtype) -> Rates | None:
-    """Of a device by its name; None where they were not measured."""
+    """Rates of a device by its name; None if they were not measured."""
     found = [rates for part, rates in RATES.items() if part in name]
     return found[0] if found and dtype in HALVES else None
 
@@ -67,7 +67,7 @@ def floor_of(work: Work, rates: Rates) -> Floor:
 
 
 def count_work(model: NOVATransformer3DModel, plan: Plan) -> Work:
-    """What the sampling of a plan does, from prompt features to latents."""
+    """The work of sampling a plan, from prompt features to latents."""
     if plan.latent_frames is None:
         raise InputError("num_frames is inf: expected a whole number, work without end has no floor")
     config, patch, width = model.config, model.patch_size, model.width

@@ -1,5 +1,7 @@
-"""What was measured, on disk: a JSON list of rows, one for each kind of run; a new run replaces the row of its kind,
-unless it failed where that one did not."""
+"""The measurements on disk: a JSON list of rows, one for each kind of run.
+
+A new run replaces the row of its kind, unless only the new run failed.
+"""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ class Row:
     device: str
     versions: dict[str, str]
     command: str
-    """As typed in the repository's root."""
+    """The command as typed in the repository's root."""
     changed: dict[str, Any] = field(default_factory=dict)
     """Settings that are not the configuration's own, by flag."""
 
@@ -32,7 +34,7 @@ class Row:
     size: str | None = None
     """WIDTHxHEIGHT in pixels."""
     tokens: int | None = None
-    """Of a latent frame."""
+    """Tokens of a latent frame."""
     latent_frames: int | None = None
     sets: int | None = None
     diffusion_steps: int | None = None
@@ -95,7 +97,7 @@ R = TypeVar("R", bound=Recorded)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """What `nova bench sample` wrote."""
+    """Reads the rows that `nova bench sample` wrote."""
     return read_records(path, Row)
 
 

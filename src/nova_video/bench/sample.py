@@ -66,7 +66,7 @@ class Asked:
 
     @property
     def changed(self) -> dict[str, Any]:
-        """What makes it other work than the configuration's own, by flag."""
+        """The flags that change the work of the configuration."""
         size = None if self.size is None else f"{self.size[1]}x{self.size[0]}"
         values = {"frames": self.frames, "size": size, "sets": self.sets, "diffusion-steps": self.diffusion_steps}
         return {name: value for name, value in values.items() if value is not None}
@@ -185,7 +185,7 @@ def checkpoint(config: str) -> Path:
 
 
 def outline(config: str, size: tuple[int, int] | None) -> NovaPipeline:
-    """What `open_pipeline` opens, of shapes alone and without the parts that a request is not checked against."""
+    """The pipeline of `open_pipeline` with shapes only, without the parts that no request is checked against."""
     if config in SIZES:
         made = resized(SIZES[config], *size) if size else SIZES[config]
         return build(made, torch.device("meta"), torch.float32)
@@ -198,14 +198,14 @@ def outline(config: str, size: tuple[int, int] | None) -> NovaPipeline:
 
 
 def check_work(configs: Sequence[str], asked: Asked) -> None:
-    """That each configuration is there and can be asked so, before any is measured."""
+    """Checks every configuration and its settings before the first one is measured."""
     for config in configs:
         pipe = outline(config, asked.size)
         request_of(pipe, asked, config).resolve(pipe.defaults, pipe.capabilities)
 
 
 def request_of(pipe: NovaPipeline, asked: Asked, config: str) -> GenerateRequest:
-    """What every run carries out, from random prompt features."""
+    """The request of every run, with random prompt features."""
     random = torch.Generator().manual_seed(SEED)
     model = pipe.transformer
     shape = (min(PROMPT_TOKENS, model.config.text_token_len), model.config.text_token_dim)
@@ -285,7 +285,7 @@ class Runs:
         return {part: digits(value) for part, value in (seconds | {"else": total - sum(seconds.values())}).items()}
 
     def profile(self, path: Path) -> None:
-        """A Chrome trace of a call up to its first latent frame, or one set more, and of decoding that frame alone."""
+        """Writes a Chrome trace of a call up to its first latent frame, and of decoding that frame."""
         with traced(path, self.device):
             generation = self._start("latent")
             generation.run(lambda pipe, step, frame, tensors: frame == 0)

@@ -85,7 +85,7 @@ class AskedTraining:
 
     @property
     def changed(self) -> dict[str, Any]:
-        """What makes it other work than the configuration's own, by flag."""
+        """The flags that change the work of the configuration."""
         size = None if self.size is None else f"{self.size[1]}x{self.size[0]}"
         masks = None if self.mask_ratio == "batch" else self.mask_ratio
         attention = None if self.attention == "auto" else self.attention
@@ -103,7 +103,7 @@ class Opened:
     frames: int
     """Latent frames."""
     grid: tuple[int, int]
-    """Of the latents: height and width."""
+    """Grid of the latents: height and width."""
 
 
 class GivenTask(TransformerTask):
@@ -294,7 +294,7 @@ def open_model(config: str, asked: AskedTraining, device: torch.device) -> Opene
 
 
 def check_training(configs: Sequence[str], asked: AskedTraining) -> None:
-    """That each configuration is there and can be asked so, before any is measured."""
+    """Checks every configuration and its settings before the first one is measured."""
     for config in configs:
         model = outline(config, asked.size).transformer
         if asked.frames is not None and asked.frames > 1 and not model.has_motion:

@@ -22,17 +22,17 @@ class TrainRow:
     checkpointing: bool
     compile: bool
     device: str
-    """Of each process."""
+    """Device of each process."""
     versions: dict[str, str]
     command: str
-    """As typed in the repository's root."""
+    """The command as typed in the repository's root."""
     changed: dict[str, Any] = field(default_factory=dict)
     """Settings that are not the configuration's own, by flag."""
 
     frames: int | None = None
     """Latent frames."""
     tokens: int | None = None
-    """Of a latent frame."""
+    """Tokens of a latent frame."""
     loss_repeat: int | None = None
     steps: int | None = None
     """Steps that were timed, one by one."""
@@ -42,15 +42,15 @@ class TrainRow:
     step_seconds_range: tuple[float, float] | None = None
     """Least and most: they differ in how many tokens are revealed, too."""
     cuda_graph: bool | None = None
-    """Whether all steps that were timed were CUDA graphs, recorded before."""
+    """True if all timed steps were CUDA graphs that had been recorded before."""
     first_step_seconds: float | None = None
     """The first step of the process, with all that is compiled for it."""
     samples_per_second: float | None = None
-    """Of all processes, over the median."""
+    """Samples of all processes over the median."""
     tflop: float | None = None
     """10^12 useful operations of a step on each process, in the mean of the steps timed."""
     tflop_per_second: float | None = None
-    """Of each device."""
+    """TFLOP a second on each device."""
     mfu: float | None = None
     """Share of what the device could do in bf16 (`training/flops.py`); None: that is not known."""
     peak_memory_gb: float | None = None
@@ -59,7 +59,7 @@ class TrainRow:
     loss: float | None = None
     """Mean of the steps timed, of those where it was finite."""
     skipped_steps: int | None = None
-    """Of the steps timed, those whose gradients were not finite: they changed nothing."""
+    """Number of timed steps whose gradients were not finite; they changed nothing."""
     finite: bool | None = None
     """Losses and gradients of all steps timed."""
     error: str | None = None
@@ -81,7 +81,7 @@ def read_train_rows(path: Path) -> list[TrainRow]:
 
 
 def how(row: TrainRow) -> str:
-    """What is particular to a row, in words."""
+    """The special settings of a row, in words."""
     changed = [f"{name}={value}" for name, value in row.changed.items()]
     several = [f"{row.processes} x {row.strategy}"] if row.processes > 1 else []
     parts = [*several, "checkpointing" if row.checkpointing else "", "" if row.compile else "not compiled", *changed]

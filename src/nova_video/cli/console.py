@@ -92,7 +92,7 @@ def progress_bar() -> "Progress":
 
 
 def checkpoint_defaults(model: str) -> "Defaults":
-    """What a model takes where nothing is said, without loading it."""
+    """The defaults of a model, read without loading it."""
     from nova_video.io.checkpoints import resolve_checkpoint
     from nova_video.pipeline.settings import CheckpointSettings
 

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StateNotes:
-    """What the command keeps in a state, to go on as it began."""
+    """The notes of the command in a state, so that a resumed run behaves as it began."""
 
     record: dict[str, Any]
     output: str
@@ -267,7 +267,7 @@ def _parts_of(path: Path, record: dict[str, Any]) -> tuple[str, Path | None, flo
 
 
 def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> None:
-    """A picture or clip with a part of it made anew, or with more around it; `like` is the record it is taken from."""
+    """Makes a part of a picture or clip anew, or adds more around it. `like` is a record to start from."""
     from nova_video.io.decode import MediaFile
     from nova_video.io.inputs import Clip, enlarge, masks_of, read_masks
 
@@ -309,7 +309,7 @@ def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> N
 
 
 def _prompts(args: Generate) -> list[str]:
-    """The sentences of the command line, then those of the file; or else that of the clip to go on from."""
+    """The sentences of the command line and then of the file; without any, that of the given clip."""
     prompts = [_text("the sentence", prompt) for prompt in args.prompt]
     _warn_of_lacking_quotes(prompts)
     if args.prompts is not None:
@@ -327,7 +327,7 @@ def _prompts(args: Generate) -> list[str]:
 
 
 def _text(name: str, typed: str) -> str:
-    """What was typed as a text: bytes that the terminal's encoding does not have are read as UTF-8."""
+    """The typed text. Bytes that the terminal's encoding does not have are read as UTF-8."""
     if not any("\ud800" <= letter <= "\udfff" for letter in typed):
         return typed
     try:
@@ -439,7 +439,7 @@ def _requests(args: Generate, prompts: Sequence[str]) -> "list[GenerateRequest]"
 
 
 def _request(args: Making, prompt: str, seed: int) -> "GenerateRequest":
-    """What all commands say in the same way."""
+    """The request fields that all commands fill in alike."""
     from nova_video.pipeline.request import GenerateRequest
 
     height, width = size_of(args.size)

@@ -1,4 +1,4 @@
-"""Generations of the command line, carried out: each becomes a file, at its end or live, with a record of its making.
+"""Runs the generations of the command line: each becomes a file with a record of its making.
 
 `cli/generate.py` starts them. No heavy import before a command runs.
 """
@@ -140,7 +140,7 @@ def name_of(sentence: str) -> str:
 def make_record(
     args: Making, request: "GenerateRequest", generation: "Generation", given: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a file says of how it was made; `given` is what the command had beside a sentence."""
+    """The record inside a file. `given` names the inputs of the command besides the sentence."""
     from nova_video.pipeline import record
 
     origin: dict[str, Any] = {"model": model_of(args)}
@@ -237,7 +237,10 @@ def _write(job: Job, on_step: "StepCallback") -> None:
 
 
 def _write_live(job: Job, on_step: "StepCallback") -> None:
-    """The state that is kept counts no frame that is not in the file, and that is one behind until it is closed."""
+    """Writes a live file with its state. The state counts only frames that are in the file.
+
+    The file is one frame behind until it is closed.
+    """
     from nova_video.io.media import LiveWriter
     from nova_video.io.pixels import to_bytes
 

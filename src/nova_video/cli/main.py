@@ -257,12 +257,12 @@ def _unsaid(record: logging.LogRecord) -> bool:
 
 
 def _speaks() -> bool:
-    """Of several processes one does."""
+    """True on the one process that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _left_alone(error: Exception) -> bool:
-    """Of several processes, one that others closed their connections to."""
+    """True if a peer process of this run closed the connection."""
     return (
         os.environ.get("WORLD_SIZE", "1") != "1"
         and re.search("Connection (closed|reset) by peer", str(error)) is not None

@@ -64,7 +64,7 @@ HASHED = 16  # digits of the SHA-256 of a file
 
 
 def with_record(typed: Generate) -> tuple[Generate | Edit, dict[str, Any]]:
-    """What makes the file of `--like`, with what is typed instead of its own; and its record."""
+    """The arguments that made the file of `--like`, overridden by the typed ones, and its record."""
     from nova_video.io.media import read_metadata
 
     assert typed.like is not None
@@ -103,7 +103,7 @@ def describe_inputs(args: Making, record: dict[str, Any], generation: "Generatio
 
 
 def warn_of_changes(record: Mapping[str, Any], made: Mapping[str, Any], path: Path) -> None:
-    """Say what differs between the record of a file and that of what is made like it, beside what was asked for."""
+    """Print the differences between the record of a file and that of its remake, except the requested ones."""
     log = logging.getLogger(__name__)
     if record.get("model") == made.get("model") and record.get("weights", made["weights"]) != made["weights"]:
         log.warning("the weights of %s have changed since %s was made: the result will differ", made["model"], path)
@@ -118,7 +118,7 @@ def _devices(record: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def file_mark(path: Path) -> str:
-    """What tells a file's content from another's."""
+    """A mark of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:HASHED]
 

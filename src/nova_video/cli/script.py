@@ -88,7 +88,7 @@ def read_script(path: Path) -> Generate:
 
 
 def _read_scenes(path: Path, scenes: list[dict[str, Any]]) -> dict[str, list[tuple[float, Any]]]:
-    """What changes -> (seconds, value) pairs."""
+    """Reads the scenes: setting that changes -> (seconds, value) pairs."""
     timelines: dict[str, list[tuple[float, Any]]] = {key: [] for key in SCENE_KINDS if key != "at"}
     for number, scene in enumerate(scenes, 1):
         where = f"{path}: scene {number}"

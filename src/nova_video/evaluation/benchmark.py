@@ -79,7 +79,7 @@ Judged = Sequence[tuple[SampleFile, Mapping[str, float]]]
 
 
 class Benchmark(ABC):
-    """What a benchmark has to say: its prompts and how a sample is judged. The rest has a default."""
+    """The base of benchmarks. A subclass gives the prompts and judges a sample; the rest has a default."""
 
     name: ClassVar[str] = ""
     """For reports; empty: the name of the class."""

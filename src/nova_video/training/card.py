@@ -24,7 +24,7 @@ RESULTS = ("loss", "held_out_loss", "score_", "psnr", "mse")  # how the names of
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of the steps that made the weights."""
+    """The facts about the steps that made the weights."""
 
     progress: Progress
     segments: Sequence[Segment]
@@ -44,7 +44,7 @@ def write_card(folder: Path, task: Task[Any, Any, Any], record: Record, sheet: P
 
 
 def newest_sheet(folder: Path, step: int) -> Path | None:
-    """Of a run that is at `step`: later ones are of a run before it."""
+    """The newest sheet of a run that is at `step`; later sheets belong to an earlier run."""
     return max((path for path in folder.glob("step-*.png") if path.name <= f"step-{step:08d}.png"), default=None)
 
 

@@ -28,7 +28,7 @@ from nova_video.common.errors import InputError, first_line
 from nova_video.io.files import make_readable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps of each parameter besides its number of steps."""
+"""The state of AdamW for each parameter, besides its number of steps."""
 MOST_STEPS = 2**53
 
 log = logging.getLogger(__name__)
@@ -42,11 +42,11 @@ class Progress:
     seconds: float = 0.0
     """Spent training, all sessions of the run together."""
     micro_batches: int = 1
-    """Of every step so far."""
+    """Number of micro batches in every step so far."""
     data: dict[str, Any] = field(default_factory=dict)
     """Place in the data (JSON), of each micro batch."""
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Of each number that is logged as a mean, the sum and the count since it was logged last."""
+    """Sum and count of each logged mean since the last log line."""
     updates: int | None = None
     """Updates of the averaged weights; None in checkpoints of older versions."""
 
@@ -170,7 +170,7 @@ def sweep(output: Path) -> None:
 
 @contextmanager
 def writing(what: str, checkpoints: Path) -> Iterator[None]:
-    """Around what a full disk may stop: an InputError tells what was being written, and where the run can go on."""
+    """Turns the error of a full disk into an InputError that names the file and the place to continue from."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -68,7 +68,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Size:
-    """What the samples of a step have in common: their bucket, or the first frames of one."""
+    """The common size of a step's samples: their bucket, or the first frames of one."""
 
     bucket: Bucket
     picture: bool
@@ -80,11 +80,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known of a row without its latents."""
+    """The facts about a row without its latents."""
 
     bucket: Bucket
     url: str
-    """Of its shard."""
+    """URL of its shard."""
     number: int
     """In its shard."""
     source: str
@@ -193,7 +193,7 @@ class DatasetTask(TransformerTask):
         return (bucket.frames - 1) // self.info.temporal_stride + 1
 
     def grid(self, bucket: Bucket) -> tuple[int, int]:
-        """Of the latents."""
+        """Grid (h, w) of the latents."""
         return bucket.height // self.info.spatial_stride, bucket.width // self.info.spatial_stride
 
     def variants(self) -> tuple[list[Variant], list[float]]:
@@ -222,7 +222,7 @@ class DatasetTask(TransformerTask):
         return self.tokens(self.grid(size.bucket)) * (1 if size.picture else self.latent_frames(size.bucket))
 
     def samples(self, variant: Variant) -> int:
-        """As many as have the tokens of a batch of the largest."""
+        """Number of samples with as many tokens as a batch of the largest size."""
         most = max(self._latent_tokens(Size(bucket, False)) for bucket in self.shards)
         return max(1, round(self.recipe.dataset.batch * most / self._latent_tokens(variant.size)))
 
@@ -287,7 +287,7 @@ class DatasetTask(TransformerTask):
         return hashlib.sha256(repr(shards).encode()).hexdigest()[:16]
 
     def _how_read(self) -> dict[str, Any]:
-        """What says which rows come next, but for the micro batches."""
+        """The settings that decide which rows come next, without the number of micro batches."""
         data = self.recipe.dataset
         of_recipe = {name: getattr(data, name) for name in ("batch", "workers", "shuffle", "held_out")}
         return {"shards": self.data_identity(), **of_recipe}
@@ -342,7 +342,7 @@ class DatasetTask(TransformerTask):
     # Looking at it ------------------------------------------------------------------------------------------------
 
     def _facts(self) -> Iterator[Fact]:
-        """Of the dataset's rows, the largest size first."""
+        """Facts about the dataset's rows, the largest size first."""
         for bucket in sorted(self.shards, key=lambda bucket: bucket != self.largest):
             for shard in self.shards[bucket]:
                 columns = read_columns(shard.url, ("source", "caption", "fps", "motion"))
@@ -351,8 +351,7 @@ class DatasetTask(TransformerTask):
 
     @cached_property
     def held_out(self) -> list[Sample]:
-        """Of the rows that were looked through, those of the first size that has two captions whose sources are not
-        trained on."""
+        """The rows of the first size that has two captions from sources that are not trained on."""
         share = self.recipe.dataset.held_out
         rows = [row for row in self.probe if is_held_out(row.source, share)]
         sizes = [[row for row in rows if row.bucket == bucket] for bucket in dict.fromkeys(row.bucket for row in rows)]
@@ -434,7 +433,7 @@ class DatasetTask(TransformerTask):
 
 
 def send(value: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting there for what it still has to do, as copies of memory that is not pinned do."""
+    """Copies to the device without waiting for its work in progress; copies of unpinned memory would wait."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 

@@ -1,4 +1,4 @@
-"""What a training step has to multiply, and what a device could: model FLOPs utilisation (MFU) is one over the other.
+"""Counts the useful operations of a training step. Over the peak rate of a device they give the MFU.
 
 Useful operations only, two a multiply-add: dense products and attention, forward and backward, of what the loss needs.
 Not counted: forward passes done again under checkpointing, pairs of tokens that the block-causal mask hides, scores of
@@ -62,14 +62,14 @@ def device_peak(name: str, dtype: torch.dtype) -> float | None:
 def step_flops(
     model: NOVATransformer3DModel, batch: int, frames: int, grid: tuple[int, int], visible: int, repeats: int
 ) -> float:
-    """Of one step on `batch` clips of `frames` latent frames on the latent grid (h, w), `visible` tokens revealed."""
+    """Operations of a step on `batch` clips of `frames` latent frames on the grid (h, w), `visible` tokens revealed."""
     return sum(step_parts(model, batch, frames, grid, visible, repeats).values())
 
 
 def step_parts(
     model: NOVATransformer3DModel, batch: int, frames: int, grid: tuple[int, int], visible: int, repeats: int
 ) -> dict[str, float]:
-    """The same by part: text (with motion and time), temporal, spatial, denoiser."""
+    """Operations of a step by part: text (with motion and time), temporal, spatial, denoiser."""
     patch, rows = model.patch_size, batch * frames
     tokens = (grid[0] // patch) * (grid[1] // patch)  # L
     temporal, scored = tokens // 4, tokens - visible  # Lc, S
@@ -106,7 +106,7 @@ def step_parts(
 
 
 def products(module: nn.Module, count: int, learned_before: bool = True) -> float:
-    """Of every product with a weight in `module`, each on `count` tokens.
+    """Operations of every product with a weight in `module`, each on `count` tokens.
 
     The same number forward, for the gradient of what comes in, if what it comes from learns (data do not), and for the
     weight's, if that learns.
@@ -121,7 +121,7 @@ def products(module: nn.Module, count: int, learned_before: bool = True) -> floa
 
 
 def embedding(layers: nn.Module, count: int) -> float:
-    """Of layers in a row, the first of which reads data: a sinusoid."""
+    """Operations of layers in a row, the first of which reads data: a sinusoid."""
     flops, learned = 0.0, False
     for part in layers.modules():
         if isinstance(part, nn.Linear):
@@ -131,16 +131,16 @@ def embedding(layers: nn.Module, count: int) -> float:
 
 
 def blocks(layers: Iterable[nn.Module], rows: int, count: int, pairs: int) -> float:
-    """Of whole transformer blocks on `count` tokens a row, of which `pairs` of query and key meet."""
+    """Operations of whole blocks on `count` tokens a row, of which `pairs` of query and key meet."""
     return sum(products(layer, rows * count) + attention_step(layer, rows * pairs) for layer in layers)
 
 
 def last_block(layer: Any, rows: int, count: int, read: int, pairs: int) -> float:
-    """Of a block of which only `read` tokens a row are read: all are keys and values, and they alone go on."""
+    """Operations of a block of which only `read` tokens a row are read; all tokens are keys and values."""
     others = products(layer, rows * read) - products(layer.attn.qkv, rows * read)
     return products(layer.attn.qkv, rows * count) + others + attention_step(layer, rows * pairs)
 
 
 def attention_step(layer: Any, pairs: int) -> float:
-    """Of a block's attention, there and back: two products forward, and twice as many for gradients."""
+    """Operations of a block's attention: two products forward, and twice as many for gradients."""
     return 3 * attention(pairs, layer.attn.proj.weight.shape[0])

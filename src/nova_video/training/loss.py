@@ -30,7 +30,7 @@ class NoiseTable:
     noise_scale: Tensor  # (1000,)
     timestep: Tensor  # (1000,) what the network is given
     prediction: Literal["flow", "epsilon", "v_prediction", "sample"]
-    """What the network has to predict, by the scheduler's own name."""
+    """The target of the network, by the scheduler's own name."""
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, device: torch.device | str) -> "NoiseTable":

@@ -1,4 +1,4 @@
-"""Who trains together: the processes of a run, what each of them has of the model, and what they agree on.
+"""The processes of a run: the share of the model on each, and what they agree on.
 
 accelerate reads what `accelerate launch` or torchrun put into the environment. The model is whole on each process (DDP,
 distributed data parallel) or sharded over those of a machine (FSDP2, torch's `fully_shard`: a few blocks at a time, on
@@ -161,7 +161,7 @@ class Processes:
         return Replicated(module, self.device, 1 / SHARE if on_this_machine(self.count) == self.count else 0)
 
     def _shard(self, module: LossModule) -> nn.Module:
-        """What is gathered of the weights stays until the last backward pass of a step: in bf16, 2 bytes a value.
+        """Shards a module. Gathered weights stay until the last backward pass of a step: in bf16, 2 bytes a value.
 
         Several machines each have all shards (hybrid sharding): between them go gradients alone, of each shard.
         """
@@ -187,8 +187,7 @@ class Processes:
         return module
 
     def records(self, task: Task[Any, Any, Any]) -> bool:
-        """Whether steps can be CUDA graphs, with the exchange of gradients in them: those of one micro batch on each
-        process."""
+        """True if steps can be CUDA graphs that exchange gradients: with one micro batch on each process."""
         return self.cuda_graph and task.on_gpu and task.capturable
 
     @contextlib.contextmanager
@@ -212,7 +211,7 @@ class Processes:
         return values.tolist()
 
     def all_agree(self, holds: bool) -> bool:
-        """Whether it holds for all processes."""
+        """True if `holds` is true on all processes."""
         return not self.greatest(not holds)[0]
 
     def add_up(self, values: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What `nova train RECIPE --help` prints: every setting of a recipe, from the records of `recipe.py` themselves."""
+"""The text of `nova train RECIPE --help`: every setting of a recipe, from the records of `recipe.py`."""
 
 import ast
 import dataclasses

@@ -18,13 +18,13 @@ SEGMENTS = "segments.jsonl"
 
 @dataclass(frozen=True)
 class Segment:
-    """What the steps from `step` on, up to the next segment, learned with."""
+    """The settings of the steps from `step` to the next segment."""
 
     step: int
     recipe: str
     """The recipe as TOML, every default spelt out."""
     learned_from: str = ""
-    """What the samples are, as the end of a sentence; empty: not recorded."""
+    """The source of the samples, as the end of a sentence; empty if not recorded."""
     data: str = ""
     """Identity of the data, where the task knows one."""
     devices: str = ""

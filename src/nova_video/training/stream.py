@@ -32,11 +32,11 @@ EMPTY_PASSES = 8
 """In a row, without a single row: more would find none either. Passes share the shards out differently."""
 
 MICRO = "micro_batches"
-"""What marks a stream's own state within its loader's."""
+"""Marks the stream's own state within that of its loader."""
 
 
 def is_held_out(source: str, share: float) -> bool:
-    """Whether clips of this source are kept for validation: by the hash of its name, the same in every run."""
+    """True if the clips of this source are kept for validation: the hash of its name decides, in every run alike."""
     return int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") < share * 2**64
 
 
@@ -54,8 +54,11 @@ class Rows:
         self.place: dict[str, Any] | None = None  # within the pass, where to go on from
 
     def one_pass(self, number: int) -> IterableDataset:
-        """The rows of a pass that belong to this micro batch: whole shards, if there are enough of them; else all micro
-        batches read all shards, and each takes every so many rows."""
+        """The rows of a pass that belong to this micro batch.
+
+        They are whole shards if there are enough of them. Otherwise all micro batches read all shards, and each takes
+        its share of the rows.
+        """
         urls, enough = list(self.urls), len(self.urls) >= self.count
         random.Random(f"{self.seed}-{number}").shuffle(urls)
         if enough:
@@ -103,7 +106,7 @@ class Rows:
 
 
 class Stream(TorchDataset):
-    """Of every step the samples that a process learns from: those of its micro batches, one after the other."""
+    """The samples that a process learns from in every step: those of its micro batches in turn."""
 
     def __init__(self, rows: Sequence[Rows], batch: int) -> None:
         self.rows = {str(each.micro): each for each in rows}
@@ -127,7 +130,7 @@ class Stream(TorchDataset):
 
 
 def state_of(state: Any, micro: int) -> Any:
-    """Of a loader's state what belongs to one micro batch."""
+    """The part of a loader's state that belongs to one micro batch."""
     if not isinstance(state, dict):
         return state
     if MICRO in state:
@@ -146,7 +149,7 @@ def joined(states: Sequence[Any]) -> Any:
 
 
 def check_state(state: Any) -> None:
-    """Raises ValueError for what is no state of a loader: places in it are a pass and a place within that."""
+    """Raises ValueError if this is no state of a loader: each place is a pass and a place within it."""
     if not isinstance(state, dict) or not state:
         raise ValueError(f"is {type(state).__name__}, of nothing")
     for name, value in state.items():
@@ -188,7 +191,7 @@ class Loaded:
     whole: tuple[Tensor, Tensor] | None
     """Features of the captions, (B, T, D) padded with zeros, and how many tokens each has, (B,); None: not stored."""
     short: tuple[Tensor, Tensor] | None
-    """The same of their first sentences."""
+    """Text features of their first sentences."""
 
     def parts(self, count: int) -> "list[Loaded]":
         """So many equal parts."""
@@ -234,8 +237,10 @@ def pad(texts: list[Any]) -> tuple[Tensor, Tensor]:
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """A terminal sends Ctrl-C to all processes of a run, and a cluster SIGTERM: the main process stops the run in order
-    and ends this one."""
+    """Ignores Ctrl-C and SIGTERM here: the main process stops the run in order and ends this worker.
+
+    A terminal or a cluster sends the signals to all processes of a run.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # where one cannot know who sends it, SIGTERM ends this process
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -1,4 +1,4 @@
-"""What is trained: the part that differs between trainings. `trainer.py` runs any `Task`.
+"""The base of tasks: the part that differs between trainings. `trainer.py` runs any `Task`.
 
 A variant is whatever changes the shapes of a step, such as a clip length: each gets a CUDA graph of its own.
 """
@@ -41,8 +41,10 @@ class Task(ABC, Generic[M, V, B]):
     loss_names: tuple[str, ...]
     """Every name that `loss` may return."""
     capturable = True
-    """All steps of a variant launch the same kernels, so that a CUDA graph can be all of them: the loss draws no random
-    numbers on the CPU."""
+    """All steps of a variant launch the same kernels, so one CUDA graph can replay them.
+
+    The loss draws no random numbers on the CPU.
+    """
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed, self.device = seed, device

@@ -20,7 +20,7 @@ class MediaError(InputError):
 
 
 def unknown(what: str, name: str, known: Collection[str], otherwise: str = "") -> InputError:
-    """The error for a name that is none of those known, with the nearest ones or else with `otherwise`, or all."""
+    """The error for an unknown name, with the nearest known ones, or else with `otherwise` or all."""
     words = {other.lstrip("-"): other for other in known}
     near = [words[word] for word in get_close_matches(name.lstrip("-"), words, 2, cutoff=0.65)]
     parts = [other for other in known if other.startswith(name) or other.endswith(f".{name.lstrip('-')}")]

@@ -55,7 +55,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, kernels
 
 
 def attend_packed(packed: Tensor, mask: Mask | None, kernels: AttentionKernels = "auto") -> Tensor:
-    """The same where all are of the same tokens, in one: (B, N, 3, heads, head_dim) -> (B, N, heads, head_dim)."""
+    """Attention of packed query, key and value: (B, N, 3, heads, head_dim) -> (B, N, heads, head_dim)."""
     query, key, value = packed.unbind(2)
     if mask is None and kernels == "auto" and flash.suits(query, key):
         return flash.attend_packed(packed)
@@ -69,7 +69,7 @@ def suits_cudnn(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
 
 
 def attend_without_cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """The same with any other kernels."""
+    """Attention with any kernels but cuDNN's."""
     with sdpa_kernel(OTHER_KERNELS):
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
@@ -118,7 +118,7 @@ def chooses_flex(device: torch.device, head_dim: int) -> bool:
 
 
 def why_not_flex(device: torch.device, head_dim: int) -> str | None:
-    """What keeps flex attention from training here, or None: on a GPU it is tried, forward and back, on two blocks."""
+    """The reason why flex attention cannot train here, or None. A GPU tries it, forward and back, on two blocks."""
     if device.type != "cuda":
         return "flex attention has no backward there"
     if head_dim < FLEX_HEAD_DIM:

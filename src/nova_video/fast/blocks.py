@@ -35,7 +35,7 @@ def heads_joined(
     rows: Tensor | None,
     kernels: AttentionKernels,
 ) -> Tensor:
-    """What `attn` finds, before its projection: (B, N, D) -> (B, N or S, D)."""
+    """The output of `attn` before its projection: (B, N, D) -> (B, N or S, D)."""
     batch, count, width = x.shape
     heads = index(attn.heads)  # where blocks are sharded torch.compile would take any number, and lay out for none
     qkv = apply_linear(attn.qkv, x).view(batch, count, 3, heads, width // heads)  # (B, N, 3, heads, head_dim)
@@ -88,7 +88,7 @@ class FastBlock(Block):
 
 
 class CompiledBlock(FastBlock):
-    """The same, compiled once for all blocks of a model."""
+    """A fast block that is compiled once for all blocks of a model."""
 
     def forward(self, *args: Any) -> Tensor:
         out: Tensor = compiled(FastBlock.forward)(self, *args)

@@ -63,7 +63,7 @@ class DirectRunner:
 
 @dataclass(frozen=True, eq=False)
 class FastEngine:
-    """The same numbers to rounding, for speed: for the very classes that it was written for.
+    """The fast engine: equal numbers up to rounding, for exactly the classes that it was written for.
 
     A subclass may compute otherwise. A model with one, and a set under a guidance of another class, go the plain way.
     """
@@ -166,7 +166,7 @@ class FastEngine:
         return self.runner(("denoise", schedule.key, passes, guidance.renorm), denoise, inputs)[:, :size]
 
     def _why_plain(self, schedule: Schedule, guidance: GuidanceRule) -> str | None:
-        """What to say of a set that only the plain loop computes as asked; None for any other set."""
+        """The reason why only the plain loop can compute a set; None if the engine can."""
         if self.plain is not None:
             return ""  # said already
         if schedule.rows is None:
@@ -200,7 +200,7 @@ class FastEngine:
 
 
 def pad_set(tokens: Tensor, multiple: int, dim: int) -> Tensor:
-    """What `dim` holds of a set's tokens, with the first one's again and again up to a multiple."""
+    """Pads a set's tokens along `dim` with copies of the first one, up to a multiple."""
     more = -tokens.shape[dim] % multiple
     return torch.cat([tokens, *[tokens.narrow(dim, 0, 1)] * more], dim=dim) if more else tokens
 
@@ -289,8 +289,10 @@ def guided_step(
     clip: float | None,
     before: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One step: x (B, S, P) float32 under the modulations of n passes -> the next x; and the data it predicted, where
-    that of the step `before` is given."""
+    """Takes one step: x (B, S, P) float32 under the modulations of n passes -> the next x.
+
+    If the data predicted by the step `before` are given, the data that this step predicts come too.
+    """
     guided = guided_prediction(denoiser, x, modulations, scales, passes).guided()
     data = None if before is None else predicted_data(x, guided, row)
     return linear_step(x, guided, row, clip, noise, before), data
@@ -341,7 +343,7 @@ class Modulations:
         self.computed: list[Tensor] = []
 
     def at(self, step: int, rows: int) -> list[Tensor]:
-        """Of a step, for the first `rows` rows: (rows, S, 3 width) a block, and the head's (rows, S, 2 width)."""
+        """Modulations of a step for `rows` rows: (rows, S, 3 width) a block, and (rows, S, 2 width) of the head."""
         if not self.computed or step >= self.first + len(self.computed[0]):
             self.first = step
             u = self.times[step : step + self.chunk, None, None] + self.condition  # (K', N * B, S, width)

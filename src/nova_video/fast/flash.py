@@ -61,7 +61,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def attend_packed(packed: Tensor) -> Tensor:
-    """The same of query, key and value in one, (B, N, 3, heads, head_dim) -> (B, N, heads, head_dim)."""
+    """Attention of packed query, key and value: (B, N, 3, heads, head_dim) -> (B, N, heads, head_dim)."""
     out: Tensor = packed_forward(packed)[0]
     return out
 
@@ -84,7 +84,7 @@ def backward(
 
 @custom_op("nova_video::flash_attention_packed", mutates_args=())
 def packed_forward(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """As `forward`."""
+    """Forward pass on packed query, key and value, as `forward`."""
     out, sums = kernels()._flash_attn_fwd(*packed.unbind(2), return_lse=True)[:2]
     return out, sums
 

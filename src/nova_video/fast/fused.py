@@ -40,7 +40,7 @@ class Tile:
     rows: int
     columns: int
     depth: int
-    """Of the sum, read at once."""
+    """Part of the sum that is read at once."""
     splits: int = 1
     """Parts of the sum, computed by different programs."""
     stages: int = 3
@@ -61,11 +61,11 @@ class Layout:
     """Each kernel is launched while the one before still runs, and reads its weights while it waits for its input
     (compute capability 9.0)."""
     warps: int = 8
-    """Of a token's program between two steps."""
+    """Warps of a token's program between two steps."""
 
 
 def supports(denoiser: Denoiser, rows: int, passes: int) -> bool:
-    """Whether `denoise_fused` can run these weights, where they are, on `rows` = N * B * S rows.
+    """True if `denoise_fused` can run these weights on their device, on `rows` = N * B * S rows.
 
     The kernels read a denoiser's weights and call nothing of it, so that every part has to be of the very class they
     were written for.
@@ -101,8 +101,11 @@ def run_fused(
     times: Tensor,
     weights: Tensor,
 ) -> Tensor:
-    """All steps of a set, start (B, S, P) -> values (B, S, P): for features (N * B, S, D), `rows` of `linear_step`, the
-    noise `fresh` of the steps that draw any, embedded `times` (K, width) and the passes' `weights` (N,)."""
+    """Takes all steps of a set: start (B, S, P) -> values (B, S, P).
+
+    It needs features (N * B, S, D), `rows` of `linear_step`, the noise `fresh` of the steps that draw any, embedded
+    `times` (K, width) and the passes' `weights` (N,).
+    """
     condition = denoiser.time_cond_embed.condition_proj(features)  # (N * B, S, width)
     passes = [guidance.passes_at(t) for t in schedule.timesteps]
     most = max(1, ROWS_AT_ONCE // condition[..., 0].numel())
@@ -200,7 +203,7 @@ def denoise_fused(
 
 
 def resources(warps: int) -> dict[str, int]:
-    """Of a program: warps, and registers for as many reads at once as it has; ptxas saves them when not told to."""
+    """Resources of a program: warps, and registers for its reads at once, which ptxas would save."""
     return {"num_warps": warps, "maxnreg": min(255, (1 << 16) // (32 * warps))}
 
 

@@ -36,7 +36,7 @@ def apply_apart(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def is_trained(linear: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is a plain layer all of which learns."""
+    """True if this is a plain layer of which all parameters learn."""
     if type(linear) is not nn.Linear or linear.bias is None or not torch.is_grad_enabled():
         return False
     return linear.weight.requires_grad and linear.bias.requires_grad

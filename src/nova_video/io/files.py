@@ -51,7 +51,7 @@ def make_folder(folder: Path) -> None:
 
 
 def name_beside(path: Path, ending: str = "part") -> Path:
-    """A new hidden name in the same folder, for a file that is to replace `path` or to keep its old content."""
+    """A new hidden name in the same folder, for a file that will replace `path` or keep its content."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{ending}")
 
 

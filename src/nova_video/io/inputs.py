@@ -81,7 +81,7 @@ class Clip:
 
 
 def read_clips(video: object, name: str = "video") -> tuple[Clip, ...] | Tensor:
-    """Clips, one or a batch, in any form -> a tuple of them, alike in length, size and rate; latents stay latents.
+    """Reads one clip or a batch, in any form: clips alike in length, size and rate, or latents as they are.
 
     A float tensor of five axes is pixels (B, F, 3, H, W) if the third is of 3 and all values are in [0, 1], and latents
     (B, C, F, h, w) otherwise. What is returned may be given again.

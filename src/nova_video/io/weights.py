@@ -1,4 +1,4 @@
-"""The files of a part of a checkpoint: its config, and which files hold its weights, read by their headers alone."""
+"""The files of a part of a checkpoint: its config, and its weights, of which only the headers are read."""
 
 import shlex
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What diffusers and users of it expect of a model besides its maths: device, dtype, casting, initial weights."""
+"""The parts of a model that diffusers expects besides the maths: device, dtype, casting, initial weights."""
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -46,7 +46,7 @@ class DiffusersModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That it computes in, by itself for the same reason: casting by layers leaves this parameter as it is."""
+        """The dtype that the model computes in, read from a parameter that casting by layers leaves as it is."""
         return self.mask_embed.mask_token.dtype
 
     @property

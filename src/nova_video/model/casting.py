@@ -14,7 +14,7 @@ from torch import nn
 from nova_video.common.errors import InputError
 
 NAME = "layerwise_casting"
-"""Of the hook: diffusers finds the compute dtype of a model by it."""
+"""Name of the hook, by which diffusers finds the compute dtype of a model."""
 
 
 class BlockCasting(ModelHook):

@@ -27,7 +27,7 @@ class Projection(nn.Module):
 
 
 class TimeCondEmbed(nn.Module):
-    """The embedding u that a token is denoised under: of its feature, the same at every step, and of the timestep."""
+    """The embedding u for denoising a token: the sum of its feature, equal at all steps, and the timestep."""
 
     def __init__(self, condition_dim: int, width: int) -> None:
         super().__init__()

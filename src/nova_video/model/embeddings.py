@@ -51,7 +51,7 @@ class Rotary:
         return cls(angles.cos(), angles.sin())
 
     def after_condition(self, count: int) -> "Rotary":
-        """The same with `count` condition tokens in front, at position 0 (not rotated)."""
+        """These angles with `count` condition tokens in front, at position 0 (not rotated)."""
         shape = (*self.cos.shape[:-2], count, self.cos.shape[-1])
         return Rotary(
             torch.cat([self.cos.new_ones(shape), self.cos], dim=-2),

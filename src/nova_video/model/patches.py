@@ -24,8 +24,10 @@ def unpatchify(tokens: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of non-overlapping patches: stored as the convolution that checkpoints have (kernel = stride = patch),
-    computed as a matrix product, since a GPU rounds the inputs of float32 convolutions (TF32)."""
+    """Linear map of non-overlapping patches, stored as the convolution of the checkpoints (kernel = stride = patch).
+
+    It is computed as a matrix product, because a GPU rounds the inputs of float32 convolutions (TF32).
+    """
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()

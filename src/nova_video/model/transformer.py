@@ -278,7 +278,7 @@ class NOVATransformer3DModel(DiffusersModel):
         history: Tensor | None = None,
         revealed: Tensor | None = None,
     ) -> Tensor:
-        """What the network predicts of the noisy tokens `ids` of every frame, given the tokens `visible_ids`.
+        """Predicts the noisy tokens `ids` of every frame, given the tokens `visible_ids`.
 
         condition (B, T, D), latents (B, C, F, h, w), visible_ids (B * F, V), ids (B * F, S), noisy (R * B * F, S, P)
         and timestep (R * B * F, S) of R draws of noise -> prediction (R * B * F, S, P). `history`, like latents, is

@@ -143,7 +143,7 @@ def call_block(owner: nn.Module, block: nn.Module, *args: Any) -> Tensor:
 
 
 def residual_stream(x: Tensor) -> Tensor:
-    """x in the type that blocks add in: under autocast the one it multiplies in, so that sums move half the bytes."""
+    """x in the type of the blocks' sums: under autocast that of the products, which halves the bytes."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 

@@ -85,7 +85,7 @@ def _text_encoder_of(parts: Parts) -> TextEncoder:
 def segments_of(
     parts: Parts, request: GenerateRequest, plan: Plan, texts: list[list[Tensor]], negatives: list[Tensor]
 ) -> list[Segment]:
-    """What steers the clip, from one change of prompt, motion score or guidance to the next."""
+    """The segments of a clip, from one change of prompt, motion score or guidance to the next."""
     moments = Timeline((0.0,), (0,))  # of the prompts
     if request.timeline is not None:
         moments = Timeline(request.timeline.times, tuple(range(len(texts))))
@@ -126,7 +126,7 @@ def _condition(
 
 
 def _from_frame(timeline: Timeline[Any], plan: Plan, frame: int) -> Any:
-    """The value that holds at a latent frame: each takes over with the first that begins at its time or later."""
+    """The value at a latent frame. A value takes over with the first frame that begins at its time or later."""
     return [
         value for time, value in zip(timeline.times, timeline.values, strict=True) if plan.latent_at(time) <= frame
     ][-1]

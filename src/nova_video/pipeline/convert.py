@@ -52,9 +52,9 @@ from nova_video.text.load import text_width
 WRAPPERS = ("state_dict", "model_state_dict", "ema_state_dict", "model", "module", "ema")
 """Names under which trainers store the weights beside other values."""
 PREFIXES = ("module.", "transformer.")
-"""What wrappers put before every name: of several GPUs, of a whole pipeline."""
+"""Prefixes that wrappers put before every name: of several GPUs, of a whole pipeline."""
 COMPILED = "_orig_mod."
-"""What torch.compile puts into the names, before all of them or those of the modules that it compiled."""
+"""The prefix that torch.compile puts before all names, or before those of compiled modules."""
 OTHERS = tuple(name for name in COMPONENTS if name != "transformer")
 PADDING_TABLE = "text_embed.weight"
 

@@ -1,4 +1,4 @@
-"""Which engine computes the sets of a call, and what a pipeline keeps for it: captured graphs and an 8 bit copy."""
+"""Chooses the engine of a call, and keeps its captured graphs and the 8 bit copy for the pipeline."""
 
 import threading
 from collections.abc import Hashable

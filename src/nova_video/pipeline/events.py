@@ -1,4 +1,4 @@
-"""What a stream yields with `preview`: final frames, previews of latent frames, and frames as they fill in."""
+"""The events of a stream with `preview`: final frames, previews of latent frames, and partial frames."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -51,10 +51,10 @@ class Interrupts:
 
 @dataclass(frozen=True, eq=False)
 class Surroundings:
-    """What a generation needs besides the model's parts."""
+    """The things that a generation needs besides the parts of the model."""
 
     caller: object
-    """What callbacks get as their first argument."""
+    """The first argument of callbacks."""
     progress_bar: Callable[..., AbstractContextManager[Any]]
     free_parts: Callable[[], None]
     """Called at the end of a run or stream: under CPU offload parts go back."""
@@ -304,7 +304,7 @@ class _StreamedSet:
 
     set: SetDone
     tensors: tuple[Tensor, ...]
-    """What its consumer may read."""
+    """The tensors that the consumer may read."""
     event: torch.cuda.Event | None
     """After it the tensors are there; None: they were made on the consumer's own stream."""
 

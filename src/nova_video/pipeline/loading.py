@@ -68,7 +68,7 @@ def load_scheduler(checkpoint: Path) -> Any:
 
 
 def check_parts(given: Mapping[str, Any], or_places: bool = True) -> None:
-    """Each part is of its kind, or None where it is optional; with `or_places` also a place to load it from."""
+    """Refuses a part of a wrong kind. None is fine if it is optional, and a place with `or_places`."""
     for name, part in given.items():
         if (or_places and isinstance(part, (str, Path))) or (part is None and name in OPTIONAL):
             continue
@@ -279,7 +279,7 @@ def load_component(
 
 
 def check_weights(folder: Path, outline: ModelMixin, stored: Mapping[str, Sequence[int]]) -> None:
-    """The keys and shapes in a folder's files are those of the model, or an InputError names those that are not."""
+    """Compares the keys and shapes in a folder's files with the model; an InputError names each difference."""
     expected = {key: tuple(value.shape) for key, value in outline.state_dict().items()}
     named = {key: tuple(shape) for key, shape in current_names(outline, stored).items()}
     missing = [key for key in expected if key not in named]
@@ -332,7 +332,7 @@ def component_folder(checkpoint: Path, name: str) -> Path:
 
 
 def current_names(outline: ModelMixin, stored: Mapping[str, T]) -> dict[str, T]:
-    """The same values under the names that diffusers reads old ones as."""
+    """Renames old keys as diffusers does when it reads them."""
     expected = outline.state_dict().keys()
     return {_current_name(key, expected): value for key, value in stored.items()}
 

@@ -43,7 +43,7 @@ LORA_METADATA = "lora_adapter_metadata"
 LORA_BASE = "base_model_name_or_path"
 """One of these settings: the checkpoint that an adapter was trained beside."""
 ADAPTER_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
-"""What peft saves an adapter as."""
+"""The file name under which peft saves an adapter."""
 SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 PREFIXES = (
     "transformer.",
@@ -125,7 +125,7 @@ def load_adapter(
     subfolder: str | None = None,
     **hub: Any,
 ) -> Adapter:
-    """A low-rank adapter for the model: a safetensors file, a folder with one, or a hub id; checked key by key.
+    """Reads an adapter from a safetensors file, a folder or the hub, and checks it key by key.
 
     Files of peft, diffusers, ComfyUI and kohya are read (see above). `hub`: for `hf_hub_download`.
     """
@@ -164,7 +164,7 @@ def load_adapter(
 def _find_adapter(
     name_or_path: str | Path, weight_name: str | None, subfolder: str | None, hub: Mapping[str, Any]
 ) -> Path:
-    """The file of an adapter: in a folder or on the hub the one of that name, or of diffusers' or peft's name.
+    """Finds the file of an adapter in a folder or on the hub, by the given name, diffusers' or peft's.
 
     A folder may also have one safetensors file of any other name.
     """
@@ -295,7 +295,7 @@ def _other_kind(key: str) -> str | None:
 
 
 def _layer(written: str, layers: set[str], flat: Mapping[str, list[str]], where: str) -> str:
-    """The model's name of a layer; one that it lacks as it is, without the prefix, for the check that follows."""
+    """The model's name of a layer. An unknown layer keeps its name, without the prefix, for a later check."""
     names = [written, *(written.removeprefix(prefix) for prefix in PREFIXES)]
     for name in names:
         if name in layers:
@@ -344,7 +344,7 @@ def _settings(
 
 
 def _config_alpha(config: Mapping[str, Any], layer: str, rank: int, where: str) -> float:
-    """What adapter_config.json says of a layer; its rank, where there is none."""
+    """The alpha of a layer in adapter_config.json; without one, its rank."""
     patterns = config.get("alpha_pattern") or {}
     try:
         own = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), None)

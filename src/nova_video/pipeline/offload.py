@@ -46,7 +46,7 @@ class LowMemory:
 
     @classmethod
     def of(cls, asked: "LowMemory | torch.device | str | bool") -> "LowMemory | None":
-        """What `low_memory` means, or None; an error where there is no GPU for it."""
+        """Reads `low_memory` as settings or None. Without a GPU it is refused."""
         if asked is False:
             return None
         low = asked if isinstance(asked, cls) else cls() if asked is True else cls(asked)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What one call computes with: a pipeline's parts and settings at the moment when the call began."""
+"""The parts and settings of a pipeline at the moment when a call begins."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class Parts:
 
     @property
     def capabilities(self) -> Capabilities:
-        """What requests are checked against."""
+        """The abilities of the checkpoint, against which requests are checked."""
         config = self.transformer.config
         video = self.transformer.has_motion
         stride = (4 if video else 1) if self.vae is None else find_layout(self.vae).temporal_stride

@@ -69,7 +69,7 @@ from nova_video.text.vocabulary import HINT
 Generators = torch.Generator | Sequence[torch.Generator]
 Dtypes = torch.dtype | dict[str, torch.dtype] | None
 STEP_TENSORS = ("latents", "revealed")
-"""What a callback may be shown."""
+"""Names of the tensors that a callback may see."""
 
 FROM_CHECKPOINT = object()
 """In `from_pretrained`: the part is the checkpoint's own."""
@@ -275,7 +275,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         safe_serialization: bool = True,
         variant: str | None = None,
     ) -> str:
-        """Save to a repository of the Hugging Face Hub, with a card that says how to open it; returns its URL."""
+        """Save to a repository of the Hugging Face Hub, with a card that tells how to open it. Returns its URL."""
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder) / "model"
             self.save_pretrained(place, safe_serialization, variant)
@@ -296,7 +296,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
 
     @property
     def settings(self) -> CheckpointSettings:
-        """What the checkpoint says of itself beside its weights. It goes where the parts go: `components` has it."""
+        """The settings of the checkpoint besides its weights. They are one of the `components`."""
         return self._settings
 
     @settings.setter
@@ -306,17 +306,17 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
 
     @property
     def components(self) -> dict[str, Any]:
-        """What another pipeline is made of, with the same parts and settings: `NovaPipeline(**pipe.components)`."""
+        """The parts and settings, from which `NovaPipeline(**pipe.components)` makes another pipeline."""
         return {**super().components, "settings": self.settings}
 
     @property
     def defaults(self) -> Defaults:
-        """What None means in a call."""
+        """The default values of a call, which None stands for."""
         return self.settings.defaults
 
     @property
     def capabilities(self) -> Capabilities:
-        """What requests are checked against."""
+        """The abilities of the checkpoint, against which requests are checked."""
         return self._parts().capabilities
 
     @property
@@ -325,7 +325,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         return self._parts().trained_noise
 
     def _parts(self, stopwatch: Stopwatch | None = None) -> Parts:
-        """What a call that begins now computes with."""
+        """The parts and settings of a call that begins now."""
         name = getattr(self.config, "_name_or_path", None)
         return Parts(
             self.transformer,
@@ -532,7 +532,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         return generation
 
     def resume(self, path: str | Path) -> Generation:
-        """What `Generation.save` wrote, to run or stream on: the result is that of never having stopped."""
+        """Opens a saved generation, to run or stream on. The result is that of a run without a stop."""
         parts = self._parts()
         return Generation(load_progress(parts, Path(path)), parts, self._surroundings())
 
@@ -575,7 +575,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call of this callback was told to stop."""
+        """True if the call of this callback is to stop."""
         call = CALLING.get()
         return call is not None and call.interrupted
 
@@ -585,7 +585,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
-        """As in diffusers, True stops: from a callback its own call, from elsewhere all that run on this pipeline."""
+        """Stops calls, as in diffusers: in a callback that call, elsewhere all running calls of this pipeline."""
         if not value:
             return
         if (call := CALLING.get()) is not None:
@@ -730,7 +730,7 @@ def _device_of(device_map: object, name: str = "device_map") -> torch.device:
 
 
 def _is_device(device: Any, own: torch.device) -> bool:
-    """Whether a device, or what names one, is `own`."""
+    """True if a device, or a name of one, is `own`."""
     try:
         asked = torch.device(device)
     except (RuntimeError, TypeError):

@@ -37,7 +37,7 @@ SHARES = {"sets": "sets", "diffusion_steps": "steps"}  # options that a preset h
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What one checkpoint can do: all that a plan needs to know of it."""
+    """The abilities of a checkpoint: the facts that a plan needs."""
 
     image_size: tuple[int, int]
     """Height and width it was made for, in pixels."""
@@ -67,7 +67,7 @@ class Capabilities:
     width: int = 0
     """Values of a token within both encoders."""
     value_bytes: int = 4
-    """Of a weight or activation."""
+    """Bytes of a weight or activation."""
 
     def latent_count(self, num_frames: int) -> int:
         """Whole latent frames that cover so many pixel frames."""
@@ -80,7 +80,7 @@ class Capabilities:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Options):
-    """What will be made: every option with its value, and what follows from the request and the checkpoint.
+    """The plan of a request for one checkpoint: every option has its value.
 
     None is left only for what is truly absent.
     """
@@ -101,7 +101,7 @@ class Plan(Options):
     given_frames: int = 0
     """Leading pixel frames that are given, at this plan's frame rate."""
     offset: int = 0
-    """Of them, those that are only returned: latent frame 0 is pixel frame `offset`."""
+    """Number of given frames that are only returned: latent frame 0 begins at pixel frame `offset`."""
     edits: bool = False
     """Given frames are changed, under a mask or by `strength`; else they stay."""
 
@@ -133,7 +133,7 @@ class Plan(Options):
 
     @property
     def context(self) -> Context:
-        """What the temporal encoder is shown, in latent frames."""
+        """The frames that the temporal encoder reads, in latent frames."""
         stride, reanchor = self.temporal_stride, self.reanchor_frames
         assert self.sink_frames is not None
         return Context(

@@ -1,4 +1,4 @@
-"""The record of how a picture or clip was made, which files carry inside: of the command line and of Python."""
+"""The record inside a file, which tells how a picture or clip was made."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def make_record(
     request: "GenerateRequest", generation: "Generation", given: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a file says of how it was made.
+    """The record of a file: how it was made.
 
     `given` is what there was beside a sentence, and `origin` names the model and its adapters.
     """
@@ -73,5 +73,5 @@ def make_records(request: "GenerateRequest", generation: "Generation") -> list[d
 
 
 def _plain(value: Any) -> Any:
-    """What JSON lacks: NumPy's numbers as Python's, and any other value by its name."""
+    """Converts values for JSON: NumPy's numbers to Python's, and any other value to its name."""
     return value.item() if hasattr(value, "item") else str(value)

@@ -1,4 +1,4 @@
-"""What a caller wants: `GenerateRequest`, the one object that every surface (Python, command line, server) fills in.
+"""`GenerateRequest`, the request that every surface (Python, command line, server) fills in.
 
 A request is checked in two steps: on creation, for what is wrong with any model, and in `resolve`, against one
 checkpoint (`plan.py`), which also replaces every None. Files that it names are read on creation.
@@ -50,11 +50,11 @@ class GenerateRequest(Options):
     """First frame of a video: a picture, or uint8 (height, width, 3), of any size. With `mask_image` or `strength`, a
     picture to edit."""
     video: Video | None = None
-    """Leading frames of a video, any number, or with `mask_image` or `strength` a clip to edit: one, or one a prompt.
+    """Leading frames of a video, or with `mask_image` or `strength` a clip to edit: one, or one a prompt.
     A path, PIL images, an array (F, H, W, 3) of uint8 or of floats in [0, 1], a tensor (F, 3, H, W), or latents
     (B, C, F, h, w). The model reads the last 4k + 1 frames; all come back as they were given."""
     mask_image: Mask | None = None
-    """What of the given frames is made anew is white; black stays, bit for bit. One mask, or one a frame."""
+    """White parts of the given frames are made anew; black parts stay, bit for bit. One mask, or one a frame."""
     num_images_per_prompt: int = option(
         1, "Pictures or clips of each prompt.", low=1, high=LIMITS.pictures, aliases=("num_videos_per_prompt",)
     )
@@ -121,7 +121,7 @@ class GenerateRequest(Options):
         )
 
     def _check_given(self) -> None:
-        """What is given to begin with, read from files and brought to one form."""
+        """Reads the given frames and masks from files and brings them to one form."""
         if self.image is not None and self.video is not None:
             raise InputError("got both of image and video: expected one of them")
         if self.image is not None:

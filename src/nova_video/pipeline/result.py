@@ -1,4 +1,4 @@
-"""What a call made: `GenerateResult`, which can be saved to files and shows itself in a notebook."""
+"""The result of a call: `GenerateResult`, which can be saved to files and shows itself in a notebook."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ from nova_video.io.pixels import to_bytes
 
 @dataclass
 class GenerateResult(BaseOutput):
-    """What a call made: `images` for one frame, `frames` otherwise, one entry a picture or clip, prompts in order.
+    """The result of a call: `images` for one frame, else `frames`, with an entry for each picture or clip.
 
     As in diffusers, `result[0]` and the first entry of `result.to_tuple()` are the images or frames.
     """
@@ -30,11 +30,11 @@ class GenerateResult(BaseOutput):
     fps: float | None = None
     """Rate the clips are meant to be shown at."""
     seeds: tuple[int, ...] = ()
-    """Of the generator, or of each picture's own."""
+    """Seeds of the generator, or of the generator of each picture."""
     stopped: bool = False
-    """The callback ended the call early: here are the finished frames or, without any, the first as far as it got."""
+    """True if the callback ended the call early. Then these are the finished frames or a part of the first."""
     generation: Any = None
-    """Of a call that was stopped: the `Generation`, to save or to go on with."""
+    """The `Generation` of a stopped call, to save or to continue."""
     records: list[dict[str, Any]] = field(default_factory=list, repr=False)
     """How each picture or clip was made; `save` writes it into the file."""
 

@@ -1,4 +1,4 @@
-"""What a saved generation says, checked: nothing of the file is believed before it fits the model and itself.
+"""Checks the facts of a saved generation: nothing of the file is believed before it fits the model.
 
 `saving.py` writes and reads the file. A file that was cut, edited or made by somebody else is an `InputError` of one
 line that names the entry. Legend as in `sampling/state.py`.

@@ -115,7 +115,7 @@ def save_progress(progress: Progress, model: NOVATransformer3DModel, path: Path)
 
 
 def load_progress(parts: Parts, path: Path) -> Progress:
-    """What was saved with the same model; the temporal cache is filled again."""
+    """Loads progress that was saved with the same model, and fills the temporal cache again."""
     facts, tensors = load_file_facts(path)
     model = parts.transformer
     mark, dtype = model_mark(model), str(model.dtype).removeprefix("torch.")

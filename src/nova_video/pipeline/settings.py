@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself beside its weights: the defaults of requests and its text encoder's name."""
+"""The settings of a checkpoint besides its weights: defaults of requests, name of the text encoder."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def _released(name: str, value: float | None) -> Any:
 @with_aliases
 @dataclass(frozen=True)
 class Defaults:
-    """What None means for one checkpoint: the released models' values, unless its folder says otherwise."""
+    """The default values of a checkpoint: those of the released models, unless its folder has others."""
 
     num_frames: int = _released("num_frames", 1)
     fps: float = _released("fps", 12)
@@ -81,7 +81,7 @@ class CheckpointSettings:
             raise InputError(f"{path}: {error}") from None
 
     def as_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """The JSON form that `from_json` reads."""
         named = {} if self.text_encoder is None else {"text_encoder": self.text_encoder}
         return {**named, "defaults": asdict(self.defaults)}
 

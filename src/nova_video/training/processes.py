@@ -33,9 +33,11 @@ TOGETHER = 25 * 2**20
 """Bytes of gradients that DDP sends with one call, at least."""
 
 SHARE = 2
-"""Between GPUs of one machine DDP sends the first part of what is to come, so large, with one call: sending takes less
-than computing there, but products, which are made for all multiprocessors, take up to twice as long beside it. Between
-machines sending can take longer than computing, and begins as soon as it can."""
+"""Size of the first part of the gradients that DDP sends, with one call, between GPUs of one machine.
+
+There sending takes less time than computing, but products, which are made for all multiprocessors, take up to twice as
+long beside it. Between machines sending can take longer than computing, and begins as soon as it can.
+"""
 
 PATIENCE = timedelta(hours=2)  # with a process that samples, scores or saves while the others wait
 

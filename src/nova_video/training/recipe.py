@@ -29,12 +29,12 @@ LONGEST_SHOWN = 80
 
 @dataclass(frozen=True)
 class DatasetRecipe:
-    """What is learned from: clips and pictures that `nova encode` has encoded, streamed from a folder or a URL."""
+    """The training data: clips and pictures that `nova encode` encoded, streamed from a folder or a URL."""
 
     path: str = ""
     """Folder or URL written by `nova encode`."""
     batch: int = 16
-    """Samples of a micro batch from the largest size bucket; smaller sizes get as many more as have as many tokens."""
+    """Samples of a micro batch from the largest size bucket. Smaller sizes get more, with as many tokens."""
     image_share: float | None = None
     """Share of the steps on pictures; where the dataset has none, on the clips' first frames. None: the share that
     pictures have of the rows."""
@@ -43,11 +43,15 @@ class DatasetRecipe:
     held_out: float = 0.02
     """Share of the sources that are kept for validation."""
     shuffle: int = 1024
-    """Neighbouring rows that are mixed, over all micro batches and workers together (each mixes a batch at least);
-    besides, every pass reads the shards in another order."""
+    """Number of neighbouring rows that are mixed, over all micro batches and workers together.
+
+    Each mixes a batch at least. Besides, every pass reads the shards in another order.
+    """
     workers: int = 2
-    """Processes that read and decode for each process that trains and each bucket, at most as many as a micro batch has
-    shards; 0: none besides the trainer's."""
+    """Reading processes for each training process and each bucket; 0: the trainer reads itself.
+
+    There are at most as many as a micro batch has shards.
+    """
 
     def __post_init__(self) -> None:
         for name in ("batch", "shuffle"):
@@ -67,7 +71,7 @@ class OptimizerRecipe:
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the running means of gradients and of their squares."""
     weight_decay: float = 0.03
-    """Of matrices; biases, norms and single tokens are not decayed."""
+    """Weight decay of matrices; biases, norms and single tokens are not decayed."""
     warmup: int = 1000
     """Steps of linear warm-up."""
     final: float = 0.1
@@ -92,7 +96,7 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True)
 class LogRecipe:
-    """What is written while training, and when (in steps; 0: never)."""
+    """The output of training and its intervals (in steps; 0: never)."""
 
     every: int = 100
     """Losses, to the screen and TensorBoard."""
@@ -118,10 +122,10 @@ class LogRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every training run has."""
+    """The settings of every training run."""
 
     kind: str = ""
-    """What is trained: `transformer` (on an encoded dataset), `world-transformer` or `autoencoder` (in a world), or
+    """Kind of training: `transformer` (on an encoded dataset), `world-transformer` or `autoencoder` (in a world), or
     `module:Class`, a `Task` of one's own whose `recipe_type` is the record of its settings."""
     name: str = "run"
     """Name of the run for the trackers."""
@@ -139,10 +143,12 @@ class Recipe:
     """Record the whole step as CUDA graphs, one for each variant that comes up twice: faster, in more memory (one micro
     batch a step on each GPU, and not with mask_ratio = "sample")."""
     micro_batches: int = 0
-    """Micro batches of a step, all processes together: what a step learns depends on this, not on how many processes
-    share them. 0: one for each process."""
+    """Micro batches of a step, over all processes; 0: one for each process.
+
+    A step learns the same however many processes share them.
+    """
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    """Of the arithmetic, and of what passes from block to block; weights are kept in fp32. auto: bf16 on a GPU, fp32
+    """Precision of the arithmetic and of activations; weights are kept in fp32. auto: bf16 on a GPU, fp32
     elsewhere. fp8: bf16, and the large products of the transformer in 8 bit floats, on GPUs that have them."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """With several processes: whole weights on each (ddp), or sharded over them (fsdp). auto: what `accelerate launch`
@@ -223,7 +229,7 @@ class LoraRecipe:
 
 @dataclass(frozen=True)
 class TransformerRun(Recipe):
-    """What all trainings of `NOVATransformer3DModel` have."""
+    """The settings of all trainings of `NOVATransformer3DModel`."""
 
     init: str = ""
     """Checkpoint (folder, hub id or `emoji`) whose transformer is started from; empty: from scratch."""
@@ -243,7 +249,7 @@ class TransformerRun(Recipe):
     visible_probability: tuple[float, ...] = ()
     """Share of the batches that each of these numbers gets."""
     mask_ratio: Literal["batch", "sample"] = "batch"
-    """Whether all frames of a batch hide as many tokens (the paper), or every sample draws how many for itself."""
+    """`batch`: all frames of a batch hide the same number of tokens, as in the paper; `sample`: each draws its own."""
     mask_levels: int = 0
     """With mask_ratio "batch": ratios are rounded to multiples of 1 / this, which leaves fewer variants to compile and
     record. 0: any ratio (the paper). Where a frame's tokens are this times 128 (8 at 512 px, 32 at 1024), all lengths
@@ -261,8 +267,10 @@ class TransformerRun(Recipe):
     prompt_dropout: float = 0.1
     """Share of the samples whose prompt is replaced by the null prompt."""
     motion_dropout: float = 0.5
-    """Share of the samples whose motion score is replaced by `defaults.motion_flow`, so that a call that gives none is
-    no stranger than one that does."""
+    """Share of the samples whose motion score is replaced by `defaults.motion_flow`.
+
+    So a call without a score is as usual to the model as one with a score.
+    """
     history_noise: float = 0.1
     """Largest standard deviation of noise on what the temporal encoder reads of earlier frames."""
     compile: bool = False
@@ -276,7 +284,7 @@ class TransformerRun(Recipe):
     model: ModelRecipe = field(default_factory=ModelRecipe)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     defaults: Defaults = field(default_factory=Defaults)
-    """What a call of the trained checkpoint means by None."""
+    """The default values of a call of the trained checkpoint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -316,7 +324,7 @@ class DatasetTransformerRecipe(TransformerRun):
     """On an encoded dataset."""
 
     kind: Literal["transformer"] = "transformer"
-    """What is trained."""
+    """Kind of training."""
     autoencoder: str = ""
     """Checkpoint whose autoencoder encoded the dataset; empty: the one that the dataset names."""
     text_encoder: str = ""
@@ -417,7 +425,7 @@ def recipe_toml(recipe: Recipe) -> str:
 
 
 def changes(before: Recipe, after: Recipe) -> dict[str, tuple[Any, Any]]:
-    """What differs but where to write: by key, what it was and what it is."""
+    """The settings that differ, except the output: by key, the value before and after."""
     was, now = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(after))
     return {key: (was.get(key), value) for key, value in now.items() if was.get(key) != value and key != "output"}
 

@@ -1,4 +1,4 @@
-"""What all trainings of the transformer share: the model, one batch's loss, and the checkpoint folder it becomes.
+"""The common part of all trainings of the transformer: the model, the loss of a batch, the exported folder.
 
 `dataset_task.py` reads clips that were encoded beforehand; a world's task, in `nova_worlds`, renders them as it trains.
 """
@@ -54,7 +54,7 @@ MASK_MULTIPLE = 16  # numbers of revealed tokens are padded to it, where every s
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What a micro batch is learned from, on the device."""
+    """The data of a micro batch, on the device."""
 
     latents: Tensor
     """(B, C, F, h, w) as the transformer sees them, float32."""
@@ -70,7 +70,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Variant:
-    """What changes the shapes of a step."""
+    """The facts that decide the shapes of a step."""
 
     size: Any
     """Which samples: a clip length in a world, a size bucket of a dataset."""
@@ -179,11 +179,11 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         )
 
     def tokens(self, grid: tuple[int, int]) -> int:
-        """Of a frame on the latent grid (h, w)."""
+        """Number of tokens of a frame on the latent grid (h, w)."""
         return (grid[0] // self.model.patch_size) * (grid[1] // self.model.patch_size)
 
     def named(self, found: Losses) -> LossParts:
-        """As they are logged: by noise level as pairs of a sum and a count."""
+        """Losses by the names of the log; those by noise level are pairs of a sum and a count."""
         by_frame, frames = found.by_frame.detach(), len(found.by_frame)
         parts: LossParts = {**loss_parts(by_frame), "loss": minimised(found, self.recipe.video_loss)}
         counts = found.bin_count.float()
@@ -207,7 +207,7 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
     # What it becomes ----------------------------------------------------------------------------------------------
 
     def open(self, folder: Path) -> NovaPipeline:
-        """What was exported, on the device."""
+        """Opens an exported folder on the device."""
         adapters = self.recipe.lora.rank > 0
         pipe = NovaPipeline.from_pretrained(self.recipe.init if adapters else folder).to(self.device)
         if adapters:
@@ -260,17 +260,17 @@ def check_text_of_init(init: str) -> None:
 
 @dataclass(frozen=True)
 class Material:
-    """What a model is made for: latents and features of these sizes."""
+    """The sizes of latents and features that a model is made for."""
 
     channels: int
-    """Of the latents."""
+    """Channels of the latents."""
     stride: int
     """Pixels of a cell of the latent grid."""
     text_dim: int
     size: tuple[int, int]
     """Height and width in pixels."""
     names: str
-    """What says so, for errors."""
+    """The source of these sizes, for errors."""
 
 
 def make_model(recipe: TransformerRun, material: Material) -> tuple[NOVATransformer3DModel, ModelRecipe]:

@@ -65,7 +65,7 @@ class AutoencoderRecipe(Recipe):
     """Trains `AutoencoderKLCausalTiny`."""
 
     kind: Literal["autoencoder"] = "autoencoder"
-    """What is trained."""
+    """Kind of training."""
     data: DataRecipe = field(default_factory=DataRecipe)
     latent_channels: int = 16
     """Channels of a latent."""
@@ -94,7 +94,7 @@ class WorldTransformerRecipe(TransformerRun):
     """In a world: stage one on images, stage two on clips from stage one's weights (`init`)."""
 
     kind: Literal["world-transformer"] = "world-transformer"
-    """What is trained."""
+    """Kind of training."""
     data: DataRecipe = field(default_factory=DataRecipe)
 
     def __post_init__(self) -> None:

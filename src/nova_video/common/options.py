@@ -187,7 +187,7 @@ def _schema_of(kind: Any, bounds: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of one type; `bounds` are those of its numbers."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return {"anyOf": [_schema_of(part, bounds) for part in arguments]}
+        return {"anyOf": [_schema_of(part, bounds) for part in arguments if part is not Any]}
     if origin is Literal:
         return {"enum": list(arguments)}
     if origin is tuple:  # a pair of seconds and value

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nova_video.common.errors import InputError
+from nova_video.common.extensions import check_members
 
 
 def set_sizes(num_tokens: int, num_sets: int) -> list[int]:
@@ -62,6 +63,11 @@ class RandomOrder:
 
 
 RANDOM_ORDER = RandomOrder()
+
+
+def check_order(order: object) -> None:
+    """Raises InputError for an object that is no `Order`."""
+    check_members(order, "order", Order)
 
 
 def draw_order(order: Order, uniform: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -8,6 +8,7 @@ A part that users may write themselves is a setting whose value is its name, or 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from nova_video.common.checks import LIMITS
 from nova_video.common.options import Number, check_options, option, with_aliases
@@ -87,6 +88,13 @@ class StepOptions:
         metavar="N",
         aliases=("num_diffusion_steps",),
     )
+    order: str | Any | None = option(
+        None,
+        "The order in which a frame's tokens are made, and their sets: `module:Class`, or in Python an object of your"
+        " own.",
+        unset="random",
+        metavar="MODULE:CLASS",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +110,14 @@ class GuidanceOptions:
         key="guidance",
         metavar="SCALE",
         flags=("--cfg", "--cfg-scale"),
+    )
+    guidance_rule: str | Any | None = option(
+        None,
+        "A rule of guidance in place of the paper's, which guidance_scale and the next three options are of:"
+        " `module:Class`, or in Python an object of your own.",
+        unset="the paper's",
+        metavar="MODULE:CLASS",
+        aliases=("guidance",),
     )
     guidance_trunc: float = option(
         0.0, "Below this timestep (0 to 1000) only the conditional pass runs.", low=0, metavar="TIMESTEP"

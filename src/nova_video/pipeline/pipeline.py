@@ -508,6 +508,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
                 context=plan.context,
                 speed=plan,
                 given=given,
+                order_rule=plan.order_rule,
             )
         except BaseException:
             self.maybe_free_model_hooks()
@@ -531,10 +532,13 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         generation.records = make_records(request, generation)
         return generation
 
-    def resume(self, path: str | Path) -> Generation:
-        """Opens a saved generation, to run or stream on. The result is that of a run without a stop."""
-        parts = self._parts()
-        return Generation(load_progress(parts, Path(path)), parts, self._surroundings())
+    def resume(self, path: str | Path, *, order: Any = None, guidance: Any = None) -> Generation:
+        """Take up what `Generation.save` wrote, to run or stream on: the result is that of never having stopped.
+
+        An order or a rule of guidance of the user's own is given again: the file holds its name alone.
+        """
+        parts, own = self._parts(), {"order": order, "guidance_rule": guidance}
+        return Generation(load_progress(parts, Path(path), own), parts, self._surroundings())
 
     def _surroundings(self) -> Surroundings:
         return Surroundings(self, self.progress_bar, self.maybe_free_model_hooks, self._interrupts)

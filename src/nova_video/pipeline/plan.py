@@ -19,10 +19,12 @@ from nova_video.common.errors import InputError
 from nova_video.common.options import check_option, option_fields, values_of
 from nova_video.common.timeline import Timeline
 from nova_video.io.inputs import Clip
+from nova_video.model import RANDOM_ORDER, Order
 from nova_video.pipeline.options import Options
+from nova_video.pipeline.own_parts import part_names
 from nova_video.pipeline.settings import Defaults
 from nova_video.sampling.context import Context
-from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.guidance import Guidance, GuidanceRule
 from nova_video.sampling.presets import PRESETS, SpeedOptions
 
 if TYPE_CHECKING:
@@ -117,14 +119,23 @@ class Plan(Options):
         return latent_count(self.num_frames - self.offset, self.temporal_stride)
 
     @property
-    def guidance(self) -> Timeline[Guidance]:
+    def guidance(self) -> Timeline[GuidanceRule]:
         """The guidance rule of every moment."""
+        if self.guidance_rule is not None:
+            rule: Any = self.guidance_rule
+            return Timeline((0.0,), (rule,))
         scales = Timeline.of("guidance_scale", self.guidance_scale)
         rules = [
             Guidance(scale, self.guidance_trunc, self.guidance_renorm, self.image_guidance_scale)
             for scale in scales.values
         ]
         return Timeline(scales.times, tuple(rules))
+
+    @property
+    def order_rule(self) -> Order:
+        """The order in which tokens are made, and their sets."""
+        rule: Any = self.order
+        return RANDOM_ORDER if rule is None else rule
 
     @property
     def motion(self) -> Timeline[float]:
@@ -374,7 +385,7 @@ def _check_features(request: "GenerateRequest", model: Capabilities) -> None:
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """A plan in types that JSON has, as `records.read_record` reads it. The bound on memory is the next run's own."""
-    return asdict(plan) | {"memory_gb": None}
+    return asdict(replace(plan, order=None, guidance_rule=None)) | part_names(plan) | {"memory_gb": None}
 
 
 def check_plan(plan: Plan, model: Capabilities) -> None:

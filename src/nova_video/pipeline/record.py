@@ -8,6 +8,7 @@ from nova_video import __version__
 from nova_video.common.options import facts_of, key_of, option_fields
 from nova_video.model.lora import active_adapters
 from nova_video.pipeline.options import Options
+from nova_video.pipeline.own_parts import part_names
 
 if TYPE_CHECKING:
     from nova_video.pipeline.generation import Generation
@@ -26,6 +27,8 @@ def make_record(
     del recorded["seed"]  # each picture of a call has its own
     settings = {
         **{key_of(each): getattr(plan, name) for name, each in recorded.items()},
+        **{name: value for name, value in part_names(plan).items() if value is not None},
+        **({} if plan.guidance_rule is None else {"guidance": None}),  # a setting of the paper's rule
         **given,
         "device": str(parts.device),
         "dtype": str(parts.dtype).removeprefix("torch."),

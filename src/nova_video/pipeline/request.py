@@ -20,6 +20,7 @@ from nova_video.common.timeline import Timeline, is_timeline
 from nova_video.io.decode import upright_srgb
 from nova_video.io.inputs import Clip, masks_of, read_clips, read_masks
 from nova_video.pipeline.options import Options
+from nova_video.pipeline.own_parts import CHECKS, own_part
 from nova_video.pipeline.plan import PIXEL_BYTES, Capabilities, Plan, amount_of, make_plan
 from nova_video.pipeline.settings import Defaults
 
@@ -94,6 +95,7 @@ class GenerateRequest(Options):
                 f" most {LIMITS.pictures:,} pictures or clips in one call"
             )
         self._check_given()
+        self._check_rule()
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
@@ -120,8 +122,18 @@ class GenerateRequest(Options):
             f" {shown(width, 20)}x{shown(height, 20)} pixels, that would have taken {taken} of memory"
         )
 
+    def _check_rule(self) -> None:
+        """Refuse settings of the paper's guidance beside a rule of the user's own."""
+        if self.guidance_rule is None:
+            return
+        for name in ("guidance_scale", "guidance_trunc", "guidance_renorm", "image_guidance_scale"):
+            if getattr(self, name) != option_fields(self)[name].default:
+                raise InputError(f"got both of guidance_rule and {name}: expected one of them")
+
     def _check_given(self) -> None:
-        """Reads the given frames and masks from files and brings them to one form."""
+        """Reads the given frames and masks from files and brings them to one form; makes own parts of their names."""
+        for name in CHECKS:
+            object.__setattr__(self, name, own_part(name, getattr(self, name)))
         if self.image is not None and self.video is not None:
             raise InputError("got both of image and video: expected one of them")
         if self.image is not None:

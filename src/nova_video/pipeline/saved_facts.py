@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nova_video.common.checks import LIMITS, check_number, shown
 from nova_video.common.errors import InputError
-from nova_video.model import set_sizes
+from nova_video.model.masking import set_sizes_of
 from nova_video.pipeline.parts import Parts
 from nova_video.pipeline.plan import Plan, check_plan
 from nova_video.pipeline.request import OUTPUT_TYPES
@@ -86,7 +86,7 @@ def check_facts(facts: Facts, tensors: dict[str, Tensor], parts: Parts) -> None:
         _check_tensor(name, tensors[name], shape, dtypes)
     _check_order(facts, tensors, expected)
     if not facts.plan.given_frames and not facts.given:  # every frame has as many sets
-        sets = len(set_sizes(expected.tokens, facts.plan.sets))
+        sets = len(set_sizes_of(facts.plan.order_rule, expected.tokens, facts.plan.sets))
         made = facts.done * sets + (0 if facts.open is None else facts.open.sets)
         if facts.step != made:
             raise InputError(f"its step is {facts.step}: expected {made}, the sets of its frames")

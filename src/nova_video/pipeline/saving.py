@@ -7,7 +7,8 @@ again by the passes that had computed them. Weights are not in it either, only a
 
 import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from nova_video.io.text import parse_json
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.decoding import check_frames
 from nova_video.pipeline.offload import bring
+from nova_video.pipeline.own_parts import parts_again
 from nova_video.pipeline.parts import Parts
 from nova_video.pipeline.plan import plan_as_json
 from nova_video.pipeline.progress import GivenPixels, Progress
@@ -114,8 +116,11 @@ def save_progress(progress: Progress, model: NOVATransformer3DModel, path: Path)
         raise InputError(f"the state {path} could not be written: {first_line(error)}") from None
 
 
-def load_progress(parts: Parts, path: Path) -> Progress:
-    """Loads progress that was saved with the same model, and fills the temporal cache again."""
+def load_progress(parts: Parts, path: Path, own_parts: Mapping[str, Any] | None = None) -> Progress:
+    """Read what was saved with the same model, and fill its temporal cache again.
+
+    `own_parts` are the user's own parts of sampling, by option, which the file only names.
+    """
     facts, tensors = load_file_facts(path)
     model = parts.transformer
     mark, dtype = model_mark(model), str(model.dtype).removeprefix("torch.")
@@ -124,14 +129,20 @@ def load_progress(parts: Parts, path: Path) -> Progress:
     if (other := facts.get("model")) != mark:  # weights in another precision have another
         raise InputError(f"{path} was saved with another model (mark {_word(other)}): expected {mark}, this one's")
     try:
-        return _restore(parts, facts, tensors)
+        return _restore(parts, facts, tensors, own_parts or {})
     except InputError as error:
         raise InputError(f"{path} cannot be gone on with: {error}") from None
 
 
-def _restore(parts: Parts, values: dict[str, Any], tensors: dict[str, Tensor]) -> Progress:
+def _restore(
+    parts: Parts, values: dict[str, Any], tensors: dict[str, Tensor], own_parts: Mapping[str, Any]
+) -> Progress:
     model, device = parts.transformer, parts.device
     facts = read_record(Facts, values, "its record")
+    facts = replace(facts, plan=replace(facts.plan, **parts_again(facts.plan, own_parts)))
+    rule: Any = facts.plan.guidance_rule
+    if rule is not None:
+        facts = replace(facts, segments=tuple(replace(part, guidance=rule) for part in facts.segments))
     check_facts(facts, tensors, parts)
     plan = facts.plan
     generators = [_generator(place, tensors[f"generator.{i}"], device) for i, place in enumerate(facts.generators)]
@@ -154,6 +165,7 @@ def _restore(parts: Parts, values: dict[str, Any], tensors: dict[str, Tensor]) -
             int(frame): GivenFrame(moved[f"given.{frame}.latents"], moved.get(f"given.{frame}.known"), redraw)
             for frame, redraw in facts.given.items()
         },
+        order_rule=plan.order_rule,
     )
     state.frames, state.noised_history = (_numbered(name, moved) for name in ("frames", "heard"))
     state.order = moved.get("order")

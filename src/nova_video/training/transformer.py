@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nova_video.autoencoders import scale_latents
 from nova_video.common.errors import InputError
-from nova_video.common.extensions import check_members, load_extension, make_extension
+from nova_video.common.extensions import load_extension, make_extension
 from nova_video.common.extras import install_command
 from nova_video.common.fast_parts import find_fast
 from nova_video.common.startup import reveal
@@ -27,6 +27,7 @@ from nova_video.io.weights import read_json
 from nova_video.model import RANDOM_ORDER, NOVATransformer3DModel, Order, mask_ratios
 from nova_video.model.config import spatial_patch
 from nova_video.model.lora import add_lora
+from nova_video.model.masking import check_order
 from nova_video.pipeline.loading import load_scheduler, load_transformer
 from nova_video.pipeline.lora_files import save_lora
 from nova_video.pipeline.pipeline import NovaPipeline
@@ -94,7 +95,7 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         self.order: Order = RANDOM_ORDER
         if recipe.order:
             self.order = make_extension(recipe.order, "order")
-            check_members(self.order, "order", Order)
+            check_order(self.order)
         self.losses: Callable[..., Losses] = load_extension(recipe.loss, "loss") if recipe.loss else losses
         self.capturable = recipe.mask_ratio == "batch"
         self.loss_names = ("loss", "loss_t2i", "loss_i2i")

@@ -1,0 +1,103 @@
+"""A user's own head, guidance and order, from outside of the package: the examples, in sampling and in training."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nova_video import NovaPipeline
+from nova_video.common.errors import InputError
+from nova_video.model import masking
+from nova_video.pipeline.request import GenerateRequest
+from nova_video.sampling.guidance import Guidance
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CALL: dict[str, Any] = {"num_frames": 5, "seed": 0, "output_type": "latent", "sets": 3, "diffusion_steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def _in_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint: Path) -> NovaPipeline:
+    found = NovaPipeline.from_pretrained(tiny_checkpoint)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def made(pipe: NovaPipeline, **options: Any) -> torch.Tensor:
+    return pipe("a whale", **CALL, **options).frames
+
+
+def test_an_own_order_by_object_and_by_name(pipe: NovaPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raster is what the paper's order becomes where its random numbers rise; the plain and the fast loop follow."""
+    raster = importlib.import_module("own_order").Raster()
+    by_object = made(pipe, order=raster)
+    assert torch.equal(made(pipe, order="own_order:Raster"), by_object)
+    torch.testing.assert_close(made(pipe, order=raster, compile=False), by_object, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(made(pipe), by_object)
+    monkeypatch.setattr(
+        masking, "random_order", lambda uniform: torch.arange(uniform.shape[1]).expand(uniform.shape[:2])
+    )
+    assert torch.equal(made(pipe), by_object)
+
+
+def test_halton_reveals_every_token_once_and_far_apart() -> None:
+    halton = importlib.import_module("own_order").Halton()
+    order = halton.reveal(torch.rand(2, 1440, 1), (30, 48))
+    assert torch.equal(order[0].sort().values, torch.arange(1440))
+    assert torch.equal(order[0], order[1])
+    rows, columns = order[0, :12] // 48, order[0, :12] % 48
+    assert [((rows // 15 == i) & (columns // 16 == j)).sum().item() for i in (0, 1) for j in (0, 1, 2)] == [2] * 6
+
+
+def test_an_own_rule_of_guidance(pipe: NovaPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    """Over all noise levels the example is the paper's rule; over none it is without guidance. The record names it."""
+    interval = importlib.import_module("own_guidance").Interval
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(made(pipe, guidance=interval(4.0, 0, 1000)), made(pipe, guidance_scale=4.0), **close)
+    torch.testing.assert_close(made(pipe, guidance=interval(4.0, 2000, 3000)), made(pipe, guidance_scale=1.0), **close)
+    assert torch.equal(made(pipe, guidance_rule="own_guidance:Interval"), made(pipe, guidance=interval()))
+    settings = pipe("a whale", **CALL, guidance=interval(4.0)).records[0]["settings"]
+    assert settings["guidance_rule"] == "own_guidance:Interval(scale=4.0, low=100.0, high=900.0)"
+    assert settings["guidance"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": 3}, "order is int without reveal: expected an object with reveal, sizes"),
+        ({"order": "own_order"}, "order is 'own_order': expected module:Name"),
+        ({"guidance": Guidance}, "guidance is the class Guidance: expected an object"),
+        ({"guidance": Guidance(2.0), "guidance_scale": 3.0}, "got both of guidance_rule and guidance_scale"),
+        (
+            {"guidance": Guidance(2.0), "image_guidance_scale": 3.0},
+            "got both of guidance_rule and image_guidance_scale",
+        ),
+    ],
+)
+def test_what_is_no_part_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GenerateRequest("a whale", **options)
+
+
+def test_a_saved_state_goes_on_with_the_same_parts_alone(pipe: NovaPipeline, tmp_path: Path) -> None:
+    """Their names are in the file, and nothing is imported by them."""
+    order, interval = importlib.import_module("own_order"), importlib.import_module("own_guidance").Interval
+    own = {"order": order.Halton(), "guidance_rule": interval(4.0)}
+    whole = made(pipe, **own)
+    request = GenerateRequest("a whale", **CALL, **own)
+    pipe.generate(request, None, lambda _pipe, step, *_: step < 3).generation.save(tmp_path / "state")
+    again = pipe.resume(tmp_path / "state", order=own["order"], guidance=own["guidance_rule"])
+    assert again.state.step == 4
+    assert torch.equal(again.run().frames, whole)
+    with pytest.raises(InputError, match=r"its order is own_order:Halton\(\): expected the same to be given, got none"):
+        pipe.resume(tmp_path / "state")
+    with pytest.raises(InputError, match=r"its guidance_rule is .*scale=4.0.*: expected the same .*scale=5.0"):
+        pipe.resume(tmp_path / "state", order="own_order:Halton", guidance=interval(5.0))

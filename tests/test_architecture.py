@@ -106,7 +106,8 @@ CHANGING = {
         Interrupts Window""",
     "are of one file that is read or written": "LiveWriter Media Video _Deinterlacer _Expected",
     "are of one run of training": """
-        Average CudaRecorder DatasetTask Log Pool Reader Replicated Rows StepGraphs Stepper StopSignal Stream""",
+        Average CudaRecorder DatasetTask Log Pool Reader Replicated Rows Run SharedClock StepGraphs Stepper
+        StopSignal Stream Throughput""",
     "are of one run of nova encode": "DecodeLatents EncodeLatents EncodeText Marks OneByOne _Comparer",
     "are of one benchmark": "Maker",
     "hold captured graphs, made under a lock": "Buffer GraphRunner",
@@ -141,7 +142,6 @@ WRITES = {
         "_finish_replacing: record",
         "_read_record: record",
         "_make: generation",
-        "_train: since",
         "double_clip: out",
         "double_frames: out",
         "gather: facts",
@@ -164,9 +164,9 @@ WRITES = {
         "load_checkpoint: optimizer",
     ],
     "the command owns its process, and sets threads, signals and kernels for all of it": [
-        "choose_kernels: torch",
-        "choose_kernels: torch.set_float32_matmul_precision",
-        "choose_kernels: torch.backends.cuda.enable_cudnn_sdp",
+        "set_kernels: torch",
+        "set_kernels: torch.set_float32_matmul_precision",
+        "set_kernels: torch.backends.cuda.enable_cudnn_sdp",
         "compile_every_variant: torch",
         "measure_training: torch._dynamo.reset",
         "hide: _hidden.append",

@@ -48,7 +48,7 @@ from nova_video.training.checkpoint import Average
 from nova_video.training.flops import step_flops
 from nova_video.training.processes import Processes
 from nova_video.training.recipe import DatasetTransformerRecipe, load_recipe
-from nova_video.training.trainer import Stepper, choose_kernels, make_optimizer
+from nova_video.training.stepper import Stepper, make_optimizer, set_kernels
 from nova_video.training.transformer import Batch, Variant
 
 PICTURES, CLIPS = str(CONFORMANCE / "text-to-image"), str(CONFORMANCE / "text-to-video")
@@ -298,7 +298,7 @@ def test_on_a_gpu(checkpointing: bool, said: pytest.LogCaptureFixture) -> None:
 def kernels() -> Iterator[None]:
     """Puts back how torch multiplies."""
     before = torch.get_float32_matmul_precision()
-    choose_kernels()
+    set_kernels()
     yield
     torch.set_float32_matmul_precision(before)
 
@@ -356,7 +356,7 @@ def report_nan_of_cudnn() -> None:
         return True
 
     with unittest.mock.patch("nova_video.fast.attention.suits_cudnn", anything):
-        choose_kernels()
+        set_kernels()
         for head_dim, compiled, batch in itertools.product((64, 96), (False, True), (4, 27)):
             torch.compiler.reset()
             module = over(FastAttention, Attention(2 * head_dim, 2).cuda(), kernels="cudnn")
@@ -449,7 +449,7 @@ def test_gpu_graphs_equal_plain_steps(
         fill_zeros(model)
         asked = dataclasses.replace(recipe, cuda_graph=graph)
         processes = Processes(asked)
-        choose_kernels()
+        set_kernels()
         task = DrawnTask(asked, Opened(model, new_scheduler("ddpm"), frames, (32, 64)), device)
         optimizer = make_optimizer(task.model, asked.optimizer, device)
         average = Average(task.model, asked.optimizer.ema)

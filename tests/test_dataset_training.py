@@ -35,7 +35,6 @@ from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.text.find import find_text
 from nova_video.training import dataset_task, stream
 from nova_video.training import log as log_module
-from nova_video.training import trainer as trainer_module
 from nova_video.training.checkpoint import Average, newest_checkpoint
 from nova_video.training.dataset_task import DatasetTask
 from nova_video.training.log import Log
@@ -50,9 +49,10 @@ from nova_video.training.recipe import (
     load_recipe,
     parse_recipe,
 )
+from nova_video.training.stepper import BAD_STEPS, Stepper, make_optimizer, set_rate
 from nova_video.training.stream import collate, is_held_out
 from nova_video.training.task import fill_seed
-from nova_video.training.trainer import BAD_STEPS, Stepper, make_optimizer, set_rate, train
+from nova_video.training.trainer import train
 from nova_video.training.transformer import Variant, use_fp8
 from nova_worlds.training.recipes import AutoencoderRecipe, WorldTransformerRecipe
 
@@ -863,7 +863,7 @@ def test_ten_such_steps_in_a_row_end_the_run_with_the_batch(
     def full(*arguments: Any) -> None:
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(trainer_module, "save_file", full)
+    monkeypatch.setattr("nova_video.training.stepper.save_file", full)
     said = f"{BAD_STEPS} steps in a row were skipped, and their newest batch .* could not be written: No space left"
     with pytest.raises(InputError, match=said):
         train(replace(recipe, steps=50, output=f"{recipe.output}-2"))

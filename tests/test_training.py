@@ -37,7 +37,7 @@ from nova_video.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from nova_video.training.log import Log
+from nova_video.training.log import DueEvals, Log
 from nova_video.training.loss import Losses, NoiseTable, draw
 from nova_video.training.processes import model_shards
 from nova_video.training.recipe import (
@@ -49,16 +49,9 @@ from nova_video.training.recipe import (
     parse_recipe,
     recipe_toml,
 )
+from nova_video.training.stepper import learning_rate, make_optimizer, set_rate
 from nova_video.training.task import fill_seed
-from nova_video.training.trainer import (
-    Looks,
-    StopSignal,
-    learning_rate,
-    look,
-    make_optimizer,
-    set_rate,
-    train,
-)
+from nova_video.training.trainer import StopSignal, run_evals, train
 from nova_video.training.transformer import Variant
 from nova_worlds import EmojiWorld
 from nova_worlds.shapes import prepare_shapes
@@ -592,7 +585,7 @@ def test_steps_make_room_for_a_look_at_the_model(
     log = Log(transformer_recipe, writes=True)
     log.start(0)
     record = Record(Progress(1, 1.0), [], {})
-    look_once = partial(look, task, nn.Identity(), Looks(True, True, False), log, record, graphs)
+    look_once = partial(run_evals, task, nn.Identity(), DueEvals(True, True, False), log, record, graphs)
     if recorded and helps:
         assert look_once()
         assert not look_once()

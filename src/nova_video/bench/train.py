@@ -40,7 +40,7 @@ from nova_video.training.checkpoint import Average
 from nova_video.training.flops import device_peak
 from nova_video.training.processes import Processes
 from nova_video.training.recipe import DatasetTransformerRecipe, OptimizerRecipe
-from nova_video.training.trainer import Stepper, choose_kernels, make_optimizer
+from nova_video.training.stepper import Stepper, make_optimizer, set_kernels
 from nova_video.training.transformer import Batch, TransformerTask, Variant
 
 PARTS = 10  # of the distribution of the numbers of revealed tokens
@@ -206,7 +206,7 @@ def _measured(
     row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRecipe, processes: Processes, profile: Path | None
 ) -> TrainRow:
     device = processes.device
-    choose_kernels()
+    set_kernels()
     opened = open_model(row.config, asked, device)
     task = GivenTask(recipe, opened, device)
     module = processes.spread(task)

@@ -1,4 +1,4 @@
-"""What a run tells: to the screen, to `OUTPUT/metrics.jsonl` and to accelerate's trackers; sheets to `OUTPUT/sheets`.
+"""A run logs to the screen, to `OUTPUT/metrics.jsonl` and to accelerate's trackers; sheets to `OUTPUT/sheets`.
 
 Only the main process writes. Used by `trainer.py`.
 """
@@ -27,8 +27,8 @@ TRACKER_PACKAGES = {name: getattr(accelerate.utils, f"is_{name}_available") for 
 DETAILS = ("loss_time_", "loss_frame_")  # in the files and trackers alone: too many for a line on the screen
 
 
-class Looks(NamedTuple):
-    """What is looked at, or is to be."""
+class DueEvals(NamedTuple):
+    """Which evaluations are due: validation losses, a sheet of samples, scores."""
 
     validate: bool
     sample: bool
@@ -36,15 +36,17 @@ class Looks(NamedTuple):
 
 
 class Log:
+    """The log of one run."""
+
     def __init__(self, recipe: Recipe, writes: bool) -> None:
-        """`writes`: this is the process that does."""
+        """`writes`: this process writes files and lines; the others are silent."""
         self.output, self.recipe, self.writes = Path(recipe.output), recipe, writes
         self.console = Console(highlight=False, soft_wrap=True, quiet=not writes)
         self.trackers: list[GeneralTracker] = []
         self.newest: dict[str, float] = {}
-        """Of each number what was logged last."""
-        self.looked = Looks(False, False, False)
-        """At the step that the run goes on from, before it was interrupted."""
+        """The newest value of each number."""
+        self.done = DueEvals(False, False, False)
+        """The evaluations that the interrupted run did at the step that this one goes on from."""
         if unknown := [name for name in recipe.trackers if name not in LOGGER_TYPE_TO_CLASS]:
             raise InputError(f"trackers has {unknown[0]!r}: expected any of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
         if absent := [name for name in recipe.trackers if not TRACKER_PACKAGES[name]()]:
@@ -59,14 +61,14 @@ class Log:
         check_writable(there)
 
     def start(self, step: int) -> None:
-        """Go on from `step`: what an interrupted run logged past it is dropped."""
+        """Go on from `step`: lines that an interrupted run logged past it are dropped."""
         if not self.writes:
             return
         (self.output / "sheets").mkdir(parents=True, exist_ok=True)
         path = self.output / "metrics.jsonl"
         lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         kept: list[str] = []
-        looks: set[str] = set()
+        evaluated: set[str] = set()
         for number, line in enumerate(lines, 1):
             try:
                 numbers = json.loads(line) if line.endswith("\n") else {"step": math.inf}
@@ -78,9 +80,9 @@ class Log:
                 kept.append(line)
                 self.newest |= {name: value for name, value in numbers.items() if name not in ("step", "seconds")}
             if at == step and "lr" not in numbers:
-                looks |= numbers.keys() - {"step", "seconds"}
-        scores = {name for name in looks if name.startswith("score_")}
-        self.looked = Looks(bool(looks - scores), self._sheet(step).exists(), bool(scores))
+                evaluated |= numbers.keys() - {"step", "seconds"}
+        scores = {name for name in evaluated if name.startswith("score_")}
+        self.done = DueEvals(bool(evaluated - scores), self._sheet(step).exists(), bool(scores))
         with self._writing(path), atomic_path(path) as aside:
             aside.write_text("".join(kept))
         for name in self.recipe.trackers:
@@ -88,9 +90,9 @@ class Log:
             tracker.start()
             self.trackers.append(tracker)
 
-    def missed(self, due: Looks) -> Looks:
-        """What was not looked at then though it was due; nothing on a process that does not write."""
-        return Looks(*(self.writes and is_due and not was for is_due, was in zip(due, self.looked, strict=True)))
+    def missed(self, due: DueEvals) -> DueEvals:
+        """Return the evaluations that were due then and not done; none on a process that does not write."""
+        return DueEvals(*(self.writes and is_due and not was for is_due, was in zip(due, self.done, strict=True)))
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)  # names may hold brackets

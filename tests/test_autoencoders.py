@@ -1,9 +1,5 @@
 """Both video autoencoders: their shapes, their causality, their numbers, and the scaling of latents."""
 
-import os
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +21,6 @@ from nova_video.autoencoders.base import VideoAutoencoder
 from nova_video.autoencoders.opensora import CausalConv3d, first_frame_padded
 from nova_video.autoencoders.tiling import map_tiles, tile_starts
 from nova_video.common.errors import InputError
-from nova_video.fast.autoencoder import decode_tile, parts_of
 
 CASE = Path(__file__).parent / "conformance" / "text-to-video"
 
@@ -202,7 +197,7 @@ def test_tiling_bounds_the_tile_and_stays_close(tiny: AutoencoderKLCausalTiny, m
     monkeypatch.setattr(
         AutoencoderKLCausalTiny,
         "decode_clip",
-        lambda self, z, context, fast: sizes.append(z.shape[-2:]) or self.decoder(z, context),
+        lambda self, z, context: sizes.append(z.shape[-2:]) or self.decoder(z, context),
     )
     latents = noise(1, 16, 1, 12, 16)
     whole = tiny.decode(latents).sample
@@ -462,9 +457,9 @@ def test_decoding_in_pieces_is_bounded_in_memory(either: VideoAutoencoder, monke
     sizes = []
     decode = type(either).decode
 
-    def counted(z: torch.Tensor, context: int = 0, fast: bool = False) -> DecoderOutput:
+    def counted(z: torch.Tensor, context: int = 0) -> DecoderOutput:
         sizes.append(z.shape[2])
-        return decode(either, z, context, fast)
+        return decode(either, z, context)
 
     monkeypatch.setattr(either, "decode", counted)
     most = 0
@@ -497,159 +492,3 @@ def test_tiny_context_follows_its_layers(layers: int) -> None:
 def test_context_leaves_something_to_decode(either: VideoAutoencoder, context: int) -> None:
     with pytest.raises(InputError, match=f"expected 0 to 1, got {context}"):
         either.decode(clip_latents(either, 2), context=context)
-
-
-# The fast decode ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def uneven() -> AutoencoderKLOpenSora:
-    """Widths that differ, as the released ones do, and norms that do something."""
-    torch.manual_seed(0)
-    vae = AutoencoderKLOpenSora(block_out_channels=(16, 32, 64, 64), norm_num_groups=16, layers_per_block=1)
-    for parameter in vae.parameters():
-        if parameter.ndim == 1:
-            parameter.data += 0.2 * torch.randn_like(parameter)
-    return vae.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("num_latents", "batch"), [(1, 1), (2, 2), (5, 1), (7, 2)])
-def test_fast_decode_gives_the_plain_pixels(uneven: AutoencoderKLOpenSora, num_latents: int, batch: int) -> None:
-    latents = clip_latents(uneven, num_latents, batch, (3, 5))
-    plain = uneven.decode(latents).sample
-    pixels = uneven.decode(latents, fast=True).sample
-    assert_close(pixels, plain, 2e-5)
-    assert torch.equal(uneven.decode(latents).sample, plain)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("values", [1, 3000, 40_000])
-def test_fast_decode_is_the_same_in_parts_of_any_length(uneven: AutoencoderKLOpenSora, values: int) -> None:
-    latents = clip_latents(uneven, 5, size=(3, 5))
-    z = uneven.post_quant_conv(latents)
-    assert_close(decode_tile(uneven.decoder, z, values=values), uneven.decoder(z), 2e-5)
-
-
-@torch.no_grad()
-def test_fast_decode_streams_and_tiles(uneven: AutoencoderKLOpenSora, monkeypatch) -> None:
-    latents = clip_latents(uneven, 7, size=(4, 6))
-    pieces = decoded_in_pieces(StreamDecoder(uneven, fast=True), latents)
-    assert torch.equal(torch.cat(pieces, dim=2), uneven.decode(latents, fast=True).sample)
-    monkeypatch.setattr(uneven, "tile_size", 32)
-    monkeypatch.setattr(uneven, "tile_overlap", 16)
-    monkeypatch.setattr(uneven, "use_tiling", True)
-    assert_close(uneven.decode(latents, fast=True).sample, uneven.decode(latents).sample, 2e-5)
-
-
-@torch.no_grad()
-def test_threads_decode_each_in_their_own_way(uneven: AutoencoderKLOpenSora) -> None:
-    """One fast, one plainly, at once: each gives the bits that it gives alone, and no weight moves."""
-    latents = clip_latents(uneven, 5, size=(3, 5))
-    alone = {fast: uneven.decode(latents, fast=fast).sample for fast in (False, True)}
-    places = [weight.data_ptr() for weight in uneven.parameters()]
-    made: dict[bool, list[bool]] = {False: [], True: []}
-
-    def work(fast: bool) -> None:
-        with torch.no_grad():
-            for _ in range(10):
-                made[fast].append(torch.equal(uneven.decode(latents, fast=fast).sample, alone[fast]))
-
-    threads = [threading.Thread(target=work, args=(fast,)) for fast in made]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert made == {False: [True] * 10, True: [True] * 10}
-    assert [weight.data_ptr() for weight in uneven.parameters()] == places
-
-
-@torch.no_grad()
-def test_fast_decode_in_half_precision_is_no_farther_off(uneven: AutoencoderKLOpenSora) -> None:
-    half = AutoencoderKLOpenSora.from_config(uneven.config)
-    half.load_state_dict(uneven.state_dict())
-    half = half.to(torch.bfloat16).eval()
-    errors = {"plain": 0.0, "fast": 0.0}
-    for seed in range(3):
-        latents = noise(1, 4, 5, 3, 4, seed=seed)
-        exact = uneven.decode(latents).sample
-        for way in errors:
-            made = half.decode(latents.to(torch.bfloat16), fast=way == "fast").sample.float()
-            errors[way] += float((made - exact).square().mean().sqrt())
-    assert errors["fast"] <= 1.1 * errors["plain"]
-
-
-def test_gradients_go_through_the_plain_modules(uneven: AutoencoderKLOpenSora) -> None:
-    latents = clip_latents(uneven, 2).requires_grad_()
-    uneven.decode(latents, fast=True).sample.sum().backward()
-    assert latents.grad is not None
-
-
-def test_parts_cover_the_frames() -> None:
-    assert parts_of(17, 94, 300) == [3, 3, 3, 3, 3, 2]
-    assert parts_of(17, 1, 300) == [17]
-    assert parts_of(5, 1000, 300) == [3, 2]
-    assert parts_of(9, 1000, 300) == [3, 2, 2, 2]
-
-
-KERNELS = """
-import torch
-from nova_video.autoencoders import AutoencoderKLOpenSora
-from nova_video.fast import autoencoder as fast, autoencoder_kernels as kernels
-
-assert kernels.agree(torch.device("cpu"), torch.float16) is None
-torch.manual_seed(0)
-vae = AutoencoderKLOpenSora(block_out_channels=(16, 16, 32, 32), norm_num_groups=8, layers_per_block=1).eval()
-z = torch.randn(1, 4, 2, 2, 3)
-with torch.no_grad():
-    plain = vae.decoder(z)
-    for pieces in (kernels.PIECES, kernels.LIBRARY_PIECES):
-        off = ((fast.decode_tile(vae.decoder, z, pieces, values=20_000) - plain).abs().max() / plain.abs().max()).item()
-        assert off < 2e-5, off
-"""
-
-
-def test_kernels_give_the_plain_pieces_numbers() -> None:
-    """By Triton's interpreter, in a process of its own, since Triton reads the switch when it is imported."""
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-c", KERNELS], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-
-
-COMPILED = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from nova_video.fast import autoencoder_kernels as kernels
-
-
-def compiles(kernel, types, **constants):
-    names = kernel.arg_names
-    types = {name: types.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()})
-    options = {"num_warps": 8, "num_stages": 3}
-    assert "sm_90" in triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-
-
-block = {"C": 128, "ROWS": 32, "COLUMNS": 128}
-half, full = "*fp16", "*fp32"
-compiles(kernels._normalise, {"part": half, "scale": full, "shift": full, "out": half}, **block)
-compiles(kernels._double, {"x": half, "out": half}, **block)
-compiles(kernels._sums, {"x": half, "onto": half, "sums": full}, ADD=True, LOOPS=16, **block)
-for inputs, outputs in ((256, 128), (128, 3)):
-    tile = kernels.choose_tile(inputs, outputs)
-    blocks = [f"tensordesc<fp16[{size},{tile.channels}]>" for size in (tile.rows, tile.columns)]
-    types = {"window": blocks[0], "weight": blocks[1], "bias": half, "out": half, "sums": full}
-    sizes = {"M": tile.rows, "N": tile.columns, "K": tile.channels}
-    compiles(kernels._convolve, types, C=inputs, D=outputs, TAPS=27, KH=3, KW=3, ADD=True, **sizes)
-"""
-
-
-def test_kernels_compile_for_a_gpu() -> None:
-    """Which needs none; the interpreter takes more than the compiler does."""
-    pytest.importorskip("triton")
-    run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr

@@ -14,7 +14,6 @@ from nova_video import NovaPipeline
 from nova_video.common.errors import InputError
 from nova_video.pipeline.conditions import encode_prompts
 from nova_video.pipeline.offload import LowMemory, OffloadHook, enable_low_memory, quantise, take_turns
-from nova_video.pipeline.request import GenerateRequest
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "num_diffusion_steps": 2, "num_frames": 5, "output_type": "pt"}
 
@@ -35,8 +34,6 @@ def test_low_memory_keeps_the_result(tiny_checkpoint: Path) -> None:
     enable_low_memory(pipe, "cpu")
     assert pipe.is_offloaded
     assert pipe.execution_device.type == "cpu"
-    plan = GenerateRequest(prompt="a whale", **QUICK).resolve(pipe.defaults, pipe.capabilities)
-    assert pipe._parts().decodes_fast(plan.compile)
     assert not pipe.vae.use_tiling
     for _ in range(2):
         assert (made(pipe) - expected).abs().max() < 1e-4

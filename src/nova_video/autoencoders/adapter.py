@@ -151,14 +151,13 @@ class AutoencoderAdapter:
         parameters = _posterior(self.vae.encode(clip[:, :, 0])).parameters
         return DiagonalGaussianDistribution(parameters.unsqueeze(2))
 
-    def decode(self, latents: Tensor, context: int = 0, fast: bool = False) -> Tensor:
+    def decode(self, latents: Tensor, context: int = 0) -> Tensor:
         """Unscaled latents (B, C, F, h, w) -> pixels (B, 3, T, H, W) in about [-1, 1].
 
-        `context` and `fast` are those of `VideoAutoencoder.decode`; other classes decode whole clips and single
-        pictures, and so without a context.
+        `context` is that of `VideoAutoencoder.decode`; other classes decode whole clips and single pictures without.
         """
         if isinstance(self._plain, VideoAutoencoder):
-            return _sample(self.vae.decode(latents, context=context, fast=fast))
+            return _sample(self.vae.decode(latents, context=context))
         if context:
             name = type(self._plain).__name__
             raise InputError(f"context is {context}: expected 0, since {name} decodes whole clips")

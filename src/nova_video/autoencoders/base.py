@@ -43,11 +43,8 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
         """Whole clip (B, 3, T, H, W) -> moments (B, 2C, F, h, w)."""
         raise NotImplementedError
 
-    def decode_clip(self, z: Tensor, context: int = 0, fast: bool = False) -> Tensor:
-        """Latents (B, C, F, h, w) -> pixels (B, 3, T, H, W), without those of the `context` leading latent frames.
-
-        `fast` as in `decode`.
-        """
+    def decode_clip(self, z: Tensor, context: int = 0) -> Tensor:
+        """Latents (B, C, F, h, w) -> pixels (B, 3, T, H, W), without those of the `context` leading latent frames."""
         raise NotImplementedError
 
     def decode_piece(self, decoded: int) -> int:
@@ -68,19 +65,17 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
 
     @apply_forward_hook
-    def decode(self, z: Tensor, context: int = 0, fast: bool = False) -> DecoderOutput:
+    def decode(self, z: Tensor, context: int = 0) -> DecoderOutput:
         """Unscaled latents of a clip or a picture -> pixels, about [-1, 1] (not clamped).
 
-        The `context` leading latent frames are only looked at: no pixels of theirs are given out. `fast` decodes by the
-        arrangement that is faster and smaller, if the autoencoder has one: the same numbers, rounded elsewhere. Where
-        gradients are wanted, the plain modules decode.
+        The `context` leading latent frames are only looked at: no pixels of theirs are given out.
         """
         clip = _as_clip(z, self.config.latent_channels, "latents")
         if not 0 <= context < clip.shape[2]:
             raise InputError(
                 f"context must leave latent frames to decode: expected 0 to {clip.shape[2] - 1}, got {context}"
             )
-        pixels = torch.cat([self._decode_tiles(part, context, fast) for part in self._slices(clip)])  # (B, 3, T, H, W)
+        pixels = torch.cat([self._decode_tiles(part, context) for part in self._slices(clip)])  # (B, 3, T, H, W)
         return DecoderOutput(sample=pixels.squeeze(2) if z.ndim == 4 else pixels)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> DecoderOutput:
@@ -110,11 +105,11 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
         s = self.spatial_stride
         return map_tiles(self.encode_clip, clip, s, self.tile_size // s, self.tile_overlap // s, 1)
 
-    def _decode_tiles(self, clip: Tensor, context: int, fast: bool) -> Tensor:
+    def _decode_tiles(self, clip: Tensor, context: int) -> Tensor:
         if not self.use_tiling:
-            return self.decode_clip(clip, context, fast)
+            return self.decode_clip(clip, context)
         s = self.spatial_stride
-        decode = partial(self.decode_clip, context=context, fast=fast)
+        decode = partial(self.decode_clip, context=context)
         return map_tiles(decode, clip, 1, self.tile_size // s, self.tile_overlap // s, s)
 
 

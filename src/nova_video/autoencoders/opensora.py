@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from nova_video.autoencoders.base import VideoAutoencoder
 from nova_video.common.errors import InputError
-from nova_video.fast.autoencoder import decode_tile
 
 TEMPORAL_LEVELS = 2  # levels at which time halves or doubles: 4x in all
 
@@ -85,7 +84,7 @@ class ResnetBlock3D(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
-class Attention(nn.Module):
+class FrameAttention(nn.Module):
     """One-head attention within each frame; its normalisation runs over the whole clip."""
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -174,13 +173,13 @@ class MidBlock(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock3D(channels, channels, groups) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(channels, groups)])
+        self.attentions = nn.ModuleList([FrameAttention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Encoder(nn.Module):
+class OpenSoraEncoder(nn.Module):
     def __init__(
         self, inputs: int, outputs: int, widths: Sequence[int], volumes: Sequence[bool], layers: int, groups: int
     ) -> None:
@@ -206,7 +205,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))  # (B, 2 * latent channels, F, h, w)
 
 
-class Decoder(nn.Module):
+class OpenSoraDecoder(nn.Module):
     def __init__(self, inputs: int, outputs: int, widths: Sequence[int], layers: int, groups: int) -> None:
         """`widths` from the coarsest level to the finest."""
         super().__init__()
@@ -284,8 +283,10 @@ class AutoencoderKLOpenSora(VideoAutoencoder):
         moments = 2 * latent_channels
         self.tile_size = sample_size
         self.tile_overlap = sample_size // 4
-        self.encoder = Encoder(in_channels, moments, block_out_channels, volumes, layers_per_block, norm_num_groups)
-        self.decoder = Decoder(
+        self.encoder = OpenSoraEncoder(
+            in_channels, moments, block_out_channels, volumes, layers_per_block, norm_num_groups
+        )
+        self.decoder = OpenSoraDecoder(
             latent_channels, out_channels, block_out_channels[::-1], layers_per_block + 1, norm_num_groups
         )
         self.quant_conv = nn.Conv3d(moments, moments, 1) if use_quant_conv else nn.Identity()
@@ -294,15 +295,14 @@ class AutoencoderKLOpenSora(VideoAutoencoder):
     def encode_clip(self, x: Tensor) -> Tensor:
         return map_time_tiles(lambda tile: self.quant_conv(self.encoder(tile)), x, self.tile_frames)
 
-    def decode_clip(self, z: Tensor, context: int = 0, fast: bool = False) -> Tensor:
+    def decode_clip(self, z: Tensor, context: int = 0) -> Tensor:
         size = (self.tile_frames - 1) // self.temporal_stride + 1
-        pixels = map_time_tiles(lambda tile: self._decode_tile(self.post_quant_conv(tile), fast), z, size)
+        pixels = map_time_tiles(lambda tile: self.decode_tile(self.post_quant_conv(tile)), z, size)
         return pixels[:, :, self.temporal_stride * (context - 1) + 1 :] if context else pixels
 
-    def _decode_tile(self, z: Tensor, fast: bool) -> Tensor:
-        if not fast or z.shape[2] == 1 or torch.is_grad_enabled():  # one frame has a short way already
-            return self.decoder(z)
-        return torch.cat([decode_tile(self.decoder, clip) for clip in z.split(1)])
+    def decode_tile(self, z: Tensor) -> Tensor:
+        """A tile of latents (B, C, F, h, w), F <= 5 -> its pixels (B, 3, T, H, W)."""
+        return self.decoder(z)
 
     def decode_piece(self, decoded: int) -> int:
         """A tile: the first has nothing before it, later ones begin with the latent frame they share."""

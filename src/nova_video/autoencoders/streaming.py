@@ -19,12 +19,11 @@ from nova_video.common.errors import InputError
 class StreamDecoder:
     """One batch of clips on its way to pixels."""
 
-    def __init__(self, vae: Any, before: Sequence[Tensor] = (), decoded: int = 0, fast: bool = False) -> None:
+    def __init__(self, vae: Any, before: Sequence[Tensor] = (), decoded: int = 0) -> None:
         """A new clip; or one to be gone on with, whose first `decoded` latent frames are pixels already.
 
         `before`: the last `vae.decode_context` of those, unscaled, (B, C, h, w) each; fewer if there are fewer. The
-        next latent frame to push is number `decoded`, also where later ones had been pushed before. `fast` as in
-        `VideoAutoencoder.decode`.
+        next latent frame to push is number `decoded`, also where later ones had been pushed before.
         """
         adapter: AutoencoderAdapter = adapt(vae)
         context = min(adapter.decode_context, decoded)
@@ -32,7 +31,7 @@ class StreamDecoder:
             raise InputError(f"decoding goes on behind the last {context} latent frames, got {len(before)}")
         self.decoded = decoded
         """Latent frames whose pixels were given out."""
-        self._vae, self._fast = adapter, fast
+        self._vae = adapter
         self._context = list(before[len(before) - context :])
         self._waiting: list[Tensor] = []
 
@@ -52,7 +51,7 @@ class StreamDecoder:
 
     def _decode(self) -> list[Tensor]:
         latents = [*self._context, *self._waiting]
-        pixels = self._vae.decode(torch.stack(latents, dim=2), context=len(self._context), fast=self._fast)
+        pixels = self._vae.decode(torch.stack(latents, dim=2), context=len(self._context))
         self.decoded += len(self._waiting)
         self._context = latents[max(len(latents) - self._vae.decode_context, 0) :]
         self._waiting = []

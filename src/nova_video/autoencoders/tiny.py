@@ -68,7 +68,7 @@ class ClipBlock(nn.Module):
         return x + self.space(F.silu(self.norm2(h)))
 
 
-class Encoder(nn.Module):
+class TinyEncoder(nn.Module):
     def __init__(
         self, pixels: int, outputs: int, widths: tuple[int, int, int], layers: tuple[int, int, int], groups: int
     ) -> None:
@@ -98,7 +98,7 @@ class Encoder(nn.Module):
         return moments.unflatten(0, (-1, num_frames)).transpose(1, 2)  # (B, 2C, F, h, w)
 
 
-class Decoder(nn.Module):
+class TinyDecoder(nn.Module):
     def __init__(
         self, inputs: int, pixels: int, widths: tuple[int, int, int], layers: tuple[int, int, int], groups: int
     ) -> None:
@@ -152,14 +152,16 @@ class AutoencoderKLCausalTiny(VideoAutoencoder):
         (`register_to_config`); `scale_latents` uses them.
         """
         super().__init__()
-        self.encoder = Encoder(in_channels, 2 * latent_channels, block_out_channels, encoder_layers, norm_num_groups)
-        self.decoder = Decoder(latent_channels, in_channels, block_out_channels, decoder_layers, norm_num_groups)
+        self.encoder = TinyEncoder(
+            in_channels, 2 * latent_channels, block_out_channels, encoder_layers, norm_num_groups
+        )
+        self.decoder = TinyDecoder(latent_channels, in_channels, block_out_channels, decoder_layers, norm_num_groups)
         self.decode_context = max(2 * decoder_layers[2], 1)  # each block over time sees two frames back
 
     def encode_clip(self, x: Tensor) -> Tensor:
         return self.encoder(x)
 
-    def decode_clip(self, z: Tensor, context: int = 0, fast: bool = False) -> Tensor:
+    def decode_clip(self, z: Tensor, context: int = 0) -> Tensor:
         return self.decoder(z, context)
 
     def decode_piece(self, decoded: int) -> int:

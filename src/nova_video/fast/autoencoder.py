@@ -19,23 +19,39 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from nova_video.autoencoders.opensora import Decoder, ResnetBlock3D
+from nova_video.autoencoders.opensora import (
+    AutoencoderKLOpenSora,
+    CausalConv3d,
+    FrameAttention,
+    Level,
+    MidBlock,
+    OpenSoraDecoder,
+    ResnetBlock3D,
+    Upsample2D,
+    Upsample3D,
+)
+from nova_video.fast.arrange import over
+from nova_video.fast.known import has_hook
 
 log = logging.getLogger(__name__)
 
 BEFORE = 2  # frames that a convolution over time sees besides its own
+KNOWN = (
+    *(OpenSoraDecoder, MidBlock, Level, ResnetBlock3D, FrameAttention, CausalConv3d, Upsample2D, Upsample3D),
+    *(nn.ModuleList, nn.GroupNorm, nn.Linear),
+)
+"""Classes of the parts of a decoder that this file was written for."""
 PART_VALUES = 300_000_000  # of a part, about: three frames of 480x768 with 256 channels
 
 
 @dataclass(eq=False)
-class Clip:
+class TileParts:
     """A tile between two layers. Whoever reads it takes its parts away."""
 
     parts: list[Tensor]
@@ -120,10 +136,34 @@ def double(x: Tensor) -> Callable[[int, Tensor], None]:
 PLAIN = Pieces(normalise, convolve, double)
 
 
+# The autoencoder ------------------------------------------------------------------------------------------------------
+
+
+class FastOpenSora(AutoencoderKLOpenSora):
+    """The released video autoencoder with this decoder. Where gradients are wanted, the plain modules decode."""
+
+    def decode_tile(self, z: Tensor) -> Tensor:
+        if z.shape[2] == 1 or torch.is_grad_enabled():  # one frame has a short way already
+            return super().decode_tile(z)
+        return torch.cat([decode_tile(self.decoder, clip) for clip in z.split(1)])
+
+
+def arrange_autoencoder(vae: nn.Module) -> nn.Module:
+    """A copy of an autoencoder over the same weights, with the fast decoder; of any that it does not know, itself.
+
+    It reads weights where they are: not where hooks bring them for the `forward` of a module.
+    """
+    if type(vae) is not AutoencoderKLOpenSora or any(hasattr(module, "_diffusers_hook") for module in vae.modules()):
+        return vae
+    decoder: Any = vae.decoder
+    unknown = any(type(part) not in KNOWN or has_hook(part) for part in decoder.modules())
+    return vae if unknown else over(FastOpenSora, vae)
+
+
 # Layers ---------------------------------------------------------------------------------------------------------------
 
 
-def decode_tile(decoder: "Decoder", z: Tensor, pieces: Pieces | None = None, values: int = PART_VALUES) -> Tensor:
+def decode_tile(decoder: OpenSoraDecoder, z: Tensor, pieces: Pieces | None = None, values: int = PART_VALUES) -> Tensor:
     """Computes `decoder(z)` for one tile (1, C, F, h, w), F > 1: pixels (1, 3, T, H, W). `values` limits a part."""
     pieces = pieces or choose_pieces(z)
     start = decoder.conv_in(z)[0].permute(1, 2, 3, 0).contiguous()  # (F, h, w, C)
@@ -151,11 +191,11 @@ def decode_tile(decoder: "Decoder", z: Tensor, pieces: Pieces | None = None, val
     return torch.cat(pixels).permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
 
 
-def resnet(block: "ResnetBlock3D", x: Clip, pieces: Pieces) -> Clip:
+def resnet(block: ResnetBlock3D, x: TileParts, pieces: Pieces) -> TileParts:
     """A residual block; x is used up, part by part, and its parts become the output's where their shape allows."""
     scale, shift = affine(block.norm1, x)
     weight = laid_out(block.conv1)
-    hidden = Clip([], x.sums.new_zeros(()), x.frames)
+    hidden = TileParts([], x.sums.new_zeros(()), x.frames)
     kept: list[Tensor] = []
     window = Window(x, x.parts[0].shape)
     for part in taken(x):
@@ -169,7 +209,7 @@ def resnet(block: "ResnetBlock3D", x: Clip, pieces: Pieces) -> Clip:
     del window
     scale, shift = affine(block.norm2, hidden)
     weight = laid_out(block.conv2)
-    out = Clip([], x.sums.new_zeros(()), x.frames)
+    out = TileParts([], x.sums.new_zeros(()), x.frames)
     window = Window(hidden, hidden.parts[0].shape)
     for part in taken(hidden):
         window.push(part, scale, shift, pieces)
@@ -180,14 +220,14 @@ def resnet(block: "ResnetBlock3D", x: Clip, pieces: Pieces) -> Clip:
     return out
 
 
-def double_frames(conv: nn.Conv3d, x: Clip, pieces: Pieces, values: int) -> Clip:
+def double_frames(conv: nn.Conv3d, x: TileParts, pieces: Pieces, values: int) -> TileParts:
     """Doubles rows and columns and convolves 3x3, as four 2x2 convolutions of x.
 
     There is one for each of the four places in a doubled cell.
     """
     weight, bias = conv.weight, _bias(conv)  # (D, C, 1, 3, 3)
     _, H, W, C = x.parts[0].shape
-    out = Clip([], x.sums.new_zeros(()), x.frames)
+    out = TileParts([], x.sums.new_zeros(()), x.frames)
     frames = [frame for part in taken(x) for frame in part.split(1)]  # views: a part goes when its last frame went
     for length in parts_of(x.frames, 4 * H * W * weight.shape[0], values):
         window = frames[0].new_zeros(length, H + 2, W + 2, C)
@@ -214,12 +254,12 @@ def halved(weight: Tensor, axis: int, place: int) -> Tensor:
     return torch.stack(pair, dim=axis).to(weight.dtype).contiguous(memory_format=memory)
 
 
-def double_clip(conv: nn.Conv3d, x: Clip, pieces: Pieces, values: int) -> Clip:
+def double_clip(conv: nn.Conv3d, x: TileParts, pieces: Pieces, values: int) -> TileParts:
     """Twice the rows, the columns and, but for the first, the frames; then a convolution over all three."""
     _, H, W, C = x.parts[0].shape
     frames, weight, bias = 2 * x.frames - 1, laid_out(conv), _bias(conv)
     write = pieces.double(torch.cat(list(taken(x))))
-    out = Clip([], x.sums.new_zeros(()), frames)
+    out = TileParts([], x.sums.new_zeros(()), frames)
     lengths = parts_of(frames, 4 * H * W * max(C, conv.out_channels), values)
     window = weight.new_zeros(lengths[0] + BEFORE, 2 * H + 2, 2 * W + 2, C)
     start = 0
@@ -237,7 +277,7 @@ def double_clip(conv: nn.Conv3d, x: Clip, pieces: Pieces, values: int) -> Clip:
 class Window:
     """The input of a causal convolution: a normalised part with a border of zeros, behind its two earlier frames."""
 
-    def __init__(self, clip: Clip, shape: torch.Size) -> None:
+    def __init__(self, clip: TileParts, shape: torch.Size) -> None:
         _, H, W, C = shape
         longest = max(len(part) for part in clip.parts)
         self._buffer = clip.parts[0].new_zeros(longest + BEFORE, H + 2, W + 2, C)
@@ -262,12 +302,12 @@ class Window:
 # Parts and statistics -------------------------------------------------------------------------------------------------
 
 
-def whole(x: Tensor) -> Clip:
+def whole(x: Tensor) -> TileParts:
     """x (T, H, W, C) as a clip of one part."""
-    return Clip([x], channel_sums(x).double(), len(x))
+    return TileParts([x], channel_sums(x).double(), len(x))
 
 
-def taken(clip: Clip) -> Iterator[Tensor]:
+def taken(clip: TileParts) -> Iterator[Tensor]:
     """The parts, each gone from the clip when it is handed out."""
     while clip.parts:
         yield clip.parts.pop(0)
@@ -279,7 +319,7 @@ def parts_of(frames: int, values: int, most: int) -> list[int]:
     return [frames // count + (index < frames % count) for index in range(count)]
 
 
-def affine(norm: nn.GroupNorm, clip: Clip) -> tuple[Tensor, Tensor]:
+def affine(norm: nn.GroupNorm, clip: TileParts) -> tuple[Tensor, Tensor]:
     """Scale and shift (C,) float32 that normalise the clip: statistics of the whole tile, in groups of channels."""
     _, H, W, C = clip.parts[0].shape
     count = clip.frames * H * W * C // norm.num_groups
@@ -290,7 +330,7 @@ def affine(norm: nn.GroupNorm, clip: Clip) -> tuple[Tensor, Tensor]:
     return scale.flatten().float(), shift.float()
 
 
-def _resnet(block: Any) -> "ResnetBlock3D":
+def _resnet(block: Any) -> ResnetBlock3D:
     return block
 
 

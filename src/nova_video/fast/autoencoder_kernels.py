@@ -140,7 +140,7 @@ def _sums(x, onto, sums, rows, C: tl.constexpr, ADD: tl.constexpr, LOOPS: tl.con
 
 
 @dataclass(frozen=True)
-class Tile:
+class ConvolutionTile:
     """How a convolution is cut up."""
 
     rows: int
@@ -150,12 +150,12 @@ class Tile:
     stages: int
 
 
-def choose_tile(inputs: int, outputs: int) -> Tile:
+def choose_tile(inputs: int, outputs: int) -> ConvolutionTile:
     """By channels; `benchmarks/vae.py` measures others."""
     channels = min(64, inputs & -inputs)  # a power of two that divides the inputs
     if outputs > 64:
-        return Tile(256, 128, channels, 8, 4)
-    return Tile(128, max(16, triton.next_power_of_2(outputs)), channels, 4, 3)
+        return ConvolutionTile(256, 128, channels, 8, 4)
+    return ConvolutionTile(128, max(16, triton.next_power_of_2(outputs)), channels, 4, 3)
 
 
 def normalise(part: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
@@ -185,7 +185,7 @@ def convolve(
     out: Tensor | None,
     add: bool,
     first: tuple[int, int],
-    tile: Tile | None = None,
+    tile: ConvolutionTile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The kernel for `fast.convolve`."""
     k, H, W, C = window.shape

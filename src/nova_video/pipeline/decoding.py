@@ -22,7 +22,8 @@ class FrameDecoder:
     """Decodes latent frames for one consumer of a request, from the frame that it has not handed out yet."""
 
     def __init__(self, parts: Parts, progress: Progress) -> None:
-        vae, plan, state = adapt(parts.require_vae("decoding")), progress.plan, progress.state
+        plan, state = progress.plan, progress.state
+        vae = adapt(parts.decoding_vae(plan.compile))
         self.parts, self.progress, self.vae = parts, progress, vae
         self.pushed = 0 if vae.decodes_whole_clips else untouched_latents(progress)
         """Latent frames that went in."""
@@ -30,7 +31,7 @@ class FrameDecoder:
             self.pushed += vae.decode_piece(self.pushed)
         before = range(max(self.pushed - vae.decode_context, 0), self.pushed)
         scaled = [unscale_latents(vae.vae, state.frames[frame].to(vae.dtype)) for frame in before]
-        self.pieces = StreamDecoder(vae, scaled, decoded=self.pushed, fast=parts.decodes_fast(plan.compile))
+        self.pieces = StreamDecoder(vae, scaled, decoded=self.pushed)
         self.first_pixel = plan.first_pixel(self.pushed)
         """Of the next piece."""
 

@@ -8,8 +8,9 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from nova_video.autoencoders import VideoAutoencoder, adapt, find_layout, unscale_latents
+from nova_video.autoencoders import adapt, find_layout, unscale_latents
 from nova_video.common.errors import InputError
+from nova_video.common.fast_parts import find_fast
 from nova_video.common.timeline import Timeline
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.engines import Engines
@@ -113,12 +114,10 @@ class Parts:
         vae = adapt(self.require_vae("decoding"))
         return vae.decode(unscale_latents(self.vae, latents.to(vae.dtype)).unsqueeze(2))[:, :, 0]
 
-    def decodes_fast(self, compile: bool) -> bool:
-        """True if the fast decoder is used: on a GPU unless `compile` is off, and always where parts take turns.
-
-        It reads weights where they are, so it does not work with hooks that bring weights for a module's `forward`.
-        """
-        vae = self.vae
-        if not isinstance(vae, VideoAutoencoder) or any(hasattr(module, "_diffusers_hook") for module in vae.modules()):
-            return False
-        return takes_turns(vae) or (compile and self.device.type == "cuda" and not self.is_offloaded)
+    def decoding_vae(self, compile: bool) -> Any:
+        """The autoencoder; with its fast decoder on a GPU unless `compile` is off, and where parts take turns."""
+        vae = self.require_vae("decoding")
+        if not (takes_turns(vae) or (compile and self.device.type == "cuda" and not self.is_offloaded)):
+            return vae
+        fast = find_fast("autoencoder")
+        return vae if fast is None else fast.arrange_autoencoder(vae)

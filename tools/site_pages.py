@@ -24,6 +24,7 @@ PAGES = {  # path in the repository -> path in the site
 }
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:)([^)#\s]+)")
 LANGUAGES = {".py": "python", ".toml": "toml", ".sh": "bash", ".jsonl": "json", "": "text", ".cff": "yaml"}
+SETTINGS = "<!-- settings -->"  # the site has a table of every setting of a request here
 LARGEST_PAGE = 200_000  # bytes; what is larger is copied as it is
 
 
@@ -60,6 +61,24 @@ def rewrite_links(text: str, page: str) -> str:
     return LINK.sub(relative, text)
 
 
+def settings_table() -> str:
+    """Every setting of a request as a table, from the fields that declare them."""
+    from nova_video.common.options import choices_of, facts_of, key_of, kind_of, option_fields
+    from nova_video.pipeline.options import Options
+
+    rows = ["| Python | command | default | meaning |", "|---|---|---|---|"]
+    for name, each in option_fields(Options).items():
+        facts = facts_of(each)
+        names = ", ".join(f"`{python}`" for python in (name, *facts.aliases))
+        flag = f"`--{key_of(each).replace('_', '-')}`"
+        default = facts.unset or ("" if each.default is None else f"`{each.default}`")
+        choices = " or ".join(f"`{choice}`" for choice in choices_of(kind_of(each)))
+        bounds = "" if facts.low is None or facts.high is None else f" From {facts.low:,} to {facts.high:,}."
+        meaning = facts.help + (f" One of {choices}." if choices else "") + bounds
+        rows.append(f"| {names} | {flag} | {default} | {meaning} |")
+    return "\n".join(rows)
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that lie elsewhere, and every file that a page links to."""
     pages = [*PAGES, *(f"docs/{file.src_uri}" for file in files.documentation_pages())]
@@ -90,6 +109,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         return markdown
     paths = {site: path for path, site in PAGES.items()}
     text = rewrite_links(markdown, paths.get(place, f"docs/{place}"))
+    if SETTINGS in text:
+        text = text.replace(SETTINGS, settings_table())
     if page.file.src_uri != "index.md" and text.startswith("---"):  # the head of a model card is for the hub
         text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S)
     return text

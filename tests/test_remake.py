@@ -9,7 +9,7 @@ import pytest
 
 from conftest import Run
 from nova_video.cli.arguments import Edit, Generate
-from nova_video.cli.remake import FIELDS, NOT_RECORDED
+from nova_video.cli.remake import NOT_RECORDED, recorded_field
 from nova_video.io import media
 
 QUICK = ["--sets", "2", "--diffusion-steps", "1"]
@@ -61,7 +61,7 @@ def test_no_setting_is_forgotten(run: Run, tiny_checkpoint: Path) -> None:
     recorded: set[str] = {"lora", "lora_scale", "low_memory", "tiled", "int8_text"}  # where they are given
     for name in ("first.png", "edited.png"):
         record = media.read_metadata(name)
-        recorded |= {FIELDS.get(key, key) for key in (*record, *record["settings"])}
+        recorded |= {recorded_field(key) for key in (*record, *record["settings"])}
     commands = {field.name for command in (Generate, Edit) for field in fields(command)}
     assert commands - recorded == set(NOT_RECORDED)
 
@@ -86,7 +86,7 @@ def test_edited_pictures_come_back(run: Run, tiny_checkpoint: Path) -> None:
     assert run("generate", "--like", "first.webp") == (0, "the-apple.webp\n", "")
     assert media.read_metadata("the-apple.webp") == media.read_metadata("first.webp")
     assert np.array_equal(media.read_frames("the-apple.webp")[0], media.read_frames("first.webp")[0])
-    assert "expected flags of nova edit" in run("generate", "--like", "first.webp", "--num-frames", 5)[2]
+    assert "expected flags of nova edit" in run("generate", "--like", "first.webp", "--image", "in.png")[2]
 
 
 def test_changes(run: Run, tiny_checkpoint: Path) -> None:
@@ -117,12 +117,12 @@ def test_what_has_changed_is_said(run: Run, tiny_checkpoint: Path, caplog: pytes
     )
     write_noise("given.png", 2)
     record = media.read_metadata("x.png") | {"weights": "another"}
-    record["settings"] |= {"device": "cuda:0", "flow_shift": 3}
+    record["settings"] |= {"device": "cuda:0", "sharpness": 3, "no_compile": True}  # no_compile: of version 0.1
     write_noise("x.png", 2, record)
     messages(caplog)
     assert run("generate", "--like", "x.png", "-o", "y.png")[0] == 0
     assert messages(caplog) == [
-        "x.png was made with settings that this command has not, and that are left out: flow_shift",
+        "x.png was made with settings that this command has not, and that are left out: sharpness",
         "given.png has changed since x.png was made with it",
         "given.png is an animation of 2 frames: the first one is taken",
         f"the weights of {tiny_checkpoint} have changed since x.png was made: the result will differ",

@@ -50,7 +50,7 @@ def test_keys_are_flags_and_scenes_timelines(story: Path) -> None:
     assert read_script(story) == Generate(
         seconds=2.5,
         seed=3,
-        motion=4.0,
+        motion_flow=4.0,
         size="96x64",
         output=Path("story.mp4"),
         video=Path("start.png"),
@@ -67,7 +67,7 @@ def test_every_flag_can_be_written(tmp_path: Path) -> None:
     assert {*KEYS.values(), *NOT_IN_SCRIPTS} == {field.name for field in fields(Generate)}
     path = tmp_path / "story.toml"
     for key, name in KEYS.items():
-        for value in ("3", "'float16'", "'gif'", "'fast'", "'dpm++'", "true"):
+        for value in ("3", "'float16'", "'gif'", "'fast'", "'dpm++'", "true", "false"):
             path.write_text(f"{key} = {value}")
             with contextlib.suppress(InputError):
                 if getattr(read_script(path), name) != getattr(Generate(), name):
@@ -83,9 +83,9 @@ def test_without_end(tmp_path: Path) -> None:
 
 
 def test_flags_win(story: Path) -> None:
-    typed = Generate(script=story, seed=5, motion=6.0, prompt=("an owl",), guidance_at=((0.5, 2.0),))
+    typed = Generate(script=story, seed=5, motion_flow=6.0, prompt=("an owl",), guidance_at=((0.5, 2.0),))
     written = read_script(story)
-    expected = replace(written, script=story, seed=5, motion=6.0, prompt=("an owl",), guidance_at=((0.5, 2.0),))
+    expected = replace(written, script=story, seed=5, motion_flow=6.0, prompt=("an owl",), guidance_at=((0.5, 2.0),))
     assert with_script(typed) == expected
     assert expected.prompt_at == written.prompt_at
 
@@ -108,7 +108,10 @@ WRONG = {
     "unknown key": ("prompts = 'x.txt'\n" + SCENE, "unknown key prompts: expected one of output, format, model, "),
     "key with a dash": ("num-frames = 5\n" + SCENE, "unknown key num-frames: expected one of "),
     "unknown table": ("[settings]\nseed = 3", "unknown key settings"),
-    "unknown key of a scene": (SCENE + "seed = 3", "scene 1: unknown key seed: expected one of at, prompt, motion"),
+    "unknown key of a scene": (
+        SCENE + "seed = 3",
+        "scene 1: unknown key seed: expected one of at, prompt, guidance, motion",
+    ),
     "one scene": ("[scene]\nat = 0\nprompt = 'a whale'", "expected tables, each headed by [[scene]]"),
     "no prompt": ("seconds = 3", "prompt is missing at second 0: expected prompt, or a [[scene]] at 0"),
     "scene without prompt": (SCENE + "[[scene]]\nat = 2\nmotion = 3", "scene 2 has no prompt"),

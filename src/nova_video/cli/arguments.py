@@ -9,21 +9,23 @@ import platform
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
-from tyro.constructors import PrimitiveConstructorSpec
 
 from nova_video import __version__
-from nova_video.common.checks import AttentionKernels
+from nova_video.cli.flags import flag_fields, one_of
+from nova_video.common.checks import AttentionKernels, shorten
 from nova_video.common.errors import InputError, unknown
 from nova_video.common.version import commit
+from nova_video.pipeline.options import Options
+from nova_video.sampling.presets import PresetName
 
 PARSE_ERROR = 2  # tyro's exit code
 RECORD = re.compile(r"^Error parsing \w\S*: ")  # before what a record says of itself, which names the field
@@ -32,20 +34,17 @@ MODEL = "emoji"  # the model in the box
 OWN = "(default: the model's own)"
 AUTO = "(default: auto)"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-Preset = Literal["exact", "balanced", "fast"]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 Strategy = Literal["auto", "ddp", "fsdp"]
-Solver = Literal["own", "dpm++"]
-Format = Literal["mp4", "mov", "webm", "webp", "gif", "png", "jpg", "frames"]
+Format = Literal["mp4", "mov", "webm", "webp", "gif", "png", "jpg", "jpeg", "frames"]
+FORMATS = get_args(Format)
+PRESET_NAMES = get_args(PresetName)
 PartName = Literal[
     "continue", "continue-long", "steer", "steer-anywhere", "steer-alone", "inpaint", "inpaint-empty", "inpaint-pair"
 ]
 ALL_PARTS: tuple[PartName, ...] = get_args(PartName)  # of the benchmark beyond one clip
 Sentences = Annotated[
     UseAppendAction[tuple[tuple[float, str], ...]], arg(metavar="SECONDS PROMPT", help_behavior_hint="(repeatable)")
-]
-Numbers = Annotated[
-    UseAppendAction[tuple[tuple[float, float], ...]], arg(metavar="SECONDS VALUE", help_behavior_hint="(repeatable)")
 ]
 
 # Words of released scripts and of other tools for the same settings are aliases.
@@ -79,90 +78,53 @@ MAY_BE_EMPTY = ("--negative", "--negative-prompt")
 LONGEST_SHOWN = 200  # letters of what was typed, in a message
 
 
-def one_of(literal: Any) -> PrimitiveConstructorSpec[Any]:
-    """For `Literal[...] | None`: told nothing, tyro calls None a choice too, and lists them in any order."""
-    choices = get_args(literal)
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{" + ",".join(choices) + "}",
-        instance_from_str=lambda words: words[0],
-        is_instance=lambda value: value is None or value in choices,
-        str_from_instance=lambda value: [str(value)],
-        choices=choices,
-    )
+if TYPE_CHECKING:
+    OptionFlags = Options
+else:
+    OptionFlags = make_dataclass("OptionFlags", flag_fields(Options), frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Making:
-    """The flags of every command that makes something. None: not given."""
+class OutputFlags:
+    """Flags about files and the model. None: not given."""
 
     output: Output = None
     """File to write, numbered if there are several, or a folder for files that are named after their sentences. If
     absent, the current folder."""
-    format: Annotated[Format | None, one_of(Format), arg(help_behavior_hint="(default: as --output says)")] = None
+    format: Annotated[Format | None, one_of(FORMATS), arg(help_behavior_hint="(default: as --output says)")] = None
     """Format of the files: of a clip mp4 and of a picture png, if --output does not say. frames: a folder of frames,
     frame-0001.png and so on; with -o FOLDER that one, if it is new or empty."""
     model: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=f"(default: {MODEL})")] = None
-    """`emoji` (the model in the box), a checkpoint folder, or the name of a released checkpoint."""
+    """`emoji` (the bundled model), a checkpoint folder, or the name of a released checkpoint."""
     lora: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """An adapter of the model (LoRA): a safetensors file or its folder, as `nova train --lora.rank` writes it."""
     lora_scale: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
     """How much of it: 0 is the model without."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
-    """Size in pixels, such as 768x480."""
-    width: Annotated[int | None, arg(metavar="PIXELS", aliases=["-W"], help_behavior_hint="")] = None
-    """Width in pixels, in place of --size."""
-    height: Annotated[int | None, arg(metavar="PIXELS", aliases=["-H"], help_behavior_hint="")] = None
-    """Height in pixels, in place of --size."""
-    fps: Annotated[float | None, arg(metavar="N", help_behavior_hint=OWN)] = None
-    """Frames per second, told to the model and written into the file."""
-    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
-    """Fixes the result; the next sentence gets the next seed. Drawn at random if absent."""
-    sets: Sets = None
-    """Sets in which a frame's tokens are made: more is slower and finer. Released scripts say --num-inference-steps."""
-    diffusion_steps: DiffusionSteps = None
-    """Denoising steps of each set."""
-    guidance: GuidanceScale = None
-    """How strictly to follow the sentence; 1 is off."""
-    motion: Motion = None
-    """How much to move, in pixels a frame."""
+    """Size in pixels, such as 768x480, in place of --width and --height."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonFlags(OptionFlags, OutputFlags):
+    """The flags of every command that makes something: all options, and what is of the command line alone."""
+
     negative: Annotated[str | None, arg(metavar="TEXT", aliases=["--negative-prompt"], help_behavior_hint="")] = None
     """What to stay away from."""
-    preset: Annotated[Preset | None, one_of(Preset), arg(help_behavior_hint="(default: exact)")] = None
-    """What may be lost for speed; the next five are parts of it."""
-    solver: Annotated[Solver | None, one_of(Solver), arg(help_behavior_hint="")] = None
-    """The model's own steps, or DPM-Solver++ for fewer of them."""
-    last_steps: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None
-    """Up to 1: share of the denoising steps that is left at a frame's last set."""
-    guided_sets: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None
-    """0 to 1: share of a frame's sets that follow the guidance, the first ones."""
-    guidance_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
-    """Compute the guidance's difference for every so many sets only."""
-    fp8: bool = False
-    """Multiply in 8 bit floats, on a GPU that has them."""
-    no_compile: bool = False
-    """The plain loop, step by step: slower, the same result to rounding."""
     low_memory: bool = False
     """For a small GPU: the model's parts take turns on it."""
     tiled: bool = False
     """With --low-memory: decode large frames in overlapping tiles, for less of it; pixels differ a little."""
     int8_text: bool = False
     """With --low-memory: the text encoder's weights in 8 bits, half as large; the result differs a little."""
-    context_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
-    """Longest clip that the model is shown: beyond it, the first frames and the most recent ones."""
-    sink_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
-    """First frames that it is always shown."""
     device: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=AUTO)] = None
     """auto (an NVIDIA GPU if there is one, else cpu), cpu, cuda, cuda:N or mps (an Apple GPU; untested)."""
-    dtype: Annotated[Dtype | None, one_of(Dtype), arg(help_behavior_hint=AUTO)] = None
+    dtype: Annotated[Dtype | None, one_of(get_args(Dtype)), arg(help_behavior_hint=AUTO)] = None
     """Precision; auto is float16 on a GPU and float32 elsewhere."""
-    memory_gb: Annotated[float | None, arg(metavar="GB", help_behavior_hint="(default: this machine's)")] = None
-    """Refuse what would take more memory than this, by an estimate; inf: no bound."""
     json: bool = False
     """Print one JSON object a file."""
 
 
-def model_of(args: Making) -> str:
+def model_of(args: CommonFlags) -> str:
     """The model's name; an empty one is what a variable of the shell that is not set leaves."""
     if args.model is None:
         return MODEL
@@ -172,7 +134,7 @@ def model_of(args: Making) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Making):
+class Generate(CommonFlags):
     """Make videos or pictures from sentences."""
 
     prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...", help_behavior_hint="")] = ()
@@ -187,30 +149,16 @@ class Generate(Making):
     """Pictures or clips that are made together: faster, and each as it is alone, to rounding."""
     sheet: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """Draw all of them on one page (png, jpg or webp), with sentences and seeds."""
-    num_frames: Annotated[int | None, arg(metavar="N", aliases=["--frames"], help_behavior_hint=OWN)] = None
-    """Frames, given ones included; 1 is a picture."""
-    seconds: Annotated[float | None, arg(metavar="SECONDS", help_behavior_hint="")] = None
-    """Length, in place of --num-frames; inf, with --live: until Ctrl-C."""
     image: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """A picture to start the video from."""
     video: Annotated[Path | None, arg(name="continue", metavar="FILE", help_behavior_hint="")] = None
     """A clip to go on from, which the result begins with. Without a sentence, the clip's own."""
     prompt_at: Sentences = ()
     """Another sentence from this second on."""
-    motion_at: Numbers = ()
-    """Another --motion from this second on."""
-    guidance_at: Numbers = ()
-    """Another --guidance from this second on."""
     like: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """Make a file again from the record inside it; flags given here replace its own, such as --seed 5."""
     script: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """A TOML file of these flags and of scenes; flags given here win."""
-    history_noise: Annotated[float | None, arg(metavar="STD", help_behavior_hint="")] = None
-    """Against drift in long clips: noise on the frames that later ones are made from."""
-    reanchor_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
-    """Against drift: every so many frames, show the model only the first frames and the newest one; 0: never."""
-    hold_statistics: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None
-    """Against drift, 0 to 1: how far new frames' statistics are drawn to those of the first."""
     live: bool = False
     """Write the clip while it is made: an mp4 that can be played as it grows."""
     state: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
@@ -220,7 +168,7 @@ class Generate(Making):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edit(Making):
+class Edit(CommonFlags):
     """Change a part of a picture or clip, or add to its sides."""
 
     file: Annotated[Positional[Path], arg(metavar="FILE")]
@@ -229,8 +177,6 @@ class Edit(Making):
     """A sentence about the result."""
     mask: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """A picture of the same size, white where something new is to come; or a clip, one mask a frame."""
-    strength: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="(default: 1)")] = None
-    """0 to 1: share of the tokens (under the mask, if there is one) that are made anew."""
     outpaint: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
     """Enlarge the picture by so many pixels on every side, and fill them in."""
 
@@ -348,7 +294,9 @@ class Evaluating:
     """As for `nova generate`."""
     motion: Motion = None
     """As for `nova generate`."""
-    preset: Annotated[Preset | None, one_of(Preset), arg(help_behavior_hint="(default: exact)")] = None
+    preset: Annotated[PresetName | None, one_of(get_args(PresetName)), arg(help_behavior_hint="(default: exact)")] = (
+        None
+    )
     """As for `nova generate`."""
     no_compile: bool = False
     """As for `nova generate`."""
@@ -447,7 +395,7 @@ class BenchSample:
     config: Annotated[tuple[str, ...], arg(metavar="NAME ...")]
     """t2i-512-0.6b, t2i-1024-0.3b, t2i-1024-0.6b, t2i-1024-1.4b or t2v-480-0.6b (random weights at a released size),
     or a model as for `nova generate`."""
-    preset: Preset = "exact"
+    preset: PresetName = "exact"
     """As for `nova generate`."""
     batch: Annotated[int, arg(metavar="N")] = 1
     """Pictures or clips of a call."""
@@ -701,11 +649,13 @@ def _with_command(arguments: Sequence[str]) -> list[str]:
 def options_of(command: type[Any]) -> list[str]:
     """All options of a command, aliases too, as tyro names them."""
     options = ["--help"]
+    on = {each.name for each in fields(command) if each.default is True}  # tyro has a flag to turn them off
     for name, hint in get_type_hints(command, include_extras=True).items():
         if POSITIONAL in get_args(hint):
             continue
         settings = next((part for part in get_args(hint)[1:] if hasattr(part, "aliases")), None)
-        options.append("--" + (getattr(settings, "name", None) or name).replace("_", "-"))
+        key = (getattr(settings, "name", None) or name).replace("_", "-")
+        options.append(f"--no-{key}" if name in on else f"--{key}")
         options += getattr(settings, "aliases", None) or ()
     return options
 
@@ -720,11 +670,6 @@ def unknown_option(word: str, options: Sequence[str], usage: str) -> InputError:
     if near is not None and (near == name or not get_close_matches(name, options, 1, cutoff=0.85)):
         return InputError(f"unknown option {name}: expected {meant[near]}")
     return unknown("option", shorten(name, LONGEST_SHOWN), options, f"what {usage} lists")
-
-
-def shorten(text: str, length: int) -> str:
-    """Text cut to a length, for a message."""
-    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nova_video.cli.arguments import Edit, Format, Generate, Making, model_of
+from nova_video.cli.arguments import CommonFlags, Edit, Format, Generate, model_of
 from nova_video.cli.console import checkpoint_defaults, load_pipeline, outline_pipeline, size_of
+from nova_video.cli.flags import given_options
 from nova_video.cli.jobs import (
     NOTES,
     Job,
@@ -31,10 +32,12 @@ from nova_video.cli.jobs import (
     suffix_of,
 )
 from nova_video.cli.remake import describe_inputs, warn_of_changes, with_record
-from nova_video.cli.script import with_script
+from nova_video.cli.script import OPTIONS, TIMED, with_script
 from nova_video.common.checks import LIMITS, check_number
 from nova_video.common.errors import InputError
+from nova_video.common.options import key_of
 from nova_video.io.text import read_text
+from nova_video.pipeline.options import Options
 
 if TYPE_CHECKING:
     from nova_video.pipeline.generation import Generation, StepCallback
@@ -58,7 +61,7 @@ class StateNotes:
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = None
 
 
-FOR_ONE_CLIP = ("prompt_at", "motion_at", "guidance_at", "script", "live", "state")  # flags of a single sentence
+FOR_ONE_CLIP = ("prompt_at", *(f"{key}_at" for key in TIMED), "script", "live", "state")  # flags of a single sentence
 SMALL = ("low_memory", "tiled", "int8_text")  # flags for a small GPU
 MOST_RESULTS = 10_000  # of a sentence in one run
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -168,7 +171,7 @@ def _make(
         carry_out(job, watch(generation))
 
 
-def _check_requests(args: Making, requests: "Sequence[GenerateRequest]") -> "list[Plan]":
+def _check_requests(args: CommonFlags, requests: "Sequence[GenerateRequest]") -> "list[Plan]":
     """Say what is wrong with any request before the model's weights are read."""
     outline = outline_pipeline(model_of(args))
     can = outline.capabilities
@@ -281,19 +284,13 @@ def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> N
         masks_of(masks, clip)  # fits it, or is an error
     if args.outpaint is not None:
         clip, masks = enlarge(clip, masks, args.outpaint)
-    request = replace(
-        _request(args, prompt, _seed(args)),
-        video=clip,
-        mask_image=masks,
-        strength=args.strength,
-    )
+    request = replace(_request(args, prompt, video=clip, mask_image=masks), seed=_seed(args))
     _check_requests(args, [request])
     pipe = _pipeline(args)
     generation = pipe.start(request)
     given = {
         "edited": _name(args.file),
         "mask": _name(args.mask),
-        "strength": args.strength,
         "outpaint": args.outpaint,
     }
     record = make_record(args, request, generation, given)
@@ -378,10 +375,15 @@ def _check_flags(args: Generate, prompts: Sequence[str]) -> None:
 
 
 def _flag(name: str) -> str:
-    return "--continue" if name == "video" else f"--{name.replace('_', '-')}" if name != "prompt" else "a sentence"
+    """How a field of a command is typed."""
+    if name == "prompt":
+        return "a sentence"
+    each = OPTIONS.get(name)
+    key = {"video": "continue"}.get(name, name) if each is None else key_of(each)
+    return f"--{'no-' if each is not None and each.default is True else ''}{key.replace('_', '-')}"
 
 
-def _pipeline(args: Making) -> "NovaPipeline":
+def _pipeline(args: CommonFlags) -> "NovaPipeline":
     if args.lora_scale is not None and args.lora is None:
         raise InputError("got --lora-scale alone: expected --lora with it")
     if args.lora is not None and not args.lora.exists():
@@ -392,7 +394,7 @@ def _pipeline(args: Making) -> "NovaPipeline":
     )
 
 
-def _low_memory(args: Making) -> "LowMemory | None":
+def _low_memory(args: CommonFlags) -> "LowMemory | None":
     if not args.low_memory:
         for name in SMALL:
             if getattr(args, name):
@@ -407,7 +409,7 @@ def _name(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _seed(args: Making) -> int:
+def _seed(args: CommonFlags) -> int:
     return secrets.randbelow(2**32) if args.seed is None else args.seed
 
 
@@ -417,19 +419,11 @@ def _requests(args: Generate, prompts: Sequence[str]) -> "list[GenerateRequest]"
     from nova_video.io.media import load_image
 
     seed = _seed(args)
-    common = replace(
-        _request(args, prompts[0], seed),
+    common = _request(
+        args,
+        prompts[0],
         image=load_image(args.image) if args.image is not None else None,
         video=read_clips(args.video) if args.video is not None else None,
-        num_frames=args.num_frames,
-        seconds=args.seconds,
-        motion_flow=_timeline(args.motion, args.motion_at, lambda: checkpoint_defaults(model_of(args)).motion_flow),
-        guidance_scale=_timeline(
-            args.guidance, args.guidance_at, lambda: checkpoint_defaults(model_of(args)).guidance_scale
-        ),
-        history_noise=args.history_noise or 0.0,
-        reanchor_frames=args.reanchor_frames,
-        hold_statistics=args.hold_statistics or 0.0,
     )
     later = [(at, _text("--prompt-at", prompt)) for at, prompt in args.prompt_at]
     return [
@@ -438,42 +432,18 @@ def _requests(args: Generate, prompts: Sequence[str]) -> "list[GenerateRequest]"
     ]
 
 
-def _request(args: Making, prompt: str, seed: int) -> "GenerateRequest":
-    """The request fields that all commands fill in alike."""
+def _request(args: CommonFlags, prompt: str, **media: Any) -> "GenerateRequest":
+    """The request of a command, without a seed."""
     from nova_video.pipeline.request import GenerateRequest
 
-    height, width = size_of(args.size)
     if args.size is not None and (args.width is not None or args.height is not None):
         raise InputError("got --size with --width or --height: expected one way to say the size")
-    return GenerateRequest(
-        prompt=prompt,
-        negative_prompt=None if args.negative is None else _text("--negative", args.negative),
-        height=args.height if height is None else height,
-        width=args.width if width is None else width,
-        fps=args.fps,
-        sets=args.sets,
-        diffusion_steps=args.diffusion_steps,
-        guidance_scale=args.guidance,
-        motion_flow=args.motion,
-        context_frames=args.context_frames,
-        sink_frames=args.sink_frames,
-        preset=args.preset,
-        solver=args.solver,
-        last_steps=args.last_steps,
-        guided_sets=args.guided_sets,
-        guidance_every=args.guidance_every,
-        fp8=args.fp8 or None,
-        compile=False if args.no_compile else None,
-        memory_gb=args.memory_gb,
-        seed=seed,
-        output_type="np",
-    )
-
-
-def _timeline(
-    first: float | None, later: Sequence[tuple[float, float]], own: Callable[[], float]
-) -> float | list[tuple[float, float]] | None:
-    """A setting and its changes; `own` is the model's value."""
-    if not later:
-        return first
-    return [(0.0, own() if first is None else first), *later]
+    options = given_options(args, Options)
+    if args.size is not None:
+        options["height"], options["width"] = size_of(args.size)
+    for key, name in TIMED.items():
+        if later := getattr(args, f"{key}_at"):
+            first = options[name] if name in options else getattr(checkpoint_defaults(model_of(args)), name)
+            options[name] = [(0.0, first), *later]
+    negative = None if args.negative is None else _text("--negative", args.negative)
+    return GenerateRequest(prompt=prompt, negative_prompt=negative, output_type="np", **media, **options)

@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nova_video.cli.arguments import Making, model_of
+from nova_video.cli.arguments import CommonFlags, model_of
 from nova_video.cli.console import progress_bar
 from nova_video.common.errors import InputError, Terminated
 from nova_video.io.files import atomic_path, check_writable, lock_file, reserve_name
@@ -58,7 +58,7 @@ def check_output(
         suffix = output.suffix.lower()
         if live and suffix != ".mp4":
             raise InputError(f"cannot write {output} while it is made (--live): its extension must be .mp4")
-        if wanted is not None and suffix.replace("jpeg", "jpg") != f".{wanted}":
+        if wanted is not None and suffix.replace("jpeg", "jpg") != f".{wanted.replace('jpeg', 'jpg')}":
             raise InputError(f"got --format {wanted} and --output {output}: expected one format")
 
 
@@ -72,7 +72,7 @@ def is_folder(output: Path | None, wanted: "Format | None") -> bool:
 def suffix_of(output: Path | None, wanted: "Format | None", picture: bool) -> str:
     """The extension of the files to write; none for folders of frames."""
     if wanted is not None:
-        return "" if wanted == "frames" else f".{wanted}"
+        return "" if wanted == "frames" else f".{wanted.replace('jpeg', 'jpg')}"
     if output is not None and not is_folder(output, wanted):
         return output.suffix
     return ".png" if picture else ".mp4"
@@ -138,7 +138,7 @@ def name_of(sentence: str) -> str:
 
 
 def make_record(
-    args: Making, request: "GenerateRequest", generation: "Generation", given: dict[str, Any]
+    args: CommonFlags, request: "GenerateRequest", generation: "Generation", given: dict[str, Any]
 ) -> dict[str, Any]:
     """The record inside a file. `given` names the inputs of the command besides the sentence."""
     from nova_video.pipeline import record

@@ -23,6 +23,7 @@ from nova_video.cli.arguments import (
     BenchPresets,
     BenchSample,
     BenchTrain,
+    CommonFlags,
     Convert,
     DataEmoji,
     DataInspect,
@@ -35,7 +36,6 @@ from nova_video.cli.arguments import (
     EvaluateOwn,
     Generate,
     Info,
-    Making,
     Train,
     Words,
     one_line_errors,
@@ -160,7 +160,7 @@ def _prepare_process(command: object) -> None:
     """Settings of the process that a quick start needs."""
     sleep_while_waiting()
     hide({"torchao"})  # what it is needed for reveals it
-    if not isinstance(command, Making) or getattr(command, "resume", None) is not None:
+    if not isinstance(command, CommonFlags) or getattr(command, "resume", None) is not None:
         return
     unused = set()
     if command.lora is None:

@@ -10,55 +10,34 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from nova_video.cli.arguments import Edit, Format, Generate, Making
-from nova_video.cli.script import check_value
+from nova_video.cli.arguments import CommonFlags, Edit, Format, Generate
+from nova_video.cli.script import OPTIONS, TIMED, check_value, field_of, is_off
 from nova_video.common.errors import InputError
+from nova_video.common.options import facts_of, option_fields
 from nova_video.common.timeline import is_timeline
+from nova_video.sampling.presets import SHARES, SpeedOptions
 
 if TYPE_CHECKING:
     from nova_video.pipeline.generation import Generation
 
-FIELDS = {"continue": "video", "edited": "file"}  # key in a record -> field of a command, where they differ
 FILES = ("image", "video", "file", "mask", "lora")  # fields that name a file to read
-TIMELINES = ("prompt", "motion", "guidance")  # fields whose changes in time have a field of their own
-RESULTS = (
-    "given_frames",
-    "sets_made",
-    "guidance_trunc",
-    "guidance_renorm",
-    "image_guidance",
-    "compile",
-)  # settings that follow from others
+TIMELINES = ("prompt", *TIMED.values())  # fields whose changes in time have a field of their own
+RESULTS = ("given_frames", "sets_made")  # settings that follow from others
 NOT_RECORDED = (  # of a run and not of a result, or another way to say a setting
-    *(
-        "output",
-        "format",
-        "sheet",
-        "json",
-        "live",
-        "state",
-        "resume",
-        "like",
-        "script",
-        "prompts",
-        "batch",
-        "num_images",
-        "memory_gb",
-    ),
-    *("seconds", "size", "prompt_at", "motion_at", "guidance_at"),
+    *("output", "format", "sheet", "json", "live", "state", "resume", "like", "script", "prompts", "batch"),
+    *("num_images", "size", "prompt_at", *(f"{key}_at" for key in TIMED)),
+    *(name for name, each in OPTIONS.items() if not facts_of(each).recorded),
 )
-FLAGS = ("no_compile", "low_memory", "tiled", "int8_text")
-PRESET_PARTS = ("sets", "diffusion_steps", "solver", "last_steps", "guided_sets", "guidance_every", "fp8")
+FLAGS = ("low_memory", "tiled", "int8_text")
 REPLACED = {  # what is typed -> what it replaces of a record
     "prompt": ("prompt_at",),
     "prompts": ("prompt", "prompt_at"),
-    "motion": ("motion_at",),
-    "guidance": ("guidance_at",),
     "size": ("width", "height"),
     "seconds": ("num_frames",),
     "image": ("video",),
     "video": ("image",),
-    "preset": PRESET_PARTS,
+    "preset": (*SHARES, *option_fields(SpeedOptions)),
+    **{name: (f"{key}_at",) for key, name in TIMED.items()},
 }
 HASHED = 16  # digits of the SHA-256 of a file
 
@@ -87,7 +66,7 @@ def with_record(typed: Generate) -> tuple[Generate | Edit, dict[str, Any]]:
     return Edit(**{name: value for name, value in one.items() if name in known}, prompt=prompt[0]), record
 
 
-def describe_inputs(args: Making, record: dict[str, Any], generation: "Generation") -> None:
+def describe_inputs(args: CommonFlags, record: dict[str, Any], generation: "Generation") -> None:
     """Add to a record how many sets are made, flags that change rounding, and marks of the model and given files."""
     from nova_video.pipeline.saving import model_mark
 
@@ -133,16 +112,17 @@ def _settings(path: Path, record: dict[str, Any], changes: dict[str, Any]) -> di
     settings: dict[str, Any] = {}
     foreign = []
     for key, value in values.items():
-        name = FIELDS.get(key, key)
+        name = recorded_field(key)
         if value is None or name in RESULTS:
             continue
         if name not in kinds or name in NOT_RECORDED:
             foreign.append(key)
         elif name in TIMELINES and is_timeline(value):
             first, *rest = [(at, check_value(f"{path}: {key}", moment, kinds[name])) for at, moment in value]
-            settings[name], settings[f"{name}_at"] = first[1], tuple(rest)
+            settings[name], settings[f"{key}_at"] = first[1], tuple(rest)
         else:
-            settings[name] = check_value(f"{path}: {key}", value, kinds[name])
+            checked = check_value(f"{path}: {key}", value, kinds[name])
+            settings[name] = not checked if is_off(key) else checked
     if foreign:
         logging.getLogger(__name__).warning(
             "%s was made with settings that this command has not, and that are left out: %s", path, ", ".join(foreign)
@@ -163,6 +143,11 @@ def _settings(path: Path, record: dict[str, Any], changes: dict[str, Any]) -> di
     if suffix != ("png" if one else "mp4") and suffix in get_args(Format) and not named and "format" not in changes:
         settings["format"] = suffix
     return settings
+
+
+def recorded_field(key: str) -> str:
+    """The field of a command that a key of a record means."""
+    return "file" if key == "edited" else field_of(key) or key
 
 
 def _found(path: Path, name: Path, record: Mapping[str, Any]) -> Path:

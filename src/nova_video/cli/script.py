@@ -26,23 +26,22 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from nova_video.cli.arguments import Generate
 from nova_video.common.checks import shown
 from nova_video.common.errors import InputError
+from nova_video.common.options import aliases_of, is_timed, key_of, option_fields
 from nova_video.io.text import read_toml
+from nova_video.pipeline.options import Options
 
-NOT_IN_SCRIPTS = (
-    "prompts",
-    "prompt_at",
-    "motion_at",
-    "guidance_at",
-    "script",
-    "resume",
-    "like",
-)  # the scenes are for three
+OPTIONS = option_fields(Options)
+TIMED = {key_of(each): name for name, each in OPTIONS.items() if is_timed(each)}
+"""Options that may change in time: as written -> the field."""
+NOT_IN_SCRIPTS = ("prompts", "prompt_at", "script", "resume", "like", *(f"{key}_at" for key in TIMED))
+"""Fields of `Generate` that scenes stand for, or that are of one run."""
+WRITTEN = {"video": "continue", **{name: key_of(each) for name, each in OPTIONS.items()}}
 KEYS = {
-    "continue" if field.name == "video" else field.name: field.name
-    for field in fields(Generate)
-    if field.name not in NOT_IN_SCRIPTS
-}  # as written -> the field of `Generate`
-SCENE_KINDS: dict[str, Any] = {"at": float, "prompt": str, "motion": float, "guidance": float}
+    WRITTEN.get(field.name, field.name): field.name for field in fields(Generate) if field.name not in NOT_IN_SCRIPTS
+}
+"""As written -> the field of `Generate`."""
+ALIASES = {**aliases_of(Options), **{name: name for name in OPTIONS}}
+SCENE_KINDS: dict[str, Any] = {"at": float, "prompt": str, **dict.fromkeys(TIMED, float)}
 EXPECTED = {
     int: "a whole number",
     float: "a number",
@@ -53,7 +52,7 @@ EXPECTED = {
 
 
 def with_script(typed: Generate) -> Generate:
-    """The settings of the script that the flags name, but where the flags say otherwise."""
+    """The settings of the script that --script names; flags that are given win."""
     assert typed.script is not None
     written = read_script(typed.script)
     given = {field.name: value for field in fields(Generate) if (value := getattr(typed, field.name)) != field.default}
@@ -73,18 +72,35 @@ def read_script(path: Path) -> Generate:
     kinds = get_type_hints(Generate) | {"prompt": str}  # one sentence: a script is for one clip
     settings: dict[str, Any] = {}
     for key, value in values.items():
-        if key not in KEYS:
+        name = field_of(key)
+        if name is None:
             raise InputError(f"{path}: unknown key {key}: expected one of {', '.join(KEYS)}, or [[scene]]")
-        settings[KEYS[key]] = check_value(f"{path}: {key}", value, kinds[KEYS[key]])
+        if name in settings:
+            raise InputError(f"{path}: {key} is there twice, under another name: expected one of them")
+        checked = check_value(f"{path}: {key}", value, kinds[name])
+        settings[name] = not checked if is_off(key) else checked
     for key, moments in _read_scenes(path, scenes).items():
+        name = TIMED.get(key, key)
         if moments and moments[0][0] == 0:
-            if key in settings:
+            if name in settings:
                 raise InputError(f"{path}: {key} is there twice for second 0, in the scene at 0 and outside the scenes")
-            settings[key] = moments.pop(0)[1]
+            settings[name] = moments.pop(0)[1]
         settings[f"{key}_at"] = tuple(moments)
     if "prompt" in settings:
         settings["prompt"] = (settings["prompt"],)
     return Generate(**settings)
+
+
+def field_of(key: str) -> str | None:
+    """The field of `Generate` that a key of a script or a record means: by alias, too, and no_NAME for what is on."""
+    name = KEYS.get(key) or ALIASES.get(key)
+    return key.removeprefix("no_") if is_off(key) else name
+
+
+def is_off(key: str) -> bool:
+    """True for no_NAME of an option that is on by default."""
+    each = OPTIONS.get(key.removeprefix("no_"))
+    return key.startswith("no_") and each is not None and each.default is True
 
 
 def _read_scenes(path: Path, scenes: list[dict[str, Any]]) -> dict[str, list[tuple[float, Any]]]:

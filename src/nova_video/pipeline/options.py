@@ -216,7 +216,7 @@ class MachineOptions:
     """How the machine is used: the result is the same, to rounding."""
 
     compile: bool | None = option(
-        True, "False is the plain loop, step by step: slower, the same result to rounding. None means True."
+        True, "Arrange sampling for speed. Off is the plain loop, step by step: slower, the same result to rounding."
     )
     memory_gb: float | None = option(
         None,

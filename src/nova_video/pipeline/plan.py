@@ -25,7 +25,7 @@ from nova_video.pipeline.own_parts import part_names
 from nova_video.pipeline.settings import Defaults
 from nova_video.sampling.context import Context
 from nova_video.sampling.guidance import Guidance, GuidanceRule
-from nova_video.sampling.presets import PRESETS, SpeedOptions
+from nova_video.sampling.presets import PRESETS, SHARES, SpeedOptions
 
 if TYPE_CHECKING:
     from nova_video.pipeline.request import GenerateRequest
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 PIXEL_BYTES = 24  # red, green and blue as float32, twice while pieces are joined
 ACTIVATIONS = 12  # values of a token at once within a block: query, key and value, the hidden layer, sums
 ENDLESS_CONTEXT = 33  # pixel frames: of a clip without end, where the checkpoint says nothing; the released length
-
-SHARES = {"sets": "sets", "diffusion_steps": "steps"}  # options that a preset has a share of -> its field
 
 
 @dataclass(frozen=True)

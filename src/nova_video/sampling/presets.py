@@ -70,6 +70,8 @@ class Preset(SpeedOptions):
     )
 
 
+SHARES = {"sets": "sets", "diffusion_steps": "steps"}
+"""Options that a preset has a share of -> the field of `Preset`."""
 EXACT = Preset()
 PRESETS: dict[PresetName, Preset] = {
     "exact": EXACT,

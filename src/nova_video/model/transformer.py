@@ -22,6 +22,7 @@ from nova_video.model.base import DiffusersModel
 from nova_video.model.config import check_config, parse_archs, spatial_patch
 from nova_video.model.denoiser import Denoiser
 from nova_video.model.embeddings import MaskEmbed, Mixer, MotionEmbed, Positions, Rotary, TextEmbed, VideoPosEmbed
+from nova_video.model.head import resolve_head
 from nova_video.model.patches import PatchEmbed, gather_tokens
 from nova_video.model.vit import Block, CacheLayer, TemporalCache, call_block, heads_for_width, residual_stream
 
@@ -131,11 +132,16 @@ class NOVATransformer3DModel(DiffusersModel):
         video_mixer_rank: int | None = None,
         rotary_pos_embed: bool = False,
         arch: Sequence[str] = ("vit_d16w1024", "vit_d32w1024", "mlp_d6w1024"),
+        head: Any = None,
     ) -> None:
-        """The released config's keys. A number as `image_size` is the side of a square."""
+        """The released config's keys, and the class of a head of the user's own (`head.py`), which the config names.
+
+        A number as `image_size` is the side of a square.
+        """
         super().__init__()
+        make_head, head_name = resolve_head(head)
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.register_to_config(image_size=size)
+        self.register_to_config(image_size=size, head=head_name)
         check_config(self.config)
         (video_depth, width), (image_depth, _), (mlp_depth, mlp_width) = parse_archs(arch)
         self.patch_size = spatial_patch(image_stride)
@@ -149,7 +155,7 @@ class NOVATransformer3DModel(DiffusersModel):
         self.mask_embed = MaskEmbed(width)
         self.video_encoder = VideoEncoder(video_depth, width, image_dim, 2 * self.patch_size, video_mixer_rank)
         self.image_encoder = ImageEncoder(image_depth, width, image_dim, self.patch_size)
-        self.image_decoder = Denoiser(mlp_depth, mlp_width, width, image_dim, self.patch_size)
+        self.image_decoder: Any = make_head(mlp_depth, mlp_width, width, image_dim, self.patch_size)
         self.initialize_weights()
 
     # Conditioning, once per call ----------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from nova_video.io.checkpoints import COMPONENTS, resolve_checkpoint, text_folde
 from nova_video.io.text import list_some
 from nova_video.io.weights import DIFFUSERS_WEIGHTS, find_weights, read_json, read_shapes
 from nova_video.model import NOVATransformer3DModel
+from nova_video.model.denoiser import Denoiser
 from nova_video.pipeline.lora_files import LORA_FILE
 from nova_video.text.find import find_text_encoder
 from nova_video.text.load import load_text_model, load_tokenizer, read_text_encoder
@@ -52,8 +53,11 @@ log = logging.getLogger(__name__)
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-def load_transformer(checkpoint: Path, torch_dtype: torch.dtype | None = None) -> NOVATransformer3DModel:
-    return read_transformer(component_folder(checkpoint, "transformer"), torch_dtype)
+def load_transformer(
+    checkpoint: Path, torch_dtype: torch.dtype | None = None, head: Any = None
+) -> NOVATransformer3DModel:
+    """The transformer of a checkpoint; `head` is the class of its head, where that is the user's own."""
+    return read_transformer(component_folder(checkpoint, "transformer"), torch_dtype, head=head)
 
 
 def load_autoencoder(checkpoint: Path, torch_dtype: torch.dtype | None = None) -> Any | None:
@@ -101,10 +105,12 @@ def load_parts(
     given: Mapping[str, Any],
     dtype_of: Callable[[str], torch.dtype | None],
     variant: str | None = None,
+    head: Any = None,
 ) -> dict[str, Any]:
     """Every part by its name: the one in `given`, loaded where that is a place, or else the checkpoint's own.
 
-    `variant` is that of the checkpoint's files, for the parts that have it.
+    `variant` is that of the checkpoint's files, for the parts that have it. `head` is the class of the transformer's
+    head, where that is the user's own.
     """
     if variant is not None and not any(checkpoint.glob(f"*/*.{glob.escape(variant)}[.-]*")):
         raise InputError(f"variant is {variant!r}: expected one that {checkpoint} has weights of, or none")
@@ -112,23 +118,23 @@ def load_parts(
     for name in ("scheduler", "transformer", "vae", "text_encoder", "tokenizer"):  # the quickest to fail first
         if name in given:
             part = given[name]
-            parts[name] = _load_from(name, part, dtype_of(name)) if isinstance(part, (str, Path)) else part
+            parts[name] = _load_from(name, part, dtype_of(name), head) if isinstance(part, (str, Path)) else part
         elif name in OPTIONAL:
             folder = text_folder(checkpoint, name)
             parts[name] = None if folder is None else _read_part(name, folder, dtype_of(name), variant)
         else:
-            parts[name] = _read_part(name, component_folder(checkpoint, name), dtype_of(name), variant)
+            parts[name] = _read_part(name, component_folder(checkpoint, name), dtype_of(name), variant, head)
     return parts
 
 
-def _load_from(name: str, place: str | Path, torch_dtype: torch.dtype | None) -> Any:
+def _load_from(name: str, place: str | Path, torch_dtype: torch.dtype | None, head: Any = None) -> Any:
     """A part from a checkpoint that has it, by folder or hub id, or from the part's own folder.
 
     A text encoder may also be one that is installed as a package, or one of the hub by itself.
     """
     local = Path(place).expanduser()
     if local.is_dir():
-        return _read_part(name, local / name if (local / name).is_dir() else local, torch_dtype)
+        return _read_part(name, local / name if (local / name).is_dir() else local, torch_dtype, head=head)
     is_text = name in ("text_encoder", "tokenizer")
     if not is_text or find_text_encoder(str(place)) == str(place):  # no package
         try:
@@ -136,39 +142,54 @@ def _load_from(name: str, place: str | Path, torch_dtype: torch.dtype | None) ->
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
         if (folder / name).is_dir() or not is_text:
-            return _read_part(name, component_folder(folder, name), torch_dtype)
+            return _read_part(name, component_folder(folder, name), torch_dtype, head=head)
     return load_tokenizer(str(place)) if name == "tokenizer" else load_text_model(str(place), torch_dtype)
 
 
-def _read_part(name: str, folder: Path, torch_dtype: torch.dtype | None, variant: str | None = None) -> Any:
+def _read_part(
+    name: str, folder: Path, torch_dtype: torch.dtype | None, variant: str | None = None, head: Any = None
+) -> Any:
     if name == "tokenizer":
         return load_tokenizer(str(folder))
     if name == "scheduler":
         return read_scheduler(folder)
-    read = {"transformer": read_transformer, "vae": read_autoencoder, "text_encoder": read_text_encoder}[name]
+    if name == "transformer":
+        return read_transformer(folder, torch_dtype, variant, head)
+    read = {"vae": read_autoencoder, "text_encoder": read_text_encoder}[name]
     return read(folder, torch_dtype, variant)
 
 
+def names_head(checkpoint: Path) -> bool:
+    """True for a checkpoint whose transformer has a head of the user's own."""
+    return read_json(component_folder(checkpoint, "transformer") / "config.json").get("head") is not None
+
+
 def read_transformer(
-    folder: Path, torch_dtype: torch.dtype | None = None, variant: str | None = None
+    folder: Path, torch_dtype: torch.dtype | None = None, variant: str | None = None, head: Any = None
 ) -> NOVATransformer3DModel:
     """The transformer from its own folder."""
-    outline = outline_transformer(folder)
+    outline = outline_transformer(folder, head)
     check_text_conditional(folder, read_shapes(find_weights(folder, DIFFUSERS_WEIGHTS, variant).files))
-    model: NOVATransformer3DModel = load_component(outline, folder, torch_dtype, variant)
+    given = {} if head is None else {"head": head}
+    model: NOVATransformer3DModel = load_component(outline, folder, torch_dtype, variant, **given)
     return model
 
 
-def outline_transformer(folder: Path) -> NOVATransformer3DModel:
+def outline_transformer(folder: Path, head: Any = None) -> NOVATransformer3DModel:
     """The transformer of shapes alone: its config is read through the class, its weights are not.
 
     The config names our class or, as the published ones, none.
     """
     path, expected = folder / "config.json", NOVATransformer3DModel.__name__
-    name = read_json(path).get("_class_name")
+    config = read_json(path)
+    if head not in (None, Denoiser) and config.get("head") is None:
+        raise InputError(f"head is {getattr(head, '__name__', head)}, but {path} names none: expected no head")
+    name = config.get("_class_name")
     if name not in (None, expected):
         raise InputError(f"{path}: _class_name is {name!r}: expected {expected}")
-    model: NOVATransformer3DModel = outline_component(NOVATransformer3DModel, folder)
+    model: NOVATransformer3DModel = outline_component(
+        NOVATransformer3DModel, folder, **({} if head is None else {"head": head})
+    )
     return model
 
 
@@ -264,14 +285,23 @@ def read_scheduler(folder: Path) -> Any:
 
 
 def load_component(
-    outline: ModelMixin, folder: Path, torch_dtype: torch.dtype | None = None, variant: str | None = None
+    outline: ModelMixin,
+    folder: Path,
+    torch_dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    **given: Any,
 ) -> Any:
     """The diffusers model of the outline, every key and shape compared first; float32 unless a dtype is given."""
     weights = find_weights(folder, DIFFUSERS_WEIGHTS, variant)
     check_weights(folder, outline, read_shapes(weights.files))
     try:
         loaded = type(outline).from_pretrained(
-            str(folder), torch_dtype=torch_dtype, variant=weights.variant, use_safetensors=True, local_files_only=True
+            str(folder),
+            torch_dtype=torch_dtype,
+            variant=weights.variant,
+            use_safetensors=True,
+            local_files_only=True,
+            **given,
         )
     except (TypeError, ValueError, OSError, RuntimeError) as error:
         raise InputError(f"{folder}: {type(outline).__name__} cannot load it: {first_line(error)}") from None
@@ -298,13 +328,13 @@ def check_weights(folder: Path, outline: ModelMixin, stored: Mapping[str, Sequen
         raise InputError(f"{folder}: weights do not fit {type(outline).__name__}: {'; '.join(problems)}")
 
 
-def outline_component(cls: type[ModelMixin], folder: Path) -> Any:
+def outline_component(cls: type[ModelMixin], folder: Path, **given: Any) -> Any:
     """The model that a folder's config.json describes, of shapes alone: no weights are read."""
     config = read_json(folder / "config.json")
     try:
         known = inspect.signature(cls.__init__).parameters  # others are the library's to warn of, when it loads
         with torch.device("meta"):
-            return cls.from_config({key: value for key, value in config.items() if key in known})
+            return cls.from_config({key: value for key, value in config.items() if key in known}, **given)
     except Exception as error:  # of a value that the class does not expect: libraries raise many kinds
         path = folder / "config.json"
         raise InputError(f"{path}: no {cls.__name__} can be made of it: {first_line(error)}") from None

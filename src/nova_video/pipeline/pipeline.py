@@ -135,6 +135,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         vae: Any = FROM_CHECKPOINT,
         text_encoder: Any = FROM_CHECKPOINT,
         tokenizer: Any = FROM_CHECKPOINT,
+        head: type[torch.nn.Module] | None = None,
         trust_remote_code: bool = False,
         **others: Any,
     ) -> "NovaPipeline":
@@ -149,7 +150,8 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
         more: the text encoder in 8 bits, frames decoded in tiles.
 
         `transformer`, `scheduler`, `vae`, `text_encoder` and `tokenizer` replace the checkpoint's own parts: each is a
-        part as it is, or the folder of one. None leaves an optional one out. No code of a checkpoint is ever run.
+        part as it is, or the folder of one. None leaves an optional one out. No code of a checkpoint is ever run: of
+        one that was made with a head of the user's own, `head` is the class.
         """
         named = [name for name, value in others.items() if value is not None]  # the Auto classes give some as None
         refuse_keywords("from_pretrained", named, OPEN_HINTS, inspect.signature(cls.from_pretrained).parameters)
@@ -193,7 +195,7 @@ class NovaPipeline(AdapterMixin, DiffusionPipeline):
             settings = replace(settings, vocabulary=None)  # the words of the one that is not used
         if "text_encoder" in given:
             settings = replace(settings, text_encoder=None)  # the name of the one that is not used
-        parts = load_parts(folder, given, lambda part: _dtype_of(part, dtypes), variant)
+        parts = load_parts(folder, given, lambda part: _dtype_of(part, dtypes), variant, head)
         pipe = cls(**parts, settings=settings)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         if device is not None:

@@ -44,8 +44,11 @@ OPEN_TENSORS = ("condition", "tokens", "embedded", "order", "differences")  # of
 def model_mark(model: NOVATransformer3DModel) -> str:
     """A hash of the model's settings and of a few small weights, which differs from other models'."""
     settings = {name: value for name, value in sorted(model.config.items()) if not name.startswith("_")}
+    if settings["head"] is None:  # as a config of before there were own heads
+        del settings["head"]
     digest = hashlib.sha256(json.dumps(settings, default=list).encode())
-    for weight in (model.mask_embed.bos_token, model.mask_embed.mask_token, model.image_decoder.head.bias):
+    last = [*model.image_decoder.parameters()][-1]  # of the paper's head, the output's bias
+    for weight in (model.mask_embed.bos_token, model.mask_embed.mask_token, last):
         digest.update(weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

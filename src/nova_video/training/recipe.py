@@ -199,6 +199,8 @@ class ModelRecipe:
     """Latent frames of the temporal encoder's grid; above 1 the model has motion tokens."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels that positions are made for; also None: the size of what is learned from."""
+    head: str | None = None
+    """A denoiser of one's own, `module:Class`: see `nova_video.model.head`."""
 
     def __post_init__(self) -> None:
         for name in ("text_token_len", "video_base_frames"):

@@ -28,7 +28,7 @@ from nova_video.model import RANDOM_ORDER, NOVATransformer3DModel, Order, mask_r
 from nova_video.model.config import spatial_patch
 from nova_video.model.lora import add_lora
 from nova_video.model.masking import check_order
-from nova_video.pipeline.loading import load_scheduler, load_transformer
+from nova_video.pipeline.loading import load_scheduler, load_transformer, names_head
 from nova_video.pipeline.lora_files import save_lora
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.settings import CheckpointSettings
@@ -210,7 +210,8 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
     def open(self, folder: Path) -> NovaPipeline:
         """Opens an exported folder on the device."""
         adapters = self.recipe.lora.rank > 0
-        pipe = NovaPipeline.from_pretrained(self.recipe.init if adapters else folder).to(self.device)
+        place = self.recipe.init if adapters else folder
+        pipe = NovaPipeline.from_pretrained(place, head=type(self.model.image_decoder)).to(self.device)
         if adapters:
             pipe.load_lora_weights(folder)
         pipe.set_progress_bar_config(disable=True)
@@ -222,7 +223,7 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         if self.recipe.lora.rank:
             save_lora(model, folder, base=lasting_name(self.recipe.init))
             return
-        half = NOVATransformer3DModel.from_config(model.config)
+        half = NOVATransformer3DModel.from_config(model.config, head=type(model.image_decoder))
         half.load_state_dict(model.state_dict())
         settings = CheckpointSettings(text_encoder and lasting_name(text_encoder), self.defaults)
         NovaPipeline(half.half(), self.scheduler, copy.deepcopy(vae).half(), settings=settings).save_pretrained(folder)
@@ -278,7 +279,11 @@ def make_model(recipe: TransformerRun, material: Material) -> tuple[NOVATransfor
     """The transformer to train, from `init` or from scratch, and its size with nothing left open."""
     if recipe.lora.rank and not recipe.init:
         raise InputError(f"lora.rank is {recipe.lora.rank} and there is no init: expected a checkpoint to adapt")
-    start = load_transformer(resolve_checkpoint(recipe.init)) if recipe.init else None
+    head = load_extension(recipe.model.head, "model.head") if recipe.model.head else None
+    start = None
+    if recipe.init:
+        folder = resolve_checkpoint(recipe.init)
+        start = load_transformer(folder, head=head if names_head(folder) else None)
     size = resolve_size(recipe, None if start is None else start.config, material)
     patch = spatial_patch(material.stride)
     rows, columns = (side // material.stride // patch for side in size["image_size"])
@@ -293,6 +298,7 @@ def make_model(recipe: TransformerRun, material: Material) -> tuple[NOVATransfor
         video_mixer_rank=size["video_mixer_rank"] or None,
         rotary_pos_embed=size["rotary_pos_embed"],
         arch=size["arch"],
+        head=head,
     )
     if start is not None:
         take_weights(model, start, recipe)
@@ -326,7 +332,7 @@ def resolve_size(recipe: TransformerRun, config: Any | None, material: Material)
                 f"model.{name} is {given[name]!r}, but init = {recipe.init!r} has {has!r}: expected the same, or none,"
                 " or the parts that differ in `fresh`"
             )
-    return found | {"image_size": material.size} | given
+    return found | {"image_size": material.size, "head": None} | given
 
 
 def take_weights(model: NOVATransformer3DModel, start: NOVATransformer3DModel, recipe: TransformerRun) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from nova_video.model import NOVATransformer3DModel
+from nova_video.model.denoiser import Denoiser
 from nova_video.model.operations import attention, linear
 
 TIMESTEPS = 1000  # of the noise table: no more of them have to be embedded, however many tokens there are
@@ -98,6 +99,8 @@ def step_parts(
     image += last_block(encoder.blocks[-1], rows, every, scored, scored * every)
 
     head, noisy = model.image_decoder, repeats * rows * scored
+    if not isinstance(head, Denoiser):  # of the user's own: every product is on a noisy token
+        return {"text": text, "temporal": video, "spatial": image, "denoiser": products(head, noisy)}
     denoiser = products(head.time_cond_embed.condition_proj, rows * scored)
     denoiser += embedding(head.time_cond_embed.timestep_proj, min(TIMESTEPS, noisy))
     denoiser += products(head.patch_embed, noisy, learned_before=False)

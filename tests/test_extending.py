@@ -1,6 +1,7 @@
 """A user's own head, guidance and order, from outside of the package: the examples, in sampling and in training."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 
 from nova_video import NovaPipeline
 from nova_video.common.errors import InputError
-from nova_video.model import masking
+from nova_video.model import NOVATransformer3DModel, masking
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.sampling.guidance import Guidance
+from nova_video.sampling.schedulers import new_scheduler
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CALL: dict[str, Any] = {"num_frames": 5, "seed": 0, "output_type": "latent", "sets": 3, "diffusion_steps": 2}
@@ -101,3 +103,31 @@ def test_a_saved_state_goes_on_with_the_same_parts_alone(pipe: NovaPipeline, tmp
         pipe.resume(tmp_path / "state")
     with pytest.raises(InputError, match=r"its guidance_rule is .*scale=4.0.*: expected the same .*scale=5.0"):
         pipe.resume(tmp_path / "state", order="own_order:Halton", guidance=interval(5.0))
+
+
+def test_the_example_head_is_opened_by_its_class_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own_head = importlib.import_module("own_head")
+    own_head.main()
+    assert "the same latents: True" in capsys.readouterr().out
+    model = NOVATransformer3DModel(
+        image_size=(64, 64),
+        text_token_dim=32,
+        text_token_len=8,
+        image_base_size=(4, 4),
+        video_base_size=(1, 2, 2),
+        arch=("vit_d2w64", "vit_d2w64", "mlp_d2w64"),
+        head=own_head.PlainMlp,
+    )
+    NovaPipeline(model, new_scheduler("flow")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    assert config["head"] == "own_head:PlainMlp"
+    with pytest.raises(InputError, match=r"its head is own_head:PlainMlp, .* head=THE_CLASS in Python, --head on"):
+        NovaPipeline.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="head is Guidance: expected a class of torch.nn.Module"):
+        NovaPipeline.from_pretrained(tmp_path, head=Guidance)  # type: ignore[arg-type]
+
+
+def test_a_head_is_refused_where_the_checkpoint_has_none(tiny_checkpoint: Path) -> None:
+    head = importlib.import_module("own_head").PlainMlp
+    with pytest.raises(InputError, match=r"head is PlainMlp, but .*config.json names none: expected no head"):
+        NovaPipeline.from_pretrained(tiny_checkpoint, head=head)

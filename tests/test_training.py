@@ -25,6 +25,7 @@ from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.cli.arguments import one_line_errors
 from nova_video.cli.main import main
 from nova_video.common.errors import InputError
+from nova_video.common.extensions import load_extension
 from nova_video.fast.training_graphs import StepGraphs
 from nova_video.text.vocabulary import Vocabulary
 from nova_video.training import trainer as trainer_module
@@ -820,6 +821,26 @@ def test_an_own_loss_is_named_in_the_recipe(
     assert after["loss_frame_1"] == pytest.approx(1.5 * before["loss_frame_1"])
     assert after["loss"] == pytest.approx((after["loss_frame_0"] + after["loss_frame_1"]) / 2)
     assert [line["loss"] for line in lines_of(again) if "loss" in line] == [after["loss"]]
+
+
+def test_an_own_head_and_order_are_named_in_the_recipe(
+    transformer_recipe: WorldTransformerRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are trained with, and what is exported opens by the head's class; another run starts from it."""
+    monkeypatch.chdir(EXAMPLES)
+    model = replace(transformer_recipe.model, head="own_head:PlainMlp")
+    log = replace(LOG, every=1, checkpoint_every=0)
+    recipe = replace(transformer_recipe, steps=2, order="own_order:Raster", model=model, log=log)
+    folder = train(recipe)
+    with pytest.raises(InputError, match=r"its head is own_head:PlainMlp, a class of the user's own"):
+        NovaPipeline.from_pretrained(folder)
+    head = load_extension("own_head:PlainMlp", "head")
+    opened = NovaPipeline.from_pretrained(folder, head=head).transformer.image_decoder
+    assert type(opened) is head
+    assert all(bool(weight.any()) for weight in opened.parameters())
+    train(replace(recipe, init=str(folder), output=str(tmp_path / "second")))
+    with pytest.raises(InputError, match=r"its head is own_head:PlainMlp.* head under \[model\] in a recipe"):
+        train(replace(recipe, model=transformer_recipe.model, init=str(folder), output=str(tmp_path / "third")))
 
 
 def test_a_loss_that_returns_something_else_is_refused(

@@ -8,6 +8,7 @@ from torch import nn
 
 from nova_video.common.errors import InputError
 from nova_video.model.casting import cast_blocks
+from nova_video.model.denoiser import Denoiser
 from nova_video.model.embeddings import MaskEmbed
 from nova_video.model.vit import heads_for_width
 
@@ -41,7 +42,7 @@ class DiffusersModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     @property
     def device(self) -> torch.device:
         """Where it computes. That of diffusers asks every module for hooks of offloading: milliseconds a time."""
-        hooked = any("_diffusers_hook" in vars(module) for module in (self, self.image_decoder.head))
+        hooked = any("_diffusers_hook" in vars(module) for module in (self, *self.image_decoder.children()))
         return super().device if hooked else self.mask_embed.mask_token.device
 
     @property
@@ -60,8 +61,14 @@ class DiffusersModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return 2 * self.patch_size * int(self.config.image_stride)
 
     def initialize_weights(self) -> None:
-        """To train from scratch: normal(0.02) linears; the denoiser's gates and output start at zero, as in DiT."""
+        """To train from scratch: normal(0.02) linears; the denoiser's gates and output start at zero, as in DiT.
+
+        A head of the user's own stays as its class has made it.
+        """
+        own_head = not isinstance(self.image_decoder, Denoiser)
         for name, module in self.named_modules():
+            if own_head and name.startswith("image_decoder"):
+                continue
             if isinstance(module, nn.Linear | nn.Conv2d):
                 zero = name.startswith("image_decoder") and name.endswith(("norm1.proj", "norm.proj", "head"))
                 nn.init.zeros_(module.weight) if zero else nn.init.trunc_normal_(module.weight, std=0.02)

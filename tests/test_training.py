@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nova_video import NovaPipeline
 from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.cli.arguments import one_line_errors
 from nova_video.cli.main import main

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import ModelMixin  # noqa: F401  (diffusers looks for it beside a class that it is to load)
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional

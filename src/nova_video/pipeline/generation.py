@@ -7,7 +7,7 @@ Legend: B clips, F latent frames, T pixel frames, C latent channels, h w latent 
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from nova_video.common.checks import shown
@@ -35,6 +36,8 @@ StepCallback = Callable[[Any, int, int, dict[str, Tensor]], object]
 """(pipe, step, frame, tensors) after every set; returning False stops. `step` counts the sets of the whole call,
 `frame` is the latent frame, and tensors are `latents` (B, C, h, w), zero where nothing is revealed yet, and `revealed`,
 (B, h / 2, w / 2) bool."""
+STEP_TENSORS = ("latents", "revealed")
+"""Names of the tensors that a callback may see."""
 CALLING: ContextVar["Generation | None"] = ContextVar("calling", default=None)
 """The generation whose callback runs in this thread."""
 
@@ -296,6 +299,23 @@ def check_callback(callback: object) -> None:
         raise InputError(
             f"callback_on_step_end is {shown(callback)}: expected a function of (pipe, step, frame, tensors)"
         )
+
+
+def with_tensors(callback: StepCallback | None, names: Sequence[str] | None) -> StepCallback | None:
+    """The callback with those tensors alone that it wants; None: all."""
+    check_callback(callback)
+    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+        names = callback.tensor_inputs
+    if unknown := [name for name in names or () if name not in STEP_TENSORS]:
+        expected = " and ".join(STEP_TENSORS)
+        raise InputError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}: expected of {expected}")
+    if callback is None or names is None:
+        return callback
+
+    def chosen(pipe: Any, step: int, frame: int, tensors: dict[str, Tensor]) -> object:
+        return callback(pipe, step, frame, {name: tensors[name] for name in names})
+
+    return chosen
 
 
 @dataclass(frozen=True, eq=False)

@@ -153,3 +153,9 @@ def test_records_that_are_of_no_use(run: Run, record: dict[str, object], message
     code, _, err = run("generate", "--like", "x.png")
     assert (code, message in err.splitlines()[-1]) == (2, True)
     assert not Path("evil.png").exists()
+
+
+def test_a_record_names_no_code_to_import(run: Run) -> None:
+    write_noise("x.png", 1, {"prompt": "a", "settings": {"order": "evil:Order"}})
+    code, _, err = run("generate", "--like", "x.png")
+    assert (code, err) == (2, "nova: x.png was made with the order 'evil:Order': expected --order with it\n")

@@ -1,6 +1,6 @@
 """Command-line flags made of options: one for each field, with the field's help, bounds and other names."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import Field
 from typing import Annotated, Any
 
@@ -16,19 +16,20 @@ def flag_fields(record: type[Any], names: Iterable[str] | None = None) -> list[t
     A number that may change in time has a second flag, NAME_at, for its later values.
     """
     found: list[tuple[str, Any, Any]] = []
+    keys = {key_of(each) for each in option_fields(record).values()}
     for name, each in option_fields(record).items():
         if names is not None and name not in names:
             continue
-        found.append((name, flag_type(each), unset_flag(each)))
+        found.append((name, flag_type(each, keys), unset_flag(each)))
         if is_timed(each):
             found.append((at_name(each), later_values(f"Another --{key_of(each)} from this second on."), ()))
     return found
 
 
-def flag_type(each: "Field[Any]") -> Any:
-    """The type of an option's flag, as tyro reads it."""
+def flag_type(each: "Field[Any]", keys: Collection[str] = ()) -> Any:
+    """The type of an option's flag, as tyro reads it; `keys` are names that no alias takes."""
     facts, kind, key = facts_of(each), kind_of(each), key_of(each).replace("_", "-")
-    names = [name.replace("_", "-") for name in (each.name, *facts.aliases)]
+    names = [name.replace("_", "-") for name in (each.name, *facts.aliases) if name not in keys]
     aliases = [*facts.flags, *(f"--{name}" for name in names if name != key)]
     hint = facts.unset or ("" if each.default is None else f"{each.default:g}")
     hint = f"(default: {hint})" if hint else ""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from nova_video.cli.arguments import CommonFlags, Edit, Format, Generate
 from nova_video.cli.script import OPTIONS, TIMED, check_value, field_of, is_off
+from nova_video.common.checks import shown
 from nova_video.common.errors import InputError
 from nova_video.common.options import facts_of, option_fields
 from nova_video.common.timeline import is_timeline
@@ -104,6 +105,8 @@ def file_mark(path: Path) -> str:
 
 def _settings(path: Path, record: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Fields of a command, from a record that anyone may have written."""
+    from nova_video.pipeline.own_parts import CHECKS
+
     told = record.get("settings")
     if not isinstance(told, dict) or "prompt" not in record:
         raise InputError(f"{path} carries no settings to make it again: expected a file of nova generate or nova edit")
@@ -114,6 +117,12 @@ def _settings(path: Path, record: dict[str, Any], changes: dict[str, Any]) -> di
     for key, value in values.items():
         name = recorded_field(key)
         if value is None or name in RESULTS:
+            continue
+        if name in CHECKS:  # code is imported where the user names it, never where a file does
+            if name not in changes:
+                raise InputError(
+                    f"{path} was made with the {key} {shown(value)}: expected --{key.replace('_', '-')} with it"
+                )
             continue
         if name not in kinds or name in NOT_RECORDED:
             foreign.append(key)

@@ -36,7 +36,7 @@ def main() -> None:
     from nova_video import NovaPipeline
 
     pipe = NovaPipeline.from_pretrained("emoji")
-    pipe("a star on a blue background", num_frames=1, seed=0, guidance=Interval(scale=4.0)).frames[0][0].save(
+    pipe("a star on a blue background", num_frames=1, seed=0, guidance_rule=Interval(scale=4.0)).frames[0][0].save(
         "interval.png"
     )
 

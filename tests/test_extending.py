@@ -63,10 +63,14 @@ def test_an_own_rule_of_guidance(pipe: NovaPipeline, caplog: pytest.LogCaptureFi
     """Over all noise levels the example is the paper's rule; over none it is without guidance. The record names it."""
     interval = importlib.import_module("own_guidance").Interval
     close = {"rtol": 1e-3, "atol": 1e-3}
-    torch.testing.assert_close(made(pipe, guidance=interval(4.0, 0, 1000)), made(pipe, guidance_scale=4.0), **close)
-    torch.testing.assert_close(made(pipe, guidance=interval(4.0, 2000, 3000)), made(pipe, guidance_scale=1.0), **close)
-    assert torch.equal(made(pipe, guidance_rule="own_guidance:Interval"), made(pipe, guidance=interval()))
-    settings = pipe("a whale", **CALL, guidance=interval(4.0)).records[0]["settings"]
+    torch.testing.assert_close(
+        made(pipe, guidance_rule=interval(4.0, 0, 1000)), made(pipe, guidance_scale=4.0), **close
+    )
+    torch.testing.assert_close(
+        made(pipe, guidance_rule=interval(4.0, 2000, 3000)), made(pipe, guidance_scale=1.0), **close
+    )
+    assert torch.equal(made(pipe, guidance_rule="own_guidance:Interval"), made(pipe, guidance_rule=interval()))
+    settings = pipe("a whale", **CALL, guidance_rule=interval(4.0)).records[0]["settings"]
     assert settings["guidance_rule"] == "own_guidance:Interval(scale=4.0, low=100.0, high=900.0)"
     assert settings["guidance"] is None
 
@@ -76,10 +80,10 @@ def test_an_own_rule_of_guidance(pipe: NovaPipeline, caplog: pytest.LogCaptureFi
     [
         ({"order": 3}, "order is int without reveal: expected an object with reveal, sizes"),
         ({"order": "own_order"}, "order is 'own_order': expected module:Name"),
-        ({"guidance": Guidance}, "guidance is the class Guidance: expected an object"),
-        ({"guidance": Guidance(2.0), "guidance_scale": 3.0}, "got both of guidance_rule and guidance_scale"),
+        ({"guidance_rule": Guidance}, "guidance_rule is the class Guidance: expected an object"),
+        ({"guidance_rule": Guidance(2.0), "guidance_scale": 3.0}, "got both of guidance_rule and guidance_scale"),
         (
-            {"guidance": Guidance(2.0), "image_guidance_scale": 3.0},
+            {"guidance_rule": Guidance(2.0), "image_guidance_scale": 3.0},
             "got both of guidance_rule and image_guidance_scale",
         ),
     ],
@@ -96,13 +100,13 @@ def test_a_saved_state_goes_on_with_the_same_parts_alone(pipe: NovaPipeline, tmp
     whole = made(pipe, **own)
     request = GenerateRequest("a whale", **CALL, **own)
     pipe.generate(request, None, lambda _pipe, step, *_: step < 3).generation.save(tmp_path / "state")
-    again = pipe.resume(tmp_path / "state", order=own["order"], guidance=own["guidance_rule"])
+    again = pipe.resume(tmp_path / "state", order=own["order"], guidance_rule=own["guidance_rule"])
     assert again.state.step == 4
     assert torch.equal(again.run().frames, whole)
     with pytest.raises(InputError, match=r"its order is own_order:Halton\(\): expected the same to be given, got none"):
         pipe.resume(tmp_path / "state")
     with pytest.raises(InputError, match=r"its guidance_rule is .*scale=4.0.*: expected the same .*scale=5.0"):
-        pipe.resume(tmp_path / "state", order="own_order:Halton", guidance=interval(5.0))
+        pipe.resume(tmp_path / "state", order="own_order:Halton", guidance_rule=interval(5.0))
 
 
 def test_the_example_head_is_opened_by_its_class_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

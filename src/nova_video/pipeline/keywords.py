@@ -30,6 +30,7 @@ OPEN_HINTS = {
 CALL_HINTS = {
     "max_latent_length": "num_frames, in pixel frames: num_frames = 4 (n - 1) + 1 for n latent frames",
     "latents": "generator for a fixed start, or video with the latents of a clip to go on from",
+    "guidance": "guidance_scale for its strength, guidance_rule for a rule of your own",
     "guidance_rescale": "guidance_renorm, which scales the guided prediction to the conditional one's norm",
     "timesteps": "diffusion_steps: the scheduler has timesteps of its own",
     "sigmas": "diffusion_steps and flow_shift: the scheduler has sigmas of its own",

@@ -117,7 +117,6 @@ class GuidanceOptions:
         " `module:Class`, or in Python an object of your own.",
         unset="the paper's",
         metavar="MODULE:CLASS",
-        aliases=("guidance",),
     )
     guidance_trunc: float = option(
         0.0, "Below this timestep (0 to 1000) only the conditional pass runs.", low=0, metavar="TIMESTEP"

@@ -334,12 +334,12 @@ class NovaPipeline(AdapterMixin, CheckpointMixin):
         generation.records = make_records(request, generation)
         return generation
 
-    def resume(self, path: str | Path, *, order: Any = None, guidance: Any = None) -> Generation:
+    def resume(self, path: str | Path, *, order: Any = None, guidance_rule: Any = None) -> Generation:
         """Take up what `Generation.save` wrote, to run or stream on: the result is that of never having stopped.
 
         An order or a rule of guidance of the user's own is given again: the file holds its name alone.
         """
-        parts, own = self._parts(), {"order": order, "guidance_rule": guidance}
+        parts, own = self._parts(), {"order": order, "guidance_rule": guidance_rule}
         return Generation(load_progress(parts, Path(path), own), parts, self._surroundings())
 
     def _surroundings(self) -> Surroundings:

@@ -79,9 +79,9 @@ CONDITIONAL = Guidance(scale=1.0)
 
 def check_rule(rule: Any) -> None:
     """Raises InputError for an object that is no `GuidanceRule`."""
-    check_members(rule, "guidance", GuidanceRule)
+    check_members(rule, "guidance_rule", GuidanceRule)
     if rule.passes not in (1, 2, 3):
-        raise InputError(f"guidance is {type(rule).__name__} with {rule.passes} passes: expected 1, 2 or 3")
+        raise InputError(f"guidance_rule is {type(rule).__name__} with {rule.passes} passes: expected 1, 2 or 3")
 
 
 def least_ratio(rule: GuidanceRule) -> float:

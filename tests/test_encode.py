@@ -73,7 +73,7 @@ REJECTED = {
 @pytest.fixture
 def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the card, which decodes samples."""
-    monkeypatch.setattr(encode_module, "write_card", lambda place, device: None)
+    monkeypatch.setattr(encode_module, "write_card", lambda *given: None)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_what_is_written(source: Path, tmp_path: Path, encode: Encode, tiny_chec
     info = DatasetInfo.load(output)
     decoded: dict[str, Clip] = {}
     for item in open_source(source_settings(info.settings)).items():
-        found = Decode(decode_settings(info.settings))(item)
+        found = Decode(decode_settings(info))(item)
         decoded |= {clip.id: clip for clip in found if isinstance(clip, Clip)}
     shards = list_shards(output)
     assert {bucket.name: sum(shard.rows for shard in found) for bucket, found in shards.items()} == {

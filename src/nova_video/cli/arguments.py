@@ -226,7 +226,9 @@ class Encode:
     output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
     """The dataset to write, or to go on with."""
     model: Annotated[str, arg(metavar="NAME")] = MODEL
-    """Whose autoencoder encodes, as for `nova generate`; its own are the settings that are not given."""
+    """The model whose autoencoder and text encoder encode, and whose settings are the defaults."""
+    autoencoder: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the model's)")] = None
+    """Another autoencoder: a checkpoint, its folder (any causal one of diffusers), or your own as module:Class."""
     frames: Annotated[tuple[int, ...], arg(metavar="N ...", help_behavior_hint=OWN)] = ()
     """Lengths of clips, 4k + 1 each: the longest ones that fit into a scene. Pictures have 1."""
     fps: Annotated[float | None, arg(metavar="N", help_behavior_hint=OWN)] = None
@@ -250,7 +252,7 @@ class Encode:
     config: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the only one)")] = None
     """Configuration of a dataset on the hub that has several."""
     text_encoder: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=OWN)] = None
-    """Whose features of the captions are kept; none: no features."""
+    """The encoder whose features of the captions are kept: a name, or your own as module:Class; none: no features."""
     group: Annotated[int, arg(metavar="N")] = 256
     """Source files that are finished together: more make fewer, larger shards, and more to do again after a stop."""
     batch: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: by their size)")] = None

@@ -107,6 +107,7 @@ def _settings(args: Encode) -> "EncodeSettings":
     from nova_video.common.checks import max_pixels
     from nova_video.common.devices import choose_device
     from nova_video.data.encode import EncodeSettings, makes_video, model_size, model_text
+    from nova_video.data.encoders import find_size_multiple
     from nova_video.data.sources import SourceSettings
     from nova_video.data.stages import DecodeSettings
 
@@ -126,7 +127,7 @@ def _settings(args: Encode) -> "EncodeSettings":
         raise InputError(f"{args.model} has no transformer/ that tells its size: expected --size, such as 768x480")
     if not args.frames and defaults.num_frames == 1 and makes_video(args.model):
         log.warning("%s says no length of its clips: sources give pictures, and clips with --frames 33", args.model)
-    text = args.text_encoder
+    text, autoencoder = args.text_encoder, args.autoencoder or args.model
     return EncodeSettings(
         source=SourceSettings(args.source, args.caption_column, args.media_column, args.split, args.group, args.config),
         decode=DecodeSettings(
@@ -137,9 +138,10 @@ def _settings(args: Encode) -> "EncodeSettings":
             cuts=args.cuts,
             threshold=args.cut_threshold,
             max_pixels=max_pixels() if args.max_pixels is None else args.max_pixels,
+            multiple=find_size_multiple(autoencoder),
         ),
         output=args.output,
-        model=args.model,
+        model=autoencoder,
         text=model_text(args.model) if text is None else None if text == "none" else text,
         batch=args.batch,
         device=args.device,

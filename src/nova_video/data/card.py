@@ -74,12 +74,12 @@ class Facts:
         return ", ".join(shown)
 
 
-def write_card(place: str | Path, device: str = "auto") -> None:
+def write_card(place: str | Path, device: str = "auto", autoencoder: str | None = None) -> None:
     """README.md and sheet.png of a dataset."""
     info = DatasetInfo.load(place)
     facts = gather(place)
     samples = pick(facts.shards, SHEET_CLIPS, SHEET_PICTURES)
-    decode = DecodeLatents(info.autoencoder, device)
+    decode = DecodeLatents(autoencoder or info.autoencoder, device)
     entries = [Entry(decode(sample.moments), sample.caption, describe(sample)) for sample in samples]
     page = BytesIO()
     draw_sheet(name_of(place), facts.summary, entries).save(page, format="png")

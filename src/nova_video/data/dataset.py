@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nova_video.common.errors import InputError, first_line
 from nova_video.common.extras import install_command
+from nova_video.io.checkpoints import find_beside
 from nova_video.io.text import decode_text, parse_json
 
 if TYPE_CHECKING:
@@ -101,11 +102,13 @@ class DatasetInfo:
             raise InputError(f"{url}: expected a JSON object with format {FORMAT}")
         names = {part.name for part in fields(cls)}
         try:
-            return cls(**{name: value for name, value in values.items() if name in names})
+            info = cls(**{name: value for name, value in values.items() if name in names})
         except TypeError:
             required = ("autoencoder", "fingerprint", "latent_channels", "spatial_stride")
             missing = [name for name in required if name not in values]
             raise InputError(f"{url}: lacks {', '.join(missing)}") from None
+        text = None if info.text_encoder is None else find_beside(info.text_encoder, place)
+        return replace(info, autoencoder=find_beside(info.autoencoder, place), text_encoder=text)
 
     def save(self, folder: str | Path) -> None:
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=False)

@@ -60,6 +60,7 @@ from nova_video.io.files import check_writable, lock_folder
 from nova_video.io.prefetch import prefetch
 from nova_video.io.text import printable
 from nova_video.io.weights import read_json
+from nova_video.model.transformer import size_multiple
 from nova_video.pipeline.loading import outline_transformer
 from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.text.compare import same_text_encoder, text_fingerprint
@@ -84,7 +85,7 @@ class EncodeSettings:
     output: Path
     """Local folder to write, or to go on with."""
     model: str = "emoji"
-    """Checkpoint whose autoencoder makes the moments."""
+    """Name of the autoencoder: a checkpoint that has one, its own folder, or a user's own as `module:Class`."""
     text: str | None = "emoji"
     """Text encoder, or a checkpoint that names one; None: no text features."""
     batch: int | None = None
@@ -212,7 +213,7 @@ def _finish(settings: EncodeSettings, encoded: int, seconds: float, counts: Coun
             f"{settings.source.place}: nothing could be encoded, all {len(lines)} were rejected:"
             f" {lines[0]['source']} {lines[0]['reason']} (see {settings.output / 'rejected.jsonl'})"
         )
-    write_card(settings.output, settings.device)
+    write_card(settings.output, settings.device, settings.model)
     items = sum(record.items for record in records.values())
     return Summary(items, dict(sorted(clips.items())), len(lines), encoded, seconds, counts)
 
@@ -226,6 +227,12 @@ def describe_dataset(settings: EncodeSettings) -> DatasetInfo:
     if found.temporal_stride == 1 and any(length > 1 for length in settings.decode.frames):
         lengths = ", ".join(map(str, settings.decode.frames))
         raise InputError(f"frames is {lengths}, and the autoencoder of {settings.model} takes pictures: expected 1")
+    stride = found.temporal_stride
+    wrong = next((length for length in settings.decode.frames if stride > 1 and (length - 1) % stride), None)
+    if wrong is not None:
+        raise InputError(
+            f"frames is {wrong}: expected {stride}k + 1, as the autoencoder of {settings.model} takes them"
+        )
     source, decode = settings.source, settings.decode
     return DatasetInfo(
         autoencoder=lasting_name(settings.model),
@@ -253,8 +260,9 @@ def describe_dataset(settings: EncodeSettings) -> DatasetInfo:
     )
 
 
-def decode_settings(noted: dict[str, Any]) -> DecodeSettings:
-    """Of the settings in dataset.json."""
+def decode_settings(info: DatasetInfo) -> DecodeSettings:
+    """How the clips of a dataset were decoded."""
+    noted = info.settings
     width, height = map(int, noted["size"].split("x"))
     return DecodeSettings(
         frames=tuple(noted["frames"]),
@@ -263,6 +271,7 @@ def decode_settings(noted: dict[str, Any]) -> DecodeSettings:
         one_size=noted["one_size"],
         cuts=noted["cuts"],
         threshold=noted["threshold"],
+        multiple=size_multiple(info.spatial_stride),
     )
 
 

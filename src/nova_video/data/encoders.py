@@ -7,7 +7,6 @@ Legend: C latent channels, F latent frames, h w latent grid, T text tokens, D wi
 """
 
 import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,15 +18,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from nova_video.autoencoders import adapt, find_layout
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
+from nova_video.common.extensions import make_extension, names_extension
 from nova_video.data.dataset import first_sentence, join
-from nova_video.io.checkpoints import resolve_checkpoint
-from nova_video.io.weights import DIFFUSERS_WEIGHTS, find_weights
-from nova_video.pipeline.loading import load_autoencoder, outline_autoencoder
+from nova_video.io.checkpoints import COMPONENTS, resolve_checkpoint
+from nova_video.io.weights import DIFFUSERS_WEIGHTS, find_weights, has_weights
+from nova_video.model.transformer import size_multiple
+from nova_video.pipeline.loading import outline_autoencoder, read_autoencoder
 from nova_video.text.features import TextEncoder, encode_texts
 from nova_video.text.load import open_text_encoder
 
@@ -36,7 +37,6 @@ from nova_video.text.load import open_text_encoder
 GPU_PIXELS, CPU_PIXELS = 8 << 20, 1 << 20
 TEXT_TOKENS = 256  # the most that a caption keeps: what the released models read
 TEXTS_PER_CALL = 64
-TEXT_PREFIX = re.compile(r"^(?:model|transformer|bert|roberta)\.")  # of a tensor's name, where a head is stored with it
 
 
 class Frames(Protocol):
@@ -60,23 +60,40 @@ class AutoencoderInfo:
 
 
 @contextmanager
-def given_or_named(given: str | None, place: str | Path, what: str, flag: str) -> Iterator[None]:
-    """Around opening what was given, or else what the dataset at `place` names: then an error says so, and which flag
-    names another."""
+def given_or_named(given: str | None, named: str | None, place: str | Path, what: str, flag: str) -> Iterator[None]:
+    """Opens the part that was given, or else the one that the dataset at `place` names.
+
+    An error about the latter says where it is named, and which flag names another. A user's own part is never opened
+    because a dataset names it: its code runs only where the user asks for it.
+    """
+    noted = f"{join(place, 'dataset.json')} names the {what}"
+    if not given and named is not None and names_extension(named):
+        raise InputError(f"{noted}: {named} is your own code: expected {flag} {named}, which allows it to be run")
     try:
         yield
     except InputError as error:
         if given:
             raise
-        said = f"{join(place, 'dataset.json')} names the {what}: {str(error).rstrip('.')}"
-        raise InputError(f"{said}; {flag} names another") from None
+        raise InputError(f"{noted}: {str(error).rstrip('.')}; {flag} names another") from None
 
 
-def autoencoder_info(model: str) -> AutoencoderInfo:
-    """Of the checkpoint's autoencoder, from its files; no network is built."""
-    folder = _autoencoder_folder(model)
-    layout = find_layout(outline_autoencoder(folder))
-    return AutoencoderInfo(fingerprint(folder), layout.channels, layout.spatial_stride, layout.temporal_stride)
+def autoencoder_info(name: str) -> AutoencoderInfo:
+    """Facts about an autoencoder, from its files; only a user's own is built."""
+    if names_extension(name):
+        vae = make_extension(name, "autoencoder")
+        layout, mark = find_layout(vae), _fingerprint_own(name, vae)
+    else:
+        folder = _autoencoder_folder(name)
+        layout, mark = find_layout(outline_autoencoder(folder)), fingerprint(folder)
+    return AutoencoderInfo(mark, layout.channels, layout.spatial_stride, layout.temporal_stride)
+
+
+def find_size_multiple(name: str) -> int:
+    """Pixels that the sides of clips are multiples of, for models that are trained on this autoencoder's latents."""
+    vae = (
+        make_extension(name, "autoencoder") if names_extension(name) else outline_autoencoder(_autoencoder_folder(name))
+    )
+    return size_multiple(find_layout(vae).spatial_stride)
 
 
 def fingerprint(folder: Path) -> str:
@@ -87,17 +104,30 @@ def fingerprint(folder: Path) -> str:
     digests = []
     for path in find_weights(folder, DIFFUSERS_WEIGHTS).files:
         with safe_open(str(path), framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                tensor = tensors.get_tensor(key).to(torch.float16)
-                digests.append(hashlib.sha256(f"{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes()).digest())
+            digests += [_digest(tensors.get_tensor(key)) for key in tensors.keys()]  # noqa: SIM118
+    return _join_digests(digests)
+
+
+def _fingerprint_own(name: str, vae: Any) -> str:
+    """The hash of a user's own autoencoder: of its weights, or of its name where it has none."""
+    weights = vae.state_dict().values() if isinstance(vae, nn.Module) else ()
+    return _join_digests([_digest(value.cpu()) for value in weights] or [name.encode()])
+
+
+def _digest(tensor: Tensor) -> bytes:
+    values = tensor.to(torch.float16)
+    return hashlib.sha256(f"{tuple(values.shape)}".encode() + values.numpy().tobytes()).digest()
+
+
+def _join_digests(digests: list[bytes]) -> str:
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
 
 
-def load_frozen_autoencoder(model: str, device: torch.device) -> Any:
-    """The checkpoint's autoencoder, in float32, for encoding and decoding alone."""
-    _autoencoder_folder(model)
-    vae = load_autoencoder(resolve_checkpoint(model))
-    return vae.to(device).eval().requires_grad_(False)  # type: ignore[union-attr]
+def load_frozen_autoencoder(name: str, device: torch.device) -> Any:
+    """The autoencoder of a checkpoint or a user's own, in float32, for encoding and decoding alone."""
+    vae = make_extension(name, "autoencoder") if names_extension(name) else read_autoencoder(_autoencoder_folder(name))
+    find_layout(vae)  # raises for one that cannot work
+    return vae.to(device).eval().requires_grad_(False) if isinstance(vae, nn.Module) else vae
 
 
 @dataclass
@@ -108,7 +138,7 @@ class EncodeLatents:
     """
 
     model: str
-    """`emoji`, a checkpoint folder or the name of a released checkpoint: its vae/ is used."""
+    """A checkpoint with vae/, an autoencoder's own folder, or a user's own as `module:Class`."""
     device: str = "auto"
     batch: int | None = None
     """Most clips of a forward pass; None: as many as GPU_PIXELS or CPU_PIXELS."""
@@ -227,8 +257,11 @@ class EncodeText:
         return self.__dict__ | {"_encoder": None}
 
 
-def _autoencoder_folder(model: str) -> Path:
-    folder = resolve_checkpoint(model) / "vae"
-    if not folder.is_dir():
-        raise InputError(f"{model}: has no vae/: expected a checkpoint with an autoencoder")
-    return folder
+def _autoencoder_folder(name: str) -> Path:
+    """The folder of an autoencoder: a checkpoint's vae/, or the one that is named."""
+    checkpoint = resolve_checkpoint(name, without=[part for part in COMPONENTS if part != "vae"])
+    if (checkpoint / "vae").is_dir():
+        return checkpoint / "vae"
+    if has_weights(checkpoint, DIFFUSERS_WEIGHTS):
+        return checkpoint
+    raise InputError(f"{name}: has no vae/: expected a checkpoint with an autoencoder")

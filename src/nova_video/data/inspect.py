@@ -192,7 +192,7 @@ def compare_samples(
     """Random samples of the shards, decoded. `sources` is where the dataset was made from, if not where that was."""
     info = DatasetInfo.load(place)
     name = model or info.autoencoder
-    with given_or_named(model, place, "autoencoder", "--model"):
+    with given_or_named(model, name, place, "autoencoder", "--model"):
         found = autoencoder_info(name).fingerprint
     if found != info.fingerprint:
         raise InputError(
@@ -227,7 +227,7 @@ def _originals(samples: Sequence[Sample], info: DatasetInfo, sources: str | None
         if sources is not None:
             raise InputError(f"got sources {sources}, but dataset.json does not note how it was encoded")
         return {}
-    decode = Decode(decode_settings(info.settings))
+    decode = Decode(decode_settings(info))
     wanted = {sample.id for sample in samples}
     found: dict[str, NDArray[np.uint8]] = {}
     for name in dict.fromkeys(sample.source for sample in samples):

@@ -44,12 +44,13 @@ from nova_video.io.motion import flow_magnitude
 from nova_video.io.text import LFS_POINTER, printable
 from nova_video.io.timing import Timed, nearest_frames
 from nova_video.io.videos import VideoPicture
+from nova_video.model.transformer import size_multiple
 
 T = TypeVar("T")
 
 MEDIA = PICTURES + VIDEOS
 
-MULTIPLE = 32  # pixels: the spatial stride (8) x the patch (2) x 2, which the temporal encoder's patches are larger by
+MULTIPLE = size_multiple(8)  # pixels, for the spatial stride of the released autoencoders
 WIDEST = 2.0  # sides of a bucket: at most so many times as long as each other
 ENLARGED = 1.25  # a source is enlarged by at most this much; a smaller one is rejected
 SLOWEST = 0.5  # of the rate asked for: a source with fewer frames a second is rejected
@@ -189,6 +190,8 @@ class DecodeSettings:
     """Of PySceneDetect's ContentDetector."""
     max_pixels: int = field(default_factory=max_pixels)
     """The most pixels that a source may have: of a picture, of all frames of an animation, of a frame of a video."""
+    multiple: int = MULTIPLE
+    """Pixels that all sides are multiples of: `size_multiple` of the autoencoder's stride."""
 
     def __post_init__(self) -> None:
         if not self.frames:
@@ -201,23 +204,25 @@ class DecodeSettings:
         check_number("threshold", self.threshold, 0, above=True)
         check_number("max_pixels", self.max_pixels, 1, integer=True)
         height, width = self.size
-        if height < MULTIPLE or width < MULTIPLE or height % MULTIPLE or width % MULTIPLE:
-            raise InputError(f"size is {width}x{height}: expected width and height in multiples of {MULTIPLE}")
+        if height < 1 or width < 1 or height % self.multiple or width % self.multiple:
+            raise InputError(f"size is {width}x{height}: expected width and height in multiples of {self.multiple}")
 
 
 # Sizes ---------------------------------------------------------------------------------------------------------------
 
 
-def size_buckets(size: tuple[int, int], one_size: bool = False) -> list[tuple[int, int]]:
-    """The sizes (H, W) that clips may have: about the area of `size`, sides in multiples of MULTIPLE, none more than
-    WIDEST times as long as the other, unless `size` itself is."""
+def size_buckets(size: tuple[int, int], one_size: bool = False, multiple: int = MULTIPLE) -> list[tuple[int, int]]:
+    """The sizes (H, W) that clips may have: about the area of `size`, with sides in multiples of `multiple`.
+
+    No side is more than WIDEST times as long as the other, unless those of `size` itself are.
+    """
     if one_size:
         return [size]
-    area = size[0] * size[1] / MULTIPLE**2
+    area = size[0] * size[1] / multiple**2
     sides = range(1, math.ceil(math.sqrt(area * WIDEST)) + 1)
     found = {(side, max(1, round(area / side))) for side in sides}
     found |= {(width, height) for height, width in found}
-    kept = {(h * MULTIPLE, w * MULTIPLE) for h, w in found if max(h, w) <= WIDEST * min(h, w)}
+    kept = {(h * multiple, w * multiple) for h, w in found if max(h, w) <= WIDEST * min(h, w)}
     return sorted(kept | {size})
 
 
@@ -269,7 +274,7 @@ class Decode:
 
     def __init__(self, settings: DecodeSettings) -> None:
         self.settings = settings
-        self.buckets = size_buckets(settings.size, settings.one_size)
+        self.buckets = size_buckets(settings.size, settings.one_size, settings.multiple)
         if settings.cuts:
             _content_detector(settings.threshold)  # an absent package is found before the work
 

@@ -76,6 +76,17 @@ def lasting_name(name: str) -> str:
     return str(folder.resolve()) if folder.is_dir() and not _is_packaged(name) else name
 
 
+def find_beside(name: str, folder: str | Path) -> str:
+    """A relative path as the folder that it names from `folder` or one above it; every other name as it is.
+
+    Older datasets and models kept such paths, which were relative to where a command was run.
+    """
+    if "/" not in name or "://" in str(folder) or Path(name).expanduser().is_dir():
+        return name
+    whole = Path(folder).resolve()
+    return next((str(place / name) for place in (whole, *whole.parents) if (place / name).is_dir()), name)
+
+
 def _is_packaged(name: str) -> bool:
     return re.fullmatch(r"[\w-]+", name) is not None and (PACKAGED_MODELS / name).is_dir()
 

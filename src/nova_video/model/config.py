@@ -37,6 +37,11 @@ def spatial_patch(image_stride: int) -> int:
     return 15 // image_stride + 1
 
 
+def size_multiple(image_stride: int) -> int:
+    """Pixels that a height and a width are multiples of: two tokens of the spatial encoder."""
+    return 2 * spatial_patch(image_stride) * image_stride
+
+
 def check_config(config: Any) -> None:
     """Raise InputError for the first value that is of another kind or out of bounds."""
     if config.text_token_dim in (None, 0):

@@ -8,6 +8,7 @@ from typing import Any
 
 from nova_video.common.errors import InputError
 from nova_video.common.options import aliases_of, check_options, option_fields, with_aliases
+from nova_video.io.checkpoints import find_beside
 from nova_video.io.text import decode_text, parse_json
 from nova_video.pipeline.options import Options
 from nova_video.sampling.schedulers import TrainedNoise
@@ -62,7 +63,9 @@ class CheckpointSettings:
             values = parse_json(decode_text(path.read_bytes()))
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error})") from None
-        return replace(cls.from_json(values, path), vocabulary=vocabulary)
+        settings = cls.from_json(values, path)
+        text = None if settings.text_encoder is None else find_beside(settings.text_encoder, folder)
+        return replace(settings, text_encoder=text, vocabulary=vocabulary)
 
     @classmethod
     def from_json(cls, values: object, path: str | Path = SETTINGS_FILE) -> "CheckpointSettings":

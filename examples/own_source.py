@@ -1,6 +1,6 @@
 """An own source of data: pictures drawn by code, each with a caption. It could as well read a database or a service.
 
-    nova encode own_source:ColouredSquares -o dataset --size 64x64 --frames 1
+nova encode own_source:ColouredSquares -o dataset --size 64x64 --frames 1
 """
 
 import io
@@ -12,7 +12,7 @@ COLOURS = ("red", "green", "blue", "yellow", "white", "black", "orange", "purple
 
 
 class ColouredSquares:
-    """Samples: a name, the media (bytes of a file, or its path or URL), and the caption, in the same order each time."""
+    """Samples in a fixed order: a name, the media (a file's bytes, path or URL), the caption."""
 
     fingerprint = "squares of eight colours, 64 pixels"  # another one: the samples are read and compared again
 

@@ -1,8 +1,8 @@
 """An own text encoder: a fixed random vector for each word. Real ones have weights; two members are all that is needed.
 
-    nova encode clips -o dataset --text-encoder own_text_encoder:WordVectors
-    nova train recipe.toml        # with text_encoder = "own_text_encoder:WordVectors", run where this file is
-    pipe = NovaPipeline.from_pretrained("runs/own/model", text_encoder=WordVectors())
+nova encode clips -o dataset --text-encoder own_text_encoder:WordVectors
+nova train recipe.toml        # with text_encoder = "own_text_encoder:WordVectors", run where this file is
+pipe = NovaPipeline.from_pretrained("runs/own/model", text_encoder=WordVectors())
 """
 
 import zlib

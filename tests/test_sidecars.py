@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nova_video.common.errors import InputError
 from nova_video.data.sidecars import caption_from
-from nova_video.data.sources import Source, SourceSettings, open_source
+from nova_video.data.sources import MediaSource, SourceSettings, open_source
 from nova_video.data.stages import read_caption
 from nova_video.io.text import printable
 
@@ -36,7 +36,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def opened(files: dict[str, bytes], **named: Any) -> Source:
+def opened(files: dict[str, bytes], **named: Any) -> MediaSource:
     """A folder in memory."""
     memory = fsspec.filesystem("memory")
     if memory.exists(PLACE):

@@ -18,9 +18,8 @@ from PIL import Image
 
 from nova_video.common.errors import InputError
 from nova_video.data import dataset as dataset_module
-from nova_video.data import sources as sources_module
 from nova_video.data import stages as stages_module
-from nova_video.data.sources import Source, SourceSettings, TableSource, expand_braces, open_source
+from nova_video.data.sources import MediaSource, SourceSettings, TableSource, expand_braces, find_source, open_source
 from nova_video.data.stages import Item, read_bytes, read_caption
 
 NAMES = ["a.mp4", "b.png", "sub/c.webm"]
@@ -31,7 +30,7 @@ def content(name: str) -> bytes:
     return f"bytes of {name}".encode()
 
 
-def opened(place: Path | str, **settings: Any) -> Source:
+def opened(place: Path | str, **settings: Any) -> MediaSource:
     return open_source(SourceSettings(str(place), **settings))
 
 
@@ -51,7 +50,7 @@ def stem(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def problems(source: Source) -> dict[str, str]:
+def problems(source: MediaSource) -> dict[str, str]:
     return {item.source: item.problem for item in source.items() if item.problem is not None}
 
 
@@ -463,7 +462,7 @@ def test_names_on_web_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         def unstrip_protocol(self, name: str) -> str:
             return name
 
-    for module in (sources_module, dataset_module, stages_module):
+    for module in (find_source, dataset_module, stages_module):
         monkeypatch.setattr(module, "open_place", lambda place: (Web(), place))
     items = list(opened("http://host/clips").items())
     assert {item.source: (item.problem, item.caption) for item in items} == {

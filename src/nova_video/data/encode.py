@@ -53,14 +53,14 @@ from nova_video.data.follow import (
     parallel,
     remaining,
 )
-from nova_video.data.sources import Source, SourceSettings, open_source
+from nova_video.data.sources import MediaSource, SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected, decode_with_motion
 from nova_video.io.checkpoints import lasting_name, resolve_checkpoint, text_folder
 from nova_video.io.files import check_writable, lock_folder
 from nova_video.io.prefetch import prefetch
 from nova_video.io.text import printable
 from nova_video.io.weights import read_json
-from nova_video.model.transformer import size_multiple
+from nova_video.model.config import size_multiple
 from nova_video.pipeline.loading import outline_transformer
 from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.text.compare import same_text_encoder, text_fingerprint
@@ -144,7 +144,7 @@ def encode_dataset(settings: EncodeSettings, tell: Callable[[Done], None] = lamb
 def _encode(
     settings: EncodeSettings,
     info: DatasetInfo,
-    source: Source,
+    source: MediaSource,
     stages: "Stages | None",
     tell: Callable[[Done], None],
     began: float,
@@ -244,7 +244,7 @@ def describe_dataset(settings: EncodeSettings) -> DatasetInfo:
         text_dim=None if settings.text is None else text_width(settings.text),
         text_fingerprint=None if settings.text is None else text_fingerprint(settings.text),
         settings={
-            "source": str(local_path(source.place) or source.place),
+            "source": source.lasting_place,
             "caption_column": source.caption_column,
             "media_column": source.media_column,
             "config": source.config,
@@ -414,7 +414,7 @@ def whole_records(output: Path) -> dict[str, Record]:
     return {group: record for group, record in records.items() if group not in lost}
 
 
-def with_entries(output: Path, records: dict[str, Record], source: Source) -> dict[str, Record]:
+def with_entries(output: Path, records: dict[str, Record], source: MediaSource) -> dict[str, Record]:
     """Records that tell of each item; those of older versions, of what can be told from their rows.
 
     They kept no digests of media: raises InputError where names or sizes of files are not those that they noted.
@@ -487,7 +487,7 @@ def _told(samples: list[Sample], source: str, caption: str | None, text: EncodeT
     return [replace(sample, caption=caption, text=features.text, text_short=features.short) for sample in found]
 
 
-def renew_records(output: Path, comparison: Comparison, source: Source) -> None:
+def renew_records(output: Path, comparison: Comparison, source: MediaSource) -> None:
     """Note what files are known by now: those that were touched, and parts that have grown."""
     marks = {source.part_name(part): source.part_mark(part) for part in comparison.wanted}
     for group, record in read_records(output).items():
@@ -583,7 +583,7 @@ def _shards(samples: list[Sample]) -> Iterator[list[Sample]]:
         yield part
 
 
-def _content(source: Source) -> dict[str, Any]:
+def _content(source: MediaSource) -> dict[str, Any]:
     """What the source is made of, to find out whether it has changed."""
     digest = hashlib.sha256("\n".join(source.content).encode()).hexdigest()
     sizes = hashlib.sha256(" ".join(map(str, source.sizes)).encode()).hexdigest()

@@ -27,7 +27,7 @@ from nova_video.common.extensions import make_extension, names_extension
 from nova_video.data.dataset import first_sentence, join
 from nova_video.io.checkpoints import COMPONENTS, resolve_checkpoint
 from nova_video.io.weights import DIFFUSERS_WEIGHTS, find_weights, has_weights
-from nova_video.model.transformer import size_multiple
+from nova_video.model.config import size_multiple
 from nova_video.pipeline.loading import outline_autoencoder, read_autoencoder
 from nova_video.text.features import TextEncoder, encode_texts
 from nova_video.text.load import open_text_encoder
@@ -156,7 +156,7 @@ class EncodeLatents:
         device = vae.device
         moments: list[Tensor] = [torch.empty(0)] * len(clips)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            for indices in self._batches(clips):
+            for indices in self._batches(clips, device):
                 frames = torch.from_numpy(np.stack([clips[index].frames for index in indices]))  # (B, T, H, W, 3)
                 pixels = frames.to(device).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)  # (B, 3, T, H, W)
                 made = vae.encode(pixels).parameters.to(torch.bfloat16).cpu()  # (B, 2C, F, h, w)
@@ -164,12 +164,12 @@ class EncodeLatents:
                     moments[index] = values.clone()
         return moments
 
-    def _batches(self, clips: Sequence[Frames]) -> Iterator[list[int]]:
+    def _batches(self, clips: Sequence[Frames], device: torch.device) -> Iterator[list[int]]:
         """Indices of clips of one size, as many as go through together."""
         sizes: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, clip in enumerate(clips):
             sizes[clip.frames.shape].append(index)
-        most = GPU_PIXELS if self._vae.device.type == "cuda" else CPU_PIXELS
+        most = GPU_PIXELS if device.type == "cuda" else CPU_PIXELS
         for (frames, height, width, _), indices in sizes.items():
             count = self.batch or max(1, most // (frames * height * width))
             for start in range(0, len(indices), count):

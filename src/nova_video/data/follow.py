@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from nova_video.common.errors import InputError, first_line
 from nova_video.data.dataset import READERS, file_mark, local_path
-from nova_video.data.sources import Source, group_name
+from nova_video.data.sources import MediaSource, group_name
 from nova_video.data.stages import Item, read_caption
 
 UNKNOWN = "?"
@@ -133,7 +133,7 @@ class Comparison:
         )
 
 
-def compare(source: Source, records: Mapping[str, Record]) -> Comparison:
+def compare(source: MediaSource, records: Mapping[str, Record]) -> Comparison:
     """Which items of the source the groups of a dataset still hold."""
     return _Comparer(source, records).compare()
 
@@ -155,7 +155,7 @@ class _Seen:
 
 
 class _Comparer:
-    def __init__(self, source: Source, records: Mapping[str, Record]) -> None:
+    def __init__(self, source: MediaSource, records: Mapping[str, Record]) -> None:
         self.source, self.records, self.marks = source, records, Marks()
         self.result = Comparison({group: [None] * len(record.entries) for group, record in records.items()})
         self.places: dict[Key, tuple[str, int]] = {}
@@ -296,7 +296,7 @@ def _look_again(seen: _Seen) -> _Seen:
     return replace(seen, media=media, caption=caption, digest=digest)
 
 
-def remaining(source: Source, comparison: Comparison, taken: set[str]) -> Iterator[Item]:
+def remaining(source: MediaSource, comparison: Comparison, taken: set[str]) -> Iterator[Item]:
     """The items to encode, in groups whose names are free: `taken` are those that are not."""
     seen: Counter[str] = Counter()
     for part in range(source.parts):

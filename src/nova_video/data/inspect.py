@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nova_video.common.errors import InputError
+from nova_video.common.extensions import names_extension
 from nova_video.data.card import describe, name_of, pick
 from nova_video.data.dataset import (
     Bucket,
@@ -28,7 +29,7 @@ from nova_video.data.dataset import (
 from nova_video.data.encode import decode_settings, group_of, read_records, source_settings
 from nova_video.data.encoders import DecodeLatents, autoencoder_info, given_or_named
 from nova_video.data.sheets import Entry, draw_sheet
-from nova_video.data.sources import Source, open_source
+from nova_video.data.sources import MediaSource, open_source
 from nova_video.data.stages import Clip, Decode
 
 BRIGHTEST = 255
@@ -246,11 +247,13 @@ def _originals(samples: Sequence[Sample], info: DatasetInfo, sources: str | None
     return {key: frames for key, frames in found.items() if Bucket(*frames.shape[:3]) == shapes[key]}
 
 
-def _open_sources(info: DatasetInfo, sources: str | None) -> Source | None:
+def _open_sources(info: DatasetInfo, sources: str | None) -> MediaSource | None:
     """Where the dataset was made from; None if that is not there any more and no other place is given."""
     settings = source_settings(info.settings)
     if sources is not None:
         return open_source(replace(settings, place=sources))
+    if names_extension(settings.place):  # a dataset alone runs no code of the user's
+        return None
     try:
         return open_source(settings)
     except (InputError, OSError):

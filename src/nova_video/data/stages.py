@@ -44,7 +44,7 @@ from nova_video.io.motion import flow_magnitude
 from nova_video.io.text import LFS_POINTER, printable
 from nova_video.io.timing import Timed, nearest_frames
 from nova_video.io.videos import VideoPicture
-from nova_video.model.transformer import size_multiple
+from nova_video.model.config import size_multiple
 
 T = TypeVar("T")
 

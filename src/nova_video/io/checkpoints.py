@@ -77,7 +77,7 @@ def lasting_name(name: str) -> str:
 
 
 def find_beside(name: str, folder: str | Path) -> str:
-    """A relative path as the folder that it names from `folder` or one above it; every other name as it is.
+    """The folder that a relative path names from `folder` or one above it; else the name as it is.
 
     Older datasets and models kept such paths, which were relative to where a command was run.
     """

@@ -23,6 +23,7 @@ from nova_video.autoencoders import AutoencoderKLCausalTiny, AutoencoderKLOpenSo
 from nova_video.autoencoders.bounds import check_autoencoder_config
 from nova_video.common.checks import check_number
 from nova_video.common.errors import InputError, first_line
+from nova_video.common.extensions import make_extension, names_extension
 from nova_video.io.checkpoints import COMPONENTS, resolve_checkpoint, text_folder
 from nova_video.io.text import list_some
 from nova_video.io.weights import DIFFUSERS_WEIGHTS, find_weights, read_json, read_shapes
@@ -130,9 +131,12 @@ def load_parts(
 def _load_from(name: str, place: str | Path, torch_dtype: torch.dtype | None, head: Any = None) -> Any:
     """A part from a checkpoint that has it, by folder or hub id, or from the part's own folder.
 
-    A text encoder may also be one that is installed as a package, or one of the hub by itself.
+    A text encoder may also be one that is installed as a package, or one of the hub by itself. Autoencoders and text
+    encoders may be the user's own, as `module:Class`.
     """
     local = Path(place).expanduser()
+    if name in OWN_MEMBERS and names_extension(str(place)):
+        return make_extension(str(place), name)
     if local.is_dir():
         return _read_part(name, local / name if (local / name).is_dir() else local, torch_dtype, head=head)
     is_text = name in ("text_encoder", "tokenizer")

@@ -1,10 +1,12 @@
 """Operations of a training step against what torch counts, and the rates of devices."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,11 +14,15 @@ from nova_video.bench.configs import SIZES, build
 from nova_video.fast.arrange import arrange_for_training
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import add_lora
-from nova_video.model.operations import attention, block, linear
-from nova_video.training.flops import device_peak, step_flops, step_parts
+from nova_video.training.flops import attention, device_peak, linear, step_flops, step_parts
 from nova_video.training.loss import NoiseTable, draw, losses
 
 BATCH, GRID, TOKENS, LATENT, REPEATS, TEXT = 2, (8, 12), 24, 6, 3, 8  # LATENT: temporal tokens of a frame
+
+
+def block(queries: int, keys: int, width: int) -> float:
+    """Operations of a transformer block on one row: 12 D^2 weights a token, and attention."""
+    return linear(queries, width, 12 * width) + attention(queries * keys, width)
 
 
 def tiny(video: bool, **changed: Any) -> NOVATransformer3DModel:
@@ -111,6 +117,28 @@ def test_what_a_batch_shares_counts_once() -> None:
     times = 2 * linear(1000, 256, 96) + 3 * linear(1000, 96, 96)
     places = 2 * linear(3, 256, 64) + 3 * linear(3, 64, 64)
     assert 3 * one - three == 2 * (times + places)
+
+
+class OtherHead(nn.Module):
+    """A linear map of a noisy token beside its feature; `peeks` makes its course depend on values."""
+
+    def __init__(self, peeks: bool) -> None:
+        super().__init__()
+        self.layer, self.peeks = nn.Linear(16 + 64, 16), peeks
+
+    def forward(self, noisy: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        if self.peeks and timestep.max().item() > 5:
+            return noisy
+        return self.layer(torch.cat([noisy, condition], dim=-1))
+
+
+@pytest.mark.parametrize("peeks", [False, True])
+def test_another_head_is_counted_by_torch(peeks: bool) -> None:
+    model = tiny(video=False)
+    model.image_decoder = OtherHead(peeks)
+    counted = step_parts(model, BATCH, 1, GRID, 7, REPEATS)["denoiser"]
+    assert math.isnan(counted) if peeks else counted == 3 * linear(REPEATS * BATCH * (TOKENS - 7), 80, 16)
+    assert (step_flops(model, BATCH, 1, GRID, 7, REPEATS) == 0) == peeks
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,15 @@ S tokens of a set, T condition tokens, D width, P values of a token.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from nova_video.common.errors import InputError
 from nova_video.model import NOVATransformer3DModel, set_sizes
-from nova_video.model.config import parse_arch
-from nova_video.model.operations import block, linear
 from nova_video.pipeline.plan import Plan
+from nova_video.training.flops import HALVES, blocks_forward, features_forward, forward_products, head_forward
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class Rates:
 
 
 RATES = {"H200": Rates(flops=790e12, bytes=4.3e12)}  # part of the device's name -> rates
-HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -74,61 +73,48 @@ def count_work(model: NOVATransformer3DModel, plan: Plan) -> Work:
     channels, rows, batch = config.image_dim, plan.passes * plan.batch, plan.batch
     tokens = (plan.grid[0] // patch) * (plan.grid[1] // patch)  # L
     temporal, values = tokens // 4, patch**2 * channels  # Lc, P
-    (video_depth, _), (image_depth, _) = (parse_arch(name, "vit") for name in config.arch[:2])
-    denoiser_depth, denoiser_width = parse_arch(config.arch[2], "mlp")
     item = model.dtype.itemsize
     weights = {
         "temporal": _bytes(model.video_encoder),
         "spatial": _bytes(model.image_encoder),
         "denoiser": _bytes(model.image_decoder),
     }
-    flops = {"text": linear(rows * config.text_token_len, config.text_token_dim, width)}
+    flops = {"text": forward_products(model.text_embed.proj, rows * config.text_token_len)}
     moved = {"text": float(_bytes(model.text_embed))}
     condition = config.text_token_len  # T
     if model.motion_embed is not None:
         condition += 2
-        flops["text"] += 2 * (linear(rows, 256, width) + linear(rows, width, width))
+        flops["text"] += forward_products(model.motion_embed, rows)
         moved["text"] += _bytes(model.motion_embed)
 
+    encoder: Any = model.video_encoder
+    depth = len(encoder.blocks)
     flops["temporal"] = moved["temporal"] = 0.0
     for frame, (queries, keys) in enumerate(temporal_steps(plan, temporal, condition)):
-        flops["temporal"] += rows * video_depth * block(queries, keys, width)
-        moved["temporal"] += weights["temporal"] + item * rows * video_depth * 2 * (keys - queries) * width
+        flops["temporal"] += blocks_forward(encoder.blocks, rows, queries, keys)
+        moved["temporal"] += weights["temporal"] + item * rows * depth * 2 * (keys - queries) * width
         if frame:
-            flops["temporal"] += linear(batch * temporal, 4 * values, width) + mixer(model, rows * temporal)
+            flops["temporal"] += forward_products(encoder.patch_embed, batch * temporal)
+            flops["temporal"] += 0.0 if encoder.mixer is None else forward_products(encoder.mixer, rows * temporal)
 
+    encoder, head = model.image_encoder, model.image_decoder
+    half = len(encoder.blocks) // 2
     flops["spatial"] = flops["denoiser"] = 0.0
     sizes = set_sizes(tokens, plan.sets)
     visible = 0  # V
     for size in sizes:
         first, second = temporal + visible, temporal + tokens
-        flops["spatial"] += rows * (image_depth // 2) * block(first, first, width)
-        flops["spatial"] += rows * (image_depth - image_depth // 2) * block(second, second, width)
-        flops["spatial"] += linear(batch * size, values, width)  # once revealed, as the encoder reads them
-        step = denoiser_step(rows * size, denoiser_depth, denoiser_width, values)
-        flops["denoiser"] += linear(rows * size, width, denoiser_width)
-        flops["denoiser"] += linear(rows * size, denoiser_width, denoiser_width)
-        flops["denoiser"] += plan.diffusion_steps * step
+        flops["spatial"] += blocks_forward(encoder.blocks[:half], rows, first, first)
+        flops["spatial"] += blocks_forward(encoder.blocks[half:], rows, second, second)
+        flops["spatial"] += forward_products(encoder.patch_embed, batch * size)  # once revealed, for the encoder
+        flops["denoiser"] += features_forward(head, rows * size)
+        flops["denoiser"] += plan.diffusion_steps * head_forward(head, rows * size, values, width)
         visible += size
     flops["spatial"] *= plan.latent_frames
     flops["denoiser"] *= plan.latent_frames
     count = plan.latent_frames * len(sizes)
     moved |= {part: float(count * weights[part]) for part in ("spatial", "denoiser")}
     return Work(flops, moved)
-
-
-def denoiser_step(count: int, depth: int, width: int, values: int) -> float:
-    """Operations of one denoising step of `count` tokens: embedding, blocks (modulation and MLP), last norm, head."""
-    blocks = depth * (linear(count, width, 3 * width) + linear(count, width, 2 * width))
-    return blocks + linear(count, values, width) + linear(count, width, 2 * width) + linear(count, width, values)
-
-
-def mixer(model: NOVATransformer3DModel, count: int) -> float:
-    part = model.video_encoder.mixer
-    if part is None:
-        return 0.0
-    linears = (module for module in part.modules() if isinstance(module, nn.Linear))
-    return sum(linear(count, module.in_features, module.out_features) for module in linears)
 
 
 def temporal_steps(plan: Plan, tokens: int, condition: int) -> Iterator[tuple[int, int]]:

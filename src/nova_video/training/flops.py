@@ -1,9 +1,9 @@
-"""Counts the useful operations of a training step. Over the peak rate of a device they give the MFU.
+"""The one counter of operations, two a multiply-add, from the shapes of a model's weights; and devices' peaks.
 
-Useful operations only, two a multiply-add: dense products and attention, forward and backward, of what the loss needs.
-Not counted: forward passes done again under checkpointing, pairs of tokens that the block-causal mask hides, scores of
-revealed tokens, and rows of the encoders' last blocks that nothing reads. Plain functions of shapes; the trainer logs
-them and `nova bench train` reports them.
+Counted are useful operations: dense products and attention, forward and backward, of what the loss needs. Not counted
+are forward passes done again under checkpointing, pairs of tokens that the block-causal mask hides, scores of revealed
+tokens, and rows of the encoders' last blocks that nothing reads. torch's FlopCounterMode counts those too, so it would
+flatter the model FLOPs utilisation (MFU); tests hold this counter against it, with each such item written out.
 
 Legend: B batch, F latent frames, L tokens of a frame, Lc temporal tokens of it, V tokens revealed, S = L - V tokens
 scored, T condition tokens, D width, R `loss_repeat`.
@@ -14,11 +14,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.denoiser import Denoiser
-from nova_video.model.operations import attention, linear
 
 TIMESTEPS = 1000  # of the noise table: no more of them have to be embedded, however many tokens there are
 
@@ -60,11 +61,74 @@ def device_peak(name: str, dtype: torch.dtype) -> float | None:
     return found[0] if found and dtype in HALVES and not any(f" {part} " in words for part in SLOWER) else None
 
 
+def linear(count: int, inputs: int, outputs: int) -> float:
+    """Operations of a matrix product on `count` tokens."""
+    return 2.0 * count * inputs * outputs
+
+
+def attention(pairs: int, width: int) -> float:
+    """Operations of both products of an attention of all heads, where `pairs` of a query and a key meet."""
+    return 4.0 * pairs * width
+
+
+def forward_products(module: nn.Module, count: int) -> float:
+    """Operations of every product with a weight in `module`, each on `count` tokens, forward alone."""
+    return sum(_linear_of(part, count) for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d))
+
+
+def _linear_of(part: nn.Linear | nn.Conv2d, count: int) -> float:
+    outputs, *inputs = part.weight.shape  # of the whole weight, wherever it is sharded
+    return linear(count, math.prod(inputs), outputs)
+
+
+def blocks_forward(layers: Iterable[nn.Module], rows: int, queries: int, keys: int) -> float:
+    """Operations of whole transformer blocks, where `queries` tokens of each row look at `keys` tokens."""
+    return sum(
+        forward_products(layer, rows * queries) + attention(rows * queries * keys, width_of(layer)) for layer in layers
+    )
+
+
+def width_of(layer: Any) -> int:
+    """The width of a block's attention, all heads together."""
+    return int(layer.attn.proj.weight.shape[0])
+
+
+def features_forward(head: nn.Module, count: int) -> float:
+    """Operations of the head's projection of `count` features, which is done once for all denoising steps."""
+    return forward_products(head.time_cond_embed.condition_proj, count) if type(head) is Denoiser else 0.0
+
+
+def head_forward(head: nn.Module, count: int, values: int, condition: int) -> float:
+    """Operations of one denoising step of `count` tokens of `values` numbers; NaN where they are not known.
+
+    The projections of time and features are left out for the package's denoiser, which does not repeat them in each
+    step. torch counts all of any other head, on tensors of shapes alone.
+    """
+    if type(head) is Denoiser:
+        return sum(forward_products(part, count) for part in (head.patch_embed, head.blocks, head.norm, head.head))
+    shapes = {name: value.to("meta") for name, value in [*head.named_parameters(), *head.named_buffers()]}
+    inputs: list[Tensor] = [torch.empty(1, count, *rest, device="meta") for rest in ((values,), (), (condition,))]
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            functional_call(head, shapes, tuple(inputs))
+    except (RuntimeError, NotImplementedError):  # a head whose course depends on values
+        return math.nan
+    return float(counter.get_total_flops())
+
+
+# A training step ------------------------------------------------------------------------------------------------------
+
+
 def step_flops(
     model: NOVATransformer3DModel, batch: int, frames: int, grid: tuple[int, int], visible: int, repeats: int
 ) -> float:
-    """Operations of a step on `batch` clips of `frames` latent frames on the grid (h, w), `visible` tokens revealed."""
-    return sum(step_parts(model, batch, frames, grid, visible, repeats).values())
+    """Operations of a step on `batch` clips of `frames` latent frames on the grid (h, w), `visible` tokens revealed.
+
+    0: not known, with a head of a user's own that torch cannot count.
+    """
+    total = sum(step_parts(model, batch, frames, grid, visible, repeats).values())
+    return 0.0 if math.isnan(total) else total
 
 
 def step_parts(
@@ -99,8 +163,9 @@ def step_parts(
     image += last_block(encoder.blocks[-1], rows, every, scored, scored * every)
 
     head, noisy = model.image_decoder, repeats * rows * scored
-    if not isinstance(head, Denoiser):  # of the user's own: every product is on a noisy token
-        return {"text": text, "temporal": video, "spatial": image, "denoiser": products(head, noisy)}
+    if type(head) is not Denoiser:
+        denoiser = 3 * head_forward(head, noisy, patch**2 * model.config.image_dim, model.width)
+        return {"text": text, "temporal": video, "spatial": image, "denoiser": denoiser}
     denoiser = products(head.time_cond_embed.condition_proj, rows * scored)
     denoiser += embedding(head.time_cond_embed.timestep_proj, min(TIMESTEPS, noisy))
     denoiser += products(head.patch_embed, noisy, learned_before=False)
@@ -117,9 +182,7 @@ def products(module: nn.Module, count: int, learned_before: bool = True) -> floa
     flops = 0.0
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
-            times = 1 + learned_before + part.weight.requires_grad
-            outputs, *inputs = part.weight.shape  # of the whole weight, wherever it is sharded
-            flops += times * linear(count, math.prod(inputs), outputs)
+            flops += (1 + learned_before + part.weight.requires_grad) * _linear_of(part, count)
     return flops
 
 
@@ -146,4 +209,4 @@ def last_block(layer: Any, rows: int, count: int, read: int, pairs: int) -> floa
 
 def attention_step(layer: Any, pairs: int) -> float:
     """Operations of a block's attention: two products forward, and twice as many for gradients."""
-    return 3 * attention(pairs, layer.attn.proj.weight.shape[0])
+    return 3 * attention(pairs, width_of(layer))

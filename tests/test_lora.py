@@ -1,6 +1,5 @@
 """Adapters: trained beside frozen weights, stored, opened by the pipeline, and the same result wherever they are."""
 
-import copy
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,12 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import nova_video.pipeline.engines
 from nova_video import NovaPipeline
 from nova_video.cli import main as cli
 from nova_video.common.errors import InputError
-from nova_video.fast.engine import DirectRunner, FastEngine
-from nova_video.fast.graphs import GraphRunner
 from nova_video.io import media
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import (
@@ -35,7 +31,7 @@ from nova_video.pipeline.lora_files import LORA_FILE, LORA_METADATA, save_lora
 from nova_video.sampling.engine import Engine, PlainEngine
 from nova_video.sampling.guidance import Guidance
 from test_cli import interrupt_at
-from test_engine import DirectRecorder, embeds, generate_sets, make_state, open_scheduler, request_scheduler
+from test_sampling import embeds, generate_sets, make_state, open_scheduler, request_scheduler
 
 DENOISER = ("proj.fc1", "proj.fc2", "norm1.proj", "time_cond_embed.condition_proj.fc1")
 QUICK = {"num_inference_steps": 2, "num_diffusion_steps": 2, "num_frames": 5, "output_type": "latent"}
@@ -479,89 +475,14 @@ def sample(model: NOVATransformer3DModel, engine: Engine) -> Tensor:
     return state.latents()
 
 
-def test_both_engines_give_what_merged_weights_give(tiny_checkpoint: Path) -> None:
+def test_sampling_gives_what_merged_weights_give(tiny_checkpoint: Path) -> None:
     model, merged = adapted(tiny_checkpoint), adapted(tiny_checkpoint)
     merge(merged)
     assert set(merged.state_dict()) == set(new_model(tiny_checkpoint).state_dict())
     expected = sample(merged, PlainEngine(merged))
     close(sample(model, PlainEngine(model)), expected)
-    close(sample(model, FastEngine(model, DirectRunner(set_multiple=8))), expected)
     base = new_model(tiny_checkpoint).double()
     assert (sample(base, PlainEngine(base)) - expected).abs().max() > 0.01
-
-
-def test_graphs_notice_adapters(tiny_checkpoint: Path) -> None:
-    """Recorded work keeps scales: it is let go when they, or what is used, change; not when nothing does."""
-    model, recorder = adapted(tiny_checkpoint), DirectRecorder()
-    runner = GraphRunner(recorder, compiled=False)
-
-    def quick() -> Tensor:
-        runner.use(model)
-        held = len(runner)
-        out = sample(model, FastEngine(model, runner))
-        assert len(runner) >= held
-        return out
-
-    quick(), quick()
-    held = len(runner)
-    assert held > 0
-    runner.use(model)
-    assert len(runner) == held
-    for change in (
-        lambda: model.set_adapters(["default"], [0.5]),
-        model.disable_adapters,
-        model.enable_adapters,
-        model.fuse_lora,
-        model.unload_lora,
-    ):
-        quick(), quick()
-        assert len(runner) > 0
-        change()
-        runner.use(model)
-        assert len(runner) == 0
-        close(quick(), sample(model, PlainEngine(model)))
-
-
-def test_8_bit_weights_are_made_again_with_the_adapter(
-    pipe: NovaPipeline, adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of merged weights, whenever those are others; here in all their bits, as there is no GPU."""
-
-    def merged_copy(model: NOVATransformer3DModel) -> NOVATransformer3DModel:
-        made = copy.deepcopy(model)
-        merge(made)
-        return made
-
-    monkeypatch.setattr(nova_video.pipeline.engines, "with_fp8_blocks", merged_copy)
-    seen = [pipe.engines.fp8_model(pipe.transformer)]
-    for change in (
-        lambda: pipe.load_lora_weights(adapter, adapter_name="mine"),
-        lambda: pipe.set_adapters("mine", 0.5),
-        lambda: pipe.fuse_lora(),
-        lambda: pipe.unfuse_lora(),
-        lambda: pipe.fuse_lora(),
-        lambda: pipe.unload_lora_weights(),
-    ):
-        change()
-        seen.append(pipe.engines.fp8_model(pipe.transformer))
-        assert pipe.engines.fp8_model(pipe.transformer) is seen[-1]
-        expected = copy.deepcopy(pipe.transformer)
-        merge(expected)
-        found = seen[-1].state_dict()
-        assert all(torch.allclose(found[key], value, atol=1e-6) for key, value in expected.state_dict().items())
-    weights = [model.video_encoder.blocks[0].mlp.fc1.weight for model in seen]
-    assert not torch.allclose(weights[0], weights[1], atol=1e-3)
-    assert not torch.allclose(weights[1], weights[2], atol=1e-3)
-    assert not torch.allclose(weights[0], weights[-1], atol=1e-3)
-
-
-@pytest.mark.slow
-def test_compiled_blocks_take_adapters(tiny_checkpoint: Path) -> None:
-    model = adapted(tiny_checkpoint)
-    engine = FastEngine(model, DirectRunner(compiled=True))
-    for scale in (1.0, 0.5):
-        model.set_adapters(["default"], [scale])
-        close(sample(model, engine), sample(model, PlainEngine(model)))
 
 
 # The command line --------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from nova_video.model import set_sizes
 from nova_video.pipeline.conditions import encode_prompts
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
-from test_engine import DirectRecorder
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 CASES = [("text-to-image", "generate"), ("text-to-image", "generate_noguidance")]
@@ -568,26 +567,6 @@ def test_cpu_offload(tiny_checkpoint: Path, videos: NovaPipeline) -> None:
     assert torch.equal(result.frames, videos(generator=seeded(), **arguments).frames)
     assert all(hasattr(getattr(pipe, name), "_hf_hook") for name in ("text_encoder", "transformer", "vae"))
     assert torch.equal(pipe(generator=seeded(), **arguments).frames, result.frames)
-
-
-@pytest.mark.parametrize("offloaded", [False, True])
-def test_release_drops_graphs_and_compiled_code(offloaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the library's offload too, where there are no graphs. As on a GPU, with nothing run there."""
-    pipe = NovaPipeline.from_pretrained(CONFORMANCE / "text-to-image")
-    resets: list[bool] = []
-    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True))
-    pipe.engines.engine(pipe.transformer, compile=True, offloaded=offloaded), pipe.release()
-    assert not resets  # nothing is compiled on a CPU
-    monkeypatch.setattr("nova_video.pipeline.engines.execution_device", lambda model: torch.device("cuda"))
-    monkeypatch.setattr("nova_video.pipeline.engines.can_compile", lambda device: True)
-    monkeypatch.setattr("nova_video.pipeline.engines.CudaRecorder", lambda device: DirectRecorder())
-    pipe.engines.engine(pipe.transformer, compile=True, offloaded=offloaded)
-    assert len(pipe.engines._graphs) == (not offloaded)
-    for _ in range(2):
-        pipe.release()
-        assert (len(pipe.engines._graphs), len(resets)) == (0, 1)
-    pipe.engines.engine(pipe.transformer, compile=True, offloaded=offloaded), pipe.release()
-    assert len(resets) == 2
 
 
 def test_vae_slicing_and_tiling(images: NovaPipeline) -> None:

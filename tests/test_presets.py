@@ -1,7 +1,7 @@
 """Preset do what they say and no more; presets are shares of a checkpoint's own numbers."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,19 @@ from torch import Tensor
 
 from nova_video.common.errors import InputError
 from nova_video.common.options import values_of
-from nova_video.fast.engine import DirectRunner, FastEngine
-from nova_video.fast.fp8 import check_fp8
 from nova_video.model import set_sizes
 from nova_video.pipeline.plan import Capabilities, Plan, plan_as_json
 from nova_video.pipeline.records import read_record
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.pipeline.settings import Defaults
 from nova_video.sampling.diffusion import Schedule
-from nova_video.sampling.engine import PlainEngine
+from nova_video.sampling.engine import Engine, PlainEngine
 from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.presets import EXACT, PRESETS, Preset, SpeedOptions
 from nova_video.sampling.schedulers import request_scheduler, second_order
 from nova_video.sampling.state import SamplingState
-from test_engine import embeds
-from test_sampling import GUIDANCES, close, make_state, open_model, open_scheduler
+from test_sampling import close, embeds, make_state, open_model, open_scheduler
 
 SETS = 5
 GUIDED = Guidance(4.0)
@@ -62,12 +59,12 @@ def made(
     guidance: Guidance = GUIDED,
     folder: str = "rotary-flow",
     scheduler: Any = None,
-    fast: bool = False,
+    make_engine: Callable[[Any], Engine] | None = None,
 ) -> tuple[Tensor, list[tuple[int, ...]]]:
     """Latents, and what the engine was asked for."""
     model, calls = open_model(folder), list[tuple[int, ...]]()
     state = make_state(model, embeds()[:1], guidance, sets=SETS, steps=4, speed=speed)
-    engine = FastEngine(model, DirectRunner(set_multiple=8)) if fast else Watched(model, calls)
+    engine = Watched(model, calls) if make_engine is None else make_engine(model)
     scheduler = request_scheduler(scheduler or open_scheduler(folder), None)
     for _ in generate_sets(model, scheduler, state, engine):
         pass
@@ -151,14 +148,6 @@ def test_second_order_needs_fewer_steps() -> None:
     assert (end(second_order(flow), 12) - limit).abs().mean() < (end(flow, 24) - limit).abs().mean()
 
 
-@pytest.mark.parametrize("preset", ["balanced", "fast"])
-@pytest.mark.parametrize("guidance", [GUIDANCES[1], GUIDANCES[3], GUIDANCES[-1]], ids=str)
-@pytest.mark.parametrize("folder", ["text-to-video", "rotary-flow"])
-def test_fast_engine_takes_the_same_shortcuts(folder: str, guidance: Guidance, preset: Any) -> None:
-    plain, _ = made(PRESETS[preset], guidance, folder)
-    close(made(PRESETS[preset], guidance, folder, fast=True)[0], plain)
-
-
 # Requests -------------------------------------------------------------------------------------------------------------
 
 MODEL = Capabilities((64, 64), 8, 32, False, True, 4, 32, 8, True, 1000)
@@ -194,11 +183,6 @@ def test_presets_are_shares_of_the_checkpoint_s_own() -> None:
 def test_wrong_speed_options(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         GenerateRequest("a whale", **values)
-
-
-def test_fp8_needs_a_gpu_that_has_it() -> None:
-    with pytest.raises(InputError, match="fp8 is for a GPU: got a model on cpu"):
-        check_fp8(torch.device("cpu"), torch.bfloat16)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

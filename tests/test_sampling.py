@@ -69,6 +69,11 @@ def condition(model: NOVATransformer3DModel, embeds: list[Tensor], passes: int) 
     return model.embed_condition(*(value.to(model.device) for value in values))
 
 
+def embeds() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(5, 32, generator=generator), torch.randn(3, 32, generator=generator)]
+
+
 def make_state(
     model: NOVATransformer3DModel,
     embeds: list[Tensor],

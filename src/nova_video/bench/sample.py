@@ -26,7 +26,7 @@ from nova_video.bench.rows import PARTS, Row
 from nova_video.common.checks import check_number
 from nova_video.common.devices import choose_device, choose_dtype
 from nova_video.common.errors import InputError
-from nova_video.fast import flash
+from nova_video.common.fast_parts import find_fast
 from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.pipeline.events import FrameReady, LatentPreview
 from nova_video.pipeline.generation import Generation
@@ -330,7 +330,8 @@ def versions() -> dict[str, str]:
     }
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
-    if torch.cuda.is_available() and flash.loads(torch.device("cuda")):
+    flash = find_fast("flash")
+    if flash is not None and torch.cuda.is_available() and flash.loads(torch.device("cuda")):
         found["flash-attn-4"] = version("flash-attn-4")
     return found
 

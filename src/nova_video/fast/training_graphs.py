@@ -6,25 +6,19 @@ graph reads its batch from where the recorded step did: batches are copied there
 
 import logging
 from collections.abc import Callable, Hashable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from nova_video.common.errors import InputError
+from nova_video.common.tensors import tensors_of
 from nova_video.fast.graphs import CudaRecorder
 
 log = logging.getLogger(__name__)
 
 B = TypeVar("B")
-
-
-def tensors_of(batch: Any) -> dict[str, Tensor]:
-    """A batch's tensors by name: of a dataclass or a mapping."""
-    named = {f.name: getattr(batch, f.name) for f in fields(batch)} if is_dataclass(batch) else dict(batch)
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 class StepGraphs:

@@ -2,20 +2,21 @@
 
 import threading
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from nova_video.common.errors import InputError
+from nova_video.common.fast_parts import find_fast, require_fast
 from nova_video.common.notices import warn_once
-from nova_video.fast.engine import DirectRunner, FastEngine
-from nova_video.fast.fp8 import with_fp8_blocks
-from nova_video.fast.graphs import CudaRecorder, GraphRunner, can_compile
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.casting import is_cast
 from nova_video.model.lora import adapter_state
 from nova_video.pipeline.offload import execution_device, takes_turns
 from nova_video.sampling.engine import Engine, PlainEngine
+
+if TYPE_CHECKING:
+    from nova_video.fast.graphs import GraphRunner
 
 
 class Engines:
@@ -33,21 +34,23 @@ class Engines:
         """How the sets of one call are computed. `offloaded`: parts of the pipeline take turns on the device."""
         device = execution_device(model)
         made = self.fp8_model(model, offloaded) if fp8 else model
-        if not compile:
+        fast = find_fast("engine") if compile else None
+        if fast is None:
             return PlainEngine(made)
         if device.type != "cuda" or is_cast(made):  # blocks that cast their weights are called as they are
-            return FastEngine(made, DirectRunner())
-        compiles = can_compile(device)
+            return cast(Engine, fast.FastEngine(made, fast.DirectRunner()))
+        graphs_of = require_fast("graphs", "compile")
+        compiles = graphs_of.can_compile(device)
         with self._lock:
             self._compiled |= compiles
             if offloaded and not takes_turns(model):
                 warn_once("the library moves the weights: blocks are compiled, but nothing is captured in graphs")
-                return FastEngine(made, DirectRunner(compiles))
+                return cast(Engine, fast.FastEngine(made, fast.DirectRunner(compiles)))
             if (device, fp8) not in self._graphs:
-                self._graphs[device, fp8] = GraphRunner(CudaRecorder(device), compiles)
+                self._graphs[device, fp8] = graphs_of.GraphRunner(graphs_of.CudaRecorder(device), compiles)
             graphs = self._graphs[device, fp8]
             graphs.use(made)
-            return FastEngine(made, graphs)
+            return cast(Engine, fast.FastEngine(made, graphs))
 
     def fp8_model(self, model: NOVATransformer3DModel, offloaded: bool = False) -> Any:
         """The transformer with products in 8 bits, made once for the weights that are there."""
@@ -59,7 +62,7 @@ class Engines:
         weights = (pointers, adapter_state(model))
         with self._lock:
             if self._fp8 is None or self._fp8[0] != weights:
-                self._fp8 = weights, with_fp8_blocks(model)
+                self._fp8 = weights, require_fast("fp8", "fp8").with_fp8_blocks(model)
             return self._fp8[1]
 
     @property

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nova_video.autoencoders import adapt
 from nova_video.common.checks import shown
 from nova_video.common.errors import InputError
+from nova_video.common.fast_parts import require_fast
 from nova_video.common.options import Number
-from nova_video.fast.fp8 import check_fp8
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.adapters import AdapterMixin
 from nova_video.pipeline.checkpoint import CheckpointMixin
@@ -278,7 +278,7 @@ class NovaPipeline(AdapterMixin, CheckpointMixin):
         parts.request_scheduler(request.flow_shift)  # errors come before any work
         plan = request.resolve(self.defaults, parts.capabilities)
         if plan.fp8:
-            check_fp8(parts.device, parts.dtype)
+            require_fast("fp8", "fp8").check_fp8(parts.device, parts.dtype)
         if request.given_clips:
             parts.require_vae("an image" if request.image is not None else "a clip in pixels")
         elif request.output_type != "latent":

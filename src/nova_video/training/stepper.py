@@ -6,7 +6,7 @@ Used by `trainer.py` and `nova bench train`.
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from nova_video.common.errors import InputError
 from nova_video.common.fast_parts import find_fast
-from nova_video.fast.graphs import CudaRecorder
-from nova_video.fast.training_graphs import StepGraphs, tensors_of
+from nova_video.common.tensors import tensors_of
 from nova_video.io.files import make_readable
 from nova_video.training.checkpoint import Average, whole, writing
 from nova_video.training.processes import Processes
 from nova_video.training.recipe import OptimizerRecipe, Recipe
 from nova_video.training.task import LossParts, Task, fill_seed
+
+if TYPE_CHECKING:
+    from nova_video.fast.training_graphs import StepGraphs
 
 BAD_STEPS = 10  # in a row, which end a run
 
@@ -48,15 +50,15 @@ class Stepper:
         self.task, self.module, self.optimizer, self.average = task, module, optimizer, average
         self.recipe, self.seed = recipe.optimizer, recipe.seed
         self.processes, self.own = processes, own
-        capture = processes.records(task) and len(own) == 1
         self.graphs: StepGraphs | None = None
-        if capture:
+        fast = find_fast("training_graphs") if processes.records(task) and len(own) == 1 else None
+        if fast is not None:
             agree = processes.all_agree if processes.count > 1 else None
-            self.graphs = StepGraphs(CudaRecorder(task.device), agree)
+            self.graphs = fast.StepGraphs(fast.CudaRecorder(task.device), agree)
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
         device = task.device
         self.autocast = torch.autocast(
-            device.type, torch.bfloat16, enabled=processes.half, cache_enabled=not capture and processes.half
+            device.type, torch.bfloat16, enabled=processes.half, cache_enabled=fast is None and processes.half
         )
         self.names = (*task.loss_names, "grad_norm")
         self.sums = torch.zeros(len(self.names), 2, device=device, dtype=torch.float64)  # sum, count

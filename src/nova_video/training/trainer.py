@@ -20,13 +20,12 @@ from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from nova_video.common.errors import InputError
-from nova_video.fast.training_graphs import StepGraphs
 from nova_video.io.files import atomic_path, lock_folder, make_readable
 from nova_video.training.card import CARD, SHEET, Record, newest_sheet, write_card
 from nova_video.training.checkpoint import (
@@ -47,6 +46,9 @@ from nova_video.training.recipe import KINDS, Recipe, TransformerRun, changes, l
 from nova_video.training.segments import Segment, begin_segment, read_segments, write_segments
 from nova_video.training.stepper import Stepper, Throughput, learning_rate, make_optimizer, set_kernels, set_rate
 from nova_video.training.task import Task
+
+if TYPE_CHECKING:
+    from nova_video.fast.training_graphs import StepGraphs
 
 AGREE_EVERY = 2.0  # seconds, about: several processes agree on the time and on whether to stop
 NOT_LEARNED = ("log.", "export", "device", "trackers", "name")  # how settings begin that change nothing of the weights
@@ -368,7 +370,7 @@ def make_task(recipe: Recipe, device: torch.device) -> AnyTask:
 
 
 def run_evals(
-    task: AnyTask, model: nn.Module, due: DueEvals, log: Log, record: Record, graphs: StepGraphs | None
+    task: AnyTask, model: nn.Module, due: DueEvals, log: Log, record: Record, graphs: "StepGraphs | None"
 ) -> bool:
     """Validate, draw and score the model with the exported weights.
 

@@ -27,7 +27,7 @@ from nova_video.sampling.guidance import CONDITIONAL, Guidance, Prediction
 from nova_video.sampling.schedulers import request_scheduler
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
 from nova_video.sampling.timing import Stopwatch
-from test_sampling import DDPM_CONFIG, GUIDANCES, close, make_state, open_model, open_scheduler
+from test_sampling import DDPM_CONFIG, GUIDANCES, close, embeds, make_state, open_model, open_scheduler
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +48,6 @@ def run(
 
 def fast(model: Any) -> Engine:
     return FastEngine(model, DirectRunner(set_multiple=8))  # as on a GPU
-
-
-def embeds() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(5, 32, generator=generator), torch.randn(3, 32, generator=generator)]
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES, ids=str)
@@ -379,7 +374,7 @@ def test_stopwatch() -> None:
 
 def test_reused_features() -> None:
     """All tokens encoded for every set are the plain engine's; for fewer sets, the blocks have less to do."""
-    path = Path(__file__).parents[1] / "benchmarks" / "reuse.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "reuse.py"
     spec = importlib.util.spec_from_file_location("reuse_script", path)
     assert spec is not None
     assert spec.loader is not None

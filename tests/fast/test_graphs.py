@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_engine import DirectRecorder
 from torch import Tensor
 
+from conftest import CONFORMANCE
+from nova_video import NovaPipeline
 from nova_video.common.notices import warn_once
 from nova_video.fast.engine import DirectRunner, FastEngine
 from nova_video.fast.graphs import CudaRecorder, GraphRunner, can_compile, capture
@@ -21,8 +24,7 @@ from nova_video.sampling.presets import PRESETS, PresetName
 from nova_video.sampling.schedulers import request_scheduler
 from nova_video.sampling.side_stream import beside
 from nova_video.sampling.state import GivenFrame
-from test_engine import DirectRecorder, embeds
-from test_sampling import GUIDANCES, close, make_state, open_model, open_scheduler
+from test_sampling import GUIDANCES, close, embeds, make_state, open_model, open_scheduler
 
 
 @pytest.fixture(autouse=True)
@@ -411,3 +413,26 @@ def test_gpu_a_changed_prompt_mask_and_context_are_replayed() -> None:
 
     for seed in range(4):
         close(made(seed, FastEngine(model, runner)), made(seed, PlainEngine(model)))
+
+
+# A pipeline's graphs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_release_drops_graphs_and_compiled_code(offloaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the library's offload too, where there are no graphs. As on a GPU, with nothing run there."""
+    pipe = NovaPipeline.from_pretrained(CONFORMANCE / "text-to-image")
+    resets: list[bool] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True))
+    pipe.engines.engine(pipe.transformer, compile=True, offloaded=offloaded), pipe.release()
+    assert not resets  # nothing is compiled on a CPU
+    monkeypatch.setattr("nova_video.pipeline.engines.execution_device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr("nova_video.fast.graphs.can_compile", lambda device: True)
+    monkeypatch.setattr("nova_video.fast.graphs.CudaRecorder", lambda device: DirectRecorder())
+    pipe.engines.engine(pipe.transformer, compile=True, offloaded=offloaded)
+    assert len(pipe.engines._graphs) == (not offloaded)
+    for _ in range(2):
+        pipe.release()
+        assert (len(pipe.engines._graphs), len(resets)) == (0, 1)
+    pipe.engines.engine(pipe.transformer, compile=True, offloaded=offloaded), pipe.release()
+    assert len(resets) == 2

@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from conftest import Run
 from nova_video import NovaPipeline
 from nova_video.common.errors import InputError
 from nova_video.model import NOVATransformer3DModel, masking
@@ -125,7 +128,7 @@ def test_the_example_head_is_opened_by_its_class_alone(tmp_path: Path, capsys: p
     NovaPipeline(model, new_scheduler("flow")).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "transformer" / "config.json").read_text())
     assert config["head"] == "own_head:PlainMlp"
-    with pytest.raises(InputError, match=r"its head is own_head:PlainMlp, .* head=THE_CLASS in Python, --head on"):
+    with pytest.raises(InputError, match=r"its head is own_head:PlainMlp, .* head=THE_CLASS in Python, --head in"):
         NovaPipeline.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="head is Guidance: expected a class of torch.nn.Module"):
         NovaPipeline.from_pretrained(tmp_path, head=Guidance)  # type: ignore[arg-type]
@@ -135,3 +138,20 @@ def test_a_head_is_refused_where_the_checkpoint_has_none(tiny_checkpoint: Path) 
     head = importlib.import_module("own_head").PlainMlp
     with pytest.raises(InputError, match=r"head is PlainMlp, but .*config.json names none: expected no head"):
         NovaPipeline.from_pretrained(tiny_checkpoint, head=head)
+
+
+def test_own_parts_on_the_command_line(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A record names them, and making the file again needs them given again: no name of a file is imported."""
+    made = ("--frames", 1, "--sets", 2, "--diffusion-steps", 2, "--seed", 0, "--model", tiny_checkpoint)
+    parts = ("--order", "own_order:Halton", "--guidance-rule", "own_guidance:Interval")
+    code, _, _ = run("generate", "a whale", *made, *parts, "-o", tmp_path / "first.png")
+    assert code == 0
+    again = ("generate", "--like", tmp_path / "first.png", "-o", tmp_path / "again.png")
+    code, _, error = run(*again)
+    assert code != 0
+    assert "was made with the order 'own_order:Halton()': expected --order with it" in error
+    assert run(*again, *parts)[0] == 0
+    pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("first", "again")]
+    assert np.array_equal(*pictures)
+    code, _, error = run("generate", "a whale", *made, "--head", "own_head:PlainMlp")
+    assert "head is PlainMlp, but" in error

@@ -96,6 +96,8 @@ class OutputFlags:
     frame-0001.png and so on; with -o FOLDER that one, if it is new or empty."""
     model: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=f"(default: {MODEL})")] = None
     """`emoji` (the bundled model), a checkpoint folder, or the name of a released checkpoint."""
+    head: Annotated[str | None, arg(metavar="MODULE:CLASS", help_behavior_hint="")] = None
+    """The class of the model's head, where it has one of your own."""
     lora: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """An adapter of the model (LoRA): a safetensors file or its folder, as `nova train --lora.rank` writes it."""
     lora_scale: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None

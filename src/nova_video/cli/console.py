@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nova_video.common.errors import InputError
+from nova_video.common.extensions import load_extension
 from nova_video.common.startup import reveal, use_fitting_threads
 
 if TYPE_CHECKING:
@@ -25,8 +26,12 @@ def load_pipeline(
     low_memory: "LowMemory | None" = None,
     lora: "Path | None" = None,
     lora_scale: float = 1.0,
+    head: str | None = None,
 ) -> "NovaPipeline":
-    """The model on its device, with an adapter in its weights. The device is checked before anything is loaded."""
+    """The model on its device, with an adapter in its weights. The device is checked before anything is loaded.
+
+    `head` names the class of the user's own head, `module:Class`.
+    """
     from nova_video.common.devices import choose_device, choose_dtype
 
     place = choose_device(device)
@@ -42,6 +47,7 @@ def load_pipeline(
         model,
         torch_dtype=choose_dtype(dtype, place),
         low_memory=False if low_memory is None else replace(low_memory, device=place),
+        head=None if head is None else load_extension(head, "head"),
     )
     if lora is not None:
         from nova_video.model.lora import merge
@@ -56,7 +62,7 @@ def load_pipeline(
     return pipe
 
 
-def outline_pipeline(model: str) -> "NovaPipeline":
+def outline_pipeline(model: str, head: str | None = None) -> "NovaPipeline":
     """A pipeline of shapes and settings alone: what requests are checked against before any weights are read."""
     from nova_video.io.checkpoints import resolve_checkpoint
     from nova_video.pipeline.loading import component_folder, load_scheduler, outline_autoencoder, outline_transformer
@@ -67,7 +73,9 @@ def outline_pipeline(model: str) -> "NovaPipeline":
     vae = folder / "vae"
     return NovaPipeline(
         scheduler=load_scheduler(folder),
-        transformer=outline_transformer(component_folder(folder, "transformer")),
+        transformer=outline_transformer(
+            component_folder(folder, "transformer"), None if head is None else load_extension(head, "head")
+        ),
         vae=outline_autoencoder(vae) if vae.is_dir() else None,
         settings=CheckpointSettings.load(folder),
     )

@@ -71,6 +71,9 @@ WITH_RESUME = (
     "format",
     "state",
     "model",
+    "head",
+    "order",
+    "guidance_rule",
     "device",
     "dtype",
     *SMALL,
@@ -173,7 +176,7 @@ def _make(
 
 def _check_requests(args: CommonFlags, requests: "Sequence[GenerateRequest]") -> "list[Plan]":
     """Say what is wrong with any request before the model's weights are read."""
-    outline = outline_pipeline(model_of(args))
+    outline = outline_pipeline(model_of(args), args.head)
     can = outline.capabilities
     plans = [request.resolve(outline.defaults, can) for request in requests]
     height, width = plans[0].height, plans[0].width
@@ -212,6 +215,7 @@ def _file_of_live(args: Generate) -> Path | None:
 
 def _resume(args: Generate, path: Path) -> None:
     """Go on from the state in a file, and keep it up to date."""
+    from nova_video.pipeline.own_parts import CHECKS
     from nova_video.pipeline.records import read_record
     from nova_video.pipeline.saving import read_notes
 
@@ -243,8 +247,9 @@ def _resume(args: Generate, path: Path) -> None:
             _low_memory(args),
             lora,
             scale,
+            args.head,
         )
-        generation = pipe.resume(path)
+        generation = pipe.resume(path, **{name: getattr(args, name) for name in CHECKS})
         with progress(1) as watch:
             job = Job(generation, [output], [record], notes.live, args.state or path, args.json, wanted == "frames")
             carry_out(job, watch(generation))
@@ -390,7 +395,7 @@ def _pipeline(args: CommonFlags) -> "NovaPipeline":
         raise InputError(f"lora {args.lora} not found: expected a safetensors file or its folder")
     scale = 1.0 if args.lora_scale is None else args.lora_scale
     return load_pipeline(
-        model_of(args), args.device or "auto", args.dtype or "auto", _low_memory(args), args.lora, scale
+        model_of(args), args.device or "auto", args.dtype or "auto", _low_memory(args), args.lora, scale, args.head
     )
 
 

@@ -30,7 +30,7 @@ def resolve_head(head: object) -> tuple[type[nn.Module], str | None]:
     if isinstance(head, str):
         raise InputError(
             f"its head is {head}, a class of the user's own, which no checkpoint imports: expected it to be given:"
-            " head=THE_CLASS in Python, --head on the command line, head under [model] in a recipe"
+            " head=THE_CLASS in Python, --head in nova generate and nova edit, head under [model] in a recipe"
         )
     if not (isinstance(head, type) and issubclass(head, nn.Module)):
         got = head.__name__ if isinstance(head, type) else type(head).__name__

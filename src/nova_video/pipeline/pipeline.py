@@ -39,6 +39,7 @@ from nova_video.pipeline.keywords import (
 )
 from nova_video.pipeline.loading import check_layout, check_parts
 from nova_video.pipeline.offload import bring, execution_device
+from nova_video.pipeline.own_parts import CHECKS
 from nova_video.pipeline.parts import Parts
 from nova_video.pipeline.plan import Capabilities
 from nova_video.pipeline.progress import Progress
@@ -334,13 +335,14 @@ class NovaPipeline(AdapterMixin, CheckpointMixin):
         generation.records = make_records(request, generation)
         return generation
 
-    def resume(self, path: str | Path, *, order: Any = None, guidance_rule: Any = None) -> Generation:
+    def resume(self, path: str | Path, **own_parts: Any) -> Generation:
         """Take up what `Generation.save` wrote, to run or stream on: the result is that of never having stopped.
 
-        An order or a rule of guidance of the user's own is given again: the file holds its name alone.
+        An `order` or `guidance_rule` of the user's own is given again: the file holds its name alone.
         """
-        parts, own = self._parts(), {"order": order, "guidance_rule": guidance_rule}
-        return Generation(load_progress(parts, Path(path), own), parts, self._surroundings())
+        refuse_keywords("resume", [name for name in own_parts if name not in CHECKS], {}, CHECKS)
+        parts = self._parts()
+        return Generation(load_progress(parts, Path(path), own_parts), parts, self._surroundings())
 
     def _surroundings(self) -> Surroundings:
         return Surroundings(self, self.progress_bar, self.maybe_free_model_hooks, self._interrupts)

@@ -21,7 +21,7 @@ from nova_video.common.timeline import Timeline
 from nova_video.io.inputs import Clip
 from nova_video.model import RANDOM_ORDER, Order
 from nova_video.pipeline.options import Options
-from nova_video.pipeline.own_parts import part_names
+from nova_video.pipeline.own_parts import CHECKS, part_names
 from nova_video.pipeline.settings import Defaults
 from nova_video.sampling.context import Context
 from nova_video.sampling.guidance import Guidance, GuidanceRule
@@ -383,7 +383,8 @@ def _check_features(request: "GenerateRequest", model: Capabilities) -> None:
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """A plan in types that JSON has, as `records.read_record` reads it. The bound on memory is the next run's own."""
-    return asdict(replace(plan, order=None, guidance_rule=None)) | part_names(plan) | {"memory_gb": None}
+    no_parts: dict[str, Any] = dict.fromkeys(CHECKS)
+    return asdict(replace(plan, **no_parts)) | part_names(plan) | {"memory_gb": None}
 
 
 def check_plan(plan: Plan, model: Capabilities) -> None:

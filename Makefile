@@ -2,6 +2,7 @@
 #   make demo           make a video from a sentence by the bundled model, in demo.mp4
 #   make check          check style, types and plain English
 #   make test           run every quick test, two files at a time
+#   make test-plain     run the quick tests on a copy of the package without its fast parts
 #   make test-slow      run training, several processes, real art and the commands of the docs
 #   make data           fetch the real art, and make the emoji world from it, in data/
 #   make docs           build the documentation site in site/, and check the links in it
@@ -19,7 +20,7 @@ DEMO_PROMPT ?= a panda growing on a green background
 
 VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/nova_video/__init__.py)
 
-.PHONY: demo test test-slow check data docs drawing build check-wheel release-notes clean
+.PHONY: demo test test-plain test-slow check data docs drawing build check-wheel release-notes clean
 
 demo: .venv/.demo
 	@echo 'Making demo.mp4: "$(DEMO_PROMPT)", in less than a minute.'
@@ -29,6 +30,10 @@ demo: .venv/.demo
 
 test: .venv/.dev
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
+
+test-plain: .venv/.dev
+	plain=$$(mktemp -d); trap 'rm -rf "$$plain"' EXIT; cp -R src/. "$$plain"; rm -R "$$plain/nova_video/fast"; \
+	PYTHONPATH="$$plain" $(BIN)/python -m pytest tests --ignore tests/fast --numprocesses 2 --dist loadfile
 
 test-slow: .venv/.dev
 	-command -v npm > /dev/null && $(MAKE) data # tests of the real art are skipped without it

@@ -1,4 +1,5 @@
-"""Faster ways to compute `model`, `sampling` and `autoencoders`: kernels, CUDA graphs, fp8.
+"""Faster ways to compute what `model`, `sampling` and `autoencoders` compute: kernels, CUDA graphs, fp8.
 
-Without this package everything runs plainly, more slowly, with the same numbers.
+`arrange.py` puts them into copies of a model. The pipeline and the trainer find this package through
+`common/fast_parts.py`; without it everything runs plainly, with the same numbers. Nothing of the paper imports it.
 """

@@ -20,7 +20,7 @@ from nova_video.fast.blocks import (
     FastVideoEncoder,
     TableTimeEmbed,
 )
-from nova_video.fast.known import has_hook, known_denoiser_parts, patched_function
+from nova_video.fast.known import has_hook, known_denoiser_parts, patched_function, unknown_part
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.denoiser import Denoiser, TimeCondEmbed
 from nova_video.model.transformer import ImageEncoder, VideoEncoder
@@ -58,10 +58,11 @@ def arrange_for_training(
 
     `timesteps` (K,) of a noise table, where the loss draws no others: each is then embedded once.
     """
-    if (name := patched_function()) is not None:
-        warn_once(f"{name} is patched: training computes everything plainly, which is slower")
-        return model
     on_gpu = model.mask_embed.mask_token.is_cuda
+    if on_gpu and (reason := unknown_part(model)) is not None:
+        warn_once(f"{reason}: training calls it as it is, which is slower")
+    if patched_function() is not None:
+        return model
     video, image, denoiser = model.video_encoder, model.image_encoder, model.image_decoder
     if on_gpu:
         video, image = (with_fast_blocks(encoder, compile, kernels) for encoder in (video, image))

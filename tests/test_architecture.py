@@ -26,7 +26,6 @@ MAY_IMPORT = {
 }
 """Packages -> those that they import, wherever in a module. `cli` may import all of them."""
 CYCLES = {
-    ("nova_video.fast.autoencoder_kernels", "nova_video.fast.autoencoder"): "types alone",
     ("nova_video.data.encode_ray", "nova_video.data.encode"): "types alone",
     ("nova_video.pipeline.plan", "nova_video.pipeline.request"): "types alone",
 }

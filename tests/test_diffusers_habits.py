@@ -489,7 +489,7 @@ def test_to_another_dtype_and_back(tiny_checkpoint: Path) -> None:
     assert moved.to("cpu", torch.float32).vae.dtype == torch.float32
 
 
-@pytest.mark.parametrize("device", ["mps", "cuda:99", torch.device("cuda:99"), "nowhere", "auto"])
+@pytest.mark.parametrize("device", ["mps", "cuda:99", torch.device("cuda:99"), 99, -1, "nowhere", "auto"])
 def test_to_a_device_that_is_not_there(pipe: NovaPipeline, monkeypatch: pytest.MonkeyPatch, device: Any) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for move in (lambda: pipe.to(device), lambda: pipe.to(device=device), lambda: pipe.to(device, torch.float32)):

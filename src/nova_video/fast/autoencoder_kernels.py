@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: N803
-"""The pieces of `autoencoder.py` as Triton kernels: one pass over memory each. Only `fast.py` imports this, on a GPU.
+"""The pieces of `autoencoder.py` as Triton kernels: one pass over memory each. Needs a GPU.
 
 A convolution over a window with a border is a sum over its taps of matrix products of shifted rows: with the window's
 frames, rows and columns as rows of one matrix (R, C), tap (t, h, w) of output row p reads row p + (t H' + h) W' + w, so
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nova_video.fast import autoencoder as fast
+from nova_video.fast import autoencoder_pieces as plain
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def choose_tile(inputs: int, outputs: int) -> ConvolutionTile:
 
 
 def normalise(part: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    """The kernel for `fast.normalise`."""
+    """The kernel for `plain.normalise`."""
     _, H, W, C = part.shape
     rows = part.numel() // C
     grid, sizes = _blocks(rows, C)
@@ -167,7 +167,7 @@ def normalise(part: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
 
 
 def double(x: Tensor) -> Callable[[int, Tensor], None]:
-    """The kernel for `fast.double`."""
+    """The kernel for `plain.double`."""
     T, H, W, C = x.shape
 
     def write(start: int, out: Tensor) -> None:
@@ -187,7 +187,7 @@ def convolve(
     first: tuple[int, int],
     tile: ConvolutionTile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel for `fast.convolve`."""
+    """The kernel for `plain.convolve`."""
     k, H, W, C = window.shape
     if C % 16:  # narrower than the matrix units' blocks
         return convolve_by_library(window, weight, bias, out, add, first)
@@ -212,8 +212,8 @@ def convolve(
 def convolve_by_library(
     window: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None, add: bool, first: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Computes `fast.convolve` by the library's convolution, then addition and sums in one pass."""
-    made = fast.cudnn_convolve(window, weight, bias, out, first)
+    """Computes `plain.convolve` by the library's convolution, then addition and sums in one pass."""
+    made = plain.cudnn_convolve(window, weight, bias, out, first)
     C, loops = made.shape[-1], 16
     rows = made.numel() // C
     (blocks, columns), sizes = _blocks(rows, C)
@@ -234,8 +234,8 @@ def _blocks(rows: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]:
     return (triton.cdiv(rows, size), triton.cdiv(channels, columns)), {"ROWS": size, "COLUMNS": columns}
 
 
-PIECES = fast.Pieces(normalise, convolve, double)
-LIBRARY_PIECES = fast.Pieces(normalise, convolve_by_library, double)
+PIECES = plain.Pieces(normalise, convolve, double)
+LIBRARY_PIECES = plain.Pieces(normalise, convolve_by_library, double)
 
 
 def agree(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -250,15 +250,15 @@ def agree(device: torch.device, dtype: torch.dtype) -> str | None:
     weight = (noise(128, 64, 3, 3, 3) / 40).contiguous(memory_format=torch.channels_last_3d)
     made, expected = window.clone(), window.clone()
     normalise(part, scale, scale, made[2:, 1:-1, 1:-1])
-    fast.normalise(part, scale, scale, expected[2:, 1:-1, 1:-1])
+    plain.normalise(part, scale, scale, expected[2:, 1:-1, 1:-1])
     checks = [("normalise", made, expected)]
     made, expected = noise(5, 18, 40, 64), torch.empty(5, 18, 40, 64, device=device, dtype=dtype)
     double(part)(0, made)
-    fast.double(part)(0, expected)
+    plain.double(part)(0, expected)
     checks.append(("double", made, expected))
     onto = noise(3, 9, 20, 128)
     (made, sums), (expected, expected_sums) = (
-        piece(window, weight, noise(128) * 0, onto.clone(), True, (0, 0)) for piece in (convolve, fast.convolve)
+        piece(window, weight, noise(128) * 0, onto.clone(), True, (0, 0)) for piece in (convolve, plain.convolve)
     )
     checks += [("convolve", made, expected), ("sums", sums, expected_sums.to(sums.dtype))]
     for name, made, expected in checks:

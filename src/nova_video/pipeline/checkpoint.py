@@ -153,7 +153,7 @@ class CheckpointMixin(DiffusionPipeline):
     def to(self, *args: Any, **options: Any) -> Self:
         """diffusers' own: a device, a dtype or both. A device that is not there is an InputError."""
         place = options.get("device", args[0] if args else None)
-        if isinstance(place, str | torch.device):
+        if isinstance(place, str | int | torch.device):
             _device_of(place, "device")
         return super().to(*args, **options)
 
@@ -244,9 +244,10 @@ def _upload(folder: Path, repo_id: str, *, create_pr: bool = False, **options: A
 
 def _device_of(device_map: object, name: str = "device_map") -> torch.device:
     """The one device that the argument `name` names; strategies that spread parts over several are refused."""
-    if isinstance(device_map, str | torch.device) and device_map not in ("auto", "balanced", "balanced_low_0"):
+    place = f"cuda:{device_map}" if type(device_map) is int else device_map
+    if isinstance(place, str | torch.device) and place not in ("auto", "balanced", "balanced_low_0"):
         try:
-            device = torch.device(device_map)
+            device = torch.device(place)
         except RuntimeError:
             raise InputError(f"{name} is {device_map!r}: expected a device such as 'cuda'") from None
         return choose_device(str(device))

@@ -62,7 +62,7 @@ def main(args: Reuse) -> None:
         num_pairs=args.num_pictures,
         num_frames=args.num_frames,
         batch_size=args.batch_size,
-        num_diffusion_steps=args.diffusion_steps,
+        diffusion_steps=args.diffusion_steps,
     )
     device = choose_device(args.device)
     rows: list[dict[str, Any]] = []

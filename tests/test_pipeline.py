@@ -713,4 +713,4 @@ def test_more_sets_than_tokens_are_said(tiny_checkpoint: Path, caplog: pytest.Lo
     pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
     pipe.start(GenerateRequest(prompt_embeds=[torch.zeros(2, 32)], num_inference_steps=999, output_type="latent"))
     sets = len(set_sizes(24, 999))
-    assert f"num_inference_steps (sets) is 999, and a frame has 24 tokens: each is made in {sets} sets" in caplog.text
+    assert f"sets is 999, and a frame has 24 tokens: each is made in {sets} sets" in caplog.text

@@ -49,14 +49,6 @@ Sentences = Annotated[
 
 # Words of released scripts and of other tools for the same settings are aliases.
 Output = Annotated[Path | None, arg(aliases=["-o", "--output-dir"], metavar="FILE", help_behavior_hint="")]
-Sets = Annotated[int | None, arg(metavar="N", aliases=["--num-sets", "--num-inference-steps"], help_behavior_hint=OWN)]
-DiffusionSteps = Annotated[int | None, arg(metavar="N", aliases=["--num-diffusion-steps"], help_behavior_hint=OWN)]
-GuidanceScale = Annotated[
-    float | None, arg(metavar="SCALE", aliases=["--cfg", "--cfg-scale", "--guidance-scale"], help_behavior_hint=OWN)
-]
-Motion = Annotated[
-    float | None, arg(metavar="SCORE", aliases=["--motion-flow", "--motion-score"], help_behavior_hint=OWN)
-]
 
 # What has no flag of its own, or could mean several.
 MEANINGS = {
@@ -78,10 +70,20 @@ MAY_BE_EMPTY = ("--negative", "--negative-prompt")
 LONGEST_SHOWN = 200  # letters of what was typed, in a message
 
 
+STEPS = ("sets", "diffusion_steps", "compile")
+GUIDED = (*STEPS, "guidance_scale", "motion_flow")
+SAMPLING = (*GUIDED, "preset")
+"""Options of the benchmarks."""
 if TYPE_CHECKING:
     OptionFlags = Options
+    SamplingFlags = Options
+    GuidedFlags = Options
+    StepFlags = Options
 else:
     OptionFlags = make_dataclass("OptionFlags", flag_fields(Options), frozen=True, kw_only=True)
+    SamplingFlags = make_dataclass("SamplingFlags", flag_fields(Options, SAMPLING), frozen=True, kw_only=True)
+    GuidedFlags = make_dataclass("GuidedFlags", flag_fields(Options, GUIDED), frozen=True, kw_only=True)
+    StepFlags = make_dataclass("StepFlags", flag_fields(Options, STEPS), frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +281,7 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluating:
+class Evaluating(SamplingFlags):
     """The flags of every benchmark."""
 
     model: Annotated[str, arg(metavar="NAME")] = MODEL
@@ -290,20 +292,6 @@ class Evaluating:
     """Which combinations, and their random numbers."""
     batch_size: Annotated[int, arg(metavar="N")] = 25
     """Clips made at once."""
-    sets: Sets = None
-    """As for `nova generate`."""
-    diffusion_steps: DiffusionSteps = None
-    """As for `nova generate`."""
-    guidance: GuidanceScale = None
-    """As for `nova generate`."""
-    motion: Motion = None
-    """As for `nova generate`."""
-    preset: Annotated[PresetName | None, one_of(get_args(PresetName)), arg(help_behavior_hint="(default: exact)")] = (
-        None
-    )
-    """As for `nova generate`."""
-    no_compile: bool = False
-    """As for `nova generate`."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
     """As for `nova generate`."""
     dtype: Dtype = "auto"
@@ -393,7 +381,7 @@ class EvaluateDrift(EvaluatingWorld):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchSample:
+class BenchSample(StepFlags):
     """Time sampling, each configuration by itself: a line printed and a row of a JSON file."""
 
     config: Annotated[tuple[str, ...], arg(metavar="NAME ...")]
@@ -403,16 +391,10 @@ class BenchSample:
     """As for `nova generate`."""
     batch: Annotated[int, arg(metavar="N")] = 1
     """Pictures or clips of a call."""
-    no_compile: bool = False
-    """As for `nova generate`."""
     frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
     """Pixel frames."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
     """Size in pixels; a released size is built for it."""
-    sets: Sets = None
-    """As for `nova generate`."""
-    diffusion_steps: DiffusionSteps = None
-    """As for `nova generate`."""
     repeats: Annotated[int, arg(metavar="N")] = 5
     """Calls that count."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
@@ -426,7 +408,7 @@ class BenchSample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchPresets:
+class BenchPresets(GuidedFlags):
     """Make the same held-out sentences of the emoji world exactly and with each shortcut, and compare: time, scores and
     distance. A run that was stopped goes on where it was."""
 
@@ -446,16 +428,6 @@ class BenchPresets:
     """Which sentences, and their random numbers."""
     batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 250 on a GPU, else 25)")] = None
     """Clips made at once. Random numbers are drawn for a batch, so that other sizes give other clips."""
-    sets: Sets = None
-    """As for `nova generate`: of the exact way."""
-    diffusion_steps: DiffusionSteps = None
-    """As for `nova generate`: of the exact way."""
-    guidance: GuidanceScale = None
-    """As for `nova generate`."""
-    motion: Motion = None
-    """As for `nova generate`."""
-    no_compile: bool = False
-    """As for `nova generate`."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
     """As for `nova generate`."""
     dtype: Dtype = "auto"

@@ -4,12 +4,13 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import asdict, fields
-from typing import Any
+from dataclasses import asdict
 
-from nova_video.cli.arguments import BenchPresets, BenchSample, BenchTrain
+from nova_video.cli.arguments import STEPS, BenchPresets, BenchSample, BenchTrain
 from nova_video.cli.console import size_of
+from nova_video.cli.flags import given_options, typed_words
 from nova_video.common.errors import InputError
+from nova_video.pipeline.options import Options
 
 
 def run_bench_sample(args: BenchSample) -> None:
@@ -24,11 +25,9 @@ def run_bench_sample(args: BenchSample) -> None:
     asked = Asked(
         preset=args.preset,
         batch=args.batch,
-        compile=not args.no_compile,
         frames=args.frames,
         size=None if height is None or width is None else (height, width),
-        sets=args.sets,
-        diffusion_steps=args.diffusion_steps,
+        **given_options(args, Options, STEPS),
         device=args.device,
         dtype=args.dtype,
         repeats=args.repeats,
@@ -76,10 +75,7 @@ def run_bench_presets(args: BenchPresets) -> None:
         num_frames=args.num_frames,
         seed=args.seed,
         batch_size=args.batch_size if args.batch_size is not None else GPU_BATCH if on_gpu else CPU_BATCH,
-        num_inference_steps=args.sets,
-        num_diffusion_steps=args.diffusion_steps,
-        guidance_scale=args.guidance,
-        motion_flow=args.motion,
+        **given_options(args, Options, ("sets", "diffusion_steps", "guidance_scale", "motion_flow")),
     )
     asked = Asked(
         model=args.model,
@@ -87,7 +83,7 @@ def run_bench_presets(args: BenchPresets) -> None:
         keep=args.keep,
         settings=settings,
         variants=args.variants or tuple(name for name, parts in VARIANTS.items() if on_gpu or not parts.fp8),
-        compile=not args.no_compile,
+        compile=args.compile is not False,
         device=args.device,
         dtype=args.dtype,
     )
@@ -169,11 +165,4 @@ def _command_line(
     what: str, args: BenchSample | BenchPresets | BenchTrain, without: tuple[str, ...], *given: str
 ) -> str:
     """The command that repeats a row: `given`, and what is not as by default."""
-    words: list[Any] = ["nova", "bench", what, *given]
-    for field in fields(args):
-        value = getattr(args, field.name)
-        if field.name in without or value == field.default:
-            continue
-        flag = f"--{field.name.replace('_', '-')}"
-        words += [flag] if value is True else [flag, *value] if isinstance(value, tuple) else [flag, value]
-    return shlex.join(map(str, words))
+    return shlex.join(["nova", "bench", what, *given, *typed_words(args, without)])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nova_video.cli.arguments import (
+    SAMPLING,
     EvaluateBeyond,
     EvaluateDrift,
     EvaluateEmoji,
@@ -16,7 +17,9 @@ from nova_video.cli.arguments import (
     EvaluatingWorld,
 )
 from nova_video.cli.console import load_pipeline, progress_bar
+from nova_video.cli.flags import given_options, typed_words
 from nova_video.common.errors import InputError
+from nova_video.pipeline.options import Options
 
 if TYPE_CHECKING:
     from nova_video.evaluation.benchmark import Benchmark, Progress
@@ -54,13 +57,7 @@ def run_evaluate_emoji(args: EvaluateEmoji) -> None:
     from nova_worlds.evaluation.report import print_report, write_report
 
     settings = EmojiSettings(
-        num_clips=args.num_clips,
-        num_pairs=args.num_pairs,
-        num_frames=args.num_frames,
-        split=args.split,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        **_sampling(args),
+        **_values(args, EmojiSettings) | _sampling(args),
     )
     pipe, world = _open(args)
     with _progress() as on_progress:
@@ -133,14 +130,7 @@ def _own_benchmark(name: str) -> "Benchmark":
 
 def _sampling(args: Evaluating) -> dict[str, Any]:
     """The arguments of a pipeline's call that were typed. None: not typed."""
-    return {
-        "num_inference_steps": args.sets,
-        "num_diffusion_steps": args.diffusion_steps,
-        "guidance_scale": args.guidance,
-        "motion_flow": args.motion,
-        "preset": args.preset,
-        "compile": False if args.no_compile else None,
-    }
+    return dict.fromkeys(SAMPLING) | given_options(args, Options, SAMPLING)
 
 
 def _values(args: Evaluating, record: type[Any]) -> dict[str, Any]:
@@ -175,9 +165,4 @@ def _progress() -> "Iterator[Progress]":
 
 def _command_line(name: str, args: Evaluating) -> str:
     """The command that repeats this evaluation, without where it writes."""
-    words = ["nova", "evaluate", name]
-    for field in fields(args):
-        if field.name not in ("output", "benchmark") and (value := getattr(args, field.name)) != field.default:
-            values = value if isinstance(value, tuple) else () if value is True else (value,)
-            words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
-    return shlex.join(words)
+    return shlex.join(["nova", "evaluate", name, *typed_words(args, ("output", "benchmark"))])

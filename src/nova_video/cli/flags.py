@@ -1,7 +1,7 @@
 """Command-line flags made of options: one for each field, with the field's help, bounds and other names."""
 
 from collections.abc import Collection, Iterable
-from dataclasses import Field
+from dataclasses import Field, fields
 from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction, arg
@@ -13,7 +13,7 @@ from nova_video.common.options import choices_of, facts_of, is_timed, key_of, ki
 def flag_fields(record: type[Any], names: Iterable[str] | None = None) -> list[tuple[str, Any, Any]]:
     """Name, type and default of each flag of a record's options, for `make_dataclass`. None: the flag is not given.
 
-    A number that may change in time has a second flag, NAME_at, for its later values.
+    A number that may change in time has a second flag, NAME_at, for its later values; not where `names` choose.
     """
     found: list[tuple[str, Any, Any]] = []
     keys = {key_of(each) for each in option_fields(record).values()}
@@ -21,7 +21,7 @@ def flag_fields(record: type[Any], names: Iterable[str] | None = None) -> list[t
         if names is not None and name not in names:
             continue
         found.append((name, flag_type(each, keys), unset_flag(each)))
-        if is_timed(each):
+        if is_timed(each) and names is None:
             found.append((at_name(each), later_values(f"Another --{key_of(each)} from this second on."), ()))
     return found
 
@@ -70,7 +70,22 @@ def one_of(choices: tuple[str, ...]) -> PrimitiveConstructorSpec[Any]:
     )
 
 
-def given_options(command: Any, record: type[Any]) -> dict[str, Any]:
-    """The options that a command's flags give, by name; those not given are left to their defaults."""
-    fields = option_fields(record)
-    return {name: value for name, each in fields.items() if (value := getattr(command, name)) != unset_flag(each)}
+def given_options(command: Any, record: type[Any], names: Collection[str] | None = None) -> dict[str, Any]:
+    """The options (or those of `names`) that a command's flags give; those not given are left to their defaults."""
+    found = {name: each for name, each in option_fields(record).items() if names is None or name in names}
+    return {name: value for name, each in found.items() if (value := getattr(command, name)) != unset_flag(each)}
+
+
+def typed_words(command: Any, without: Collection[str] = ()) -> list[str]:
+    """The flags of a command that are not as by default, as words of a command line."""
+    words: list[str] = []
+    for each in fields(command):
+        value = getattr(command, each.name)
+        if each.name in without or value == each.default:
+            continue
+        name = each.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words

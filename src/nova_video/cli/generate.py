@@ -154,8 +154,6 @@ def _make(
         "image": _name(args.image),
         "continue": _name(args.video),
         "given_frames": None if args.video is None else generation.plan.given_frames,
-        "history_noise": args.history_noise,
-        "hold_statistics": args.hold_statistics,
     }
     records = [make_record(args, requests[number], generation, given) for number in numbers]
     for record in records:

@@ -263,23 +263,17 @@ class NovaPipeline(AdapterMixin, MemoryMixin, CheckpointMixin):
             state = SamplingState.create(
                 self.transformer,
                 segments_of(parts, request, plan, texts, negatives),
-                num_frames=plan.latent_frames,
-                grid=plan.grid,
-                num_sets=plan.sets,
-                num_diffusion_steps=plan.diffusion_steps,
+                **plan.sampling,
                 random=random,
                 passes=plan.passes,
-                context=plan.context,
-                speed=plan,
                 given=given,
-                order_rule=plan.order_rule,
             )
         except BaseException:
             self.maybe_free_model_hooks()
             raise
         if request.sets is not None and request.sets > state.num_tokens:
             log.warning(
-                "num_inference_steps (sets) is %d, and a frame has %d tokens: each is made in %d sets",
+                "sets is %d, and a frame has %d tokens: each is made in %d sets",
                 request.sets,
                 state.num_tokens,
                 len(state.sizes_of(state.num_tokens)),

@@ -153,6 +153,19 @@ class Plan(Options):
             hold_statistics=self.hold_statistics,
         )
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The arguments of `SamplingState.create` that a plan says."""
+        return {
+            "num_frames": self.latent_frames,
+            "grid": self.grid,
+            "num_sets": self.sets,
+            "num_diffusion_steps": self.diffusion_steps,
+            "context": self.context,
+            "speed": self,
+            "order_rule": self.order_rule,
+        }
+
     def check_pixels(self) -> None:
         """Raises InputError if the machine cannot hold all frames at once, which only a stream does without."""
         if self.num_frames is not None:

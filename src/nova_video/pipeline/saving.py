@@ -156,19 +156,13 @@ def _restore(
     state = SamplingState.create(
         model,
         segments,
-        num_frames=plan.latent_frames,
-        grid=plan.grid,
-        num_sets=plan.sets,
-        num_diffusion_steps=plan.diffusion_steps,
+        **plan.sampling,
         random=RandomState(generators, device, model.dtype),
-        passes=facts.passes,
-        context=plan.context,
-        speed=plan,
+        passes=plan.passes,
         given={
             int(frame): GivenFrame(moved[f"given.{frame}.latents"], moved.get(f"given.{frame}.known"), redraw)
             for frame, redraw in facts.given.items()
         },
-        order_rule=plan.order_rule,
     )
     state.frames, state.noised_history = (_numbered(name, moved) for name in ("frames", "heard"))
     state.order = moved.get("order")

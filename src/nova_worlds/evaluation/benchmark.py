@@ -34,9 +34,9 @@ class SamplingSettings:
     seed: int = 0
     """Which combinations, and the models' random numbers: clip i has a generator of seed + i."""
     batch_size: int = 25
-    num_inference_steps: int | None = None
+    sets: int | None = None
     """None in this and the next three: the model's own."""
-    num_diffusion_steps: int | None = None
+    diffusion_steps: int | None = None
     guidance_scale: float | None = None
     motion_flow: float | None = None
     preset: str | None = None

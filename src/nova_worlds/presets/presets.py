@@ -158,8 +158,8 @@ def changed(shortcuts: Preset) -> dict[str, Any]:
 
 def numbers_of(shortcuts: Preset, settings: EmojiSettings, defaults: Defaults) -> tuple[int, int]:
     """Sets and denoising steps of a variant."""
-    sets = defaults.sets if settings.num_inference_steps is None else settings.num_inference_steps
-    steps = defaults.diffusion_steps if settings.num_diffusion_steps is None else settings.num_diffusion_steps
+    sets = defaults.sets if settings.sets is None else settings.sets
+    steps = defaults.diffusion_steps if settings.diffusion_steps is None else settings.diffusion_steps
     return max(1, round(sets * shortcuts.sets)), max(1, round(steps * shortcuts.steps))
 
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PhiConfig, PhiModel, PreTrainedTokenizerFast
 
 from nova_video import NovaPipeline
-from nova_video.bench.configs import SIZES, build, resized
+from nova_video.bench.configs import SIZES, build, resize_model
 from nova_video.common.devices import choose_device, choose_dtype
 from nova_video.common.errors import InputError
 from nova_video.pipeline.offload import enable_low_memory
@@ -136,7 +136,7 @@ def build_pipe(args: Memory, device: torch.device, dtype: torch.dtype) -> NovaPi
     """All parts with random weights, made on the device and put into the processor's memory."""
     size = SIZES["t2v-480-0.6b"]
     layers, words = (32, 51200) if args.size == "released" else (1, 100)
-    pipe = build(size if args.size == "released" else resized(size, 64, 96), device, dtype)
+    pipe = build(size if args.size == "released" else resize_model(size, 64, 96), device, dtype)
     for part in (pipe.transformer, pipe.vae):
         part.to("cpu")
     config = PhiConfig(

@@ -29,7 +29,7 @@ from nova_video.model import Positions
 from nova_video.model.patches import gather_tokens
 from nova_video.sampling.presets import EXACT, Preset
 from nova_worlds.evaluation.emoji import EmojiSettings
-from nova_worlds.evaluation.rates import Paired
+from nova_worlds.evaluation.rates import PairedRates
 from nova_worlds.presets import presets
 from nova_worlds.presets.preset_outcome import Outcome
 from nova_worlds.world import EmojiWorld
@@ -68,7 +68,7 @@ def main(args: Reuse) -> None:
     rows: list[dict[str, Any]] = []
     result = result_of("reuse", device, model=args.model, rows=rows)
     with tempfile.TemporaryDirectory() as kept:
-        asked = presets.Asked(args.model, args.data, Path(kept), settings, device=args.device)
+        asked = presets.VariantSettings(args.model, args.data, Path(kept), settings, device=args.device)
         maker = presets.Maker(asked, resolve_checkpoint(args.model), EmojiWorld.load(args.data, device))
         exact, all_rows = None, 1
         for name, every, shortcuts in ways(args):
@@ -96,7 +96,7 @@ def row_of(name: str, outcome: Outcome, exact: Outcome, rows: float) -> dict[str
     """Scores in percent, and their difference from the exact way in points, with its 95% interval."""
     scores = {}
     for score, right in outcome.flags.items():
-        change = Paired.of(right, exact.flags[score])
+        change = PairedRates.of(right, exact.flags[score])
         low, high = change.interval()
         scores[score] = {
             "percent": round(100 * float(right.float().mean()), 2),

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import CONFORMANCE
-from nova_video.bench.configs import SIZES, TEXT_DIM, build, resized
+from nova_video.bench.configs import SIZES, TEXT_DIM, build, resize_model
 from nova_video.bench.floor import RATES, Floor, count_work, device_rates, floor_of, temporal_steps
 from nova_video.bench.rows import PARTS, Row, as_lines, cells, read_rows, record_row, write_rows
 from nova_video.bench.sample import Asked, Runs, measure, request_of
@@ -63,10 +63,10 @@ def test_released_video_size() -> None:
 
 
 def test_another_size_keeps_the_model() -> None:
-    pipe = build(resized(SIZES["t2i-512-0.6b"], 256, 320), torch.device("meta"), torch.float16)
+    pipe = build(resize_model(SIZES["t2i-512-0.6b"], 256, 320), torch.device("meta"), torch.float16)
     assert pipe.capabilities.image_size == (256, 320)
     with pytest.raises(InputError, match="multiples of 32"):
-        resized(SIZES["t2i-512-0.6b"], 250, 320)
+        resize_model(SIZES["t2i-512-0.6b"], 250, 320)
 
 
 @pytest.mark.parametrize("name", ["text-to-image", "text-to-video", "rotary-flow"])

@@ -21,18 +21,18 @@ from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from nova_video.sampling.presets import PRESETS
 from nova_worlds.evaluation.emoji import EmojiSettings
-from nova_worlds.evaluation.rates import Paired
+from nova_worlds.evaluation.rates import PairedRates
 from nova_worlds.presets import presets
 from nova_worlds.presets.preset_outcome import digest, load_tensors, save_tensors
 from nova_worlds.presets.preset_rows import (
     PresetRow,
     Score,
     as_aligned,
+    merge_rows,
     read_preset_rows,
-    recorded,
     write_preset_rows,
 )
-from nova_worlds.presets.presets import OTHER_SEED, VARIANTS, Asked, Maker, frames_of, measure_presets
+from nova_worlds.presets.presets import OTHER_SEED, VARIANTS, Maker, VariantSettings, frames_of, measure_presets
 from nova_worlds.shapes import prepare_shapes
 from nova_worlds.world import EmojiWorld
 
@@ -79,12 +79,12 @@ def no_judging_of_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presets, "check_judge", lambda rates, judged: None)
 
 
-def asked(folders: tuple[Path, Path], keep: Path, *variants: str, **changes: Any) -> Asked:
+def asked(folders: tuple[Path, Path], keep: Path, *variants: str, **changes: Any) -> VariantSettings:
     settings = replace(SETTINGS, **changes)
-    return Asked(str(folders[0]), folders[1], keep, settings, variants or ("balanced",), device="cpu")
+    return VariantSettings(str(folders[0]), folders[1], keep, settings, variants or ("balanced",), device="cpu")
 
 
-def measured(what: Asked) -> tuple[dict[str, PresetRow], list[str]]:
+def measured(what: VariantSettings) -> tuple[dict[str, PresetRow], list[str]]:
     """Rows by variant, and those that were taken from the folder."""
     found = list(measure_presets(what, "nova bench presets"))
     return {row.preset: row for row, _ in found}, [row.preset for row, kept in found if kept]
@@ -96,7 +96,7 @@ def test_every_variant_is_one_part_or_a_preset() -> None:
     assert next(iter(VARIANTS)) == "exact"
     assert VARIANTS["exact"] == VARIANTS[OTHER_SEED]
     with pytest.raises(InputError, match="variants: got hasty: expected some of exact, "):
-        Asked("emoji", Path(), Path(), SETTINGS, ("fast", "hasty"))
+        VariantSettings("emoji", Path(), Path(), SETTINGS, ("fast", "hasty"))
 
 
 def test_same_sentences_for_all(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -232,23 +232,23 @@ def test_command(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Capt
 def test_pairs_are_compared_in_pairs() -> None:
     before = torch.tensor([1, 1, 1, 0, 0, 0], dtype=torch.bool)
     now = torch.tensor([1, 1, 0, 1, 1, 0], dtype=torch.bool)
-    change = Paired.of(now, before)
+    change = PairedRates.of(now, before)
     assert (change.gained, change.lost, change.total) == (2, 1, 6)
     assert change.value == pytest.approx(1 / 6)
-    low, high = Paired(gained=60, lost=90, total=4000).interval()
+    low, high = PairedRates(gained=60, lost=90, total=4000).interval()
     mean, deviation = -30 / 4000, math.sqrt((150 - 900 / 4000) / 4000)  # of the differences
     assert (low + high) / 2 == pytest.approx(mean, rel=1e-3)
     assert (high - low) / 2 == pytest.approx(1.96 * deviation / math.sqrt(4000), rel=5e-3)
-    low, high = Paired(0, 0, 4000).interval()
+    low, high = PairedRates(0, 0, 4000).interval()
     assert -0.001 < low < 0 < high < 0.001
-    assert math.isnan(Paired(0, 0, 0).value)
+    assert math.isnan(PairedRates(0, 0, 0).value)
 
 
 def test_interval_holds_as_often_as_it_says() -> None:
     """Of 2,000 draws with 1% lost and 0.5% gained, near 95% hold the true difference."""
     share = torch.rand(2000, 4000, generator=torch.Generator().manual_seed(0))
     lost, gained = (share < 0.01).sum(1).tolist(), (share > 0.995).sum(1).tolist()
-    intervals = [Paired(g, b, 4000).interval() for g, b in zip(gained, lost, strict=True)]
+    intervals = [PairedRates(g, b, 4000).interval() for g, b in zip(gained, lost, strict=True)]
     assert 0.93 < sum(low <= -0.005 <= high for low, high in intervals) / 2000 < 0.97
 
 
@@ -288,12 +288,12 @@ def test_tables(tmp_path: Path) -> None:
 def test_rows_of_another_run_join_if_it_was_made_alike() -> None:
     before = [row("exact", sets=16), row("fast", -0.4), row("dpm-0.5", -0.1)]
     again = [row("exact", sets=16, command="nova bench presets --variants fast"), row("fast", -0.6)]
-    joined = recorded(before, again)
+    joined = merge_rows(before, again)
     assert joined == [again[0], again[1], before[2]]
     assert presets_table(joined).endswith("\n\n`nova bench presets --variants fast`, `nova bench presets`")
     for otherwise in ([row("exact", sets=8), *again[1:]], [row("exact", sets=16, seed=1), *again[1:]]):
-        assert recorded(before, otherwise) == otherwise
-    assert recorded([], again) == again
+        assert merge_rows(before, otherwise) == otherwise
+    assert merge_rows([], again) == again
 
 
 def test_recorded_rows_can_be_made_again() -> None:

@@ -22,11 +22,11 @@ from nova_worlds.clips import CANVAS, SIZES, SPAN, object_path
 from nova_worlds.evaluation.benchmark import GENERATED, REAL, RECONSTRUCTED, LongSettings
 from nova_worlds.evaluation.editing import BeyondReport, BeyondSettings, asked_cases, evaluate_beyond
 from nova_worlds.evaluation.parts import (
-    GIVEN,
-    OBEYED,
+    LAST_STEERED,
+    NUM_GIVEN,
+    NUM_STEERED,
     PARTS,
     SETTLE,
-    STEERED,
     Case,
     Part,
     PartName,
@@ -107,7 +107,13 @@ def test_right_answers_score_full_marks(world: EmojiWorld, part: PartName) -> No
 
 def test_frozen_clips_are_not_carried_on(world: EmojiWorld) -> None:
     def frozen(part: Part, case: Case, answer: Tensor) -> Tensor:
-        return torch.cat((answer[:, :GIVEN], answer[:, GIVEN - 1 : GIVEN].expand(-1, SPAN - GIVEN, -1, -1, -1)), dim=1)
+        return torch.cat(
+            (
+                answer[:, :NUM_GIVEN],
+                answer[:, NUM_GIVEN - 1 : NUM_GIVEN].expand(-1, SPAN - NUM_GIVEN, -1, -1, -1),
+            ),
+            dim=1,
+        )
 
     report = evaluate(world, "continue", frozen)
     still = report.parts["continue"].groups["by motion"]["staying still"]["motion"].total
@@ -133,7 +139,7 @@ def test_wrong_objects_backgrounds_and_given_frames_are_seen(world: EmojiWorld) 
 @pytest.mark.parametrize("part", ["steer", "steer-anywhere"])
 def test_a_change_that_is_not_obeyed_is_seen(world: EmojiWorld, part: PartName) -> None:
     def unmoved(part: Part, case: Case, answer: Tensor) -> Tensor:
-        path = object_path(replace(case.given, num_frames=STEERED))
+        path = object_path(replace(case.given, num_frames=NUM_STEERED))
         return render_path(world, case.asked, path)
 
     scores = percent(evaluate(world, part, unmoved))
@@ -165,33 +171,34 @@ def test_steered_paths(world: EmojiWorld) -> None:
     generator = torch.Generator().manual_seed(1)
     case = PARTS["steer"].ask(world, 60, generator, "heldout")
     assert not (case.given.motion == case.asked.motion).any()
-    assert has_room(case.given, case.asked, OBEYED).all()
+    assert has_room(case.given, case.asked, LAST_STEERED).all()
     path, begun = steered_path(case.given, case.asked), object_path(case.given)
     for name in ("centre", "size", "angle"):
-        assert torch.equal(getattr(path, name)[:, :GIVEN], getattr(begun, name))
-    assert path.size.shape == (60, STEERED)
+        assert torch.equal(getattr(path, name)[:, :NUM_GIVEN], getattr(begun, name))
+    assert path.size.shape == (60, NUM_STEERED)
     still = case.asked.motion == STILL
     assert torch.equal(
-        path.centre[still, GIVEN:], path.centre[still, GIVEN - 1 : GIVEN].expand(-1, STEERED - GIVEN, -1)
+        path.centre[still, NUM_GIVEN:],
+        path.centre[still, NUM_GIVEN - 1 : NUM_GIVEN].expand(-1, NUM_STEERED - NUM_GIVEN, -1),
     )
-    grown = path.size[:, -1] / path.size[:, GIVEN - 1]
+    grown = path.size[:, -1] / path.size[:, NUM_GIVEN - 1]
     assert (grown[case.asked.motion == MOTIONS.index("growing")] > 1.45).all()
     left = case.asked.motion == MOTIONS.index("moving left")
-    way = path.centre[left, GIVEN - 1, 0] - path.centre[left, -1, 0]
-    assert torch.allclose(way, torch.tensor([1.25, 2.25, 3.375])[case.asked.speed[left]] * (STEERED - GIVEN))
+    way = path.centre[left, NUM_GIVEN - 1, 0] - path.centre[left, -1, 0]
+    assert torch.allclose(way, torch.tensor([1.25, 2.25, 3.375])[case.asked.speed[left]] * (NUM_STEERED - NUM_GIVEN))
     bounces = case.asked.motion == MOTIONS.index("bouncing")
-    y = path.centre[bounces, GIVEN - 1 :, 1]
+    y = path.centre[bounces, NUM_GIVEN - 1 :, 1]
     assert (y.amax(dim=1) - y.amin(dim=1)).min() > 25
-    assert (path.size[:, :OBEYED] >= SIZES[0] * 0.7).all()
+    assert (path.size[:, :LAST_STEERED] >= SIZES[0] * 0.7).all()
 
 
 def test_there_is_not_always_room(world: EmojiWorld) -> None:
     case = Steer(room=False).ask(world, 200, torch.Generator().manual_seed(0), "heldout")
-    fits = has_room(case.given, case.asked, OBEYED)
+    fits = has_room(case.given, case.asked, LAST_STEERED)
     assert 40 < fits.sum() < 160
     assert fits[case.asked.motion == STILL].all()
-    path = steered_path(case.given, replace(case.asked, num_frames=OBEYED))
-    centre, half = path.centre[:, GIVEN:], path.size[:, GIVEN:, None] / 2
+    path = steered_path(case.given, replace(case.asked, num_frames=LAST_STEERED))
+    centre, half = path.centre[:, NUM_GIVEN:], path.size[:, NUM_GIVEN:, None] / 2
     inside = ((centre >= half - 0.01) & (centre + half <= CANVAS + 0.01)).all(dim=2).all(dim=1)
     assert inside[fits].all()
     assert not inside.all()
@@ -217,7 +224,7 @@ def test_reports_sheets_and_tables(world: EmojiWorld, tmp_path: Path) -> None:
     assert content["parts"]["inpaint"]["scores"][GENERATED]["object"]["percent"] == 100
     assert content["parts"]["inpaint"]["scores"][REAL]["object"]["of"] == 12
     report = evaluate(world, "steer")
-    assert report.as_json()["parts"]["steer"]["judged_frames"]["motion"] == [SETTLE, OBEYED - 1]
+    assert report.as_json()["parts"]["steer"]["judged_frames"]["motion"] == [SETTLE, LAST_STEERED - 1]
     assert set(report.as_json()["parts"]["steer"]) >= {"by_motion", "by_first_motion", "by_speed"}
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_beyond(report, console)
@@ -239,7 +246,7 @@ def test_timelines_change_right_behind_what_is_given(world: EmojiWorld) -> None:
 def test_given_frames_are_marked_on_the_sheet(world: EmojiWorld) -> None:
     report = evaluate(world, "continue")
     samples = report.parts["continue"].sheet.samples
-    assert samples[0].given == GIVEN
+    assert samples[0].given == NUM_GIVEN
     marked, plain = contact_sheet(samples, 9), contact_sheet([replace(s, given=0) for s in samples], 9)
     blue = [(np.asarray(sheet) == (0, 90, 255)).all(axis=-1).sum() for sheet in (marked, plain)]
     assert blue[0] > blue[1] + 5 * len(samples) * 300

@@ -14,7 +14,7 @@ from PIL import Image
 from nova_video.common.errors import InputError
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, Rejected
 from nova_video.io import media
-from nova_video.io.decode import MediaFile, open_plain, opened
+from nova_video.io.decode import MediaFile, open_path, open_plain
 from nova_video.io.inputs import Clip as GivenClip
 from nova_video.io.inputs import masks_at, masks_of, read_clips, read_masks
 
@@ -115,7 +115,7 @@ def test_a_small_file_of_large_frames_is_refused_unread(tmp_path: Path) -> None:
     assert path.stat().st_size < 60_000
     said = "has 108 frames or more of 2500x2000 pixels: expected at most 536870912 in all (NOVA_MAX_PIXELS)"
     assert refused(path) == said
-    with opened(path, limit=2**31) as content:
+    with open_path(path, limit=2**31) as content:
         assert content.picture is not None
         assert content.picture.frames == 300
 

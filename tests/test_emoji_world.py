@@ -18,7 +18,7 @@ from nova_worlds.clips import CANVAS, SPAN, ClipSpec, object_path, pair_paths
 from nova_worlds.emoji import prepare_emoji
 from nova_worlds.shapes import prepare_shapes
 from nova_worlds.split import held_out_clips, is_held_out
-from nova_worlds.words import BACKGROUNDS, COLORS, MIRRORED, MOTIONS, PLAIN, RELATIONS, SPEEDS, STILL
+from nova_worlds.words import BACKGROUNDS, COLORS, MIRRORED_RELATIONS, MOTIONS, PLAIN, RELATIONS, SPEEDS, STILL
 from nova_worlds.world import ART, TILE, EmojiWorld
 
 
@@ -240,7 +240,7 @@ def test_main_forms() -> None:
         "a whale to the left of a red apple on a white background"
     )
     assert pair_caption("whale", RELATIONS[1], "red apple", "white", mirrored=True) == (
-        f"a red apple {MIRRORED[1]} a whale on a white background"
+        f"a red apple {MIRRORED_RELATIONS[1]} a whale on a white background"
     )
 
 

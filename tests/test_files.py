@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nova_video.common.errors import InputError
-from nova_video.io.files import atomic_path, lock_file, naming, reserve_name
+from nova_video.io.files import atomic_path, lock_file, name_errors, reserve_name
 
 
 @contextmanager
@@ -73,10 +73,10 @@ def test_a_file_that_another_process_writes(tmp_path: Path) -> None:
 def test_errors_name_the_file_that_is_written(tmp_path: Path) -> None:
     path, part = tmp_path / "whale.png", tmp_path / ".part"
     for filename in (None, str(part)):
-        with pytest.raises(OSError, match="No space left") as caught, naming(path, part):
+        with pytest.raises(OSError, match="No space left") as caught, name_errors(path, part):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), filename)
         assert caught.value.filename == str(path)
-    with pytest.raises(OSError, match="gone") as caught, naming(path, part):
+    with pytest.raises(OSError, match="gone") as caught, name_errors(path, part):
         raise OSError(errno.ENOENT, "gone", "another")
     assert caught.value.filename == "another"
     with pytest.raises(FileNotFoundError) as caught, atomic_path(tmp_path / "gone" / "whale.png") as part:

@@ -225,7 +225,7 @@ def test_files_that_were_not_written_to_are_not_read(
     tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once the clock is past the last change; files that were only touched are known by then again."""
-    monkeypatch.setattr(follow, "SETTLED", -(10**18))
+    monkeypatch.setattr(follow, "SETTLE_TIME", -(10**18))
     digest, read = follow.media_digest, list[str]()
 
     def note(item: Item) -> str:

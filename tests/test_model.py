@@ -14,7 +14,7 @@ from nova_video.common.errors import InputError
 from nova_video.model import NOVATransformer3DModel, mask_ratios, patchify, set_sizes, unpatchify
 from nova_video.model.embeddings import space_table
 from nova_video.model.patches import gather_tokens, scatter_tokens
-from nova_video.training.loss import LossDraws, NoiseTable, loss_parts, losses, minimised
+from nova_video.training.loss import LossDraws, NoiseTable, loss_parts, losses, total_loss
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 FOLDERS = ["text-to-image", "text-to-video", "rotary-flow"]
@@ -99,7 +99,7 @@ def test_loss_and_gradients(folder: str) -> None:
     condition = model.embed_condition(*prompts(tensors, "prompt_embeds"), motion=motion, fps=torch.full((2,), 12.0))
     found = losses(model, latents, latents, condition, table, draws)
     parts = loss_parts(found.by_frame)
-    released = minimised(found, "released")
+    released = total_loss(found, "released")
     assert set(parts) == {name for name in tensors if name.startswith("loss")}
     for name, value in parts.items():
         close(value.detach(), tensors[name])

@@ -16,7 +16,7 @@ from nova_video.io.colour import (
     D65,
     DCI_P3,
     DISPLAY_P3,
-    Coding,
+    ColourCoding,
     Primaries,
     coding_of,
     matrix_to_bt709,
@@ -190,7 +190,7 @@ def test_avif_names_its_coding() -> None:
     data = saved(Image.new("RGB", (64, 64), (148, 148, 148)), "AVIF", quality=100).getvalue()
     start = data.index(b"colrnclx") + 8
     hdr = io.BytesIO(data[:start] + struct.pack(">HH", 9, 16) + data[start + 4 :])
-    assert named_coding(hdr, "AVIF") == Coding(BT2020, 16)
+    assert named_coding(hdr, "AVIF") == ColourCoding(BT2020, 16)
     assert min(colour(hdr)) >= 250
     assert colour(io.BytesIO(data)) == [148, 148, 148]
 
@@ -228,7 +228,7 @@ def test_srgb_comes_back_from_wider_gamuts(primaries: Primaries) -> None:
     wanted = np.array([(255, 255, 255), (128, 128, 128), (255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 30, 90)])
     light = srgb_linear(wanted / 255) @ np.linalg.inv(matrix_to_bt709(primaries)).T
     codes = np.round(65535 * srgb_coded(light.clip(0, 1))).astype(np.uint16)
-    assert np.abs(to_srgb(codes[None], Coding(primaries))[0].astype(int) - wanted).max() <= 1
+    assert np.abs(to_srgb(codes[None], ColourCoding(primaries))[0].astype(int) - wanted).max() <= 1
     if primaries == BT2020:  # ITU-R BT.2087
         published = [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]]
         assert np.abs(matrix_to_bt709(primaries) - published).max() < 2e-4

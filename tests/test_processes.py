@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nova_video.training import processes
-from nova_video.training.processes import Replicated
+from nova_video.training.processes import ReplicatedModule
 
 
 @pytest.fixture
@@ -32,14 +32,14 @@ def test_gradients_are_sent_in_parts(
     trained = [layer.weight for layer in layers[1:]]
     monkeypatch.setattr(processes, "TOGETHER", 2 * trained[0].nbytes)
     sent: list[list[Tensor]] = []
-    send = Replicated._send
+    send = ReplicatedModule._send
 
-    def watched(self: Replicated) -> None:
+    def watched(self: ReplicatedModule) -> None:
         sent.append(list(self.waiting))
         send(self)
 
-    monkeypatch.setattr(Replicated, "_send", watched)
-    module = Replicated(layers, torch.device("cpu"), share)
+    monkeypatch.setattr(ReplicatedModule, "_send", watched)
+    module = ReplicatedModule(layers, torch.device("cpu"), share)
     x = torch.randn(2, 3, 8)
     for _ in range(2):  # steps
         sent.clear()
@@ -68,5 +68,5 @@ def test_between_machines_sending_begins_at_once(
     alone = processes.Processes.__new__(processes.Processes)
     alone.count, alone.sharded, alone.device = 4, False, torch.device("cpu")
     module = alone.spread(SimpleNamespace(model=nn.Linear(2, 2)))  # type: ignore[arg-type]
-    assert isinstance(module, Replicated)
+    assert isinstance(module, ReplicatedModule)
     assert module.share == share

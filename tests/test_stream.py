@@ -13,7 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nova_video.common.errors import InputError
 from nova_video.data.dataset import Bucket, Sample, Shard, list_shards, write_shard
-from nova_video.training.stream import Rows, collate, is_held_out, joined, open_loader, state_of
+from nova_video.training.stream import Rows, collate, is_held_out, join_states, open_loader, state_of
 
 BUCKET = Bucket(5, 16, 16)
 SHARDS, ROWS = 5, 7
@@ -139,7 +139,7 @@ def test_micro_batches_are_the_same_however_they_are_divided_and_go_on_so(shards
     assert [{**first, **second} for first, second in zip(*begun, strict=True)] == whole[:4]
     states = [state_of(each.state_dict(), micro) for micro, each in enumerate(apart)]
     united = loader(shards, [0, 1], 2, workers=2)
-    united.load_state_dict(joined(json.loads(json.dumps(states))))
+    united.load_state_dict(join_states(json.loads(json.dumps(states))))
     assert captions(united, 5) == whole[4:]
     for micro in (0, 1):
         single = loader(shards, [micro], 2, workers=2)

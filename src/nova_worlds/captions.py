@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nova_video.text.vocabulary import Vocabulary, WordList
-from nova_worlds.words import COLORS, MIRRORED, MOTIONS, PLAIN, RELATIONS, SPEEDS
+from nova_worlds.words import COLORS, MIRRORED_RELATIONS, MOTIONS, PLAIN, RELATIONS, SPEEDS
 
 # {thing}: an object with its article; {action}: "moving left slowly"; {manner}: "slowly moving left"; {color}: "blue";
 # {backdrop}: "a blue background".
@@ -49,7 +49,7 @@ PAIR_WORDINGS: tuple[str, ...] = (
 )
 
 
-IGNORED = ("a", "an", "the", "is", "are")  # words that change nothing about a caption
+FILLER_WORDS = ("a", "an", "the", "is", "are")  # words that change nothing about a caption
 _PLACES = {  # a wording's field -> what stands there, in the terms of a vocabulary
     "thing": "{object}",
     "first": "{object}",
@@ -94,7 +94,7 @@ def image_caption(name: str, color: str, wording: int = 0) -> str:
 def pair_caption(first: str, relation: str, second: str, color: str, wording: int = 0, mirrored: bool = False) -> str:
     """`mirrored` tells the same picture from the second object: "b to the right of a" for "a to the left of b"."""
     if mirrored:
-        first, relation, second = second, MIRRORED[RELATIONS.index(relation)], first
+        first, relation, second = second, MIRRORED_RELATIONS[RELATIONS.index(relation)], first
     return PAIR_WORDINGS[wording].format(
         first=with_article(first),
         relation=relation,
@@ -110,7 +110,7 @@ _SOUNDS_LIKE_VOWEL = re.compile(r"hour|heir|honest|8|11\b|18|x-")
 # The thing itself is named before these words: "nest" in "nest with eggs".
 _AFTERTHOUGHT = re.compile(r" (of|with|without|in|on|behind|and|from) ")
 _SINGULAR_IN_S = re.compile(r".*(ss|us|is|as|ros)$")
-_UNCOUNTED = re.compile(
+_MASS_NOUN = re.compile(
     r"bacon|badminton|bowling|bread|broccoli|butter|camping|cooking|dna|fire|fog|food|garlic|ice|lacrosse|lightning"
     r"|liquid|meat|oden|popcorn|rice|sake|salt|soap|spaghetti|sushi|tennis|thread|wood|yarn"
 )
@@ -120,7 +120,7 @@ def with_article(name: str) -> str:
     """ "a whale", "an ox", "a unicorn"; plurals and what is not counted go bare: "cherries", "popcorn"."""
     noun = _AFTERTHOUGHT.split(name)[0].split()[-1]
     plural = noun.endswith("s") and not _SINGULAR_IN_S.match(noun)
-    if plural or _UNCOUNTED.fullmatch(noun):
+    if plural or _MASS_NOUN.fullmatch(noun):
         return name
     vowel = name[0] in "aeiou" and not _SOUNDS_LIKE_CONSONANT.match(name)
     return f"an {name}" if vowel or _SOUNDS_LIKE_VOWEL.match(name) else f"a {name}"
@@ -139,8 +139,8 @@ def parse_caption(caption: str, names: Sequence[str]) -> Scene | None:
             if kind == "pair":
                 first, second = known.get(said["first"]), known.get(said["second"])
                 relation = said["relation"]
-                if relation in MIRRORED:
-                    first, relation, second = second, RELATIONS[MIRRORED.index(relation)], first
+                if relation in MIRRORED_RELATIONS:
+                    first, relation, second = second, RELATIONS[MIRRORED_RELATIONS.index(relation)], first
                 if first is not None and second is not None:
                     return Scene(first, color, relation=relation, second=second)
             elif (thing := known.get(said["thing"])) is not None:
@@ -158,12 +158,12 @@ def caption_vocabulary(names: Mapping[str, Sequence[str]], clips: bool, pictures
         words.append(WordList("motion", "motions", MOTIONS))
         words.append(WordList("speed", "speeds", tuple(filter(None, SPEEDS))))
     if pairs:
-        words.append(WordList("relation", "relations of two objects, in pictures", RELATIONS + MIRRORED))
+        words.append(WordList("relation", "relations of two objects, in pictures", RELATIONS + MIRRORED_RELATIONS))
     return Vocabulary(
         tuple(words),
         tuple(dict.fromkeys(map(_template, CLIP_WORDINGS + OTHER_CLIP_WORDINGS))) if clips else (),
         tuple(dict.fromkeys(map(_template, IMAGE_WORDINGS * pictures + PAIR_WORDINGS * pairs))),
-        IGNORED,
+        FILLER_WORDS,
     )
 
 
@@ -171,7 +171,7 @@ def _template(wording: str) -> str:
     """A wording as a template of a vocabulary. All parts but the objects and their relation may be absent."""
     parts = []
     for before, field in re.findall(r"((?:\w+ )*)\{(\w+)\}", wording.replace(",", "")):
-        words = " ".join(word for word in before.split() if word not in (*IGNORED, "background"))
+        words = " ".join(word for word in before.split() if word not in (*FILLER_WORDS, "background"))
         part = f"{words} {_PLACES[field]}".strip()
         parts.append(part if field in ("thing", "first", "second", "relation") else f"[{part}]")
     return " ".join(parts)
@@ -184,7 +184,7 @@ def _pattern(wording: str) -> re.Pattern[str]:
         "thing": "(?P<thing>.+?)",
         "first": "(?P<first>.+?)",
         "second": "(?P<second>.+?)",
-        "relation": f"(?P<relation>{'|'.join(RELATIONS + MIRRORED)})",
+        "relation": f"(?P<relation>{'|'.join(RELATIONS + MIRRORED_RELATIONS)})",
         "action": f"(?P<before>){motion}(?: (?P<after>{speeds}))?",
         "manner": f"(?:(?P<before>{speeds}) )?{motion}(?P<after>)",
         "color": f"(?P<color>{colors})",

@@ -40,4 +40,4 @@ PLAIN = SPEEDS.index("")
 # Of two objects the first is `relation` the second; "to the right of" and "below" are the same pictures told from the
 # other object, so they are wordings, not relations of their own.
 RELATIONS: tuple[str, ...] = ("to the left of", "above")
-MIRRORED: tuple[str, ...] = ("to the right of", "below")
+MIRRORED_RELATIONS: tuple[str, ...] = ("to the right of", "below")

@@ -139,7 +139,7 @@ def test_rows_name_what_loads_alone(loads: bool, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("head_dim", [32, 64, 96])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gpu_as_near_to_float32_as_torch(dtype: torch.dtype, head_dim: int, compiled: bool) -> None:
-    if not flash.installed(torch.device("cuda")):
+    if not flash.is_installed(torch.device("cuda")):
         pytest.skip("needs flash-attn-4 and a GPU that it knows")
     torch.manual_seed(0)
     torch.compiler.reset()
@@ -165,7 +165,7 @@ def test_gpu_as_near_to_float32_as_torch(dtype: torch.dtype, head_dim: int, comp
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gpu_packed_is_the_same(dtype: torch.dtype, compiled: bool) -> None:
     """Results are; gradients of queries are added up in any order."""
-    if not flash.installed(torch.device("cuda")):
+    if not flash.is_installed(torch.device("cuda")):
         pytest.skip("needs flash-attn-4 and a GPU that it knows")
     torch.manual_seed(0)
     torch.compiler.reset()

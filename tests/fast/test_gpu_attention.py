@@ -139,7 +139,7 @@ def test_gpu_gradients_of_all_attentions_are_as_near(head_dim: int) -> None:
         expected = results(module, keys, queries, half=False)
         errors[attention].append(max(distance(found[name], expected[name]) for name in expected))
         if torch.cuda.get_device_capability() == (9, 0):
-            flash4 = flash.installed(torch.device("cuda"))
+            flash4 = flash.is_installed(torch.device("cuda"))
             whole = keys % 128 == queries % 128 == 0
             assert ("cutlass_kernel_flash_attn" in names) == flash4, (keys, queries, names)
             assert ("cudnn" in names) == (attention != "flash" and not flash4 and whole), (keys, queries, names)

@@ -57,7 +57,7 @@ BATCHES = {  # samples of a training step on one device
 LOSS_REPEAT = 4  # in training
 
 
-def resized(size: Size, height: int, width: int) -> Size:
+def resize_model(size: Size, height: int, width: int) -> Size:
     """This model for another size in pixels, with position tables for that size."""
     if height % 32 or width % 32 or min(height, width) < 32:
         raise InputError(f"size is {width}x{height}: expected width and height in multiples of 32")

@@ -83,7 +83,7 @@ class Row:
         return self.config, self.preset, self.batch, self.compile, self.dtype, self.device, changed
 
 
-class Recorded(Protocol):
+class RecordedRow(Protocol):
     """A dataclass that stands in a file of its like."""
 
     @property
@@ -93,7 +93,7 @@ class Recorded(Protocol):
     def error(self) -> str | None: ...
 
 
-R = TypeVar("R", bound=Recorded)
+R = TypeVar("R", bound=RecordedRow)
 
 
 def read_rows(path: Path) -> list[Row]:

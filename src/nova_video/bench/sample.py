@@ -20,7 +20,7 @@ import diffusers
 import torch
 
 import nova_video
-from nova_video.bench.configs import SEED, SIZES, build, resized
+from nova_video.bench.configs import SEED, SIZES, build, resize_model
 from nova_video.bench.floor import count_work, device_rates, floor_of
 from nova_video.bench.rows import PARTS, Row
 from nova_video.common.checks import check_number
@@ -169,7 +169,7 @@ def open_pipeline(config: str, asked: Asked, device: torch.device, dtype: torch.
     """A released size built anew, at another size in pixels if that is asked for; or a checkpoint."""
     size = SIZES.get(config)
     if size is not None:
-        pipe = build(resized(size, *asked.size) if asked.size else size, device, dtype)
+        pipe = build(resize_model(size, *asked.size) if asked.size else size, device, dtype)
     else:
         pipe = NovaPipeline.from_pretrained(checkpoint(config), torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -187,7 +187,7 @@ def checkpoint(config: str) -> Path:
 def outline(config: str, size: tuple[int, int] | None) -> NovaPipeline:
     """The pipeline of `open_pipeline` with shapes only, without the parts that no request is checked against."""
     if config in SIZES:
-        made = resized(SIZES[config], *size) if size else SIZES[config]
+        made = resize_model(SIZES[config], *size) if size else SIZES[config]
         return build(made, torch.device("meta"), torch.float32)
     folder = checkpoint(config)
     return NovaPipeline(

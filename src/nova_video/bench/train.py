@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from nova_video.bench.configs import BATCHES, LOSS_REPEAT, SEED, SIZES, build, resized
+from nova_video.bench.configs import BATCHES, LOSS_REPEAT, SEED, SIZES, build, resize_model
 from nova_video.bench.sample import GIB, checkpoint, device_name, digits, outline, spread, traced, versions
 from nova_video.bench.train_rows import TrainRow
 from nova_video.common.checks import AttentionKernels, check_number
@@ -281,7 +281,7 @@ def open_model(config: str, asked: AskedTraining, device: torch.device) -> Opene
     """A released size with random weights, at another size in pixels if that is asked for; or a checkpoint's model."""
     size = SIZES.get(config)
     if size is not None:
-        size = resized(size, *asked.size) if asked.size else size
+        size = resize_model(size, *asked.size) if asked.size else size
         model, scheduler = build(size, device, torch.float32).transformer, new_scheduler(size.scheduler)
         frames, stride, pixels = size.num_frames, 8, size.image_size
     else:

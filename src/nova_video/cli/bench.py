@@ -62,11 +62,11 @@ def run_bench_presets(args: BenchPresets) -> None:
         PresetRow,
         as_aligned,
         made_how,
+        merge_rows,
         read_preset_rows,
-        recorded,
         write_preset_rows,
     )
-    from nova_worlds.presets.presets import CPU_BATCH, GPU_BATCH, VARIANTS, Asked, measure_presets
+    from nova_worlds.presets.presets import CPU_BATCH, GPU_BATCH, VARIANTS, VariantSettings, measure_presets
 
     on_gpu = choose_device(args.device).type == "cuda"
     settings = EmojiSettings(
@@ -77,7 +77,7 @@ def run_bench_presets(args: BenchPresets) -> None:
         batch_size=args.batch_size if args.batch_size is not None else GPU_BATCH if on_gpu else CPU_BATCH,
         **given_options(args, Options, ("sets", "diffusion_steps", "guidance_scale", "motion_flow")),
     )
-    asked = Asked(
+    asked = VariantSettings(
         model=args.model,
         data=args.data,
         keep=args.keep,
@@ -93,7 +93,7 @@ def run_bench_presets(args: BenchPresets) -> None:
     rows: list[PresetRow] = []
     for row, kept in measure_presets(asked, command):
         rows.append(row)
-        write_preset_rows(args.output, recorded(before, rows))
+        write_preset_rows(args.output, merge_rows(before, rows))
         print(row.line() + (f" (kept in {args.keep})" if kept else ""), flush=True)
     print("\n".join(["", made_how(rows[0]), *as_aligned(rows)]))
     print(args.output)

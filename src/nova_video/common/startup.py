@@ -11,7 +11,7 @@ from collections.abc import Iterable
 SMALL_MODEL = 100_000_000  # parameters, below which more threads than these do not help on a processor
 SMALL_MODEL_THREADS = 4
 
-_hidden: list[str] = []
+_hidden_names: list[str] = []
 
 
 def sleep_while_waiting() -> None:
@@ -27,13 +27,13 @@ def hide(names: Iterable[str]) -> None:
     for name in names:
         if name not in sys.modules:
             sys.modules[name] = None  # type: ignore[assignment]  # documented: an import of it fails
-            _hidden.append(name)
+            _hidden_names.append(name)
 
 
 def reveal() -> None:
     """Let what was hidden be imported again."""
-    while _hidden:
-        sys.modules.pop(_hidden.pop(), None)
+    while _hidden_names:
+        sys.modules.pop(_hidden_names.pop(), None)
 
 
 def use_fitting_threads(parameters: int) -> None:

@@ -50,8 +50,8 @@ from nova_video.data.follow import (
     caption_digest,
     compare,
     free_name,
+    items_to_encode,
     parallel,
-    remaining,
 )
 from nova_video.data.sources import MediaSource, SourceSettings, open_source
 from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected, decode_with_motion
@@ -165,7 +165,7 @@ def _encode(
             entries[item.group].append(entry)
             yield item
 
-    items = noted(remaining(source, comparison, set(records)))
+    items = noted(items_to_encode(source, comparison, set(records)))
     if stages is not None:
         results = encode_items_here(items, stages)
     else:

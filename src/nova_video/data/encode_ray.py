@@ -67,7 +67,7 @@ class Mark:
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
+class EncodedClip:
     """A clip that has been through the autoencoder, and whose it is."""
 
     group: str
@@ -78,7 +78,7 @@ class Encoded:
 
 
 @dataclass
-class Pending:
+class PendingItem:
     """The results of an item so far."""
 
     mark: Mark | None = None
@@ -136,7 +136,7 @@ class LatentActor:
         records = _unpack(batch)
         clips = [record for record in records if isinstance(record, Clip)]
         encoded = [
-            Encoded(
+            EncodedClip(
                 clip.group,
                 clip.index,
                 clip.number,
@@ -162,7 +162,7 @@ class TextActor:
         samples = {
             number: record.sample
             for number, record in enumerate(records)
-            if isinstance(record, Encoded) and isinstance(record.sample, Sample)
+            if isinstance(record, EncodedClip) and isinstance(record.sample, Sample)
         }
         features = self.sparing(self.encode, [sample.caption for sample in samples.values()])
         for (number, sample), found in zip(samples.items(), features, strict=True):
@@ -170,7 +170,7 @@ class TextActor:
         return _pack(records)
 
 
-def _with_text(record: Encoded, sample: Sample, found: "TextFeatures | Exception") -> Sample | Rejected:
+def _with_text(record: EncodedClip, sample: Sample, found: "TextFeatures | Exception") -> Sample | Rejected:
     """A sample with its text features; rejected where they could not be made."""
     if isinstance(found, Exception):
         return Rejected(sample.source, f"clip {record.number} failed: {name_error(found)}", record.group, record.index)
@@ -250,7 +250,7 @@ def _encode_window(window: list[bytes], settings: "EncodeSettings", plan: Plan) 
             compute=ActorPoolStrategy(size=plan.text_actors),
             **plan.share(TEXT_GPU, TEXT_CORE),
         )
-    pending: defaultdict[tuple[str, int], Pending] = defaultdict(Pending)
+    pending: defaultdict[tuple[str, int], PendingItem] = defaultdict(PendingItem)
     with _errors():
         for row in rows.iter_rows():
             record = pickle.loads(row["record"])

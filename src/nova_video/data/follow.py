@@ -4,7 +4,7 @@ Each item that was encoded has an `Entry` in the record of its group: digests of
 are always read and compared. Media are hashed, unless the file system shows that nothing was written to the file since:
 the same size, times of content and of status, and inode. Files elsewhere are known by what their server says of them.
 
-    records --compare(source, records)--> Comparison --remaining(source, comparison, taken)--> items to encode
+    records --compare(source, records)--> Comparison --items_to_encode(source, comparison, taken)--> items to encode
 """
 
 import hashlib
@@ -25,7 +25,7 @@ UNKNOWN = "?"
 """In the place of a digest: older versions kept none."""
 PROBLEM = "!"
 """Begins the digest of a reason, where an item has no caption."""
-SETTLED = 2 * 10**9
+SETTLE_TIME = 2 * 10**9
 """Nanoseconds between the last change of a file and its record: clocks of file systems are coarse."""
 CHUNK = 1 << 20
 
@@ -84,7 +84,7 @@ class Record:
         if not mark or mark != now:
             return False
         times = mark.split(":")[1:3] if mark.startswith("local:") else []
-        return all(self.written - int(time) > SETTLED for time in times)
+        return all(self.written - int(time) > SETTLE_TIME for time in times)
 
 
 @dataclass
@@ -139,7 +139,7 @@ def compare(source: MediaSource, records: Mapping[str, Record]) -> Comparison:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _SourceItem:
     """An item of the source, and what was found out of it."""
 
     part: int
@@ -165,7 +165,7 @@ class _Comparer:
                 self.places[entry.source, counted[entry.source]] = group, number
                 counted[entry.source] += 1
         self.left = dict(self.places)  # entries that nothing was found for yet
-        self.others: list[_Seen] = []  # items that no entry was found for
+        self.others: list[_SourceItem] = []  # items that no entry was found for
         self.records_of = {record.part for record in records.values()}
         self.parts_of: defaultdict[str, set[str]] = defaultdict(set)
         self.seen: Counter[str] = Counter()  # items by name
@@ -245,16 +245,16 @@ class _Comparer:
             yield part, (item.source, self.seen[item.source]), item
             self.seen[item.source] += 1
 
-    def _look(self, given: tuple[int, Key, Item]) -> _Seen:
+    def _look(self, given: tuple[int, Key, Item]) -> _SourceItem:
         part, key, item = given
         bare, mark = replace(item, data=None), self.marks.of(item)
         if key not in self.places:
-            return _Seen(part, key, bare, mark, None if item.data is None else media_digest(item))
+            return _SourceItem(part, key, bare, mark, None if item.data is None else media_digest(item))
         group, number = self.places[key]
         record, old = self.records[group], self.records[group].entries[number]
         same = record.knows(old.mark, mark) and old.media != UNKNOWN
         caption, digest = look_at_caption(item)
-        return _Seen(part, key, bare, mark, old.media if same else media_digest(item), caption, digest)
+        return _SourceItem(part, key, bare, mark, old.media if same else media_digest(item), caption, digest)
 
     def _find_renamed(self) -> None:
         """Pairs of an entry and an item whose media are the same under another name."""
@@ -277,7 +277,7 @@ class _Comparer:
             self.result.counts.renamed += 1
         self.others = others
 
-    def _keep(self, seen: _Seen, key: Key, new_caption: bool) -> None:
+    def _keep(self, seen: _SourceItem, key: Key, new_caption: bool) -> None:
         """An item is that of the entry `key`."""
         group, number = self.left.pop(key)
         old = self.records[group].entries[number]
@@ -287,7 +287,7 @@ class _Comparer:
             self.result.captions[group, number] = seen.caption or ""
 
 
-def _look_again(seen: _Seen) -> _Seen:
+def _look_again(seen: _SourceItem) -> _SourceItem:
     """With all that was left out for an item that no entry has the name of."""
     if seen.digest:
         return seen
@@ -296,14 +296,14 @@ def _look_again(seen: _Seen) -> _Seen:
     return replace(seen, media=media, caption=caption, digest=digest)
 
 
-def remaining(source: MediaSource, comparison: Comparison, taken: set[str]) -> Iterator[Item]:
+def items_to_encode(source: MediaSource, comparison: Comparison, taken: set[str]) -> Iterator[Item]:
     """The items to encode, in groups whose names are free: `taken` are those that are not."""
     seen: Counter[str] = Counter()
     for part in range(source.parts):
         wanted = comparison.wanted.get(part)
         if part not in comparison.skipped and wanted != set():
             items = _of(source.read(part), wanted, seen)
-            yield from _grouped(items, part, source.settings.group, taken, part not in comparison.ended)
+            yield from _group_items(items, part, source.settings.group, taken, part not in comparison.ended)
 
 
 def _of(items: Iterator[Item], wanted: set[Key] | None, seen: Counter[str]) -> Iterator[Item]:
@@ -313,7 +313,7 @@ def _of(items: Iterator[Item], wanted: set[Key] | None, seen: Counter[str]) -> I
         seen[item.source] += 1
 
 
-def _grouped(items: Iterator[Item], part: int, size: int, taken: set[str], ends: bool) -> Iterator[Item]:
+def _group_items(items: Iterator[Item], part: int, size: int, taken: set[str], ends: bool) -> Iterator[Item]:
     """Gives items their groups, and marks the last one of each group, and of the part if that `ends`."""
     following = next(items, None)
     while following is not None:

@@ -88,7 +88,7 @@ def _strips(entry: Entry, width: int) -> Image.Image:
     for down, row in enumerate(rows):
         for index, frame in enumerate(row):
             left, right = round(index * (best + GAP)), round(index * (best + GAP) + best)
-            strip.paste(_scaled(frame, (right - left, each)), (left, down * (each + GAP)))
+            strip.paste(_scale(frame, (right - left, each)), (left, down * (each + GAP)))
     return strip
 
 
@@ -116,7 +116,7 @@ def _gallery_row(row: Sequence[Entry], height: int) -> Image.Image:
         both = [frames[0] for frames in (entry.frames, entry.below) if frames is not None]
         picture = Image.new("RGB", (width, len(both) * height + (len(both) - 1) * GAP), PAPER)
         for down, frame in enumerate(both):
-            picture.paste(_scaled(frame, (width, height)), (0, down * (height + GAP)))
+            picture.paste(_scale(frame, (width, height)), (0, down * (height + GAP)))
         blocks.append(_block(picture, entry))
     page = Image.new("RGB", (PAGE - 2 * MARGIN, max(block.height for block in blocks)), PAPER)
     left = 0
@@ -168,7 +168,7 @@ def _fit(text: str, size: int, width: int, lines: int) -> list[str]:
     return [line for line in made if line]
 
 
-def _scaled(frame: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
+def _scale(frame: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
 
 

@@ -42,7 +42,7 @@ from nova_video.io.fit import fit_frames
 from nova_video.io.inputs import SAME_RATE
 from nova_video.io.motion import flow_magnitude
 from nova_video.io.text import LFS_POINTER, printable
-from nova_video.io.timing import Timed, nearest_frames
+from nova_video.io.timing import TimedFrame, nearest_frames
 from nova_video.io.videos import VideoPicture
 from nova_video.model.config import size_multiple
 
@@ -318,7 +318,7 @@ class Decode:
             if (problem := media.problem()) is not None:
                 raise MediaError(problem)
 
-    def _scenes(self, media: Media) -> Iterator[tuple[int, Timed[Frame]]]:
+    def _scenes(self, media: Media) -> Iterator[tuple[int, TimedFrame[Frame]]]:
         """Frames with the numbers of their scenes, which end at cuts too."""
         detector = _content_detector(self.settings.threshold) if self.settings.cuts else None
         cuts = 0
@@ -330,7 +330,7 @@ class Decode:
     def _cut(
         self,
         source: str,
-        frames: Iterable[tuple[int, Timed[Frame]]],
+        frames: Iterable[tuple[int, TimedFrame[Frame]]],
         rate: float,
     ) -> Iterator[Clip]:
         """Frames with the numbers of their scenes, `rate` of them a second -> clips of one scene each."""
@@ -344,7 +344,7 @@ class Decode:
         size: tuple[int, int] | None = None
         longest = length = clips = 0
 
-        def fitted(scene: Iterable[Timed[Frame]]) -> Iterator[Timed[NDArray[np.uint8]]]:
+        def fitted(scene: Iterable[TimedFrame[Frame]]) -> Iterator[TimedFrame[NDArray[np.uint8]]]:
             nonlocal size, length
             for length, (at, frame) in enumerate(nearest_frames(scene, fps, 1 / rate), start=1):  # noqa: B007
                 size = size or self._choose_size(*frame.size)
@@ -371,7 +371,7 @@ class Decode:
         return size
 
 
-def _take_clip(source: str, part: list[Timed[NDArray[np.uint8]]], fps: float) -> Clip:
+def _take_clip(source: str, part: list[TimedFrame[NDArray[np.uint8]]], fps: float) -> Clip:
     """The clip of a stretch of frames, which is emptied: it is not held twice while the next one is read."""
     start, end = part[0][0], part[0][0] + len(part) / fps
     frames = np.stack([pixels for _, pixels in part])  # (F, H, W, 3)
@@ -379,7 +379,7 @@ def _take_clip(source: str, part: list[Timed[NDArray[np.uint8]]], fps: float) ->
     return Clip(source, round(start, 6), round(end, 6), fps, "", frames)
 
 
-def told_apart(frames: Iterable[tuple[int, Timed[T]]]) -> Iterator[tuple[tuple[int, int], Timed[T]]]:
+def told_apart(frames: Iterable[tuple[int, TimedFrame[T]]]) -> Iterator[tuple[tuple[int, int], TimedFrame[T]]]:
     """Frames with the numbers of their scenes; a scene also ends where time goes back, as in recordings that were
     joined, or a frame would stand for more than `STANDSTILL` seconds."""
     breaks, before = 0, math.nan

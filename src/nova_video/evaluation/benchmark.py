@@ -74,7 +74,7 @@ class SampleFile:
         return read_metadata(self.path)
 
 
-Judged = Sequence[tuple[SampleFile, Mapping[str, float]]]
+JudgedSamples = Sequence[tuple[SampleFile, Mapping[str, float]]]
 """Every sample with its scores by name."""
 
 
@@ -94,7 +94,7 @@ class Benchmark(ABC):
     def judge(self, sample: SampleFile) -> Mapping[str, float]:
         """The scores of one sample, by name."""
 
-    def table(self, judged: Judged) -> dict[str, dict[str, float]]:
+    def table(self, judged: JudgedSamples) -> dict[str, dict[str, float]]:
         """The table's rows: the mean of each score over each group, then over all samples."""
         groups = dict.fromkeys(sample.item.group for sample, _ in judged if sample.item.group)
         rows = {name: [scores for sample, scores in judged if sample.item.group == name] for name in groups}
@@ -114,7 +114,7 @@ class BenchmarkReport:
     settings: dict[str, Any]
     table: dict[str, dict[str, float]]
     """By row and score."""
-    judged: Judged
+    judged: JudgedSamples
     command: str = ""
 
     def as_json(self) -> dict[str, Any]:

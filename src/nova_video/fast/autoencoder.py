@@ -43,7 +43,7 @@ from nova_video.fast.known import has_hook
 log = logging.getLogger(__name__)
 
 BEFORE = 2  # frames that a convolution over time sees besides its own
-KNOWN = (
+EXACT_TYPES = (
     *(OpenSoraDecoder, MidBlock, Level, ResnetBlock3D, FrameAttention, CausalConv3d, Upsample2D, Upsample3D),
     *(nn.ModuleList, nn.GroupNorm, nn.Linear),
 )
@@ -82,7 +82,7 @@ def arrange_autoencoder(vae: nn.Module) -> nn.Module:
     if type(vae) is not AutoencoderKLOpenSora or any(hasattr(module, "_diffusers_hook") for module in vae.modules()):
         return vae
     decoder: Any = vae.decoder
-    unknown = any(type(part) not in KNOWN or has_hook(part) for part in decoder.modules())
+    unknown = any(type(part) not in EXACT_TYPES or has_hook(part) for part in decoder.modules())
     return vae if unknown else over(FastOpenSora, vae)
 
 
@@ -111,7 +111,7 @@ def decode_tile(decoder: OpenSoraDecoder, z: Tensor, pieces: Pieces | None = Non
     scale, shift = affine(decoder.conv_norm_out, clip)
     window = Window(clip, clip.parts[0].shape)
     pixels = []
-    for part in taken(clip):
+    for part in pop_parts(clip):
         window.push(part, scale, shift, pieces)
         pixels.append(pieces.convolve(window.frames, weight, _bias(out), None, False, (0, 0))[0])
     return torch.cat(pixels).permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
@@ -124,7 +124,7 @@ def resnet(block: ResnetBlock3D, x: TileParts, pieces: Pieces) -> TileParts:
     hidden = TileParts([], x.sums.new_zeros(()), x.frames)
     kept: list[Tensor] = []
     window = Window(x, x.parts[0].shape)
-    for part in taken(x):
+    for part in pop_parts(x):
         window.push(part, scale, shift, pieces)
         made, sums = pieces.convolve(window.frames, weight, _bias(block.conv1), None, False, (0, 0))
         hidden.parts.append(made)
@@ -137,7 +137,7 @@ def resnet(block: ResnetBlock3D, x: TileParts, pieces: Pieces) -> TileParts:
     weight = laid_out(block.conv2)
     out = TileParts([], x.sums.new_zeros(()), x.frames)
     window = Window(hidden, hidden.parts[0].shape)
-    for part in taken(hidden):
+    for part in pop_parts(hidden):
         window.push(part, scale, shift, pieces)
         del part
         made, sums = pieces.convolve(window.frames, weight, _bias(block.conv2), kept[len(out.parts)], True, (0, 0))
@@ -154,7 +154,7 @@ def double_frames(conv: nn.Conv3d, x: TileParts, pieces: Pieces, values: int) ->
     weight, bias = conv.weight, _bias(conv)  # (D, C, 1, 3, 3)
     _, H, W, C = x.parts[0].shape
     out = TileParts([], x.sums.new_zeros(()), x.frames)
-    frames = [frame for part in taken(x) for frame in part.split(1)]  # views: a part goes when its last frame went
+    frames = [frame for part in pop_parts(x) for frame in part.split(1)]  # views: a part goes when its last frame went
     for length in parts_of(x.frames, 4 * H * W * weight.shape[0], values):
         window = frames[0].new_zeros(length, H + 2, W + 2, C)
         for index in range(length):
@@ -162,14 +162,14 @@ def double_frames(conv: nn.Conv3d, x: TileParts, pieces: Pieces, values: int) ->
         part = window.new_empty(length, 2 * H, 2 * W, weight.shape[0])
         for row in (0, 1):
             for column in (0, 1):
-                taps = halved(halved(weight, 3, row), 4, column)  # (D, C, 1, 2, 2)
+                taps = halve_taps(halve_taps(weight, 3, row), 4, column)  # (D, C, 1, 2, 2)
                 place = part[:, row::2, column::2]
                 out.sums = out.sums + pieces.convolve(window, taps, bias, place, False, (row, column))[1]
         out.parts.append(part)
     return out
 
 
-def halved(weight: Tensor, axis: int, place: int) -> Tensor:
+def halve_taps(weight: Tensor, axis: int, place: int) -> Tensor:
     """Turns three taps on doubled values into two taps on the values before doubling.
 
     `place` is the first or the second one of a pair.
@@ -184,7 +184,7 @@ def double_clip(conv: nn.Conv3d, x: TileParts, pieces: Pieces, values: int) -> T
     """Twice the rows, the columns and, but for the first, the frames; then a convolution over all three."""
     _, H, W, C = x.parts[0].shape
     frames, weight, bias = 2 * x.frames - 1, laid_out(conv), _bias(conv)
-    write = pieces.double(torch.cat(list(taken(x))))
+    write = pieces.double(torch.cat(list(pop_parts(x))))
     out = TileParts([], x.sums.new_zeros(()), frames)
     lengths = parts_of(frames, 4 * H * W * max(C, conv.out_channels), values)
     window = weight.new_zeros(lengths[0] + BEFORE, 2 * H + 2, 2 * W + 2, C)
@@ -233,7 +233,7 @@ def whole(x: Tensor) -> TileParts:
     return TileParts([x], channel_sums(x).double(), len(x))
 
 
-def taken(clip: TileParts) -> Iterator[Tensor]:
+def pop_parts(clip: TileParts) -> Iterator[Tensor]:
     """The parts, each gone from the clip when it is handed out."""
     while clip.parts:
         yield clip.parts.pop(0)

@@ -91,7 +91,7 @@ class CompiledBlock(FastBlock):
     """A fast block that is compiled once for all blocks of a model."""
 
     def forward(self, *args: Any) -> Tensor:
-        out: Tensor = compiled(FastBlock.forward)(self, *args)
+        out: Tensor = compile_function(FastBlock.forward)(self, *args)
         return out
 
 
@@ -139,7 +139,7 @@ class TableTimeEmbed(TimeCondEmbed):
 
 
 @cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function, compiled once for all blocks and any number of tokens."""
     compile_every_variant()
     return torch.compile(function, dynamic=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nova_video.common.notices import warn_once
 from nova_video.fast.arrange import arrange_for_sampling
-from nova_video.fast.blocks import compiled
+from nova_video.fast.blocks import compile_function
 from nova_video.fast.denoiser import modulations, predict
 from nova_video.fast.fused import run_fused, supports
 from nova_video.fast.known import unknown_part
@@ -152,13 +152,13 @@ class FastEngine:
         denoise: Callable[..., Tensor]
         if not plain:
             inputs |= {"ids": ids, "outside": noise.outside}
-            predict = compiled(guided_prediction) if compile else guided_prediction
+            predict = compile_function(guided_prediction) if compile else guided_prediction
             denoise = partial(run_any, denoiser, schedule, guidance, predict)
         elif fused:
             denoise = partial(run_fused, denoiser, schedule, guidance)
         else:
             denoise = partial(
-                run_steps, denoiser, schedule, guidance, compiled(guided_step) if compile else guided_step
+                run_steps, denoiser, schedule, guidance, compile_function(guided_step) if compile else guided_step
             )
         passes = tuple(
             guidance.passes_at(t) for t in schedule.timesteps

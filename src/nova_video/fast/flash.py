@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @torch.compiler.assume_constant_result
-def installed(device: torch.device) -> bool:
+def is_installed(device: torch.device) -> bool:
     """True if flash-attn-4 is installed and supports this GPU: a constant for torch.compile."""
     return loads(device)
 
@@ -50,7 +50,7 @@ def suits(query: Tensor, key: Tensor) -> bool:
     channels = query.shape[-1]
     if not query.is_cuda or query.dtype not in HALVES or key.dtype != query.dtype:
         return False
-    return channels % 8 == 0 and channels <= MOST_CHANNELS and installed(query.device)
+    return channels % 8 == 0 and channels <= MOST_CHANNELS and is_installed(query.device)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

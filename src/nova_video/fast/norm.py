@@ -31,7 +31,7 @@ def norm_of(norm: nn.LayerNorm, linear: nn.Module, x: Tensor) -> Tensor:
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(1 + scale) LN(x) + shift, a layer norm without weights; all (..., C)."""
     if takes_kernels(x) and torch.is_grad_enabled():
-        result: Tensor = Modulated.apply(x, scale, shift, plain.NORM_EPS)  # type: ignore[no-untyped-call]
+        result: Tensor = ModulateFunction.apply(x, scale, shift, plain.NORM_EPS)  # type: ignore[no-untyped-call]
         return result
     return plain.modulate(x, scale, shift)
 
@@ -39,7 +39,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def add_gated(x: Tensor, gate: Tensor, norm: nn.LayerNorm, branch: Tensor) -> Tensor:
     """x + gate norm(branch); all (..., C)."""
     if takes_kernels(x) and torch.is_grad_enabled():
-        gated: Tensor = Gated.apply(branch, gate, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
+        gated: Tensor = GateFunction.apply(branch, gate, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
         return x + gated.to(x.dtype)
     return plain.add_gated(x, gate, norm(branch))
 
@@ -69,7 +69,7 @@ class Norm(torch.autograd.Function):
         return to_x, *sums, None
 
 
-class Modulated(torch.autograd.Function):
+class ModulateFunction(torch.autograd.Function):
     """`modulate`, computed in float32."""
 
     @staticmethod
@@ -91,7 +91,7 @@ class Modulated(torch.autograd.Function):
         return to_x.to(x.dtype), (given * normal).to(scale.dtype), to_out.to(scale.dtype), None
 
 
-class Gated(torch.autograd.Function):
+class GateFunction(torch.autograd.Function):
     """gate LN(branch), computed in float32."""
 
     @staticmethod

@@ -34,7 +34,7 @@ PRIMARIES_NAMES = {8: "film", 10: "smpte428"}
 
 
 @dataclass(frozen=True)
-class Coding:
+class ColourCoding:
     """How the RGB values of a picture are to be understood."""
 
     primaries: Primaries = BT709
@@ -53,7 +53,7 @@ class Coding:
         return self.gamma is None and self.transfer in (PQ, HLG)
 
 
-def coding_of(primaries: int, transfer: int) -> Coding:
+def coding_of(primaries: int, transfer: int) -> ColourCoding:
     """The coding of two H.273 code points. MediaError names what cannot be converted."""
     if transfer not in (*SDR_TRANSFERS, LINEAR, PQ, HLG):
         name = TRANSFER_NAMES.get(transfer, str(transfer))
@@ -62,11 +62,11 @@ def coding_of(primaries: int, transfer: int) -> Coding:
         name = PRIMARIES_NAMES.get(primaries, str(primaries))
         raise MediaError(f"has the colour primaries {name}: expected BT.709, BT.601, BT.2020 or P3")
     if transfer in (PQ, HLG) and primaries in (0, 2, 3):
-        return Coding(BT2020, transfer)  # what HDR is mastered in
-    return Coding(WIDE.get(primaries, BT709), transfer)
+        return ColourCoding(BT2020, transfer)  # what HDR is mastered in
+    return ColourCoding(WIDE.get(primaries, BT709), transfer)
 
 
-def to_srgb(codes: NDArray[np.uint8] | NDArray[np.uint16], coding: Coding) -> NDArray[np.uint8]:
+def to_srgb(codes: NDArray[np.uint8] | NDArray[np.uint16], coding: ColourCoding) -> NDArray[np.uint8]:
     """Values (H, W, 3) of 8 or 16 bits in any coding -> sRGB bytes (H, W, 3)."""
     height, width = codes.shape[:2]
     out = np.empty((height, width, 3), np.uint8)
@@ -79,7 +79,7 @@ def to_srgb(codes: NDArray[np.uint8] | NDArray[np.uint16], coding: Coding) -> ND
     return out
 
 
-def _linear(codes: NDArray[np.uint8] | NDArray[np.uint16], coding: Coding) -> NDArray[np.float32]:
+def _linear(codes: NDArray[np.uint8] | NDArray[np.uint16], coding: ColourCoding) -> NDArray[np.float32]:
     """Linear light in which 1 is the white of SDR."""
     light = _linear_table(codes.dtype.itemsize, coding.transfer, coding.gamma)[codes]
     if coding.gamma is None and coding.transfer == HLG:  # from the scene to a display: its gamma acts on luminance

@@ -4,7 +4,7 @@ Pictures are read with Pillow (`pictures.py`), videos with PyAV (`videos.py`). F
 presentation, upright, with square pixels, in sRGB, and on white where they are transparent; what cannot be shown
 rightly is refused by name. Only plain files are opened, and nothing but the file itself is read.
 
-    with opened(path) as media: for scene, at, frame in media.frames(): frame.pixels()
+    with open_path(path) as media: for scene, at, frame in media.frames(): frame.pixels()
     MediaFile(path).read()
 
 Legend: F frames, H W pixels.
@@ -26,7 +26,7 @@ from nova_video.common.checks import max_pixels
 from nova_video.common.errors import InputError, MediaError, first_line
 from nova_video.io.fit import fit_frames
 from nova_video.io.pictures import SURE_DURATION, Picture, upright_srgb
-from nova_video.io.text import LFS_POINTER, POINTED
+from nova_video.io.text import LFS_POINTER, POINTER_ERROR
 from nova_video.io.timing import nearest_frames, repeats, steady_rate
 
 if TYPE_CHECKING:  # PyAV is imported when a video is opened
@@ -39,8 +39,8 @@ __all__ = [
     "Media",
     "MediaFile",
     "open_media",
+    "open_path",
     "open_plain",
-    "opened",
     "upright_srgb",
     "warn_of_pages",
 ]
@@ -148,7 +148,7 @@ def open_media(file: BinaryIO, name: str = "", limit: int | None = None) -> Medi
     if not head:
         raise MediaError(EMPTY)
     if head == LFS_POINTER:
-        raise MediaError(POINTED)
+        raise MediaError(POINTER_ERROR)
     try:
         return Media(Picture(file, limit))
     except MediaError as error:
@@ -177,7 +177,7 @@ def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[Media]:
+def open_path(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[Media]:
     """A file at a path, opened; whatever is wrong with it is an InputError that names it."""
     place = Path(path)
     kind = {True: "video ", False: "image "}.get(place.suffix.lower() in VIDEOS, "")
@@ -214,7 +214,7 @@ class MediaFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """InputError for a file that is neither, or cannot be shown rightly."""
         self.path = Path(path)
-        with opened(self.path) as media:
+        with open_path(self.path) as media:
             warn_of_pages(media, self.path)
             self.fps: float | None = None
             """Frames a second: what the file tells, or that of most frames where it varies. None: a still picture."""
@@ -227,7 +227,7 @@ class MediaFile:
             if media.picture is not None:
                 self.size, self._whole = media.picture.size, media.picture.whole_size
         if media.video is not None:
-            with opened(self.path) as media:
+            with open_path(self.path) as media:
                 frame = next((frame for _, _, frame in media.frames()), None)
                 if frame is None:
                     raise MediaError(media.problem() or "has no frames")
@@ -253,7 +253,7 @@ class MediaFile:
         """Its frames at this rate, the nearest in time: `count` of them, decoded one by one."""
         wanted = self.count(fps)
         given, last = 0, None
-        with opened(self.path) as media:
+        with open_path(self.path) as media:
             timed = ((at, frame) for at, frame in _in_a_row(media.frames(), self.fps or 1))
             for _, frame in nearest_frames(timed, fps or self.fps or 1, 1 / (self.fps or 1)):
                 if given < wanted:

@@ -22,7 +22,7 @@ def make_readable(path: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path, *others: Path) -> Iterator[None]:
+def name_errors(path: Path, *others: Path) -> Iterator[None]:
     """System errors while `path` is written name it, also where they name nothing or one of `others`."""
     try:
         yield
@@ -60,7 +60,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; renamed to it when the block ends well, removed when it does not."""
     temporary = name_beside(path)
     try:
-        with naming(path, temporary):
+        with name_errors(path, temporary):
             yield temporary
             make_readable(temporary)
             os.replace(temporary, path)
@@ -126,7 +126,7 @@ def reserve_name(path: Path, is_folder: bool = False) -> Iterator[bool]:
 def _reserve(path: Path) -> int | None:
     """An open and locked empty file of that name, if no other process has it."""
     try:
-        with naming(path):
+        with name_errors(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
         try:
@@ -146,7 +146,7 @@ def lock_file(path: Path) -> Iterator[None]:
     """Locks a file that is written over some time: raises if another process has the lock."""
     lock = path.with_name(f".{path.name[:100]}.lock")
     while True:
-        with naming(path, lock):
+        with name_errors(path, lock):
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         if not _lock(descriptor):
             os.close(descriptor)

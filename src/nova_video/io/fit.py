@@ -29,12 +29,12 @@ def fit_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return frames
     box = cover_box(frames.shape[1:3], size)
     if frames.dtype == np.uint8:
-        return np.stack([_resized(frame, size, box) for frame in frames])
+        return np.stack([_resize(frame, size, box) for frame in frames])
     planes = np.moveaxis(frames, 3, 1)  # (F, 3, H, W): pictures of floats have one channel
-    fitted = np.stack([[_resized(np.ascontiguousarray(plane), size, box) for plane in frame] for frame in planes])
+    fitted = np.stack([[_resize(np.ascontiguousarray(plane), size, box) for plane in frame] for frame in planes])
     return np.ascontiguousarray(np.moveaxis(fitted, 1, 3)).clip(0, 1)  # bicubic overshoots
 
 
-def _resized(picture: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
+def _resize(picture: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
     image = Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
     return np.asarray(image)

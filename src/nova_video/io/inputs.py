@@ -88,7 +88,7 @@ def read_clips(video: object, name: str = "video") -> tuple[Clip, ...] | Tensor:
     """
     if isinstance(video, Tensor) and video.dim() == 5 and video.is_floating_point():
         if video.numel() == 0 or not bool(video.isfinite().all()):
-            raise InputError(f"{name}: got {_told(video)}, empty or not finite: expected latents (B, C, F, h, w)")
+            raise InputError(f"{name}: got {_describe(video)}, empty or not finite: expected latents (B, C, F, h, w)")
         low, high = video.aminmax()
         if video.shape[2] != 3 or low < 0 or high > 1:
             return video.detach()
@@ -138,9 +138,9 @@ def _read_clip(name: str, clip: Any) -> Clip:
     elif isinstance(clip, Tensor):
         clip = _channels_last(name, clip)
     if not isinstance(clip, np.ndarray):
-        raise InputError(f"{name}: got {_told(clip)}: expected {CLIP_FORMS}")
+        raise InputError(f"{name}: got {_describe(clip)}: expected {CLIP_FORMS}")
     if clip.ndim != 4 or clip.shape[3] != 3 or clip.size == 0 or not _is_colour(clip.dtype):
-        raise InputError(f"{name}: got {_told(clip)}: expected {CLIP_FORMS}")
+        raise InputError(f"{name}: got {_describe(clip)}: expected {CLIP_FORMS}")
     if clip.dtype != np.uint8:
         _check_range(name, clip)
         clip = clip.astype(np.float32, copy=False)
@@ -150,16 +150,16 @@ def _read_clip(name: str, clip: Any) -> Clip:
 def _frame(name: str, frame: Any) -> np.ndarray:
     """One frame -> (H, W, 3)."""
     if isinstance(frame, Image.Image):
-        return _shown(name, frame)
+        return _as_frame(name, frame)
     if not _is_frame(frame):
-        raise InputError(f"{name}: got {_told(frame)} as a frame: expected a PIL image or an array (H, W, 3)")
+        raise InputError(f"{name}: got {_describe(frame)} as a frame: expected a PIL image or an array (H, W, 3)")
     array = _channels_last(name, frame.unsqueeze(0))[0] if isinstance(frame, Tensor) else frame
     if array.shape[2] != 3:
-        raise InputError(f"{name}: got {_told(frame)} as a frame: expected a PIL image or an array (H, W, 3)")
+        raise InputError(f"{name}: got {_describe(frame)} as a frame: expected a PIL image or an array (H, W, 3)")
     return array
 
 
-def _shown(name: str, image: Image.Image) -> np.ndarray:
+def _as_frame(name: str, image: Image.Image) -> np.ndarray:
     """A picture as it is shown, (H, W, 3)."""
     try:
         return np.asarray(upright_srgb(image))
@@ -170,7 +170,7 @@ def _shown(name: str, image: Image.Image) -> np.ndarray:
 def _channels_last(name: str, clip: Tensor) -> np.ndarray:
     """(F, 3, H, W) of floats -> (F, H, W, 3) float32."""
     if clip.dim() != 4 or clip.shape[1] != 3 or not clip.is_floating_point():
-        raise InputError(f"{name}: got {_told(clip)}: expected {CLIP_FORMS}")
+        raise InputError(f"{name}: got {_describe(clip)}: expected {CLIP_FORMS}")
     return np.ascontiguousarray(clip.detach().permute(0, 2, 3, 1).float().cpu().numpy())
 
 
@@ -184,7 +184,7 @@ def _check_range(name: str, values: np.ndarray) -> None:
         raise InputError(f"{name}: got floats from {low:g} to {high:g}: expected them in [0, 1]")
 
 
-def _told(value: object) -> str:
+def _describe(value: object) -> str:
     if isinstance(value, np.ndarray | Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     return type(value).__name__
@@ -209,17 +209,17 @@ def read_masks(mask_image: object) -> np.ndarray:
         file.check_budget(file.count(), *file.size)
         return np.concatenate([_brighter(frame.pixels()[None]) for frame in file.frames()])
     if isinstance(mask_image, Image.Image):
-        return _brighter(_shown("mask_image", mask_image)[None])
+        return _brighter(_as_frame("mask_image", mask_image)[None])
     values = mask_image
     if isinstance(values, Tensor):
         values = (values.float() if values.is_floating_point() else values).detach().cpu().numpy()
     if not isinstance(values, np.ndarray) or values.size == 0 or not (_is_colour(values.dtype) or values.dtype == bool):
-        raise InputError(f"mask_image: got {_told(mask_image)}: expected {MASK_FORMS}")
+        raise InputError(f"mask_image: got {_describe(mask_image)}: expected {MASK_FORMS}")
     colours = values.shape[-1] == 3 and values.dtype != bool
     if values.ndim == 2 or (values.ndim == 3 and colours):
         values = values[None]
     if values.ndim != 3 + colours:
-        raise InputError(f"mask_image: got {_told(mask_image)}: expected {MASK_FORMS}")
+        raise InputError(f"mask_image: got {_describe(mask_image)}: expected {MASK_FORMS}")
     if values.dtype == np.uint8 and values.max() == 1:
         raise InputError("mask_image: got uint8 of 0 and 1: expected white to be 255, or an array of bool")
     if np.issubdtype(values.dtype, np.floating):

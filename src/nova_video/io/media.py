@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from nova_video.common.errors import InputError, MediaError
-from nova_video.io.decode import Media, MediaFile, opened, warn_of_pages
-from nova_video.io.files import atomic_path, check_writable, name_beside, naming
+from nova_video.io.decode import Media, MediaFile, open_path, warn_of_pages
+from nova_video.io.files import atomic_path, check_writable, name_beside, name_errors
 from nova_video.io.text import parse_json
 
 Frames = NDArray[np.uint8]  # (F, H, W, 3)
@@ -49,7 +49,7 @@ def check_output(path: Path) -> None:
     """Raises for a place that could not be written to later: unknown extension, no such folder, not writable."""
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(
-            f"cannot write {path}: its extension is {path.suffix or 'missing'!r}, expected {_listed(SUFFIXES)}"
+            f"cannot write {path}: its extension is {path.suffix or 'missing'!r}, expected {_enumerate(SUFFIXES)}"
         )
     try:
         os.lstat(name_beside(path))
@@ -98,10 +98,10 @@ def write_frames(frames: Frames, folder: Path, metadata: dict[str, Any]) -> None
     record = json.dumps(metadata)
     part = name_beside(folder)
     try:
-        with naming(folder, part):
+        with name_errors(folder, part):
             part.mkdir()
             for index, frame in enumerate(frames, 1):
-                with naming(folder, part / FRAME_NAME.format(index)):
+                with name_errors(folder, part / FRAME_NAME.format(index)):
                     _write_pictures(frame[None], part / FRAME_NAME.format(index), ".png", 1, record)
             if folder.exists():
                 folder.rmdir()  # empty, as it was found to be
@@ -170,7 +170,7 @@ class LiveWriter:
         if self._closed:
             raise ValueError(f"{self.path} is closed")
         _check_frames(frame[None], self.fps)
-        with naming(self.path):
+        with name_errors(self.path):
             self._write(frame)
         self.frames += 1
 
@@ -200,7 +200,7 @@ class LiveWriter:
         container, stream = self._container, self._stream
         self._container = self._stream = None
         if container is not None and stream is not None:
-            with naming(self.path), container:
+            with name_errors(self.path), container:
                 container.mux(self._later(stream.encode()))
 
     def _later(self, packets: list[av.Packet]) -> list[av.Packet]:
@@ -233,7 +233,7 @@ class LiveWriter:
         if not failed:
             old.unlink(missing_ok=True)
             return
-        with naming(self.path, old):
+        with name_errors(self.path, old):
             if self._restore:
                 other = _free_name(self.path, "partial")
                 self.path.rename(other)
@@ -257,7 +257,7 @@ def _free_name(path: Path, word: str) -> Path:
 
 def _read_packets(path: Path, count: int) -> list[av.Packet]:
     """The first frames of a video, encoded as they come from the encoder."""
-    with opened(path) as media:
+    with open_path(path) as media:
         if media.video is None:
             raise MediaError("is a picture: expected a video that was written here")
         container, stream = media.video.container, media.video.stream
@@ -339,7 +339,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """The record that `write_media` left in a file."""
     if Path(path).is_dir():
         path = next(iter(sorted(Path(path).glob("frame-*.png"))), path)
-    with opened(path) as media:
+    with open_path(path) as media:
         record = _record(media)
     try:
         metadata = parse_json(record)
@@ -369,7 +369,7 @@ def _record(media: Media) -> Any:
 
 def load_image(path: str | Path) -> Image.Image:
     """A picture, the first frame of an animated one, as `nova_video.io` reads it: RGB, upright, on white."""
-    with opened(path) as media:
+    with open_path(path) as media:
         if media.picture is None:
             raise MediaError("is a video: expected a picture")
         warn_of_pages(media, path)
@@ -384,5 +384,5 @@ def read_frames(path: str | Path) -> tuple[Frames, float]:
     return file.read(), file.fps or 0.0
 
 
-def _listed(words: tuple[str, ...]) -> str:
+def _enumerate(words: tuple[str, ...]) -> str:
     return ", ".join(words[:-1]) + " or " + words[-1]

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 
 from nova_video.common.errors import MediaError
-from nova_video.io.colour import Coding, Primaries, coding_of, to_srgb
+from nova_video.io.colour import ColourCoding, Primaries, coding_of, to_srgb
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that Pillow may open. Others, such as EPS, would start programs or read other files."""
-ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")
+ANIMATION_FORMATS = ("AVIF", "GIF", "PNG", "WEBP")
 SIGNATURES = {
     b"%!PS": "EPS or PostScript",
     b"\xc5\xd0\xd3\xc6": "EPS",
@@ -40,7 +40,7 @@ MOST_FRAMES = 100_000  # of an animation: small frames take long to go through, 
 LARGE = 2**26  # pixels: a larger picture is reduced by a whole number as soon as it is read
 DURATION = 0.1  # seconds a frame of an animation is shown if its file does not say
 SURE_DURATION = 0.03  # seconds: a gif tells hundredths apart, so that rounding makes shorter frames uneven
-ADOBE_RGB = Coding(((0.3127, 0.3290), (0.64, 0.33), (0.21, 0.71), (0.15, 0.06)), gamma=256 / 563)
+ADOBE_RGB = ColourCoding(((0.3127, 0.3290), (0.64, 0.33), (0.21, 0.71), (0.15, 0.06)), gamma=256 / 563)
 
 log = logging.getLogger(__name__)
 _opening = threading.Lock()
@@ -60,7 +60,7 @@ class Picture:
         self.frames = 1
         self.has_pages = False
         """Whether a TIFF holds more pictures than the first one."""
-        if self.image.format in ANIMATED:
+        if self.image.format in ANIMATION_FORMATS:
             width, height = self.image.size
             if self.image.format == "GIF":  # Pillow would go through all of them first
                 most = min(max_pixels // (width * height), MOST_FRAMES) + 1
@@ -173,7 +173,7 @@ def upright_srgb(image: Image.Image) -> Image.Image:
 
     Pixels that need none of this stay as they are, bit for bit. MediaError for pixels of 32 bits.
     """
-    coding, profile, in_16_bits = _coding(image), image.info.get("icc_profile"), _has_16_bits(image)
+    coding, profile, in_16_bits = _find_coding(image), image.info.get("icc_profile"), _has_16_bits(image)
     upright = ImageOps.exif_transpose(image)
     if upright.mode in ("I", "F") and not in_16_bits:
         bits = "32 bit" if upright.mode == "I" else "floating point"
@@ -183,7 +183,7 @@ def upright_srgb(image: Image.Image) -> Image.Image:
         codes = np.asarray(upright).astype(np.uint16)  # (H, W)
         if profile is None and not coding.is_srgb:
             colour = Image.fromarray(to_srgb(np.stack([codes] * 3, axis=-1), coding))
-            coding = Coding()
+            coding = ColourCoding()
         else:
             colour = Image.fromarray((codes / 257).round().astype(np.uint8))
     else:
@@ -265,29 +265,29 @@ def _transform(profile: bytes, mode: str) -> tuple[ImageCms.ImageCmsTransform, b
     return transform, bool(np.abs(changed).max() <= 1)
 
 
-def _coding(image: Image.Image) -> Coding:
+def _find_coding(image: Image.Image) -> ColourCoding:
     """How the values of a picture without a profile are coded."""
     info = image.info
-    if isinstance(named := info.get("nova_coding"), Coding):
+    if isinstance(named := info.get("nova_coding"), ColourCoding):
         return named
     if "srgb" in info:
-        return Coding()
+        return ColourCoding()
     if "gamma" in info or "chromaticity" in info:
         gamma, flat = info.get("gamma") or 1 / 2.2, info.get("chromaticity")
         if not 0.1 <= gamma <= 10:
-            return Coding()
+            return ColourCoding()
         points = [(flat[k], flat[k + 1]) for k in (0, 2, 4, 6)] if flat and len(flat) == 8 else None
-        return Coding(_near_bt709(points), gamma=gamma)
+        return ColourCoding(_near_bt709(points), gamma=gamma)
     try:
         interoperability = image.getexif().get_ifd(ExifTags.IFD.Interop)
     except KeyError:  # Pillow before 13 raises it where the EXIF data have no such directory
-        return Coding()
-    return ADOBE_RGB if interoperability.get(1) == "R03" else Coding()  # the DCF's option colour space
+        return ColourCoding()
+    return ADOBE_RGB if interoperability.get(1) == "R03" else ColourCoding()  # the DCF's option colour space
 
 
 def _near_bt709(points: list[tuple[float, float]] | None) -> Primaries:
     """Chromaticities of a PNG; those of BT.709 where they are that, absent or impossible."""
-    own = Coding().primaries
+    own = ColourCoding().primaries
     if points is None or min(min(point) for point in points) <= 0 or np.abs(np.subtract(points, own)).max() < 0.002:
         return own
     white, red, green, blue = points
@@ -295,7 +295,7 @@ def _near_bt709(points: list[tuple[float, float]] | None) -> Primaries:
     return (white, red, green, blue) if abs(area) > 0.001 else own
 
 
-def named_coding(file: BinaryIO, kind: str | None) -> Coding | None:
+def named_coding(file: BinaryIO, kind: str | None) -> ColourCoding | None:
     """The coding that a PNG (chunk cICP) or an AVIF file (box nclx) names, None where it names none."""
     if kind not in ("PNG", "AVIF"):
         return None

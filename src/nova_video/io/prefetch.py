@@ -15,7 +15,7 @@ WAIT = 0.1  # seconds between two looks at whether the consumer has gone
 
 
 @dataclass(frozen=True)
-class _Failed:
+class _Failure:
     error: BaseException
 
 
@@ -32,11 +32,11 @@ def prefetch(
     The thread enters `inside`, such as a CUDA stream for what it computes. An error in the thread is raised where the
     consumer asks for the next item. Gradients are off in the thread, and it uses as many CPU threads as its consumer.
     """
-    ready: queue.Queue[T | _Failed | _End] = queue.Queue(maxsize=depth)
+    ready: queue.Queue[T | _Failure | _End] = queue.Queue(maxsize=depth)
     gone = threading.Event()
     cores = torch.get_num_threads()
 
-    def put(item: T | _Failed | _End) -> None:
+    def put(item: T | _Failure | _End) -> None:
         while not gone.is_set():
             with contextlib.suppress(queue.Full):
                 ready.put(item, timeout=WAIT)
@@ -52,11 +52,11 @@ def prefetch(
                         return
             put(_End())
         except BaseException as error:  # also what is no Exception must reach the consumer
-            put(_Failed(error))
+            put(_Failure(error))
 
     def consume() -> Iterator[T]:
         while not isinstance(item := ready.get(), _End):
-            if isinstance(item, _Failed):
+            if isinstance(item, _Failure):
                 raise item.error
             yield item
 

@@ -22,7 +22,7 @@ MARKS = (  # byte order marks; that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-POINTED = "is a Git LFS pointer, not the file itself: expected the file, which `git lfs pull` fetches"
+POINTER_ERROR = "is a Git LFS pointer, not the file itself: expected the file, which `git lfs pull` fetches"
 BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 LINE_ENDS = frozenset("\u2028\u2029\x85")
 SHORT_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
@@ -34,7 +34,7 @@ def decode_text(data: bytes, lenient: bool = False) -> str:
     If `lenient`, bytes that are not UTF-8 become lone surrogates, and NUL stays, for a caller that checks each part.
     """
     if data.startswith(LFS_POINTER):
-        raise ValueError(POINTED)
+        raise ValueError(POINTER_ERROR)
     mark, encoding = next(((mark, name) for mark, name in MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
         text = data[len(mark) :].decode(encoding, "surrogateescape" if lenient and not mark else "strict")

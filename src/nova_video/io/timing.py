@@ -10,18 +10,18 @@ from typing import TypeVar
 import numpy as np
 
 T = TypeVar("T")
-Timed = tuple[float, T]
+TimedFrame = tuple[float, T]
 """A frame and its time in seconds."""
 
-HELD = 1.5  # a frame shown for this many times the shortest ones stands for several equal ones
+HOLD_FACTOR = 1.5  # a frame shown for this many times the shortest ones stands for several equal ones
 
 
-def nearest_frames(frames: Iterable[Timed[T]], fps: float, shown: float) -> Iterator[Timed[T]]:
+def nearest_frames(frames: Iterable[TimedFrame[T]], fps: float, shown: float) -> Iterator[TimedFrame[T]]:
     """`fps` frames a second of those with their times: the nearest to each moment, counted from the first.
 
     Of two as near, the earlier is taken. The last frame is shown for `shown` seconds.
     """
-    before: Timed[T] | None = None
+    before: TimedFrame[T] | None = None
     start, count = 0.0, 0
     for at, frame in frames:
         if before is None:
@@ -64,5 +64,5 @@ def repeats(durations: list[float], sure: float) -> list[int]:
     shortest = min(durations)
     if shortest < sure:
         return [1] * len(durations)
-    usual = float(np.mean([duration for duration in durations if duration < HELD * shortest]))
+    usual = float(np.mean([duration for duration in durations if duration < HOLD_FACTOR * shortest]))
     return [max(1, math.floor(duration / usual + 0.5)) for duration in durations]

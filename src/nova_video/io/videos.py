@@ -20,7 +20,7 @@ from PIL import Image
 
 from nova_video.common.errors import MediaError
 from nova_video.io.colour import coding_of, to_srgb
-from nova_video.io.timing import Timed
+from nova_video.io.timing import TimedFrame
 
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,obu,ivf,vc1,asf,flv,ogg,mxf,nut,"
@@ -46,7 +46,7 @@ TURNS = {
 }
 """Display matrices (a, b, c, d) -> quarter turns counterclockwise, and whether they are followed by a mirror."""
 DOLBY_VISION = (b"dvcC", b"dvvC", b"dvwC")
-REDUCED = 2  # frames whose colours are converted are first brought to this many times the size that is needed
+REDUCTION = 2  # frames whose colours are converted are first brought to this many times the size that is needed
 
 
 class Video:
@@ -103,10 +103,10 @@ class Video:
                 continue
             if packet.dts is not None:
                 if packet.dts < before:
-                    times, recording = _joined(times, recording, self.rate), []
+                    times, recording = _append_times(times, recording, self.rate), []
                 before = packet.dts
             recording.append(float(at * base))
-        return _joined(times, recording, self.rate) or [number / (self.rate or 1) for number in range(untimed)]
+        return _append_times(times, recording, self.rate) or [number / (self.rate or 1) for number in range(untimed)]
 
     def decode(self) -> Iterator[tuple[int, float, "VideoPicture"]]:
         """Frames with their scenes and times. A damaged one is left out with those after it, which are made from it, up
@@ -175,7 +175,7 @@ def _shape(frame: av.VideoFrame, context: Any) -> tuple[str, str]:
     return f"{frame.width}x{frame.height}", f"{aspect.numerator}:{aspect.denominator}"
 
 
-def _joined(times: list[float], recording: list[float], rate: float) -> list[float]:
+def _append_times(times: list[float], recording: list[float], rate: float) -> list[float]:
     """The times of one more recording, which begins a frame after the last one."""
     if not times or not recording:
         return times + sorted(recording)
@@ -191,7 +191,7 @@ class _Deinterlacer:
         self._graph: av.filter.Graph | None = None
         self._times: deque[float] = deque()
 
-    def push(self, at: float, frame: av.VideoFrame) -> Iterator[Timed[av.VideoFrame]]:
+    def push(self, at: float, frame: av.VideoFrame) -> Iterator[TimedFrame[av.VideoFrame]]:
         if self._graph is None:
             if not frame.interlaced_frame:
                 yield at, frame
@@ -208,7 +208,7 @@ class _Deinterlacer:
         self._graph.push(frame)
         yield from self._ready()
 
-    def flush(self) -> Iterator[Timed[av.VideoFrame]]:
+    def flush(self) -> Iterator[TimedFrame[av.VideoFrame]]:
         """The frames that wait for a next one, which does not come."""
         if self._graph is not None:
             self._graph.push(None)
@@ -216,7 +216,7 @@ class _Deinterlacer:
         self._graph = None
         self._times.clear()
 
-    def _ready(self) -> Iterator[Timed[av.VideoFrame]]:
+    def _ready(self) -> Iterator[TimedFrame[av.VideoFrame]]:
         assert self._graph is not None
         while True:
             try:
@@ -253,7 +253,7 @@ class VideoPicture:
         else:
             scale = 1.0
             if size is not None:
-                scale = min(1.0, REDUCED * max(size) / min(self.size))
+                scale = min(1.0, REDUCTION * max(size) / min(self.size))
             within = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
             pixels = to_srgb(self._array("rgb48le", matrix, within), coding)
             if any(part.is_alpha for part in frame.format.components):

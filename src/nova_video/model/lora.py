@@ -111,7 +111,7 @@ def load_lora_state(model: NOVATransformer3DModel, tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Unfused:
+class UnfusedLayer:
     """A layer before adapters were added to its weight."""
 
     weight: Tensor
@@ -122,10 +122,10 @@ class Unfused:
 @torch.no_grad()
 def fuse(
     model: NOVATransformer3DModel, scale: float = 1.0, names: list[str] | None = None, safe: bool = False
-) -> dict[str, Unfused]:
+) -> dict[str, UnfusedLayer]:
     """Add adapters, the active ones or those named, to the weights; returns the weights before, for `unfuse`."""
     before = {
-        name: Unfused(layer.base_layer.weight.detach().to("cpu", copy=True), dict(layer.scaling))
+        name: UnfusedLayer(layer.base_layer.weight.detach().to("cpu", copy=True), dict(layer.scaling))
         for name, layer in adapted_layers(model)
     }
     model.fuse_lora(scale, safe_fusing=safe, adapter_names=names)
@@ -133,7 +133,7 @@ def fuse(
 
 
 @torch.no_grad()
-def unfuse(model: NOVATransformer3DModel, before: Mapping[str, Unfused]) -> None:
+def unfuse(model: NOVATransformer3DModel, before: Mapping[str, UnfusedLayer]) -> None:
     """Put the weights of before `fuse` back, to the last bit. peft subtracts, which leaves rounding."""
     model.unfuse_lora()
     for name, layer in adapted_layers(model):

@@ -20,7 +20,7 @@ from nova_video.io.checkpoints import lasting_name
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.casting import is_cast
 from nova_video.model.lora import (
-    Unfused,
+    UnfusedLayer,
     adapted_layers,
     adapter_names,
     fuse,
@@ -53,7 +53,7 @@ class AdapterMixin(LoraBaseMixin):
     transformer: NOVATransformer3DModel
     config: Any
     settings: CheckpointSettings
-    _unfused: dict[str, Unfused] | None = None
+    _unfused: dict[str, UnfusedLayer] | None = None
     """The weights before adapters were added to them; None: none is."""
 
     def load_lora_weights(

@@ -53,7 +53,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "ema_state_dict", "model", "module
 """Names under which trainers store the weights beside other values."""
 PREFIXES = ("module.", "transformer.")
 """Prefixes that wrappers put before every name: of several GPUs, of a whole pipeline."""
-COMPILED = "_orig_mod."
+COMPILE_PREFIX = "_orig_mod."
 """The prefix that torch.compile puts before all names, or before those of compiled modules."""
 OTHERS = tuple(name for name in COMPONENTS if name != "transformer")
 PADDING_TABLE = "text_embed.weight"
@@ -198,7 +198,7 @@ def _read_transformer(found: Source, base: Path | None) -> ModelMixin:
     check_text_conditional(found.folder, tensors)
     if PADDING_TABLE not in tensors and PADDING_TABLE in outline.state_dict():
         tensors[PADDING_TABLE] = _base_table(found, base)
-    return _filled(outline, tensors, found.folder)
+    return _fill_model(outline, tensors, found.folder)
 
 
 def _base_table(found: Source, base: Path | None) -> Tensor:
@@ -219,10 +219,10 @@ def _read_autoencoder(folder: Path) -> ModelMixin:
     """The autoencoder of pickled weights."""
     tensors = read_weights(_weight_files(folder))
     outline: ModelMixin = outline_autoencoder(folder, {key: tuple(value.shape) for key, value in tensors.items()})
-    return _filled(outline, tensors, folder)
+    return _fill_model(outline, tensors, folder)
 
 
-def _filled(outline: ModelMixin, tensors: dict[str, Tensor], folder: Path) -> ModelMixin:
+def _fill_model(outline: ModelMixin, tensors: dict[str, Tensor], folder: Path) -> ModelMixin:
     """The model with these weights, as they are stored."""
     check_weights(folder, outline, {key: tuple(value.shape) for key, value in tensors.items()})
     for key, value in tensors.items():
@@ -242,7 +242,7 @@ def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in files:
         tensors |= _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    tensors = {key.replace(COMPILED, ""): value for key, value in tensors.items()}
+    tensors = {key.replace(COMPILE_PREFIX, ""): value for key, value in tensors.items()}
     while prefix := next((each for each in PREFIXES if tensors and all(key.startswith(each) for key in tensors)), None):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors

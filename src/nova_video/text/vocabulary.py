@@ -98,7 +98,7 @@ class Vocabulary:
     def search(self, text: str) -> list[WordList]:
         """The word lists, with the phrases alone that contain `text`."""
         wanted = " ".join(text.casefold().split())
-        found = (WordList(each.kind, each.title, _containing(each.phrases, wanted)) for each in self.words)
+        found = (WordList(each.kind, each.title, _find_phrases(each.phrases, wanted)) for each in self.words)
         return [each for each in found if each.phrases]
 
     # Checking prompts ---------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def _compile(template: str) -> re.Pattern[str]:
         raise InputError(f"template {template!r}: expected as many opening brackets as closing ones") from None
 
 
-def _containing(phrases: Sequence[str], wanted: str) -> tuple[str, ...]:
+def _find_phrases(phrases: Sequence[str], wanted: str) -> tuple[str, ...]:
     return tuple(phrase for phrase in phrases if wanted in phrase.casefold())
 
 

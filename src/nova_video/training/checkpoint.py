@@ -145,7 +145,7 @@ def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, Tensor]
     """Write `folder`/step-N.safetensors and delete all but the newest `keep`. One process calls this."""
     path = folder / f"step-{progress.step:08d}.safetensors"
     part = path.with_suffix(".part")
-    with writing(f"checkpoint {path}", folder):
+    with explain_full_disk(f"checkpoint {path}", folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, part, {"progress": json.dumps(asdict(progress))})
@@ -169,7 +169,7 @@ def sweep(output: Path) -> None:
 
 
 @contextmanager
-def writing(what: str, checkpoints: Path) -> Iterator[None]:
+def explain_full_disk(what: str, checkpoints: Path) -> Iterator[None]:
     """Turns the error of a full disk into an InputError that names the file and the place to continue from."""
     try:
         yield

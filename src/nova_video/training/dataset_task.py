@@ -47,7 +47,15 @@ from nova_video.text.features import TextEncoder, encode_texts
 from nova_video.text.find import find_text
 from nova_video.text.load import check_text_encoder, open_text_encoder
 from nova_video.training.recipe import DatasetRecipe, DatasetTransformerRecipe
-from nova_video.training.stream import Loaded, check_state, collate, is_held_out, joined, open_loader, state_of
+from nova_video.training.stream import (
+    LoadedBatch,
+    check_state,
+    collate,
+    is_held_out,
+    join_states,
+    open_loader,
+    state_of,
+)
 from nova_video.training.transformer import (
     Batch,
     Material,
@@ -100,9 +108,9 @@ class Reader:
     def __init__(self, micro: list[int], loader: StatefulDataLoader) -> None:
         self.micro, self.loader = micro, loader
         self._rounds = iter(loader)
-        self._waiting: dict[int, Loaded] = {}
+        self._waiting: dict[int, LoadedBatch] = {}
 
-    def next(self, micro: int) -> Loaded:
+    def next(self, micro: int) -> LoadedBatch:
         if micro not in self._waiting:
             try:
                 self._waiting = dict(zip(self.micro, next(self._rounds).parts(len(self.micro)), strict=True))
@@ -264,7 +272,7 @@ class DatasetTask(TransformerTask):
                 if is_known:
                     for name in names:
                         check_state(places[name])
-                    loader.load_state_dict(joined([places[name] for name in names]))
+                    loader.load_state_dict(join_states([places[name] for name in names]))
                 self.readers[size] = Reader(own, loader)
             except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
                 if not is_known:
@@ -309,13 +317,13 @@ class DatasetTask(TransformerTask):
             loaded = replace(loaded, moments=loaded.moments[:, :, :1], motion=torch.zeros_like(loaded.motion))
         return self._batch(loaded, torch.rand(len(loaded.captions)) < self.recipe.dataset.short_captions)
 
-    def _batch(self, loaded: Loaded, short: Tensor, generator: torch.Generator | None = None) -> Batch:
+    def _batch(self, loaded: LoadedBatch, short: Tensor, generator: torch.Generator | None = None) -> Batch:
         """On the device; `short` (B,) says which are told their caption's first sentence."""
         text, lengths = self._features(loaded, short)
         moments, motion, fps = (send(x, self.device) for x in (loaded.moments, loaded.motion, loaded.fps))
         return Batch(draw_latents(moments, self.vae, generator), text, lengths, motion, fps)
 
-    def _features(self, loaded: Loaded, short: Tensor) -> tuple[Tensor, Tensor]:
+    def _features(self, loaded: LoadedBatch, short: Tensor) -> tuple[Tensor, Tensor]:
         """Token features (B, T, width) and lengths (B,): the dataset's, or made here where it has none."""
         length = self.model.text_embed.token_len
         if loaded.whole is None or loaded.short is None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from nova_video.common.errors import InputError
 from nova_video.common.extras import install_command
 from nova_video.io.files import atomic_path, check_writable
-from nova_video.training.checkpoint import writing
+from nova_video.training.checkpoint import explain_full_disk
 from nova_video.training.recipe import Recipe
 
 PROJECT = "nova-video"
@@ -124,7 +124,7 @@ class Log:
         return self.output / "sheets" / f"step-{step:08d}.png"
 
     def _writing(self, path: Path) -> AbstractContextManager[None]:
-        return writing(str(path), self.output / "checkpoints")
+        return explain_full_disk(str(path), self.output / "checkpoints")
 
     def finish(self) -> None:
         for tracker in self.trackers:

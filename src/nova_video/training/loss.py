@@ -196,7 +196,7 @@ def losses(
     return Losses(by_frame.sum(), by_frame, bin_sum, inside.sum((1, 2)))
 
 
-def minimised(found: Losses, video_loss: VideoLoss) -> Tensor:
+def total_loss(found: Losses, video_loss: VideoLoss) -> Tensor:
     """The number that training goes down, of the loss's frames."""
     return found.total if video_loss == "mean" else torch.stack([*loss_parts(found.by_frame).values()]).sum()
 

@@ -65,7 +65,7 @@ class LossModule(nn.Module):
         return self.task.loss(variant, batch)
 
 
-class Replicated(nn.Module):
+class ReplicatedModule(nn.Module):
     """A module that each process has whole (DDP): gradients are averaged over all while a backward pass goes on.
 
     They are sent from where they are. torch's DistributedDataParallel copies each to a place it has for them, which it
@@ -160,7 +160,7 @@ class Processes:
             return module
         if self.sharded:
             return self._shard(module)
-        return Replicated(module, self.device, 1 / SHARE if on_this_machine(self.count) == self.count else 0)
+        return ReplicatedModule(module, self.device, 1 / SHARE if on_this_machine(self.count) == self.count else 0)
 
     def _shard(self, module: LossModule) -> nn.Module:
         """Shards a module. Gathered weights stay until the last backward pass of a step: in bf16, 2 bytes a value.
@@ -198,10 +198,10 @@ class Processes:
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(last)
             module.set_reshard_after_backward(last)
-        if isinstance(module, Replicated):
+        if isinstance(module, ReplicatedModule):
             module.sends = last
         yield
-        if isinstance(module, Replicated) and last:
+        if isinstance(module, ReplicatedModule) and last:
             module.finish()
 
     def greatest(self, *numbers: float) -> list[float]:

@@ -16,7 +16,7 @@ from nova_video.common.errors import InputError
 from nova_video.common.fast_parts import find_fast
 from nova_video.common.tensors import tensors_of
 from nova_video.io.files import make_readable
-from nova_video.training.checkpoint import Average, whole, writing
+from nova_video.training.checkpoint import Average, explain_full_disk, whole
 from nova_video.training.processes import Processes
 from nova_video.training.recipe import OptimizerRecipe, Recipe
 from nova_video.training.task import LossParts, Task, fill_seed
@@ -151,7 +151,9 @@ class Stepper:
         checkpoints = output / "checkpoints"
         path = output / f"bad-batch-{step:08d}-{self.processes.index}.safetensors"
         batch = {name: value.detach().cpu().contiguous() for name, value in tensors_of(self.newest).items()}
-        with writing(f"step {step}: {row} steps in a row were skipped, and their newest batch {path}", checkpoints):
+        with explain_full_disk(
+            f"step {step}: {row} steps in a row were skipped, and their newest batch {path}", checkpoints
+        ):
             save_file(batch, path)
             make_readable(path)
         raise InputError(

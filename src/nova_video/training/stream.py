@@ -113,7 +113,7 @@ class Stream(TorchDataset):
         self.batch = batch
         self.before: dict[str, Any] | None = None  # the state before samples that are being put together
 
-    def __iter__(self) -> Iterator["Loaded"]:
+    def __iter__(self) -> Iterator["LoadedBatch"]:
         samples = [iter(rows) for rows in self.rows.values()]
         while True:
             self.before = self.state_dict()
@@ -138,14 +138,14 @@ def state_of(state: Any, micro: int) -> Any:
     return {name: state_of(value, micro) for name, value in state.items()}
 
 
-def joined(states: Sequence[Any]) -> Any:
+def join_states(states: Sequence[Any]) -> Any:
     """The state of a loader that has the micro batches of all of these."""
     first = states[0]
     if not isinstance(first, dict):
         return first
     if MICRO in first:
         return {MICRO: {micro: rows for state in states for micro, rows in state[MICRO].items()}}
-    return {name: joined([state[name] for state in states]) for name in first}
+    return {name: join_states([state[name] for state in states]) for name in first}
 
 
 def check_state(state: Any) -> None:
@@ -178,7 +178,7 @@ class Mix:
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
+class LoadedBatch:
     """A batch as the shards hold it, on the CPU."""
 
     moments: Tensor
@@ -193,12 +193,12 @@ class Loaded:
     short: tuple[Tensor, Tensor] | None
     """Text features of their first sentences."""
 
-    def parts(self, count: int) -> "list[Loaded]":
+    def parts(self, count: int) -> "list[LoadedBatch]":
         """So many equal parts."""
         size = len(self.captions) // count
         places = [slice(start, start + size) for start in range(0, count * size, size)]
         return [
-            Loaded(
+            LoadedBatch(
                 self.moments[place],
                 self.motion[place],
                 self.fps[place],
@@ -210,13 +210,13 @@ class Loaded:
         ]
 
 
-def collate(samples: list[Sample]) -> Loaded:
+def collate(samples: list[Sample]) -> LoadedBatch:
     """Few tensors, since each is handed from process to process by itself, with a file handle of its own."""
     whole = short = None
     if all(sample.text is not None for sample in samples):
         whole = pad([sample.text for sample in samples])
         short = pad([sample.text if sample.text_short is None else sample.text_short for sample in samples])
-    return Loaded(
+    return LoadedBatch(
         torch.stack([sample.moments for sample in samples]),
         torch.tensor([sample.motion for sample in samples]),
         torch.tensor([sample.fps for sample in samples]),
@@ -226,7 +226,7 @@ def collate(samples: list[Sample]) -> Loaded:
     )
 
 
-def as_it_is(loaded: Loaded) -> Loaded:
+def as_it_is(loaded: LoadedBatch) -> LoadedBatch:
     """A stream's samples are put together already."""
     return loaded
 

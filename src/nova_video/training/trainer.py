@@ -32,12 +32,12 @@ from nova_video.training.checkpoint import (
     Average,
     Progress,
     copy_weights,
+    explain_full_disk,
     gather_state,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
     sweep,
-    writing,
 )
 from nova_video.training.flops import device_peak
 from nova_video.training.log import DueEvals, Log
@@ -158,7 +158,7 @@ class Run:
         else:  # a finished run, whose recipe differs only in settings that change nothing of what was learned
             self.segments = [*self.segments[:-1], replace(self.segments[-1], recipe=text)]
         if self.processes.is_main:
-            with writing(f"{output / 'recipe.toml'}", output / "checkpoints"):
+            with explain_full_disk(f"{output / 'recipe.toml'}", output / "checkpoints"):
                 write_segments(output, self.segments)
                 with atomic_path(output / "recipe.toml") as aside:
                     aside.write_text(text, encoding="utf-8")
@@ -409,7 +409,7 @@ def export(task: AnyTask, model: nn.Module, folder: Path, record: Record) -> Non
     """Write the checkpoint folder with its recipes and card, aside first: a full disk leaves the one before."""
     part = folder.with_name(f".{folder.name}.part")
     try:
-        with writing(f"model {folder}", folder.parent / "checkpoints"):
+        with explain_full_disk(f"model {folder}", folder.parent / "checkpoints"):
             shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
             task.export(model, part)
             write_card(part, task, record, newest_sheet(folder.parent / "sheets", record.progress.step))

@@ -45,7 +45,7 @@ from nova_video.training.loss import (
     draw_per_sample,
     loss_parts,
     losses,
-    minimised,
+    total_loss,
     visible_tokens,
 )
 from nova_video.training.recipe import SMALL, ModelRecipe, TransformerRun
@@ -187,7 +187,7 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
     def named(self, found: Losses) -> LossParts:
         """Losses by the names of the log; those by noise level are pairs of a sum and a count."""
         by_frame, frames = found.by_frame.detach(), len(found.by_frame)
-        parts: LossParts = {**loss_parts(by_frame), "loss": minimised(found, self.recipe.video_loss)}
+        parts: LossParts = {**loss_parts(by_frame), "loss": total_loss(found, self.recipe.video_loss)}
         counts = found.bin_count.float()
         parts |= {f"loss_time_{i}": (found.bin_sum[i], counts[i]) for i in range(TIME_BINS)}
         if frames > 1:

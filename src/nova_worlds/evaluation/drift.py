@@ -43,7 +43,7 @@ from nova_worlds.world import EmojiWorld, Split, to_uint8
 
 WINDOW = FPS  # frames that are averaged: a second
 ENDS = 2  # windows at the start and at the end that are compared
-IDENTIFIED = slice(2, None, 4)  # frames that the object is recognised in, one by one
+IDENTITY_FRAMES = slice(2, None, 4)  # frames that the object is recognised in, one by one
 FLOW_EVERY = 3  # pairs of frames: one in so many is measured
 MEASURED_FRAMES, CPU_FRAMES = 4352, 272  # at a time, on a GPU and on a CPU
 SHEET_CLIPS = 4  # of every source
@@ -265,7 +265,7 @@ def measure(judge: Judge, frames: Tensor, asked: ClipSpec) -> dict[str, Tensor]:
         flows = pool.map(lambda clip: flow_magnitudes(clip, FLOW_EVERY), frames.cpu().numpy())
     values["motion"] = torch.tensor(list(flows))
     at_frames = torch.arange(count)
-    identified = at_frames[IDENTIFIED]
+    identified = at_frames[IDENTITY_FRAMES]
     seen_at = {"identity": identified, "recognised": identified, "motion": at_frames[:-1:FLOW_EVERY]}
     return {name: windows(values[name], seen_at.get(name, at_frames), count // WINDOW) for name in MEASURES}
 
@@ -281,7 +281,7 @@ def _looks(judge: Judge, frames: Tensor, asked: ClipSpec) -> dict[str, Tensor]:
     laplacian = F.conv2d(padded, edges)[:, 0].unflatten(0, gray.shape[:2]).abs()  # (N, F, H, W)
     vividness = colors.amax(dim=2) - colors.amin(dim=2)
     off = track.background - judge.world.colors[asked.background][:, None]  # (N, F, 3)
-    identity, recognised = judge.identify(frames[:, IDENTIFIED], asked)
+    identity, recognised = judge.identify(frames[:, IDENTITY_FRAMES], asked)
     return {
         "sharpness": (laplacian * track.mass).sum(dim=(2, 3)) / area,
         "colour": 255 * off.square().mean(dim=2).sqrt(),

@@ -34,7 +34,7 @@ from nova_worlds.evaluation.parts import PARTS, Case, Part, PartName, Slices
 from nova_worlds.evaluation.rates import Rate
 from nova_worlds.world import EmojiWorld, Split, to_uint8
 
-KEPT = "given_kept"  # the score of pixels that were given and must come back as they were
+KEPT_SCORE = "given_kept"  # the score of pixels that were given and must come back as they were
 
 Maker = Callable[[Case, int], Tensor]
 """Makes the frames (N, F, H, W, 3) uint8 of a batch; the number is that of its first case."""
@@ -146,7 +146,7 @@ def evaluate_part(
             batch = case.select(slice(at, min(at + settings.batch_size, count)))
             frames = make(batch, at)
             verdict = part.judge(judge, batch, frames)
-            kept = {KEPT: part.kept(world, batch, frames)} if part.given_frames else {}
+            kept = {KEPT_SCORE: part.kept(world, batch, frames)} if part.given_frames else {}
             flags.append(verdict.flags | kept)
             if source == GENERATED and (wanted := SHEET_CLIPS - len(samples)) > 0:
                 samples.extend(part.samples(world, batch, frames, verdict)[:wanted])

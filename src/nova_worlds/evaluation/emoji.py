@@ -36,7 +36,7 @@ from nova_worlds.evaluation.rates import Rate
 from nova_worlds.words import MOTIONS
 from nova_worlds.world import EmojiWorld, Split, to_uint8
 
-JUDGED = ("background", "motion", "object", "relation")  # the scores that a judge must master on real renders
+JUDGE_SCORES = ("background", "motion", "object", "relation")  # the scores that a judge must master on real renders
 
 Maker = Callable[[ClipSpec, int], Tensor]
 """Makes the frames (N, F, H, W, 3) uint8 of a batch; the number is that of its first clip in the evaluation."""
@@ -150,7 +150,7 @@ def evaluate_emoji(
         return frames
 
     sources = {REAL: judged(REAL, real, len(clips), len(pairs))}
-    check_judge(sources[REAL].rates, JUDGED)
+    check_judge(sources[REAL].rates, JUDGE_SCORES)
     asked_counts = (settings.num_clips, settings.num_pairs)
     if pipe.vae is not None:
         sources[RECONSTRUCTED] = judged(RECONSTRUCTED, reconstructed, *asked_counts)

@@ -218,7 +218,7 @@ def name_motion(track: Track) -> Tensor:
         "shrinking": -grows / GROW_UNIT,
         "spinning clockwise": clockwise / SPIN_UNIT,
         "spinning counterclockwise": -clockwise / SPIN_UNIT,
-        "bouncing": _wasted(y) * span / BOUNCE_UNIT,
+        "bouncing": _detour(y) * span / BOUNCE_UNIT,
     }
     moving = [name for name in MOTIONS if name in signed]  # all but STILL
     evidence, winner = torch.stack([signed[name] for name in moving]).max(dim=0)
@@ -335,15 +335,15 @@ def _box(mass: Tensor) -> tuple[Tensor, Tensor]:
     for along in (2, 3):
         share = mass.sum(dim=along).cumsum(dim=-1) / total  # (N, L, pixels)
         # A pixel counts in part: where the share crosses the bound within it.
-        low = 1 + (share < TRIM).sum(dim=-1) - _crossing(share, TRIM)
-        high = 1 + (share < 1 - TRIM).sum(dim=-1) - _crossing(share, 1 - TRIM)
+        low = 1 + (share < TRIM).sum(dim=-1) - _find_crossing(share, TRIM)
+        high = 1 + (share < 1 - TRIM).sum(dim=-1) - _find_crossing(share, 1 - TRIM)
         bounds.append((low, high))
     (left, right), (top, bottom) = bounds
     side = torch.maximum(right - left, bottom - top).clamp(min=4)
     return torch.stack(((left + right) / 2, (top + bottom) / 2), dim=-1), side
 
 
-def _crossing(share: Tensor, bound: float) -> Tensor:
+def _find_crossing(share: Tensor, bound: float) -> Tensor:
     """The part of the pixel in which the growing `share` crosses the bound that lies beyond it."""
     index = (share < bound).sum(dim=-1, keepdim=True).clamp(max=share.shape[-1] - 1)
     after = share.gather(-1, index)
@@ -377,7 +377,7 @@ def _steady(path: Tensor) -> Tensor:
     return way * both
 
 
-def _wasted(path: Tensor) -> Tensor:
+def _detour(path: Tensor) -> Tensor:
     """(N, F) -> (N,) the length of a path beyond where it got to, jitter of single frames aside."""
     if path.shape[1] >= 3:
         path = path.unfold(1, 3, 1).median(dim=2).values

@@ -25,13 +25,13 @@ from nova_worlds.evaluation.paths import SPINS, has_room, render_path, spins, st
 from nova_worlds.words import COLORS, MOTIONS, PLAIN, SPEEDS, STILL
 from nova_worlds.world import EmojiWorld, Split, to_uint8
 
-GIVEN = 9  # real frames that a clip begins with
+NUM_GIVEN = 9  # real frames that a clip begins with
 LONG = 65  # frames that it is carried on to
 SETTLE = (
     16  # first frame that the judge looks at after a change: with it, the new sentence has had 8 frames, one second
 )
-OBEYED = SETTLE + 15  # before which it looks: 15 frames show every motion, and need less room than a whole SPAN
-STEERED = SETTLE + SPAN
+LAST_STEERED = SETTLE + 15  # before which it looks: 15 frames show every motion, and need less room than a whole SPAN
+NUM_STEERED = SETTLE + SPAN
 TRIES = 64  # beginnings drawn for each clip until one leaves room for the change
 HOLE = (16, 112)  # pixels: from where to where the hole in a picture is, both ways
 
@@ -165,23 +165,23 @@ class Part(ABC):
 class Continue(Part):
     """Real frames are carried on."""
 
-    given_frames = GIVEN
+    given_frames = NUM_GIVEN
     sheet_frames = 9
 
     def __init__(self, num_frames: int = SPAN) -> None:
         self.num_frames = num_frames
-        self.title = f"{GIVEN} real frames carried on to {num_frames}"
-        last = (max(GIVEN, num_frames - SPAN), num_frames)
+        self.title = f"{NUM_GIVEN} real frames carried on to {num_frames}"
+        last = (max(NUM_GIVEN, num_frames - SPAN), num_frames)
         self.slices = {"background": last, "object": last}
         if num_frames <= SPAN:
             # Bouncing is not always told in fewer than 12 frames; given frames that then freeze are told from all.
-            self.slices |= {"motion": (4, SPAN), "motion_new": (GIVEN - 1, SPAN)}
+            self.slices |= {"motion": (4, SPAN), "motion_new": (NUM_GIVEN - 1, SPAN)}
         else:
             self.judged = ("background", "object")
 
     def ask(self, world: EmojiWorld, count: int, generator: torch.Generator, split: Split) -> Case:
         asked = world.sample(count, generator, num_frames=self.num_frames, split=split)
-        return Case(replace(asked, num_frames=GIVEN), asked, torch.full((count,), -1))
+        return Case(replace(asked, num_frames=NUM_GIVEN), asked, torch.full((count,), -1))
 
     def real(self, world: EmojiWorld, case: Case) -> Tensor:
         return to_uint8(world.render(case.asked))
@@ -204,36 +204,36 @@ class Steer(Part):
     judge looks.
     """
 
-    num_frames = STEERED
+    num_frames = NUM_STEERED
     sheet_frames = 9
 
     def __init__(self, room: bool = True, given: bool = True) -> None:
         self.room = room
-        self.given_frames = GIVEN if given else 0
-        start = f"{GIVEN} real frames" if given else "a sentence from the start"
+        self.given_frames = NUM_GIVEN if given else 0
+        start = f"{NUM_GIVEN} real frames" if given else "a sentence from the start"
         where = "that there is room for" if room else "wherever the object is"
         self.title = f"{start}, then a change of motion {where}"
-        self.slices = dict.fromkeys(("background", "motion", "object"), (SETTLE, OBEYED))
-        self.slices["motion_17"] = (SETTLE, STEERED)
+        self.slices = dict.fromkeys(("background", "motion", "object"), (SETTLE, LAST_STEERED))
+        self.slices["motion_17"] = (SETTLE, NUM_STEERED)
         if room:
-            self.slices["motion_at_once"] = (GIVEN, GIVEN + SPAN)
+            self.slices["motion_at_once"] = (NUM_GIVEN, NUM_GIVEN + SPAN)
 
     def ask(self, world: EmojiWorld, count: int, generator: torch.Generator, split: Split) -> Case:
-        asked = world.sample(count, generator, num_frames=STEERED, split=split)
+        asked = world.sample(count, generator, num_frames=NUM_STEERED, split=split)
         given = self._beginnings(world, asked, generator)
-        while self.room and not (fits := has_room(given, asked, OBEYED)).all():
+        while self.room and not (fits := has_room(given, asked, LAST_STEERED)).all():
             rows = (~fits).nonzero().flatten()
             retried = asked.select(rows.repeat(TRIES))
             retried = replace(retried, speed=_speeds(retried.motion, generator))
             starts = self._beginnings(world, retried, generator)
-            good = has_room(starts, retried, OBEYED).view(TRIES, len(rows))
+            good = has_room(starts, retried, LAST_STEERED).view(TRIES, len(rows))
             pick = good.float().argmax(dim=0) * len(rows) + torch.arange(len(rows))  # the first with room, if any
             given, asked = given.put(rows, starts.select(pick)), asked.put(rows, retried.select(pick))
         return Case(given, asked, torch.full((count,), -1))
 
     def _beginnings(self, world: EmojiWorld, asked: ClipSpec, generator: torch.Generator) -> ClipSpec:
         """Clips of the same objects on the same backgrounds that do something else."""
-        first = world.sample(len(asked), generator, num_frames=GIVEN)
+        first = world.sample(len(asked), generator, num_frames=NUM_GIVEN)
         other = (asked.motion + torch.randint(1, len(MOTIONS), asked.motion.shape, generator=generator)) % len(MOTIONS)
         return replace(
             first,
@@ -251,7 +251,7 @@ class Steer(Part):
 
     def prompts(self, world: EmojiWorld, case: Case) -> list[list[tuple[float, str]]]:
         first, second = world.captions(case.given), world.captions(case.asked)
-        return [[(0.0, a), (GIVEN / FPS, b)] for a, b in zip(first, second, strict=True)]
+        return [[(0.0, a), (NUM_GIVEN / FPS, b)] for a, b in zip(first, second, strict=True)]
 
     def judge(self, judge: Judge, case: Case, frames: Tensor) -> Verdict:
         # An object that spun may be at any angle, as one that spins.
@@ -262,7 +262,7 @@ class Steer(Part):
         tables = {"by motion": by_motion(case.asked), "by first motion": by_motion(case.given)}
         tables["by speed"] = {name or "plain": case.asked.speed == index for index, name in enumerate(SPEEDS)}
         if self.given_frames and not self.room:
-            fits = has_room(case.given, case.asked, OBEYED)
+            fits = has_room(case.given, case.asked, LAST_STEERED)
             tables["by room"] = {"there is room": fits, "there is none": ~fits}
         return tables
 

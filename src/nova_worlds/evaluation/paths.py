@@ -27,7 +27,7 @@ from nova_worlds.words import MOTIONS
 from nova_worlds.world import EmojiWorld, to_uint8
 
 SPINS = (MOTIONS.index("spinning clockwise"), MOTIONS.index("spinning counterclockwise"))
-RENDERED = 64  # clips at a time
+RENDER_BATCH = 64  # clips at a time
 
 
 def spins(spec: ClipSpec) -> Tensor:
@@ -83,8 +83,8 @@ def has_room(first: ClipSpec, then: ClipSpec, num_frames: int) -> Tensor:
 def render_path(world: EmojiWorld, spec: ClipSpec, path: ObjectPath) -> Tensor:
     """Objects of `spec` along a path on their backgrounds, (N, F, H, W, 3) uint8."""
     parts = []
-    for row in range(0, len(spec), RENDERED):
-        rows = slice(row, row + RENDERED)
+    for row in range(0, len(spec), RENDER_BATCH):
+        rows = slice(row, row + RENDER_BATCH)
         layer = world.place(spec.object[rows], ObjectPath(path.centre[rows], path.size[rows], path.angle[rows]))
         canvas = world.colors[spec.background[rows]][:, :, None, None, None]
         parts.append(to_uint8((layer[:, :3] + canvas * (1 - layer[:, 3:])) * 2 - 1))

@@ -47,7 +47,7 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedRates:
     """The rates of two ways to make the same `total` things, compared thing by thing."""
 
     gained: int
@@ -57,7 +57,7 @@ class Paired:
     total: int
 
     @classmethod
-    def of(cls, now: Tensor, before: Tensor) -> "Paired":
+    def of(cls, now: Tensor, before: Tensor) -> "PairedRates":
         """Flags (N,) of the same things in the same order."""
         return cls(int((now & ~before).sum()), int((~now & before).sum()), now.numel())
 

@@ -24,7 +24,7 @@ SHEET_GAP = 10
 SHEET_EDGE = 3  # pixels: of the frame around what was given
 LINE = 16  # pixels of a line of text
 GOOD, BAD, INK, PAPER = (20, 120, 50), (190, 40, 30), (20, 20, 20), (255, 255, 255)
-GIVEN = (0, 90, 255)
+GIVEN_RIM = (0, 90, 255)
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -122,6 +122,6 @@ def contact_sheet(samples: list[Sample], frames: int = SHEET_FRAMES) -> Image.Im
             frame = Image.fromarray(sample.frames[index]).resize((SHEET_SIDE - 2, SHEET_SIDE - 2))
             if index < sample.given:
                 edge = (0, 0, SHEET_SIDE - 3, SHEET_SIDE - 3)
-                ImageDraw.Draw(frame).rectangle(edge, outline=GIVEN, width=SHEET_EDGE)
+                ImageDraw.Draw(frame).rectangle(edge, outline=GIVEN_RIM, width=SHEET_EDGE)
             sheet.paste(frame, (left + column * SHEET_SIDE, top + 2 * LINE))
     return sheet

@@ -9,7 +9,7 @@ from typing import Any
 from nova_video.bench.rows import short
 from nova_video.common.errors import InputError
 from nova_video.io.files import atomic_path
-from nova_worlds.evaluation.rates import Paired, Rate
+from nova_worlds.evaluation.rates import PairedRates, Rate
 from nova_worlds.presets.preset_outcome import Outcome
 
 MINUS = "\N{MINUS SIGN}"
@@ -97,11 +97,11 @@ class PresetRow:
         )
 
 
-def compared(row: PresetRow, outcome: Outcome, exact: Outcome) -> PresetRow:
+def compare_outcomes(row: PresetRow, outcome: Outcome, exact: Outcome) -> PresetRow:
     """The row of what a variant gave, beside what the exact way gave."""
     scores = {}
     for name, flags in outcome.flags.items():
-        rate, paired = Rate.of(flags), Paired.of(flags, exact.flags[name])
+        rate, paired = Rate.of(flags), PairedRates.of(flags, exact.flags[name])
         scores[name] = Score(percent(rate.value), percents(rate.interval()), rate.total)
         if outcome is not exact:
             scores[name] = replace(scores[name], points=percent(paired.value), points_95=percents(paired.interval()))
@@ -150,7 +150,7 @@ def _scores(values: Mapping[str, dict[str, Any]]) -> dict[str, Score]:
     return {name: Score(**value | {pair: tuple(value[pair]) for pair in pairs}) for name, value in values.items()}
 
 
-def recorded(kept: Sequence[PresetRow], new: Sequence[PresetRow]) -> list[PresetRow]:
+def merge_rows(kept: Sequence[PresetRow], new: Sequence[PresetRow]) -> list[PresetRow]:
     """Puts new rows into those of a file, the exact one first.
 
     No old row stays if the exact one was made with other settings.

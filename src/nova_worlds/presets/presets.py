@@ -40,10 +40,10 @@ from nova_video.text.features import encode_prompts
 from nova_video.text.load import load_text_encoder
 from nova_worlds.clips import ClipSpec
 from nova_worlds.evaluation.benchmark import JUDGE_CLIPS, check_judge
-from nova_worlds.evaluation.emoji import JUDGED, EmojiSettings, asked_specs, clip_flags, pair_flags, score
+from nova_worlds.evaluation.emoji import JUDGE_SCORES, EmojiSettings, asked_specs, clip_flags, pair_flags, score
 from nova_worlds.evaluation.judge import Judge
 from nova_worlds.presets.preset_outcome import Outcome, digest, load_tensors, save_tensors
-from nova_worlds.presets.preset_rows import PresetRow, compared, digits
+from nova_worlds.presets.preset_rows import PresetRow, compare_outcomes, digits
 from nova_worlds.world import EmojiWorld, to_uint8
 
 OTHER_SEED = "other-seed"
@@ -72,7 +72,7 @@ LATENTS = "exact-latents.safetensors"  # what the others are compared with
 
 
 @dataclass(frozen=True)
-class Asked:
+class VariantSettings:
     """The variants to compare, and the device."""
 
     model: str
@@ -94,7 +94,7 @@ class Asked:
             raise InputError(f"variants: got {', '.join(unknown)}: expected some of {', '.join(VARIANTS)}")
 
 
-def measure_presets(asked: Asked, command: str) -> Iterator[tuple[PresetRow, bool]]:
+def measure_presets(asked: VariantSettings, command: str) -> Iterator[tuple[PresetRow, bool]]:
     """A row for each variant as it is done, and whether what it gave was there already. One that fails has its error in
     its row, but the exact one must not."""
     device = choose_device(asked.device)
@@ -125,7 +125,7 @@ def measure_presets(asked: Asked, command: str) -> Iterator[tuple[PresetRow, boo
         "run": [row.compile, row.dtype, row.device],
     }
     names = list(dict.fromkeys(("exact", *asked.variants)))
-    keys = {name: json.dumps(same | {name: changed(VARIANTS[name])}, sort_keys=True) for name in names}
+    keys = {name: json.dumps(same | {name: changed_parts(VARIANTS[name])}, sort_keys=True) for name in names}
     paths = {name: asked.keep / f"{name}.safetensors" for name in names}
     outcomes = {name: Outcome.load(paths[name], keys[name]) for name in names}
     maker = Maker(asked, folder, world)
@@ -133,7 +133,7 @@ def measure_presets(asked: Asked, command: str) -> Iterator[tuple[PresetRow, boo
         outcomes["exact"] = None  # the others' latents are compared with it
     for name in names:
         sets, steps = numbers_of(VARIANTS[name], settings, defaults)
-        row = replace(row, preset=name, shortcuts=changed(VARIANTS[name]), sets=sets, diffusion_steps=steps)
+        row = replace(row, preset=name, shortcuts=changed_parts(VARIANTS[name]), sets=sets, diffusion_steps=steps)
         kept = outcomes[name] is not None
         try:
             if (outcome := outcomes[name]) is None:
@@ -141,7 +141,7 @@ def measure_presets(asked: Asked, command: str) -> Iterator[tuple[PresetRow, boo
                 outcome.save(paths[name], keys[name])
             exact = outcomes["exact"]
             assert exact is not None
-            found = compared(row, outcome, exact)
+            found = compare_outcomes(row, outcome, exact)
         except Exception as error:  # of whatever kind: the next variant is still to be measured
             if name == "exact":
                 raise
@@ -151,7 +151,7 @@ def measure_presets(asked: Asked, command: str) -> Iterator[tuple[PresetRow, boo
         yield found, kept
 
 
-def changed(shortcuts: Preset) -> dict[str, Any]:
+def changed_parts(shortcuts: Preset) -> dict[str, Any]:
     """The parts that are not the exact way's."""
     return {part: value for part, value in asdict(shortcuts).items() if value != getattr(EXACT, part)}
 
@@ -167,7 +167,7 @@ def numbers_of(shortcuts: Preset, settings: EmojiSettings, defaults: Defaults) -
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
+class BatchResult:
     """A batch."""
 
     latents: Tensor
@@ -182,7 +182,7 @@ class Made:
 class Maker:
     """Makes and judges variants. All that they share is there once, from when it is first needed."""
 
-    asked: Asked
+    asked: VariantSettings
     folder: Path
     """The model's."""
     world: EmojiWorld
@@ -209,7 +209,7 @@ class Maker:
         real = [spec.select(slice(JUDGE_CLIPS)) for spec in (clips, pairs)]
         seen = [judge(to_uint8(self.world.render(spec)), spec) if len(spec) else None for spec in real]
         assert seen[0] is not None
-        check_judge(score(real[0], seen[0], real[1], seen[1] or seen[0]).rates, JUDGED)
+        check_judge(score(real[0], seen[0], real[1], seen[1] or seen[0]).rates, JUDGE_SCORES)
         return judge
 
     @cached_property
@@ -276,7 +276,7 @@ class Maker:
         )
 
     @torch.no_grad()
-    def _batch(self, name: str, spec: ClipSpec, seed: int) -> Made:
+    def _batch(self, name: str, spec: ClipSpec, seed: int) -> BatchResult:
         pipe, settings, shortcuts = self.pipe, self.asked.settings, VARIANTS[name]
         sets, steps = numbers_of(shortcuts, settings, pipe.defaults)
         asked = GenerateRequest(
@@ -289,7 +289,7 @@ class Maker:
             motion_flow=settings.motion_flow,
             compile=None if self.asked.compile else False,
             output_type="latent",
-            **{part: value for part, value in changed(shortcuts).items() if part not in ("sets", "steps")},
+            **{part: value for part, value in changed_parts(shortcuts).items() if part not in ("sets", "steps")},
         )
         start = now(pipe.execution_device)
         generation = pipe.start(asked, torch.Generator(pipe.execution_device).manual_seed(seed))
@@ -301,7 +301,7 @@ class Maker:
         latents = generation.state.latents()
         if not latents.isfinite().all():
             raise InputError("got latents that are not finite")
-        return Made(latents, frames, sampled - start, decoded - sampled)
+        return BatchResult(latents, frames, sampled - start, decoded - sampled)
 
 
 def frames_of(made: GenerateResult) -> Tensor:

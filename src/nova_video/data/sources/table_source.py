@@ -23,7 +23,7 @@ from nova_video.data.sources.source import (
     some_names,
 )
 from nova_video.data.stages import Item, is_pointer
-from nova_video.io.text import POINTED
+from nova_video.io.text import POINTER_ERROR
 
 CONFIGS = re.compile(r"(?:available configs|not found\. Available): \[(.+?)\]")  # of what `datasets` says
 ROWS = 1024  # of a saved dataset, in a part
@@ -157,7 +157,7 @@ def load_parquet(urls: list[str]) -> Any:
     import pyarrow.parquet as pq
 
     if is_pointer(Item(urls[0], url=urls[0])):
-        raise InputError(f"{urls[0]}: {POINTED}")
+        raise InputError(f"{urls[0]}: {POINTER_ERROR}")
 
     def load(datasets: Any) -> Any:
         features = None

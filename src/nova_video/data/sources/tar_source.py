@@ -23,7 +23,7 @@ from nova_video.data.sources.source import (
 )
 from nova_video.data.stages import MEDIA, NO_RANGES, Item
 from nova_video.io.decode import VIDEOS
-from nova_video.io.text import LFS_POINTER, POINTED, printable
+from nova_video.io.text import LFS_POINTER, POINTER_ERROR, printable
 
 HEADERS = 1 << 16  # bytes that are read at once where a tar is elsewhere: its members are asked for by themselves
 DAMAGED_TAR = "the tar cannot be read on"
@@ -113,7 +113,7 @@ class TarSource(MediaSource):
             system, path = open_place(self.urls[part])
             with system.open(path, "rb", block_size=HEADERS) as file:
                 if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                    yield Member("", problem=f"the tar {POINTED}")
+                    yield Member("", problem=f"the tar {POINTER_ERROR}")
                     return
                 total = file.seek(0, os.SEEK_END)
                 file.seek(0)

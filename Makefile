@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv and needs nothing but Python (data also npm).
 #   make demo           make a video from a sentence by the bundled model, in demo.mp4
-#   make check          check style, types and plain English
+#   make check          check style, types, plain English and the order of packages
 #   make test           run every quick test, two files at a time
 #   make test-plain     run the quick tests on a copy of the package without its fast parts
 #   make test-slow      run training, several processes, real art and the commands of the docs
@@ -43,6 +43,7 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python tools/plain_english.py
 
 docs: .venv/.site

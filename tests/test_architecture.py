@@ -1,6 +1,7 @@
 """Tests of the source as a whole: no import cycles, packages in their order, no hidden state. All are read by AST."""
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -90,6 +91,13 @@ def test_packages_import_only_what_comes_before_them() -> None:
         if one in MAY_IMPORT and other not in (one, "nova_video", *MAY_IMPORT[one].split())
     }
     assert not wrong
+
+
+def test_a_package_tells_what_it_may_import() -> None:
+    for name, packages in MAY_IMPORT.items():
+        module = modules()[name if name == "nova_worlds" else f"nova_video.{name}"]
+        told = " ".join((ast.get_docstring(module) or "").split()).partition("It may import ")[2].split(".")[0]
+        assert "every package" in told or re.findall(r"`(\w+)`", told) == packages.split(), name
 
 
 # State ----------------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_from_pretrained_reaches_all_of_it(tiny_checkpoint: Path, monkeypatch: p
         enable_low_memory(pipe, "cpu", *more)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("nova_video.pipeline.checkpoint.enable_low_memory", on_cpu)
+    monkeypatch.setattr("nova_video.pipeline.storage.enable_low_memory", on_cpu)
     monkeypatch.setattr("nova_video.pipeline.offload.quantise", lambda module: setattr(module, "quantised", True))
     pipe = NovaPipeline.from_pretrained(tiny_checkpoint, low_memory=asked)
     assert devices == ["cuda:0" if asked == "cuda:0" else "cuda"]

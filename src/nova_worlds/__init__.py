@@ -1,6 +1,6 @@
 """Simulated worlds with exact judges: emoji and shapes in motion. They are rendered, captioned, trained on and judged.
 
-The package may import `nova_video`; of `nova_video`, the command line alone imports it.
+It may import every package of `nova_video` but `cli`, which alone imports it.
 """
 
 from nova_worlds.clips import ClipSpec

@@ -1,4 +1,7 @@
-"""Pixels <-> latents: the causal video autoencoders that diffusers does not have, and the scaling of latents."""
+"""Pixels to latents and back: causal video autoencoders, one adapter for those of diffusers, the scaling of latents.
+
+It may import `common` and `model`.
+"""
 
 from nova_video.autoencoders.adapter import AutoencoderAdapter, LatentLayout, adapt, find_layout
 from nova_video.autoencoders.base import VideoAutoencoder

@@ -1,4 +1,4 @@
-"""Small things that every other package uses: errors, checks of values, devices, optional packages, start-up.
+"""Small things that every other package uses: errors, checks of values, devices, options, optional packages, start-up.
 
-It imports no other package of nova_video.
+It imports no other package.
 """

@@ -1,4 +1,4 @@
-"""Encoded datasets: users' media and captions become latents and text features, read in shards by training.
+"""Encoded datasets: users' media and captions become latents and text features, which training reads in shards.
 
-It may import `io`, `text`, `autoencoders`, `pipeline.loading` and `common`.
+It may import `common`, `io`, `model`, `autoencoders`, `sampling`, `fast`, `text` and `pipeline`.
 """

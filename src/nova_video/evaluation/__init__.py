@@ -1,6 +1,6 @@
-"""Benchmarks: what they have in common, from prompts to a table. `cli` runs them; `nova_worlds` has some.
+"""Benchmarks: their common parts, from prompts to a table. `cli` runs them; `nova_worlds` has some.
 
-It may import everything of the package but `bench` and `cli`.
+It may import `common`, `io`, `model`, `autoencoders`, `sampling`, `fast`, `text` and `pipeline`.
 """
 
 from nova_video.evaluation.benchmark import Benchmark, BenchmarkItem, BenchmarkReport, SampleFile, evaluate

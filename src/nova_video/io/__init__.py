@@ -1,5 +1,5 @@
-"""Files that come from users: text in `text.py`, media in the other modules, through one decoder for every door.
+"""Files that come from users and go to them: text, pictures and video, and locks and atomic writes in `files.py`.
+One decoder serves every door: `decode.py` opens media, `pictures.py` reads by Pillow and `videos.py` by PyAV.
 
-`decode.py` opens media files and times frames, `pictures.py` reads with Pillow, `videos.py` with PyAV; `colour.py`
-converts to sRGB.
+It may import `common`.
 """

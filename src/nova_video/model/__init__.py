@@ -1,6 +1,7 @@
-"""The network: weights and the maths that need them, without state of any call.
+"""The network: weights and the maths that need them, without state of any call. It reads like the paper.
+`transformer.py` assembles the parts; `lora.py` handles adapters.
 
-`transformer.py` assembles the parts; `sampling` and `training` are its only users.
+It may import `common`.
 """
 
 from nova_video.model.embeddings import Positions

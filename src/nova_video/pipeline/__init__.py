@@ -1,4 +1,5 @@
-"""The public pipeline: requests, loading and saving, offloading, adapters and finished results.
+"""The public pipeline: requests, opening and saving, generations, offloading, adapters and results.
+`pipeline.py` has `NovaPipeline`; `parts.py` holds the parts of one call, which everything else takes.
 
-It may import every package but `training`, `bench` and `cli`.
+It may import `common`, `io`, `model`, `autoencoders`, `sampling`, `fast` and `text`.
 """

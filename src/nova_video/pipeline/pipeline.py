@@ -25,7 +25,6 @@ from nova_video.common.fast_parts import require_fast
 from nova_video.common.options import Number
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.adapters import AdapterMixin
-from nova_video.pipeline.checkpoint import CheckpointMixin
 from nova_video.pipeline.conditions import encode_prompts, prompt_features, segments_of
 from nova_video.pipeline.engines import Engines
 from nova_video.pipeline.generation import CALLING, Generation, Interrupts, StepCallback, Surroundings, with_tensors
@@ -50,6 +49,7 @@ from nova_video.pipeline.request import GenerateRequest, OutputType, Picture, Pr
 from nova_video.pipeline.result import GenerateResult
 from nova_video.pipeline.saving import load_progress
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
+from nova_video.pipeline.storage import StorageMixin
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.random import RandomState
 from nova_video.sampling.schedulers import TrainedNoise
@@ -62,7 +62,7 @@ Generators = torch.Generator | Sequence[torch.Generator]
 log = logging.getLogger(__name__)
 
 
-class NovaPipeline(AdapterMixin, MemoryMixin, CheckpointMixin):
+class NovaPipeline(AdapterMixin, MemoryMixin, StorageMixin):
     """Text, and optionally leading frames or a picture to edit, to images and video."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"

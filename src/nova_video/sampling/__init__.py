@@ -1,5 +1,5 @@
-"""From conditioning to latents, frame by frame and set by set.
+"""From conditions to latents, frame by frame and set by set. `generate.py` has the loop over frames and sets,
+`diffusion.py` denoises one set, `guidance.py` combines passes. `state.py` holds one request; nothing outlives it.
 
-`state.py` is what one request holds, `generate.py` the loop over frames and sets, `diffusion.py` the denoising of one
-set, `guidance.py` how passes are combined, `random.py` the order of random numbers. Nothing is kept between requests.
+It may import `common`, `model` and `autoencoders`.
 """

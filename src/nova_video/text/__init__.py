@@ -1,1 +1,4 @@
-"""Words to features: text encoders through transformers."""
+"""Text encoders in one home: found, loaded through transformers, and called. Prompts become features.
+
+It may import `common` and `io`.
+"""

@@ -1,1 +1,4 @@
-"""Batches to weights: the loss, the checkpoints and the trainer. Meets `sampling` only through saved weights."""
+"""Batches to weights: the loss, the recipes, the checkpoints and the trainer.
+
+It may import `common`, `io`, `model`, `autoencoders`, `sampling`, `fast`, `text`, `pipeline` and `data`.
+"""

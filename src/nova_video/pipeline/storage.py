@@ -30,7 +30,7 @@ FROM_CHECKPOINT = object()
 """In `from_pretrained`: the part is the checkpoint's own."""
 
 
-class CheckpointMixin(DiffusionPipeline):
+class StorageMixin(DiffusionPipeline):
     """The part of `NovaPipeline` that opens and saves checkpoints."""
 
     settings: CheckpointSettings

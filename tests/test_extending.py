@@ -14,6 +14,7 @@ from PIL import Image
 from conftest import Run
 from nova_video import NovaPipeline
 from nova_video.common.errors import InputError
+from nova_video.data.encode import model_size
 from nova_video.model import NOVATransformer3DModel, masking
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.sampling.guidance import Guidance
@@ -128,6 +129,7 @@ def test_the_example_head_is_opened_by_its_class_alone(tmp_path: Path, capsys: p
     NovaPipeline(model, new_scheduler("flow")).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "transformer" / "config.json").read_text())
     assert config["head"] == "own_head:PlainMlp"
+    assert model_size(str(tmp_path)) == ((64, 64), True)  # for datasets, which need no head
     with pytest.raises(InputError, match=r"its head is own_head:PlainMlp, .* head=THE_CLASS in Python, --head in"):
         NovaPipeline.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="head is Guidance: expected a class of torch.nn.Module"):

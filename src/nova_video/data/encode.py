@@ -61,6 +61,7 @@ from nova_video.io.prefetch import prefetch
 from nova_video.io.text import printable
 from nova_video.io.weights import read_json
 from nova_video.model.config import size_multiple
+from nova_video.model.denoiser import Denoiser
 from nova_video.pipeline.loading import outline_transformer
 from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.text.compare import same_text_encoder, text_fingerprint
@@ -293,7 +294,7 @@ def model_size(model: str) -> tuple[tuple[int, int], bool] | None:
     folder = resolve_checkpoint(model) / "transformer"
     if not folder.is_dir():
         return None
-    config = outline_transformer(folder).config
+    config = outline_transformer(folder, Denoiser).config  # no head is read
     height, width = config.image_size
     return (height, width), not config.rotary_pos_embed
 
@@ -301,7 +302,7 @@ def model_size(model: str) -> tuple[tuple[int, int], bool] | None:
 def makes_video(model: str) -> bool:
     """True if the checkpoint's transformer makes clips."""
     folder = resolve_checkpoint(model) / "transformer"
-    return folder.is_dir() and outline_transformer(folder).has_motion
+    return folder.is_dir() and outline_transformer(folder, Denoiser).has_motion
 
 
 def model_text(model: str) -> str | None:

@@ -50,7 +50,7 @@ class Runner(Protocol):
 
 
 class DirectRunner:
-    """Just calls."""
+    """Calls each function at once."""
 
     fused = False
 
@@ -160,10 +160,9 @@ class FastEngine:
             denoise = partial(
                 run_steps, denoiser, schedule, guidance, compile_function(guided_step) if compile else guided_step
             )
-        passes = tuple(
-            guidance.passes_at(t) for t in schedule.timesteps
-        )  # scales are inputs: one graph serves them all
-        return self.runner(("denoise", schedule.key, passes, guidance.renorm), denoise, inputs)[:, :size]
+        passes = tuple(guidance.passes_at(t) for t in schedule.timesteps)
+        key = ("denoise", schedule.key, passes, guidance.renorm)  # scales are inputs: one graph serves them all
+        return self.runner(key, denoise, inputs)[:, :size]
 
     def _why_plain(self, schedule: Schedule, guidance: GuidanceRule) -> str | None:
         """The reason why only the plain loop can compute a set; None if the engine can."""

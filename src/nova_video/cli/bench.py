@@ -165,4 +165,4 @@ def _command_line(
     what: str, args: BenchSample | BenchPresets | BenchTrain, without: tuple[str, ...], *given: str
 ) -> str:
     """The command that repeats a row: `given`, and what is not as by default."""
-    return shlex.join(["nova", "bench", what, *given, *typed_words(args, without)])
+    return shlex.join(["nova", "bench", what, *given, *typed_words(args, Options, without)])

@@ -165,4 +165,4 @@ def _progress() -> "Iterator[Progress]":
 
 def _command_line(name: str, args: Evaluating) -> str:
     """The command that repeats this evaluation, without where it writes."""
-    return shlex.join(["nova", "evaluate", name, *typed_words(args, ("output", "benchmark"))])
+    return shlex.join(["nova", "evaluate", name, *typed_words(args, Options, ("output", "benchmark"))])

@@ -76,14 +76,16 @@ def given_options(command: Any, record: type[Any], names: Collection[str] | None
     return {name: value for name, each in found.items() if (value := getattr(command, name)) != unset_flag(each)}
 
 
-def typed_words(command: Any, without: Collection[str] = ()) -> list[str]:
+def typed_words(command: Any, record: type[Any], without: Collection[str] = ()) -> list[str]:
     """The flags of a command that are not as by default, as words of a command line."""
     words: list[str] = []
+    options = option_fields(record)
     for each in fields(command):
         value = getattr(command, each.name)
         if each.name in without or value == each.default:
             continue
-        name = each.name.replace("_", "-")
+        option = options.get(each.name)
+        name = (each.name if option is None else key_of(option)).replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         else:

@@ -26,7 +26,7 @@ TIMELINES = ("prompt", *TIMED.values())  # fields whose changes in time have a f
 RESULTS = ("given_frames", "sets_made")  # settings that follow from others
 NOT_RECORDED = (  # of a run and not of a result, or another way to say a setting
     *("output", "format", "sheet", "json", "live", "state", "resume", "like", "script", "prompts", "batch"),
-    *("num_images", "size", "prompt_at", *(f"{key}_at" for key in TIMED)),
+    *("num_images", "size", "head", "prompt_at", *(f"{key}_at" for key in TIMED)),
     *(name for name, each in OPTIONS.items() if not facts_of(each).recorded),
 )
 FLAGS = ("low_memory", "tiled", "int8_text")

@@ -88,11 +88,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for target in LINK.findall((ROOT / page).read_text(encoding="utf-8"))
     }
     for path in sorted({*PAGES, *linked}):
+        if not (ROOT / path).exists():
+            raise FileNotFoundError(f"a page links to {path}, which does not exist")
         place = site_path(path)
         if (ROOT / path).is_dir() or files.get_file_from_path(place) is not None:
             continue
-        if not (ROOT / path).exists():
-            raise FileNotFoundError(f"a page links to {path}, which does not exist")
         if path in PAGES or not place.endswith(".md"):
             files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
         else:

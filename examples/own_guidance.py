@@ -1,7 +1,7 @@
 """An own rule of guidance: the prompt is followed in an interval of noise levels alone (arXiv 2404.07724).
 
 python own_guidance.py                                                          # one picture
-nova generate "a star" --guidance-rule own_guidance:Interval -o star.png        # run where this file is
+nova generate "a whale" --guidance-rule own_guidance:Interval -o star.png        # run where this file is
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def main() -> None:
     from nova_video import NovaPipeline
 
     pipe = NovaPipeline.from_pretrained("emoji")
-    pipe("a star on a blue background", num_frames=1, seed=0, guidance_rule=Interval(scale=4.0)).frames[0][0].save(
+    pipe("a whale on a blue background", num_frames=1, seed=0, guidance_rule=Interval(scale=4.0)).images[0].save(
         "interval.png"
     )
 

@@ -1,7 +1,7 @@
 """Own orders of revelation: raster, and a Halton sequence that spreads each set over the frame (arXiv 2503.17076).
 
 python own_order.py                                             # one picture with each order
-nova generate "a star" --order own_order:Halton -o star.png     # run where this file is
+nova generate "a whale" --order own_order:Halton -o star.png     # run where this file is
 order = "own_order:Halton"                                      # in a recipe: training reveals tokens in this order
 """
 
@@ -51,7 +51,7 @@ def main() -> None:
 
     pipe = NovaPipeline.from_pretrained("emoji")
     for order in (RandomOrder(), Raster(), Halton()):
-        picture = pipe("a star on a blue background", num_frames=1, seed=0, order=order).frames[0][0]
+        picture = pipe("a whale on a blue background", num_frames=1, seed=0, order=order).images[0]
         picture.save(f"{type(order).__name__.lower()}.png")
 
 

@@ -1,4 +1,4 @@
-"""What can be typed after `nova`: a frozen dataclass for each sub-command, filled in by tyro. Imports nothing heavy.
+"""The command line: a frozen dataclass for each sub-command, which tyro fills in. Imports nothing heavy.
 
 None stands for the checkpoint's own default.
 """
@@ -30,7 +30,7 @@ from nova_video.sampling.presets import PresetName
 PARSE_ERROR = 2  # tyro's exit code
 RECORD = re.compile(r"^Error parsing \w\S*: ")  # before what a record says of itself, which names the field
 UNREADABLE = re.compile(r"Error parsing (-\S+): (?:Could not find valid parse|no type matching) .*\[(.*)\]")
-MODEL = "emoji"  # the model in the box
+MODEL = "emoji"  # the bundled model
 OWN = "(default: the model's own)"
 AUTO = "(default: auto)"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -113,7 +113,7 @@ class CommonFlags(OptionFlags, OutputFlags):
     """The flags of every command that makes something: all options, and what is of the command line alone."""
 
     negative: Annotated[str | None, arg(metavar="TEXT", aliases=["--negative-prompt"], help_behavior_hint="")] = None
-    """What to stay away from."""
+    """Text that the result should not show."""
     low_memory: bool = False
     """For a small GPU: the model's parts take turns on it."""
     tiled: bool = False
@@ -202,7 +202,7 @@ class Words:
     search: Annotated[Positional[str], arg(metavar="SEARCH", help_behavior_hint="")] = ""
     """Only those with this text in them."""
     model: Annotated[str, arg(metavar="NAME")] = MODEL
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     json: bool = False
     """Print them as JSON."""
 
@@ -238,13 +238,13 @@ class Encode:
     fps: Annotated[float | None, arg(metavar="N", help_behavior_hint=OWN)] = None
     """Frames per second, at most: of faster videos the nearest frames are taken, slower ones keep theirs."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
-    """Size in pixels, or the side of a square: of about that area are the sizes for other ratios of width to height."""
+    """Size in pixels, or the side of a square. Other ratios of width to height get about the same area."""
     one_size: bool = False
     """Bring everything to that size; so it is without --size for a model whose positions allow no other."""
     cuts: bool = False
     """End clips where PySceneDetect finds a cut."""
     cut_threshold: Annotated[float, arg(metavar="N")] = 27.0
-    """Of its ContentDetector: lower finds more."""
+    """Threshold of PySceneDetect's ContentDetector: lower finds more."""
     max_pixels: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 2^29, or NOVA_MAX_PIXELS)")] = None
     """Reject pictures, animations (pixels times frames) and videos (pixels of a frame) of more."""
     caption_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: caption)")] = None
@@ -252,7 +252,7 @@ class Encode:
     media_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the only one)")] = None
     """Column of the media in Parquet and Hugging Face datasets."""
     split: Annotated[str, arg(metavar="NAME")] = "train"
-    """Of a Hugging Face dataset."""
+    """Split of a Hugging Face dataset."""
     config: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the only one)")] = None
     """Configuration of a dataset on the hub that has several."""
     text_encoder: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=OWN)] = None
@@ -262,7 +262,7 @@ class Encode:
     batch: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: by their size)")] = None
     """Clips that go through the autoencoder together."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     ray: Annotated[str | None, arg(metavar="ADDRESS", help_behavior_hint="(default: a Ray of this machine)")] = None
     """Address of a Ray cluster to run on."""
     no_ray: bool = False
@@ -277,7 +277,7 @@ class Train:
     recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
     """A TOML file, or the name of one in recipes/."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
-    """What follows the recipe, as typed."""
+    """Arguments after the recipe, as typed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +285,7 @@ class Evaluating(SamplingFlags):
     """The flags of every benchmark."""
 
     model: Annotated[str, arg(metavar="NAME")] = MODEL
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
     """Where the scores (JSON) and the samples or contact sheets go."""
     seed: Annotated[int, arg(metavar="N")] = 0
@@ -293,9 +293,9 @@ class Evaluating(SamplingFlags):
     batch_size: Annotated[int, arg(metavar="N")] = 25
     """Clips made at once."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     dtype: Dtype = "auto"
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,7 +307,7 @@ class EvaluateOwn(Evaluating):
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FOLDER", help_behavior_hint="")] = None  # type: ignore[assignment]
     """Where the scores (JSON) and the samples go. If absent, runs/evaluate-NAME."""
     seed: Annotated[int, arg(metavar="N")] = 0
-    """Of the first sample; the next ones have the next numbers."""
+    """Seed of the first sample; the next ones have the next numbers."""
     batch_size: Annotated[int, arg(metavar="N")] = 1
     """Samples made at once."""
 
@@ -343,19 +343,19 @@ class EvaluateBeyond(EvaluatingWorld):
     output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-beyond")
     """Where the scores (JSON) and a contact sheet of each part go."""
     parts: tuple[PartName, ...] = ALL_PARTS
-    """What to measure."""
+    """Parts to measure."""
     num_clips: Annotated[int, arg(metavar="N")] = 400
     """Clips or pictures of each part."""
     context_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     sink_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     history_noise: Annotated[float, arg(metavar="STD")] = 0.0
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     reanchor_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     hold_statistics: Annotated[float, arg(metavar="SHARE")] = 0.0
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,9 +369,9 @@ class EvaluateDrift(EvaluatingWorld):
     num_frames: Annotated[int, arg(metavar="N")] = 257
     """Frames of a clip."""
     context_frames: Annotated[int, arg(metavar="N")] = 33
-    """As for `nova generate`; all frames are tried as well."""
+    """The setting of `nova generate`; all frames are tried as well."""
     sink_frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     history_noise: Annotated[float, arg(metavar="STD")] = 0.1
     """Tried, as for `nova generate`."""
     reanchor_frames: Annotated[int, arg(metavar="N")] = 32
@@ -388,7 +388,7 @@ class BenchSample(StepFlags):
     """t2i-512-0.6b, t2i-1024-0.3b, t2i-1024-0.6b, t2i-1024-1.4b or t2v-480-0.6b (random weights at a released size),
     or a model as for `nova generate`."""
     preset: PresetName = "exact"
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     batch: Annotated[int, arg(metavar="N")] = 1
     """Pictures or clips of a call."""
     frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
@@ -398,9 +398,9 @@ class BenchSample(StepFlags):
     repeats: Annotated[int, arg(metavar="N")] = 5
     """Calls that count."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     dtype: Dtype = "auto"
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     profile: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """Write a trace for chrome://tracing of the first latent frame; .json or .json.gz."""
     output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("benchmarks/results/sample.json")
@@ -413,7 +413,7 @@ class BenchPresets(GuidedFlags):
     distance. A run that was stopped goes on where it was."""
 
     model: Annotated[str, arg(metavar="NAME")] = MODEL
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     data: Annotated[Path, arg(metavar="FOLDER")] = Path("data/emoji")
     """A prepared world."""
     variants: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = ()
@@ -429,19 +429,21 @@ class BenchPresets(GuidedFlags):
     batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 250 on a GPU, else 25)")] = None
     """Clips made at once. Random numbers are drawn for a batch, so that other sizes give other clips."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     dtype: Dtype = "auto"
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     keep: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/bench-presets")
-    """Where each variant's results are kept as soon as they are there; what was made in the same way is taken."""
+    """Folder that keeps each finished variant. A later run with the same settings uses them again."""
     output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("runs/bench-presets/presets.json")
     """The rows of this run, in place of what was there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTrain:
-    """Time training steps on given latents and text features, each configuration by itself: a row of JSON, printed and
-    in a file. Under torchrun or accelerate launch, all processes together."""
+    """Time training steps on given latents and text features, each configuration by itself.
+
+    Each is a row of JSON, printed and in a file. Under torchrun or accelerate launch, all processes work together.
+    """
 
     config: Annotated[tuple[str, ...], arg(metavar="NAME ...")]
     """t2i-512-0.6b, t2i-1024-0.3b, t2i-1024-0.6b, t2i-1024-1.4b or t2v-480-0.6b (random weights at a released size),
@@ -461,7 +463,7 @@ class BenchTrain:
     attention: AttentionKernels = "auto"
     """Its best kernels on a GPU. auto: FlashAttention 4, if installed; cudnn: cuDNN's, where safe; flash: torch's."""
     mask_ratio: Literal["batch", "sample"] = "batch"
-    """Whether all samples of a batch reveal as many tokens, or each draws how many."""
+    """batch: all samples reveal the same number of tokens; sample: each draws its own."""
     mask_levels: Annotated[int, arg(metavar="N")] = 0
     """Round how many tokens are hidden to multiples of 1 / N of a frame's; 0: any number."""
     frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
@@ -473,7 +475,7 @@ class BenchTrain:
     steps: Annotated[int, arg(metavar="N")] = 30
     """Steps that count."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
     profile: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """Write a trace for chrome://tracing of three more steps, of the first process; .json or .json.gz."""
     output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("benchmarks/results/train.json")
@@ -521,7 +523,7 @@ class DataInspect:
     model: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: what encoded it)")] = None
     """Whose autoencoder decodes: another place of the one that encoded it."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
-    """As for `nova generate`."""
+    """The setting of `nova generate`."""
 
 
 Benchmarks = (
@@ -591,7 +593,7 @@ def parse(arguments: Sequence[str]) -> Any:
 
 
 def versions() -> str:
-    """What a report of a fault should name."""
+    """The versions that a report of a fault should name."""
     found = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
     at = "" if (found_commit := commit()) is None else f", commit {found_commit}"
     return f"nova-video {__version__} ({found}, python {platform.python_version()}{at})"
@@ -603,7 +605,7 @@ def names_of(commands: Any) -> list[str]:
 
 
 def _with_command(arguments: Sequence[str]) -> list[str]:
-    """The same, after a check of the sub-commands; help is asked for where none is given."""
+    """The arguments after a check of the sub-commands; without a sub-command they ask for help."""
     arguments = list(arguments)
     if arguments[:1] == ["evaluate"] and ":" in "".join(arguments[1:2]):  # a benchmark of the user's own
         arguments.insert(1, "own")

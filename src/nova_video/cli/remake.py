@@ -68,7 +68,7 @@ def with_record(typed: Generate) -> tuple[Generate | Edit, dict[str, Any]]:
 
 
 def describe_inputs(args: CommonFlags, record: dict[str, Any], generation: "Generation") -> None:
-    """Add to a record how many sets are made, flags that change rounding, and marks of the model and given files."""
+    """Add to a record the number of sets, flags that change rounding, and marks of model and files."""
     from nova_video.pipeline.saving import model_mark
 
     state, parts = generation.state, generation.parts

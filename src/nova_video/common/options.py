@@ -30,7 +30,7 @@ Number = float | Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What is known about a setting beside its name, type and default."""
+    """The facts about a setting besides its name, type and default."""
 
     help: str
     low: float | None = None
@@ -41,7 +41,7 @@ class Option:
     endless: bool = False
     """Infinity is allowed, too."""
     unset: str = ""
-    """What None means, such as "the model's own"."""
+    """The meaning of None, such as "the model's own"."""
     aliases: tuple[str, ...] = ()
     """Other names of the same setting, everywhere."""
     flags: tuple[str, ...] = ()

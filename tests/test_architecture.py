@@ -105,12 +105,12 @@ def test_a_package_tells_what_it_may_import() -> None:
 CHANGING = {
     "are of one request, which runs or streams in one place at a time": """
         Generation SamplingState OpenFrame TemporalCache Modulations FastEngine Stopwatch FrameDecoder StreamDecoder
-        Interrupts Window""",
+        Interrupts TileParts Window""",
     "are of one file that is read or written": "LiveWriter Media Video _Deinterlacer _Expected",
     "are of one run of training": """
-        Average CudaRecorder DatasetTask Log Pool Reader Replicated Rows Run SharedClock StepGraphs Stepper
+        Average CudaRecorder DatasetTask Log Pool Reader ReplicatedModule Rows Run SharedClock StepGraphs Stepper
         StopSignal Stream Throughput""",
-    "are of one run of nova encode": "DecodeLatents EncodeLatents EncodeText Marks OneByOne _Comparer",
+    "are of one run of nova encode": "DecodeLatents EncodeLatents EncodeText Marks OneByOne Record _Comparer",
     "are of one benchmark": "Maker",
     "hold captured graphs, made under a lock": "Buffer GraphRunner",
     "are switched as diffusers' own are, by their users": "VideoAutoencoder",
@@ -125,7 +125,7 @@ WRITES = {
         "LiveWriter: self._container",
         "LiveWriter: self._stream",
         "Picture: self.image",
-        "Replicated._send: how",
+        "ReplicatedModule._send: how",
         "Video: self.stream",
         "_add_stream: stream",
         "_alpha: image",
@@ -134,22 +134,16 @@ WRITES = {
         "upright_srgb: colour",
     ],
     "a copy of a module is given its other parts": ["over: setattr"],
-    "the caller hands over its own record, to be filled": [
+    "a record that the caller owns is filled": [
         "InpaintEmpty.judge: verdict",
         "Maker._batch: generation",
         "Runs.sampled: generation",
         "_Comparer.compare: counts",
         "_Comparer: self.result",
         "_encode: comparison",
-        "_finish_replacing: record",
-        "_read_record: record",
         "_make: generation",
-        "double_clip: out",
-        "double_frames: out",
         "gather: facts",
         "renew_records: record",
-        "resnet: hidden",
-        "resnet: out",
         "revise_groups: comparison",
         "solver_rows: scheduler",
         "whole_records: record",
@@ -171,9 +165,9 @@ WRITES = {
         "set_kernels: torch.backends.cuda.enable_cudnn_sdp",
         "compile_every_variant: torch",
         "measure_training: torch._dynamo.reset",
-        "hide: _hidden.append",
+        "hide: _hidden_names.append",
         "hide: sys",
-        "reveal: _hidden.pop",
+        "reveal: _hidden_names.pop",
         "reveal: sys.modules.pop",
         "load_extension: sys.path.insert",
         "sleep_while_waiting: os.environ.setdefault",

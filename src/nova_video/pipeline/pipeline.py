@@ -51,14 +51,13 @@ from nova_video.pipeline.saving import load_progress
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from nova_video.pipeline.storage import StorageMixin
 from nova_video.sampling.guidance import Guidance
-from nova_video.sampling.random import RandomState
+from nova_video.sampling.random import Generators, RandomState, make_generators
 from nova_video.sampling.schedulers import TrainedNoise
 from nova_video.sampling.state import SamplingState
 from nova_video.sampling.timing import Stopwatch, span
 from nova_video.text.load import NamedTextEncoder
 from nova_video.text.vocabulary import HINT
 
-Generators = torch.Generator | Sequence[torch.Generator]
 log = logging.getLogger(__name__)
 
 
@@ -249,7 +248,7 @@ class NovaPipeline(AdapterMixin, MemoryMixin, StorageMixin):
                 raise InputError(
                     f"num_frames is inf, and {type(self.vae).__name__} decodes whole clips: expected a number of frames"
                 )
-        generators = self._generators(request, generator, plan.batch)
+        generators = make_generators(generator, request.seed, plan.batch, parts.device)
         unknown = parts.unknown_words(request.prompts or [], request.negative_prompts or [], plan)
         if unknown:
             lines = (line if line.endswith("?") else f"{line}." for line in unknown)
@@ -302,24 +301,14 @@ class NovaPipeline(AdapterMixin, MemoryMixin, StorageMixin):
     def _surroundings(self) -> Surroundings:
         return Surroundings(self, self.progress_bar, self.maybe_free_model_hooks, self._interrupts)
 
-    def _generators(self, request: GenerateRequest, generator: Generators | None, batch: int) -> list[torch.Generator]:
-        if generator is None:
-            seed = int(torch.randint(2**63 - 1, ())) if request.seed is None else request.seed
-            return [torch.Generator(self.execution_device).manual_seed(seed)]
-        if isinstance(generator, torch.Generator):
-            return [generator]
-        generators = list(generator) if isinstance(generator, Sequence) else []
-        if len(generators) not in (1, batch) or not all(isinstance(g, torch.Generator) for g in generators):
-            got = f"a list of {len(generators)}" if isinstance(generator, Sequence) else shown(generator)
-            raise InputError(f"generator: got {got}: expected one, or {batch}, one a picture")
-        return generators
-
-    # What a callback reads off the pipeline: of its own call, which is that of its thread -----------------------------
+    # For callbacks: about the call of this thread -------------------------------------------------------------------
 
     @property
     def guidance_scale(self) -> float:
-        """Within a callback that of its call, now; elsewhere the checkpoint's default. Of a rule of the user's own: the
-        number of its passes."""
+        """The scale of a callback's own call, now; elsewhere the checkpoint's default.
+
+        For a guidance rule of the user's own it is the number of passes.
+        """
         if (call := CALLING.get()) is None:
             return self.defaults.guidance_scale
         frame = call.state.done if call.state.open is not None else max(0, call.state.done - 1)

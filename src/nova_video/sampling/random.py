@@ -10,7 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nova_video.common.checks import shown
+from nova_video.common.errors import InputError
 from nova_video.model import patchify
+
+Generators = torch.Generator | Sequence[torch.Generator]
 
 
 @dataclass(frozen=True)
@@ -54,3 +58,19 @@ class FrameNoise:
         """(count, B, L, P) float32: `count` frames of noise, in the order of drawing."""
         noise = self.random.normals(count, *self.shape)
         return patchify(noise.flatten(0, 1), self.patch).unflatten(0, (count, self.shape[0])).float()
+
+
+def make_generators(
+    given: Generators | None, seed: int | None, batch: int, device: torch.device
+) -> list[torch.Generator]:
+    """One generator for all clips or one for each: the user's own, or one with the seed or with a new seed."""
+    if given is None:
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        return [torch.Generator(device).manual_seed(seed)]
+    if isinstance(given, torch.Generator):
+        return [given]
+    generators = list(given) if isinstance(given, Sequence) else []
+    if len(generators) not in (1, batch) or not all(isinstance(one, torch.Generator) for one in generators):
+        got = f"a list of {len(generators)}" if isinstance(given, Sequence) else shown(given)
+        raise InputError(f"generator: got {got}: expected one, or {batch}, one a picture")
+    return generators

@@ -90,7 +90,8 @@ class CudaRecorder:
             with torch.cuda.stream(self._stream), one_thread():
                 output = capture(graph, self._pool.id, partial(function, **arguments))
         except BaseException:
-            torch.cuda.synchronize(self.device)
+            with suppress(RuntimeError):  # the first error is raised, not one that follows from it
+                torch.cuda.synchronize(self.device)
             abandon_recording(self.device, self._pool.id)
             self.renew()
             raise

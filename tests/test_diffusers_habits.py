@@ -33,7 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nova_video import NovaPipeline
 from nova_video.common.errors import InputError
-from nova_video.io.media import read_metadata
+from nova_video.io.media import read_frames, read_metadata
+from nova_video.pipeline.result import GenerateResult
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "num_diffusion_steps": 2}
@@ -87,6 +88,17 @@ def test_results_save_themselves_with_their_record(pipe: NovaPipeline, tmp_path:
     saved = np.asarray(Image.open(path))
     assert saved.shape == (64, 96, 3)
     assert np.array_equal(saved, (draw(pipe, num_frames=1)[0] * 255).round().astype(np.uint8))
+
+
+def test_frames_are_saved_as_a_numbered_sequence(tmp_path: Path) -> None:
+    clip = np.arange(2 * 2 * 4 * 4 * 3).reshape(2, 2, 4, 4, 3) % 256 / 255
+    one = GenerateResult(frames=clip[:1], fps=8, seeds=(3,))
+    paths = one.save(tmp_path / "frame-%03d.png")
+    assert [path.name for path in paths] == ["frame-001.png", "frame-002.png"]
+    assert np.array_equal(read_frames(paths[1])[0][0], np.round(clip[0, 1] * 255))
+    assert read_metadata(paths[0]) == {"seed": 3}
+    with pytest.raises(InputError, match="got frame-%03d.png for 2 clips"):
+        GenerateResult(frames=clip, fps=8, seeds=(3, 4)).save(tmp_path / "frame-%03d.png")
 
 
 def test_latents_and_unknown_formats_are_not_saved(pipe: NovaPipeline, tmp_path: Path) -> None:

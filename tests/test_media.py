@@ -280,7 +280,7 @@ def test_wrong_live_input(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="float64 of shape"):
             writer.write(np.zeros((2, 3)))  # type: ignore[arg-type]
         writer.write(clip(1)[0])
-        with pytest.raises(InputError, match="a frame is 32x96, expected 64x96 as the first"):
+        with pytest.raises(InputError, match="a frame is 96x32, expected 96x64 as the first"):
             writer.write(clip(1, height=32)[0])
     with pytest.raises(ValueError, match="live.mp4 is closed"):
         writer.write(clip(1)[0])

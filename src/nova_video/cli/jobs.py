@@ -41,6 +41,8 @@ def check_output(
     """Raises now for what could not be written later."""
     from nova_video.io import media
 
+    if output is not None and re.search(r"%\d*d", output.name):
+        raise InputError(f"got --output {output}: expected --format frames with a folder, for a file a frame")
     if live and wanted not in (None, "mp4"):
         raise InputError(f"cannot write {wanted} while it is made (--live): expected mp4")
     if wanted == "frames" and output is not None and not several:

@@ -63,7 +63,7 @@ def shown(value: object, length: int = 60) -> str:
     """A value for a message, cut where it is long: integers may have more digits than Python writes."""
     try:
         text = repr(value)
-    except ValueError:
+    except (ValueError, RecursionError):  # more digits than Python writes, or endless nesting
         return f"a number of about {int(value).bit_length() * 0.30103:.0f} digits" if isinstance(value, int) else "?"
     return shorten(" ".join(text.split()), length)
 

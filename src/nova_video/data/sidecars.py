@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from nova_video.common import checks
 from nova_video.common.errors import InputError
 from nova_video.io.text import EXPECTED_TEXT, decode_text, parse_json, printable
 
@@ -76,8 +77,7 @@ def kind_of(value: object) -> str:
 
 def shorten(text: str, letters: int = SHOWN) -> str:
     """Text for a message: printable, and cut where it is long."""
-    text = printable(text)
-    return text if len(text) <= letters else f"{text[: letters - 1]}…"
+    return checks.shorten(printable(text), letters)
 
 
 def caption_from(data: bytes, name: str, key: str) -> str:

@@ -191,7 +191,7 @@ class LiveWriter:
             self._kept = []
         if frame.shape[:2] != self._size:
             height, width = self._size
-            raise InputError(f"a frame is {frame.shape[0]}x{frame.shape[1]}, expected {height}x{width} as the first")
+            raise InputError(f"a frame is {frame.shape[1]}x{frame.shape[0]}, expected {width}x{height} as the first")
         self._container.mux(self._later(_encode(self._stream, frame)))
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from torch import Tensor
 from nova_video.common.errors import InputError
 from nova_video.io import media
 from nova_video.io.pixels import to_bytes
+
+NUMBER = re.compile(r"%0?\d?d")
+"""The place of a frame's number in a file name."""
 
 
 @dataclass
@@ -41,11 +45,14 @@ class GenerateResult(BaseOutput):
     def save(self, path: str | Path) -> list[Path]:
         """Write each picture or clip in the format of the path's extension, with its record; several are numbered.
 
-        Returns the paths: whale.mp4, or whale-1.mp4, whale-2.mp4 and so on.
+        Returns the paths: whale.mp4, or whale-1.mp4, whale-2.mp4 and so on. A name such as frame-%03d.png makes a file
+        of each frame of one clip: frame-001.png, frame-002.png and so on.
         """
         path, clips = Path(path).expanduser(), self._clips()
         if clips is None:
             raise InputError("output_type is 'latent': expected pil, np or pt, since latents cannot be saved as media")
+        if (number := NUMBER.search(path.name)) is not None:
+            return self._save_frames(path, number, clips)
         width = len(str(len(clips)))
         paths = [path.with_stem(f"{path.stem}-{number:0{width}d}") for number in range(1, len(clips) + 1)]
         paths = [path] if len(clips) == 1 else paths
@@ -53,6 +60,19 @@ class GenerateResult(BaseOutput):
         for index, (place, clip) in enumerate(zip(paths, clips, strict=True)):
             record = self.records[index] if index < len(self.records) else {"seed": self.seeds[index % len(self.seeds)]}
             media.write_media(clip, place, self.fps or 1, record)
+        return paths
+
+    def _save_frames(self, path: Path, number: re.Match[str], clips: list[NDArray[np.uint8]]) -> list[Path]:
+        """Write each frame of one clip as a picture; `number` is where its number is in the name."""
+        if len(clips) > 1:
+            raise InputError(
+                f"got {path.name} for {len(clips)} clips: expected a name without {number[0]}, or one clip"
+            )
+        before, after = path.name[: number.start()], path.name[number.end() :]
+        paths = [path.with_name(f"{before}{number[0] % index}{after}") for index in range(1, len(clips[0]) + 1)]
+        media.check_output(path)
+        for place, frame in zip(paths, clips[0], strict=True):
+            media.write_media(frame[None], place, 1, self.records[0] if self.records else {"seed": self.seeds[0]})
         return paths
 
     def _clips(self) -> list[NDArray[np.uint8]] | None:

@@ -1,4 +1,4 @@
-"""Shortcuts of sampling for speed, and the presets that combine them. The loop in `generate.py` takes them.
+"""Options of sampling for speed, and the presets that combine them. The loop in `generate.py` takes them.
 
 A preset's sets and steps are shares of the checkpoint's own, so that one preset suits all checkpoints. What each part
 costs, in scores and in distance from the exact result, `nova bench presets` measures.

@@ -14,7 +14,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from nova_video.common.checks import AttentionKernels, check_local, check_number
+from nova_video.common.checks import AttentionKernels, check_local, check_number, shown
 from nova_video.common.errors import InputError, first_line, unknown
 from nova_video.common.extensions import load_extension
 from nova_video.common.options import without_aliases
@@ -23,7 +23,6 @@ from nova_video.pipeline.settings import Defaults
 
 T = TypeVar("T")
 
-LONGEST_SHOWN = 80
 """Characters of a wrong value that an error repeats."""
 
 
@@ -484,15 +483,6 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, str) and "\0" in value:
         raise InputError(f"{where} is {shown(value)}: expected text without a NUL character")
     return value
-
-
-def shown(value: object) -> str:
-    """A value for an error, cut where it is long."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of more digits than Python writes, or endless nesting
-        return f"a very large {type(value).__name__}"
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _toml(values: dict[str, Any], prefix: str) -> str:

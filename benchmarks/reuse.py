@@ -29,10 +29,10 @@ from nova_video.model import Positions
 from nova_video.model.patches import gather_tokens
 from nova_video.sampling.presets import EXACT, Preset
 from nova_worlds.evaluation.emoji import EmojiSettings
-from nova_worlds.evaluation.rates import PairedRates
-from nova_worlds.presets import presets
+from nova_worlds.judging.rates import PairedRates
+from nova_worlds.presets import preset_study as presets
 from nova_worlds.presets.preset_outcome import Outcome
-from nova_worlds.world import EmojiWorld
+from nova_worlds.rendering.world import EmojiWorld
 
 
 @dataclass(frozen=True)

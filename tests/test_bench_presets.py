@@ -21,8 +21,8 @@ from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from nova_video.sampling.presets import PRESETS
 from nova_worlds.evaluation.emoji import EmojiSettings
-from nova_worlds.evaluation.rates import PairedRates
-from nova_worlds.presets import presets
+from nova_worlds.judging.rates import PairedRates
+from nova_worlds.presets import preset_study as presets
 from nova_worlds.presets.preset_outcome import digest, load_tensors, save_tensors
 from nova_worlds.presets.preset_rows import (
     PresetRow,
@@ -32,9 +32,9 @@ from nova_worlds.presets.preset_rows import (
     read_preset_rows,
     write_preset_rows,
 )
-from nova_worlds.presets.presets import OTHER_SEED, VARIANTS, Maker, VariantSettings, frames_of, measure_presets
-from nova_worlds.shapes import prepare_shapes
-from nova_worlds.world import EmojiWorld
+from nova_worlds.presets.preset_study import OTHER_SEED, VARIANTS, Maker, VariantSettings, frames_of, measure_presets
+from nova_worlds.rendering.shapes import prepare_shapes
+from nova_worlds.rendering.world import EmojiWorld
 
 SETTINGS = EmojiSettings(num_clips=3, num_pairs=2, num_frames=5, batch_size=2)
 

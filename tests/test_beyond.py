@@ -18,10 +18,8 @@ from nova_video.cli.arguments import PartName as TypedPart
 from nova_video.cli.arguments import parse
 from nova_video.cli.main import main
 from nova_video.common.errors import InputError
-from nova_worlds.clips import CANVAS, SIZES, SPAN, object_path
-from nova_worlds.evaluation.benchmark import GENERATED, REAL, RECONSTRUCTED, LongSettings
-from nova_worlds.evaluation.editing import BeyondReport, BeyondSettings, asked_cases, evaluate_beyond
-from nova_worlds.evaluation.parts import (
+from nova_worlds.evaluation.editing import EditingReport, EditingSettings, asked_cases, evaluate_editing
+from nova_worlds.evaluation.editing_parts import (
     LAST_STEERED,
     NUM_GIVEN,
     NUM_STEERED,
@@ -33,10 +31,12 @@ from nova_worlds.evaluation.parts import (
     Steer,
 )
 from nova_worlds.evaluation.paths import has_room, render_path, steered_path
-from nova_worlds.evaluation.report import contact_sheet, print_beyond, write_report
-from nova_worlds.shapes import prepare_shapes
-from nova_worlds.words import COLORS, MOTIONS, STILL
-from nova_worlds.world import EmojiWorld
+from nova_worlds.evaluation.report import contact_sheet, print_editing, write_report
+from nova_worlds.evaluation.world_benchmark import GENERATED, REAL, RECONSTRUCTED, LongSettings
+from nova_worlds.rendering.clips import CANVAS, SIZES, SPAN, object_path
+from nova_worlds.rendering.lexicon import COLORS, MOTIONS, STILL
+from nova_worlds.rendering.shapes import prepare_shapes
+from nova_worlds.rendering.world import EmojiWorld
 
 Change = Callable[[Part, Case, Tensor], Tensor]
 """What the stand-in makes of the right answer (N, F, H, W, 3)."""
@@ -55,7 +55,7 @@ def few_real_clips(monkeypatch: pytest.MonkeyPatch) -> None:
 class Answers:
     """Stands in for a pipeline: knows the cases by their seeds and gives the right answers, after `change`."""
 
-    def __init__(self, world: EmojiWorld, settings: BeyondSettings, change: Change = lambda *given: given[2]) -> None:
+    def __init__(self, world: EmojiWorld, settings: EditingSettings, change: Change = lambda *given: given[2]) -> None:
         self.world, self.settings, self.change = world, settings, change
         self.vae: Any = None
         self.calls: list[dict[str, Any]] = []
@@ -80,16 +80,16 @@ class Answers:
         return SimpleNamespace(images=list(frames[:, 0]), frames=list(frames))
 
 
-def settings_of(part: PartName, count: int = 10, **others: Any) -> BeyondSettings:
-    return BeyondSettings(parts=(part,), num_clips=count, batch_size=6, **others)
+def settings_of(part: PartName, count: int = 10, **others: Any) -> EditingSettings:
+    return EditingSettings(parts=(part,), num_clips=count, batch_size=6, **others)
 
 
-def evaluate(world: EmojiWorld, part: PartName, change: Change = lambda *given: given[2]) -> BeyondReport:
+def evaluate(world: EmojiWorld, part: PartName, change: Change = lambda *given: given[2]) -> EditingReport:
     settings = settings_of(part)
-    return evaluate_beyond(Answers(world, settings, change), world, settings)
+    return evaluate_editing(Answers(world, settings, change), world, settings)
 
 
-def percent(report: BeyondReport) -> dict[str, float]:
+def percent(report: EditingReport) -> dict[str, float]:
     (part,) = report.parts.values()
     return {name: round(100 * rate.value) for name, rate in part.rates[GENERATED].items()}
 
@@ -205,10 +205,10 @@ def test_there_is_not_always_room(world: EmojiWorld) -> None:
 
 
 def test_reports_sheets_and_tables(world: EmojiWorld, tmp_path: Path) -> None:
-    settings = BeyondSettings(parts=("inpaint",), num_clips=4, long=LongSettings(context_frames=33))
+    settings = EditingSettings(parts=("inpaint",), num_clips=4, long=LongSettings(context_frames=33))
     answers = Answers(world, settings)
     steps: list[tuple[str, int, int]] = []
-    report = evaluate_beyond(
+    report = evaluate_editing(
         answers, world, settings, model="answers", command="nova evaluate", on_progress=lambda *s: steps.append(s)
     )
     assert answers.calls[0]["context_frames"] == 33
@@ -219,7 +219,7 @@ def test_reports_sheets_and_tables(world: EmojiWorld, tmp_path: Path) -> None:
     write_report(report, tmp_path / "report")
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["inpaint.png", "scores.json"]
     content = json.loads((tmp_path / "report" / "scores.json").read_text())
-    assert content["benchmark"] == "beyond"
+    assert content["benchmark"] == "editing"
     assert content["settings"]["long"]["context_frames"] == 33
     assert content["parts"]["inpaint"]["scores"][GENERATED]["object"]["percent"] == 100
     assert content["parts"]["inpaint"]["scores"][REAL]["object"]["of"] == 12
@@ -227,7 +227,7 @@ def test_reports_sheets_and_tables(world: EmojiWorld, tmp_path: Path) -> None:
     assert report.as_json()["parts"]["steer"]["judged_frames"]["motion"] == [SETTLE, LAST_STEERED - 1]
     assert set(report.as_json()["parts"]["steer"]) >= {"by_motion", "by_first_motion", "by_speed"}
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_beyond(report, console)
+    print_editing(report, console)
     text = console.export_text()
     assert "steer: 9 real frames, then a change of motion that there is room for" in text
     assert "spinning counterclockwise" in text
@@ -236,7 +236,7 @@ def test_reports_sheets_and_tables(world: EmojiWorld, tmp_path: Path) -> None:
 def test_timelines_change_right_behind_what_is_given(world: EmojiWorld) -> None:
     settings = settings_of("steer")
     answers = Answers(world, settings)
-    evaluate_beyond(answers, world, settings)
+    evaluate_editing(answers, world, settings)
     (first, then), *_ = answers.calls[0]["prompt"]
     assert (first[0], then[0]) == (0.0, 9 / 8)
     assert first[1].split()[:2] == then[1].split()[:2]
@@ -261,7 +261,7 @@ def test_reconstructions_keep_what_is_given(world: EmojiWorld) -> None:
         encode=lambda clips: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: clips)),
         decode=lambda latents: SimpleNamespace(sample=torch.zeros_like(latents)),
     )
-    rates = evaluate_beyond(answers, world, settings).parts["continue"].rates
+    rates = evaluate_editing(answers, world, settings).parts["continue"].rates
     assert rates[RECONSTRUCTED]["given_kept"].value == 1
     assert rates[RECONSTRUCTED]["object"].value == 0
     assert rates[GENERATED]["object"].value == 1
@@ -270,17 +270,17 @@ def test_reconstructions_keep_what_is_given(world: EmojiWorld) -> None:
 def test_a_judge_that_misreads_is_refused(world: EmojiWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of("continue")
     answers = Answers(world, settings)
-    monkeypatch.setattr("nova_worlds.evaluation.judge.MOVES", 100.0)
+    monkeypatch.setattr("nova_worlds.judging.judge.MOVES", 100.0)
     with pytest.raises(InputError, match=r"reads only .* of motion right on 12 real renders for 'continue'"):
-        evaluate_beyond(answers, world, settings)
+        evaluate_editing(answers, world, settings)
     assert answers.calls == []
 
 
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(InputError, match="num_clips is 0"):
-        BeyondSettings(num_clips=0)
+        EditingSettings(num_clips=0)
     with pytest.raises(InputError, match=r"parts is \(\): expected some of continue, continue-long"):
-        BeyondSettings(parts=())
+        EditingSettings(parts=())
 
 
 def test_the_command(
@@ -288,19 +288,19 @@ def test_the_command(
 ) -> None:
     prepare_shapes(tmp_path / "world", score_clips=1)
     monkeypatch.chdir(tmp_path)
-    settings = BeyondSettings(parts=("inpaint",), num_clips=3)
+    settings = EditingSettings(parts=("inpaint",), num_clips=3)
     monkeypatch.setattr("nova_video.cli.evaluate.load_pipeline", lambda *_: Answers(world, settings))
     typed = ["--data", "world", "-o", "scores", "--parts", "inpaint", "--num-clips", "3"]
     assert main(["evaluate", "beyond", *typed]) == 0
     assert capsys.readouterr().out.endswith("scores\n")
     content = json.loads(Path("scores/scores.json").read_text())
-    assert content["command"] == ("nova evaluate beyond --data world --parts inpaint --num-clips 3")
+    assert content["command"] == ("nova evaluate editing --data world --parts inpaint --num-clips 3")
     assert content["settings"]["parts"] == ["inpaint"]
 
 
 def test_the_command_line_knows_every_part_and_default() -> None:
     assert get_args(TypedPart) == get_args(PartName) == tuple(PARTS)
-    typed, settings = parse(["evaluate", "beyond"]), BeyondSettings()
+    typed, settings = parse(["evaluate", "beyond"]), EditingSettings()
     for name in ("parts", "num_clips", "split", "seed", "batch_size"):
         assert getattr(typed, name) == getattr(settings, name)
     for name, value in vars(settings.long).items():

@@ -22,7 +22,7 @@ from nova_video.pipeline.generation import FrameReady, LatentPreview  # noqa: E4
 from nova_video.pipeline.pipeline import NovaPipeline  # noqa: E402
 from nova_video.pipeline.plan import ENDLESS_CONTEXT  # noqa: E402
 from nova_video.sampling.context import Context  # noqa: E402
-from nova_worlds.evaluation.rates import Rate  # noqa: E402
+from nova_worlds.judging.rates import Rate  # noqa: E402
 
 PAGE = ROOT / "docs" / "beyond-one-clip.md"
 MODEL = ROOT / "src" / "nova_video" / "models" / "emoji"

@@ -16,8 +16,6 @@ from torch.nn import functional as F
 from nova_video.cli.arguments import parse
 from nova_video.cli.main import main
 from nova_video.common.errors import InputError
-from nova_worlds.clips import SPAN, ClipSpec
-from nova_worlds.evaluation.benchmark import REAL, RECONSTRUCTED
 from nova_worlds.evaluation.drift import (
     ALL_FRAMES,
     MEASURES,
@@ -30,12 +28,14 @@ from nova_worlds.evaluation.drift import (
     measure,
     windows,
 )
-from nova_worlds.evaluation.judge import Judge
 from nova_worlds.evaluation.plot import draw_drift, write_plot
 from nova_worlds.evaluation.report import print_drift, write_report
-from nova_worlds.shapes import prepare_shapes
-from nova_worlds.words import MOTIONS, STILL
-from nova_worlds.world import EmojiWorld, to_uint8
+from nova_worlds.evaluation.world_benchmark import REAL, RECONSTRUCTED
+from nova_worlds.judging.judge import Judge
+from nova_worlds.rendering.clips import SPAN, ClipSpec
+from nova_worlds.rendering.lexicon import MOTIONS, STILL
+from nova_worlds.rendering.shapes import prepare_shapes
+from nova_worlds.rendering.world import EmojiWorld, to_uint8
 
 FRAMES = 41
 

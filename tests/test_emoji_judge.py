@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nova_video.common.errors import InputError
-from nova_worlds.captions import parse_caption
-from nova_worlds.clips import CANVAS, SPAN, ClipSpec
-from nova_worlds.evaluation.benchmark import GENERATED, REAL, RECONSTRUCTED, Origin, Sample
 from nova_worlds.evaluation.emoji import EmojiReport, EmojiSettings, asked_specs, evaluate_emoji
-from nova_worlds.evaluation.judge import Judge
-from nova_worlds.evaluation.rates import Rate
 from nova_worlds.evaluation.report import contact_sheet, print_report, write_report
-from nova_worlds.shapes import prepare_shapes
-from nova_worlds.words import COLORS, MOTIONS, RELATIONS, SPEEDS, STILL
-from nova_worlds.world import EmojiWorld, to_uint8
+from nova_worlds.evaluation.world_benchmark import GENERATED, REAL, RECONSTRUCTED, Origin, Sample
+from nova_worlds.judging.judge import Judge
+from nova_worlds.judging.rates import Rate
+from nova_worlds.rendering.captions import parse_caption
+from nova_worlds.rendering.clips import CANVAS, SPAN, ClipSpec
+from nova_worlds.rendering.lexicon import COLORS, MOTIONS, RELATIONS, SPEEDS, STILL
+from nova_worlds.rendering.shapes import prepare_shapes
+from nova_worlds.rendering.world import EmojiWorld, to_uint8
 
 LEFT, RIGHT = MOTIONS.index("moving left"), MOTIONS.index("moving right")
 
@@ -324,7 +324,7 @@ def test_same_seed_asks_the_same(world: EmojiWorld) -> None:
 
 def test_a_judge_that_misreads_is_refused(world: EmojiWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     painter = Painter(world)
-    monkeypatch.setattr("nova_worlds.evaluation.judge.MOVES", 100.0)
+    monkeypatch.setattr("nova_worlds.judging.judge.MOVES", 100.0)
     with pytest.raises(InputError, match=r"reads only .* of motion right on 25 real renders"):
         evaluate_emoji(painter, world, SETTINGS)
     assert painter.calls == []

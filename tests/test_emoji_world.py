@@ -13,13 +13,22 @@ from PIL import Image
 
 from nova_video.common.errors import InputError
 from nova_video.io.motion import flow_magnitude
-from nova_worlds.captions import clip_caption, pair_caption, parse_caption, with_article
-from nova_worlds.clips import CANVAS, SPAN, ClipSpec, object_path, pair_paths
-from nova_worlds.emoji import prepare_emoji
-from nova_worlds.shapes import prepare_shapes
-from nova_worlds.split import held_out_clips, is_held_out
-from nova_worlds.words import BACKGROUNDS, COLORS, MIRRORED_RELATIONS, MOTIONS, PLAIN, RELATIONS, SPEEDS, STILL
-from nova_worlds.world import ART, TILE, EmojiWorld
+from nova_worlds.rendering.captions import clip_caption, pair_caption, parse_caption, with_article
+from nova_worlds.rendering.clips import CANVAS, SPAN, ClipSpec, object_path, pair_paths
+from nova_worlds.rendering.emoji_art import prepare_emoji
+from nova_worlds.rendering.lexicon import (
+    BACKGROUNDS,
+    COLORS,
+    MIRRORED_RELATIONS,
+    MOTIONS,
+    PLAIN,
+    RELATIONS,
+    SPEEDS,
+    STILL,
+)
+from nova_worlds.rendering.shapes import prepare_shapes
+from nova_worlds.rendering.split import held_out_clips, is_held_out
+from nova_worlds.rendering.world import ART, TILE, EmojiWorld
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +144,7 @@ def test_render_equals_slow_reference(world: EmojiWorld, motion: str) -> None:
 def test_render_does_not_depend_on_the_batch(world: EmojiWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = world.sample(5, seeded())
     whole = world.render(spec)
-    monkeypatch.setattr("nova_worlds.world.CPU_FRAMES", 2 * SPAN)
+    monkeypatch.setattr("nova_worlds.rendering.world.CPU_FRAMES", 2 * SPAN)
     torch.testing.assert_close(world.render(spec), whole)
     torch.testing.assert_close(world.render(spec.select(slice(3, 4))), whole[3:4])
 
@@ -295,7 +304,7 @@ def save_art(folder: Path) -> tuple[Path, Path]:
 
 
 def test_prepare_emoji(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nova_worlds.prepare.flow_magnitude", lambda frames, every: 1.0)
+    monkeypatch.setattr("nova_worlds.rendering.prepare.flow_magnitude", lambda frames, every: 1.0)
     art, names = save_art(tmp_path)
     world = prepare_emoji(art, names, tmp_path / "world", "core", score_clips=1)
     assert world.names == ["red apple", "spouting whale"]
@@ -316,8 +325,8 @@ def test_failed_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     art, names = save_art(tmp_path)
-    monkeypatch.setattr("nova_worlds.prepare.flow_magnitude", lambda frames, every: 1.0)
-    monkeypatch.setattr("nova_worlds.prepare.save", fail)
+    monkeypatch.setattr("nova_worlds.rendering.prepare.flow_magnitude", lambda frames, every: 1.0)
+    monkeypatch.setattr("nova_worlds.rendering.prepare.save", fail)
     with pytest.raises(InputError, match="No space left"):
         prepare_emoji(art, names, tmp_path / "new" / "world", score_clips=1)
     assert list((tmp_path / "new").iterdir()) == []

@@ -112,7 +112,7 @@ def test_the_example_runs(
     assert main(given) == 0
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert list(scores["table"]) == ["white", "red", "green", "blue", "all"]
-    assert scores["command"].startswith("nova evaluate own_benchmark:Backgrounds --model ")
+    assert scores["command"].startswith("nova evaluate own_benchmark:Backgrounds --")
     assert len(scores["samples"]) == 16
     monkeypatch.setattr("nova_video.cli.evaluate.load_pipeline", None)
     assert main(given) == 0

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from nova_worlds.evaluation.rates import Rate
-from nova_worlds.split import is_held_out
-from nova_worlds.words import COLORS, MOTIONS
+from nova_worlds.judging.rates import Rate
+from nova_worlds.rendering.lexicon import COLORS, MOTIONS
+from nova_worlds.rendering.split import is_held_out
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -55,10 +55,10 @@ from nova_video.training.task import fill_seed
 from nova_video.training.trainer import StopSignal, run_evals, train
 from nova_video.training.transformer import Variant
 from nova_worlds import EmojiWorld
-from nova_worlds.shapes import prepare_shapes
+from nova_worlds.rendering.shapes import prepare_shapes
 from nova_worlds.training.pools import Pool, Rows
 from nova_worlds.training.recipes import AutoencoderRecipe, DataRecipe, WorldTransformerRecipe
-from nova_worlds.training.transformer_task import WorldTask, stretch
+from nova_worlds.training.world_task import WorldTask, stretch
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 

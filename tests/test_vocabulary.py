@@ -13,7 +13,7 @@ from nova_video.cli.main import main
 from nova_video.common.errors import InputError
 from nova_video.io.checkpoints import PACKAGED_MODELS
 from nova_video.text.vocabulary import HINT, VOCABULARY_FILE, Vocabulary, WordList
-from nova_worlds.captions import (
+from nova_worlds.rendering.captions import (
     CLIP_WORDINGS,
     IMAGE_WORDINGS,
     PAIR_WORDINGS,
@@ -21,8 +21,8 @@ from nova_worlds.captions import (
     image_caption,
     pair_caption,
 )
-from nova_worlds.shapes import prepare_shapes
-from nova_worlds.words import COLORS, MOTIONS, RELATIONS, SPEEDS
+from nova_worlds.rendering.lexicon import COLORS, MOTIONS, RELATIONS, SPEEDS
+from nova_worlds.rendering.shapes import prepare_shapes
 
 CAPTIONS = 2000  # drawn of each kind
 

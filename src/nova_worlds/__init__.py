@@ -3,7 +3,7 @@
 It may import every package of `nova_video` but `cli`, which alone imports it.
 """
 
-from nova_worlds.clips import ClipSpec
-from nova_worlds.world import EmojiWorld
+from nova_worlds.rendering.clips import ClipSpec
+from nova_worlds.rendering.world import EmojiWorld
 
 __all__ = ["ClipSpec", "EmojiWorld"]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nova_worlds.clips import CANVAS
-from nova_worlds.emoji import prepare_emoji
-from nova_worlds.evaluation.judge import Judge, Judgement
-from nova_worlds.world import EmojiWorld, to_uint8
+from nova_worlds.judging.judge import Judge, Judgement
+from nova_worlds.rendering.clips import CANVAS
+from nova_worlds.rendering.emoji_art import prepare_emoji
+from nova_worlds.rendering.world import EmojiWorld, to_uint8
 
 pytestmark = pytest.mark.slow
 

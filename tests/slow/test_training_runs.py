@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.training.checkpoint import newest_checkpoint
-from nova_worlds.evaluation.benchmark import GENERATED
 from nova_worlds.evaluation.emoji import EmojiSettings, evaluate_emoji
-from nova_worlds.shapes import prepare_shapes
-from nova_worlds.world import EmojiWorld
+from nova_worlds.evaluation.world_benchmark import GENERATED
+from nova_worlds.rendering.shapes import prepare_shapes
+from nova_worlds.rendering.world import EmojiWorld
 
 ROOT = Path(__file__).parents[2]
 NOVA = [sys.executable, "-c", "import sys; from nova_video.cli.main import main; sys.exit(main())"]

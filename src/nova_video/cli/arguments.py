@@ -337,10 +337,10 @@ class EvaluateEmoji(EvaluatingWorld):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateBeyond(EvaluatingWorld):
+class EvaluateEditing(EvaluatingWorld):
     """Carry on, change and fill in real clips and pictures of the emoji world, and measure what comes of it."""
 
-    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-beyond")
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-editing")
     """Where the scores (JSON) and a contact sheet of each part go."""
     parts: tuple[PartName, ...] = ALL_PARTS
     """Parts to measure."""
@@ -528,7 +528,7 @@ class DataInspect:
 
 Benchmarks = (
     Annotated[EvaluateEmoji, subcommand("emoji")]
-    | Annotated[EvaluateBeyond, subcommand("beyond")]
+    | Annotated[EvaluateEditing, subcommand("editing")]
     | Annotated[EvaluateDrift, subcommand("drift")]
     | Annotated[EvaluateOwn, subcommand("own")]
 )
@@ -609,6 +609,8 @@ def _with_command(arguments: Sequence[str]) -> list[str]:
     arguments = list(arguments)
     if arguments[:1] == ["evaluate"] and ":" in "".join(arguments[1:2]):  # a benchmark of the user's own
         arguments.insert(1, "own")
+    if arguments[:2] == ["evaluate", "beyond"]:  # its name in version 0.1.0
+        arguments[1] = "editing"
     for depth, (group, commands) in enumerate([("nova", Command), *GROUPS.items()]):
         if depth and arguments[:1] != [group]:
             continue

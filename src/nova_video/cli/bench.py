@@ -66,7 +66,7 @@ def run_bench_presets(args: BenchPresets) -> None:
         read_preset_rows,
         write_preset_rows,
     )
-    from nova_worlds.presets.presets import CPU_BATCH, GPU_BATCH, VARIANTS, VariantSettings, measure_presets
+    from nova_worlds.presets.preset_study import CPU_BATCH, GPU_BATCH, VARIANTS, VariantSettings, measure_presets
 
     on_gpu = choose_device(args.device).type == "cuda"
     settings = EmojiSettings(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from nova_video.cli.arguments import (
     SAMPLING,
-    EvaluateBeyond,
     EvaluateDrift,
+    EvaluateEditing,
     EvaluateEmoji,
     EvaluateOwn,
     Evaluating,
@@ -24,7 +24,7 @@ from nova_video.pipeline.options import Options
 if TYPE_CHECKING:
     from nova_video.evaluation.benchmark import Benchmark, Progress
     from nova_video.pipeline.pipeline import NovaPipeline
-    from nova_worlds.world import EmojiWorld
+    from nova_worlds.rendering.world import EmojiWorld
 
 
 def run_evaluate_own(args: EvaluateOwn) -> None:
@@ -69,15 +69,15 @@ def run_evaluate_emoji(args: EvaluateEmoji) -> None:
     print(args.output)
 
 
-def run_evaluate_beyond(args: EvaluateBeyond) -> None:
+def run_evaluate_editing(args: EvaluateEditing) -> None:
     """Judge what is carried on, changed and filled in."""
     from rich.console import Console
 
-    from nova_worlds.evaluation.benchmark import LongSettings
-    from nova_worlds.evaluation.editing import BeyondSettings, evaluate_beyond
-    from nova_worlds.evaluation.report import print_beyond, write_report
+    from nova_worlds.evaluation.editing import EditingSettings, evaluate_editing
+    from nova_worlds.evaluation.report import print_editing, write_report
+    from nova_worlds.evaluation.world_benchmark import LongSettings
 
-    settings = BeyondSettings(
+    settings = EditingSettings(
         parts=args.parts,
         num_clips=args.num_clips,
         split=args.split,
@@ -88,11 +88,11 @@ def run_evaluate_beyond(args: EvaluateBeyond) -> None:
     )
     pipe, world = _open(args)
     with _progress() as on_progress:
-        report = evaluate_beyond(
-            pipe, world, settings, model=args.model, command=_command_line("beyond", args), on_progress=on_progress
+        report = evaluate_editing(
+            pipe, world, settings, model=args.model, command=_command_line("editing", args), on_progress=on_progress
         )
     write_report(report, args.output)
-    print_beyond(report, Console())
+    print_editing(report, Console())
     print(args.output)
 
 
@@ -142,7 +142,7 @@ def _open(args: EvaluatingWorld) -> "tuple[NovaPipeline, EmojiWorld]":
     """The model and the world it is measured on. All that can be checked is, before anything large is loaded."""
     from nova_video.common.devices import choose_device
     from nova_video.io.files import make_folder
-    from nova_worlds.world import EmojiWorld
+    from nova_worlds.rendering.world import EmojiWorld
 
     world = EmojiWorld.load(args.data, choose_device(args.device))
     make_folder(args.output)

@@ -30,8 +30,8 @@ from nova_video.cli.arguments import (
     DataShapes,
     Edit,
     Encode,
-    EvaluateBeyond,
     EvaluateDrift,
+    EvaluateEditing,
     EvaluateEmoji,
     EvaluateOwn,
     Generate,
@@ -43,7 +43,7 @@ from nova_video.cli.arguments import (
 )
 from nova_video.cli.bench import run_bench_presets, run_bench_sample, run_bench_train
 from nova_video.cli.data import run_data_inspect, run_encode
-from nova_video.cli.evaluate import run_evaluate_beyond, run_evaluate_drift, run_evaluate_emoji, run_evaluate_own
+from nova_video.cli.evaluate import run_evaluate_drift, run_evaluate_editing, run_evaluate_emoji, run_evaluate_own
 from nova_video.cli.generate import run_edit, run_generate
 from nova_video.cli.words import run_words
 from nova_video.common.errors import InputError, Terminated, first_line
@@ -122,14 +122,14 @@ def run_convert(args: Convert) -> None:
 
 
 def run_data_emoji(args: DataEmoji) -> None:
-    from nova_worlds.emoji import prepare_emoji
+    from nova_worlds.rendering.emoji_art import prepare_emoji
 
     world = prepare_emoji(args.art, args.names, args.output, args.set)
     print(f"{args.output}: {len(world.names)} objects")
 
 
 def run_data_shapes(args: DataShapes) -> None:
-    from nova_worlds.shapes import prepare_shapes
+    from nova_worlds.rendering.shapes import prepare_shapes
 
     world = prepare_shapes(args.output)
     print(f"{args.output}: {len(world.names)} objects")
@@ -144,7 +144,7 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
     Encode: run_encode,
     Train: run_train,
     EvaluateEmoji: run_evaluate_emoji,
-    EvaluateBeyond: run_evaluate_beyond,
+    EvaluateEditing: run_evaluate_editing,
     EvaluateDrift: run_evaluate_drift,
     EvaluateOwn: run_evaluate_own,
     BenchSample: run_bench_sample,

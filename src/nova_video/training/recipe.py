@@ -354,7 +354,7 @@ KINDS = {
         "nova_video.training.recipe:DatasetTransformerRecipe", "nova_video.training.dataset_task:DatasetTask"
     ),
     "world-transformer": Kind(
-        "nova_worlds.training.recipes:WorldTransformerRecipe", "nova_worlds.training.transformer_task:WorldTask"
+        "nova_worlds.training.recipes:WorldTransformerRecipe", "nova_worlds.training.world_task:WorldTask"
     ),
     "autoencoder": Kind(
         "nova_worlds.training.recipes:AutoencoderRecipe", "nova_worlds.training.autoencoder_task:AutoencoderTask"

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from nova_video.evaluation.benchmark import Progress
 from nova_video.io.motion import flow_magnitudes
-from nova_worlds.clips import FPS, SPAN, ClipSpec, ObjectPath, object_path
-from nova_worlds.evaluation.benchmark import (
+from nova_worlds.evaluation.paths import render_path
+from nova_worlds.evaluation.world_benchmark import (
     JUDGE_CLIPS,
     REAL,
     RECONSTRUCTED,
@@ -36,10 +36,10 @@ from nova_worlds.evaluation.benchmark import (
     in_words,
     reconstruct,
 )
-from nova_worlds.evaluation.judge import MIN_AREA, Judge, track_object
-from nova_worlds.evaluation.paths import render_path
-from nova_worlds.evaluation.rates import Rate
-from nova_worlds.world import EmojiWorld, Split, to_uint8
+from nova_worlds.judging.judge import MIN_AREA, Judge, track_object
+from nova_worlds.judging.rates import Rate
+from nova_worlds.rendering.clips import FPS, SPAN, ClipSpec, ObjectPath, object_path
+from nova_worlds.rendering.world import EmojiWorld, Split, to_uint8
 
 WINDOW = FPS  # frames that are averaged: a second
 ENDS = 2  # windows at the start and at the end that are compared

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nova_video.common.errors import InputError
 from nova_video.evaluation.benchmark import Progress
-from nova_worlds.evaluation.benchmark import (
+from nova_worlds.evaluation.editing_parts import PARTS, Case, Part, PartName, Slices
+from nova_worlds.evaluation.world_benchmark import (
     GENERATED,
     JUDGE_CLIPS,
     REAL,
@@ -29,10 +30,9 @@ from nova_worlds.evaluation.benchmark import (
     check_judge,
     reconstruct,
 )
-from nova_worlds.evaluation.judge import Judge
-from nova_worlds.evaluation.parts import PARTS, Case, Part, PartName, Slices
-from nova_worlds.evaluation.rates import Rate
-from nova_worlds.world import EmojiWorld, Split, to_uint8
+from nova_worlds.judging.judge import Judge
+from nova_worlds.judging.rates import Rate
+from nova_worlds.rendering.world import EmojiWorld, Split, to_uint8
 
 KEPT_SCORE = "given_kept"  # the score of pixels that were given and must come back as they were
 
@@ -41,7 +41,7 @@ Maker = Callable[[Case, int], Tensor]
 
 
 @dataclass(frozen=True)
-class BeyondSettings(SamplingSettings):
+class EditingSettings(SamplingSettings):
     """How to evaluate."""
 
     parts: tuple[PartName, ...] = tuple(PARTS)
@@ -91,10 +91,10 @@ class PartReport:
 
 
 @dataclass(frozen=True)
-class BeyondReport:
+class EditingReport:
     """All that an evaluation found."""
 
-    settings: BeyondSettings
+    settings: EditingSettings
     origin: Origin
     parts: dict[PartName, PartReport]
 
@@ -103,26 +103,26 @@ class BeyondReport:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "benchmark": "beyond",
+            "benchmark": "editing",
             **asdict(self.origin),
             "settings": asdict(self.settings),
             "parts": {name: part.as_json() for name, part in self.parts.items()},
         }
 
 
-def evaluate_beyond(
+def evaluate_editing(
     pipe: EvaluatedPipeline,
     world: EmojiWorld,
-    settings: BeyondSettings = BeyondSettings(),
+    settings: EditingSettings = EditingSettings(),
     *,
     model: str = "",
     command: str = "",
     on_progress: Progress | None = None,
-) -> BeyondReport:
+) -> EditingReport:
     """Judge the judge, then the model, in every part. `model` and `command` are only recorded."""
     judge = Judge(world)
     reports = {name: evaluate_part(name, pipe, world, judge, settings, on_progress) for name in settings.parts}
-    return BeyondReport(settings, Origin.of(world, model, command), reports)
+    return EditingReport(settings, Origin.of(world, model, command), reports)
 
 
 def evaluate_part(
@@ -130,7 +130,7 @@ def evaluate_part(
     pipe: EvaluatedPipeline,
     world: EmojiWorld,
     judge: Judge,
-    settings: BeyondSettings,
+    settings: EditingSettings,
     on_progress: Progress | None = None,
 ) -> PartReport:
     """One part, from real renders to what the model makes."""
@@ -187,7 +187,7 @@ def evaluate_part(
     )
 
 
-def asked_cases(part: Part, world: EmojiWorld, settings: BeyondSettings) -> Case:
+def asked_cases(part: Part, world: EmojiWorld, settings: EditingSettings) -> Case:
     """Draws the cases on the CPU, so that they are equal on every device.
 
     There are enough of them to judge the judge.

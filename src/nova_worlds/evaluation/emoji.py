@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from nova_video.evaluation.benchmark import Progress
-from nova_worlds.clips import SPAN, ClipSpec
-from nova_worlds.evaluation.benchmark import (
+from nova_worlds.evaluation.world_benchmark import (
     GENERATED,
     JUDGE_CLIPS,
     REAL,
@@ -31,10 +30,11 @@ from nova_worlds.evaluation.benchmark import (
     describe,
     reconstruct,
 )
-from nova_worlds.evaluation.judge import Judge, Judgement
-from nova_worlds.evaluation.rates import Rate
-from nova_worlds.words import MOTIONS
-from nova_worlds.world import EmojiWorld, Split, to_uint8
+from nova_worlds.judging.judge import Judge, Judgement
+from nova_worlds.judging.rates import Rate
+from nova_worlds.rendering.clips import SPAN, ClipSpec
+from nova_worlds.rendering.lexicon import MOTIONS
+from nova_worlds.rendering.world import EmojiWorld, Split, to_uint8
 
 JUDGE_SCORES = ("background", "motion", "object", "relation")  # the scores that a judge must master on real renders
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nova_worlds.clips import (
+from nova_worlds.rendering.clips import (
     BOUNCE_FRAMES,
     BOUNCE_PIXELS,
     CANVAS,
@@ -23,8 +23,8 @@ from nova_worlds.clips import (
     ObjectPath,
     object_path,
 )
-from nova_worlds.words import MOTIONS
-from nova_worlds.world import EmojiWorld, to_uint8
+from nova_worlds.rendering.lexicon import MOTIONS
+from nova_worlds.rendering.world import EmojiWorld, to_uint8
 
 SPINS = (MOTIONS.index("spinning clockwise"), MOTIONS.index("spinning counterclockwise"))
 RENDER_BATCH = 64  # clips at a time

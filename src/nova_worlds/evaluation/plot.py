@@ -6,9 +6,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from nova_video.io.files import atomic_path
-from nova_worlds.clips import FPS
-from nova_worlds.evaluation.benchmark import REAL, RECONSTRUCTED
 from nova_worlds.evaluation.drift import MEASURES, WINDOW, DriftReport
+from nova_worlds.evaluation.world_benchmark import REAL, RECONSTRUCTED
+from nova_worlds.rendering.clips import FPS
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart; what is real in gray.
 COLORS = ("#D55E00", "#000000", "#0072B2", "#009E73", "#E69F00", "#CC79A7")

@@ -9,7 +9,7 @@ from typing import Any
 from nova_video.bench.rows import short
 from nova_video.common.errors import InputError
 from nova_video.io.files import atomic_path
-from nova_worlds.evaluation.rates import PairedRates, Rate
+from nova_worlds.judging.rates import PairedRates, Rate
 from nova_worlds.presets.preset_outcome import Outcome
 
 MINUS = "\N{MINUS SIGN}"

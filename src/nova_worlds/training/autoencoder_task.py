@@ -9,9 +9,9 @@ from torch import Tensor
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.training.task import LossParts, Task
+from nova_worlds.rendering.world import EmojiWorld, Split, to_uint8
 from nova_worlds.training.pools import Pools, Rows, describe_world
 from nova_worlds.training.recipes import AutoencoderRecipe
-from nova_worlds.world import EmojiWorld, Split, to_uint8
 
 
 class AutoencoderTask(Task[AutoencoderKLCausalTiny, int, Rows]):

@@ -6,7 +6,7 @@ from typing import Literal
 from nova_video.common.checks import check_number
 from nova_video.common.errors import InputError
 from nova_video.training.recipe import Recipe, TransformerRun, check_shares
-from nova_worlds.words import MOTIONS
+from nova_worlds.rendering.lexicon import MOTIONS
 
 
 @dataclass(frozen=True)

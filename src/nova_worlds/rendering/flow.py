@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nova_worlds.clips import SIZES
+from nova_worlds.rendering.clips import SIZES
 
 SIZE_BUCKETS = 4  # equal parts of SIZES
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from nova_worlds.prepare import Picture, write_world
-from nova_worlds.world import EmojiWorld
+from nova_worlds.rendering.prepare import Picture, write_world
+from nova_worlds.rendering.world import EmojiWorld
 
 SIDE = 256
 OVERSAMPLE = 4

@@ -38,13 +38,13 @@ from nova_video.pipeline.settings import SETTINGS_FILE, CheckpointSettings, Defa
 from nova_video.sampling.presets import EXACT, PRESETS, Preset
 from nova_video.text.features import encode_prompts
 from nova_video.text.load import load_text_encoder
-from nova_worlds.clips import ClipSpec
-from nova_worlds.evaluation.benchmark import JUDGE_CLIPS, check_judge
 from nova_worlds.evaluation.emoji import JUDGE_SCORES, EmojiSettings, asked_specs, clip_flags, pair_flags, score
-from nova_worlds.evaluation.judge import Judge
+from nova_worlds.evaluation.world_benchmark import JUDGE_CLIPS, check_judge
+from nova_worlds.judging.judge import Judge
 from nova_worlds.presets.preset_outcome import Outcome, digest, load_tensors, save_tensors
 from nova_worlds.presets.preset_rows import PresetRow, compare_outcomes, digits
-from nova_worlds.world import EmojiWorld, to_uint8
+from nova_worlds.rendering.clips import ClipSpec
+from nova_worlds.rendering.world import EmojiWorld, to_uint8
 
 OTHER_SEED = "other-seed"
 VARIANTS: dict[str, Preset] = {

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nova_worlds.words import MOTIONS
+from nova_worlds.rendering.lexicon import MOTIONS
 
 CANVAS = 128  # pixels, height and width of a clip
 SPAN = 17  # frames of a usual clip, at FPS

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from nova_video.common.errors import InputError
 from nova_video.evaluation.benchmark import package_versions
-from nova_worlds.clips import CANVAS, ClipSpec
-from nova_worlds.evaluation.judge import Judgement
-from nova_worlds.evaluation.rates import Rate
-from nova_worlds.words import COLORS, MOTIONS
-from nova_worlds.world import EmojiWorld
+from nova_worlds.judging.judge import Judgement
+from nova_worlds.judging.rates import Rate
+from nova_worlds.rendering.clips import CANVAS, ClipSpec
+from nova_worlds.rendering.lexicon import COLORS, MOTIONS
+from nova_worlds.rendering.world import EmojiWorld
 
 JUDGE_AT_LEAST = 0.97
 JUDGE_CLIPS = 200  # real renders that the judge is judged on, at least

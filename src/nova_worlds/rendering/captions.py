@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nova_video.text.vocabulary import Vocabulary, WordList
-from nova_worlds.words import COLORS, MIRRORED_RELATIONS, MOTIONS, PLAIN, RELATIONS, SPEEDS
+from nova_worlds.rendering.lexicon import COLORS, MIRRORED_RELATIONS, MOTIONS, PLAIN, RELATIONS, SPEEDS
 
 # {thing}: an object with its article; {action}: "moving left slowly"; {manner}: "slowly moving left"; {color}: "blue";
 # {backdrop}: "a blue background".

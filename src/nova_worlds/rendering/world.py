@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from nova_video.common.errors import InputError
 from nova_video.text.vocabulary import Vocabulary
-from nova_worlds.captions import (
+from nova_worlds.rendering.captions import (
     CLIP_WORDINGS,
     IMAGE_WORDINGS,
     PAIR_WORDINGS,
@@ -28,9 +28,9 @@ from nova_worlds.captions import (
     image_caption,
     pair_caption,
 )
-from nova_worlds.clips import CANVAS, PAIR_SIZES, SIZES, SPAN, ClipSpec, ObjectPath, object_path, pair_paths
-from nova_worlds.motion import MotionTable
-from nova_worlds.words import BACKGROUNDS, COLORS, MOTIONS, PLAIN, RELATIONS, SPEEDS, STILL
+from nova_worlds.rendering.clips import CANVAS, PAIR_SIZES, SIZES, SPAN, ClipSpec, ObjectPath, object_path, pair_paths
+from nova_worlds.rendering.flow import MotionTable
+from nova_worlds.rendering.lexicon import BACKGROUNDS, COLORS, MOTIONS, PLAIN, RELATIONS, SPEEDS, STILL
 
 FORMAT = 1
 TILE = 80  # pixels, side of an object's tile in the atlas

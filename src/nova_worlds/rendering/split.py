@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nova_worlds.words import COLORS, MOTIONS, RELATIONS
+from nova_worlds.rendering.lexicon import COLORS, MOTIONS, RELATIONS
 
 HELD_OUT_ONE_IN = 10
 

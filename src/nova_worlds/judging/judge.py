@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nova_worlds.clips import CANVAS, SPAN, ClipSpec, ObjectPath
-from nova_worlds.words import MOTIONS, STILL
-from nova_worlds.world import EmojiWorld, to_uint8
+from nova_worlds.rendering.clips import CANVAS, SPAN, ClipSpec, ObjectPath
+from nova_worlds.rendering.lexicon import MOTIONS, STILL
+from nova_worlds.rendering.world import EmojiWorld, to_uint8
 
 RING = 2  # pixels: the border whose median is the background
 THRESHOLD = 36 / 255  # an object differs from the background by this in some channel

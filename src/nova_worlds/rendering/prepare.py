@@ -16,11 +16,11 @@ from torch import Tensor
 
 from nova_video.common.errors import InputError
 from nova_video.io.motion import flow_magnitude
-from nova_worlds.clips import SIZES
-from nova_worlds.motion import SIZE_BUCKETS, MotionTable
-from nova_worlds.split import held_out_clips, held_out_pairs
-from nova_worlds.words import MOTIONS, PLAIN, SPEEDS, STILL
-from nova_worlds.world import ART, FORMAT, TILE, EmojiWorld, WorldInfo, to_uint8
+from nova_worlds.rendering.clips import SIZES
+from nova_worlds.rendering.flow import SIZE_BUCKETS, MotionTable
+from nova_worlds.rendering.lexicon import MOTIONS, PLAIN, SPEEDS, STILL
+from nova_worlds.rendering.split import held_out_clips, held_out_pairs
+from nova_worlds.rendering.world import ART, FORMAT, TILE, EmojiWorld, WorldInfo, to_uint8
 
 VERSION = 1  # of the world: raised when the same art would give other clips
 SCORE_CLIPS = 8  # measured per (motion, speed, size bucket)

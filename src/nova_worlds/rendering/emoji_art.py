@@ -11,8 +11,8 @@ from typing import Literal
 from PIL import Image
 
 from nova_video.common.errors import InputError
-from nova_worlds.prepare import SCORE_CLIPS, Picture, write_world
-from nova_worlds.world import EmojiWorld
+from nova_worlds.rendering.prepare import SCORE_CLIPS, Picture, write_world
+from nova_worlds.rendering.world import EmojiWorld
 
 # emojibase's group numbers and keys, by the set they belong to.
 CORE_GROUPS = {3: "animals-nature", 4: "food-drink"}

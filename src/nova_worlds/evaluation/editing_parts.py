@@ -13,17 +13,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nova_worlds.clips import (
+from nova_worlds.evaluation.paths import SPINS, has_room, render_path, spins, steered_path
+from nova_worlds.evaluation.world_benchmark import (
+    EvaluatedPipeline,
+    LongSettings,
+    Sample,
+    SamplingSettings,
+    fill,
+    in_words,
+)
+from nova_worlds.judging.judge import Judge, Judgement
+from nova_worlds.rendering.clips import (
     CANVAS,
     FPS,
     SPAN,
     ClipSpec,
 )
-from nova_worlds.evaluation.benchmark import EvaluatedPipeline, LongSettings, Sample, SamplingSettings, fill, in_words
-from nova_worlds.evaluation.judge import Judge, Judgement
-from nova_worlds.evaluation.paths import SPINS, has_room, render_path, spins, steered_path
-from nova_worlds.words import COLORS, MOTIONS, PLAIN, SPEEDS, STILL
-from nova_worlds.world import EmojiWorld, Split, to_uint8
+from nova_worlds.rendering.lexicon import COLORS, MOTIONS, PLAIN, SPEEDS, STILL
+from nova_worlds.rendering.world import EmojiWorld, Split, to_uint8
 
 NUM_GIVEN = 9  # real frames that a clip begins with
 LONG = 65  # frames that it is carried on to

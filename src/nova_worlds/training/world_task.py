@@ -29,15 +29,15 @@ from nova_video.training.transformer import (
     make_model,
     make_scheduler,
 )
-from nova_worlds.clips import CANVAS, FPS, ClipSpec
-from nova_worlds.evaluation.benchmark import GENERATED, SHEET_CLIPS, describe
 from nova_worlds.evaluation.emoji import EmojiSettings, asked_specs, evaluate_emoji, generate
-from nova_worlds.evaluation.judge import Judge
 from nova_worlds.evaluation.report import contact_sheet
+from nova_worlds.evaluation.world_benchmark import GENERATED, SHEET_CLIPS, describe
+from nova_worlds.judging.judge import Judge
+from nova_worlds.rendering.clips import CANVAS, FPS, ClipSpec
+from nova_worlds.rendering.lexicon import MOTIONS
+from nova_worlds.rendering.world import EmojiWorld
 from nova_worlds.training.pools import Pools, Rows, describe_world
 from nova_worlds.training.recipes import WorldTransformerRecipe
-from nova_worlds.words import MOTIONS
-from nova_worlds.world import EmojiWorld
 
 ENCODE = 256  # clips that go through the autoencoder together
 

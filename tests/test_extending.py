@@ -79,6 +79,16 @@ def test_an_own_rule_of_guidance(pipe: NovaPipeline, caplog: pytest.LogCaptureFi
     assert settings["guidance"] is None
 
 
+def test_the_paper_s_rule_as_an_object(pipe: NovaPipeline) -> None:
+    """Three passes with renorm are what the settings say, also in a stream, whose rule is asked for every frame."""
+    settings = {"guidance_scale": 3.0, "image_guidance_scale": 2.0, "guidance_renorm": 0.5}
+    expected = made(pipe, **settings)
+    rule = Guidance(3.0, renorm=0.5, image_scale=2.0)
+    assert torch.equal(made(pipe, guidance_rule=rule), expected)
+    frames = list(pipe.stream("a whale", **CALL, guidance_rule=rule))
+    assert torch.equal(torch.stack(frames, dim=1), expected[0])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

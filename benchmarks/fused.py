@@ -25,7 +25,6 @@ from diffusers import DDPMScheduler
 from result_file import result_of, write_result
 from torch import Tensor
 
-from nova_video.fast.denoiser import modulations, predict
 from nova_video.fast.fused import (
     Layout,
     Tile,
@@ -34,6 +33,7 @@ from nova_video.fast.fused import (
     launched_early,
     rank_tiles,
 )
+from nova_video.fast.modulations import modulations, predict
 from nova_video.model.denoiser import Denoiser
 from nova_video.sampling.diffusion import Schedule, linear_step
 from nova_video.sampling.guidance import Guidance, combine, pass_weights

@@ -17,7 +17,7 @@ from nova_video.training.loss import (
     losses,
     visible_tokens,
 )
-from nova_video.training.transformer import checkpointed
+from nova_video.training.transformer import checkpoint_block
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 GRID = (8, 12)
@@ -86,7 +86,7 @@ def test_checkpointed_blocks_have_exactly_the_gradients(model: NOVATransformer3D
 
     def counted(block: torch.nn.Module, *args: object) -> Tensor:
         calls.append(block)
-        return checkpointed(block, *args)
+        return checkpoint_block(block, *args)
 
     gradients, totals = [], []
     for again in (False, True):

@@ -17,9 +17,9 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from nova_video.fast import attention, blocks
+from nova_video.fast import attention_choice, blocks
 from nova_video.fast.arrange import arrange_for_sampling, arrange_for_training, compile_blocks, over, with_fast_blocks
-from nova_video.fast.attention import (
+from nova_video.fast.attention_choice import (
     attend,
     attend_without_cudnn,
     chooses_flex,
@@ -34,7 +34,7 @@ from nova_video.model.attention import block_causal_mask
 from nova_video.model.denoiser import Denoiser, TimeCondEmbed
 from nova_video.model.vit import Block
 from nova_video.training.loss import NoiseTable, draw, draw_per_sample, losses
-from nova_video.training.transformer import checkpointed
+from nova_video.training.transformer import checkpoint_block
 
 CONFORMANCE = Path(__file__).parents[1] / "conformance"
 CPU = torch.device("cpu")
@@ -189,7 +189,7 @@ def test_compiled_blocks_stay_compiled_in_every_variant(table: NoiseTable) -> No
     model = NOVATransformer3DModel.from_pretrained(CONFORMANCE / "rotary-flow" / "transformer")
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
-        model.enable_gradient_checkpointing(checkpointed)
+        model.enable_gradient_checkpointing(checkpoint_block)
         encoders = {
             name: with_fast_blocks(getattr(model, name), True, "auto") for name in ("video_encoder", "image_encoder")
         }
@@ -300,7 +300,7 @@ def test_flex_attention_gives_the_values_of_plain_attention(
 
 def test_the_form_is_chosen_by_device_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     chooses_flex.cache_clear()
-    with caplog.at_level(logging.INFO, logger=attention.__name__):
+    with caplog.at_level(logging.INFO, logger=attention_choice.__name__):
         assert not chooses_flex(CPU, 64)
         assert not chooses_flex(CPU, 64)
     assert [record.getMessage() for record in caplog.records] == [

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from nova_video.bench.sample import versions
 from nova_video.fast import flash
-from nova_video.fast.attention import attend, attend_packed
+from nova_video.fast.attention_choice import attend, attend_packed
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -18,7 +18,6 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from nova_video.fast import fused
-from nova_video.fast.denoiser import modulations, predict
 from nova_video.fast.fused import (
     Layout,
     Tile,
@@ -31,6 +30,7 @@ from nova_video.fast.fused import (
     supports,
 )
 from nova_video.fast.known import known_denoiser_parts
+from nova_video.fast.modulations import modulations, predict
 from nova_video.model.denoiser import Denoiser, DenoiserBlock
 from nova_video.sampling.diffusion import Schedule, linear_step, predicted_data
 from nova_video.sampling.guidance import Guidance, pass_weights

@@ -17,7 +17,7 @@ from nova_video.bench.train import (
     Opened,
 )
 from nova_video.common.checks import AttentionKernels
-from nova_video.fast import attention as fast_attention
+from nova_video.fast import attention_choice as fast_attention
 from nova_video.fast import flash
 from nova_video.fast.arrange import over
 from nova_video.fast.blocks import FastAttention
@@ -93,7 +93,7 @@ def report_nan_of_cudnn() -> None:
     def anything(*_: Any) -> bool:
         return True
 
-    with unittest.mock.patch("nova_video.fast.attention.suits_cudnn", anything):
+    with unittest.mock.patch("nova_video.fast.attention_choice.suits_cudnn", anything):
         set_kernels()
         for head_dim, compiled, batch in itertools.product((64, 96), (False, True), (4, 27)):
             torch.compiler.reset()

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from nova_video.common.checks import AttentionKernels
 from nova_video.common.devices import compile_every_variant
-from nova_video.fast.attention import Mask, attend, attend_packed, temporal_mask
+from nova_video.fast.attention_choice import Mask, attend, attend_packed, temporal_mask
 from nova_video.fast.gelu import gelu_of
 from nova_video.fast.linear import apply_linear
 from nova_video.fast.norm import add_gated, modulate, norm_of

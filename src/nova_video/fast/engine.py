@@ -20,9 +20,9 @@ from torch import Tensor
 from nova_video.common.notices import warn_once
 from nova_video.fast.arrange import arrange_for_sampling
 from nova_video.fast.blocks import compile_function
-from nova_video.fast.denoiser import modulations, predict
 from nova_video.fast.fused import run_fused, supports
 from nova_video.fast.known import unknown_part
+from nova_video.fast.modulations import modulations, predict
 from nova_video.model import NOVATransformer3DModel, Positions
 from nova_video.model.denoiser import Denoiser
 from nova_video.model.embeddings import Rotary

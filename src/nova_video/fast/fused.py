@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from nova_video.fast.denoiser import modulations
 from nova_video.fast.known import known_denoiser_parts
+from nova_video.fast.modulations import modulations
 from nova_video.model.denoiser import Denoiser, DenoiserBlock
 from nova_video.sampling.diffusion import Schedule
 from nova_video.sampling.guidance import Guidance

@@ -34,13 +34,13 @@ def gelu_kernel(x, bias, out, rows, columns, BIAS: tl.constexpr, COLUMNS: tl.con
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         value += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     size = tl.abs(value)
     result = tl.maximum(value, 0.0) - size * tail_series(size) * tl.exp2(-0.721347520 * value * value)
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -63,24 +63,24 @@ def gelu_backward_kernel(
     The bias is added to x first. All have (rows, columns) numbers.
     """
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = column < columns
+    in_row = column < columns
     if BIAS:
-        added = tl.load(bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
+        added = tl.load(bias + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
     total = tl.zeros((TOGETHER, COLUMNS), tl.float32)
     for start in tl.range(0, each, TOGETHER, num_stages=STAGES):
         row = tl.program_id(0) * each + start + tl.arange(0, TOGETHER)
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
-        inside = (row < rows)[:, None] & there[None, :]
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        given = tl.load(to_out + at, mask=inside, other=0.0).to(tl.float32)
+        mask = (row < rows)[:, None] & in_row[None, :]
+        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        given = tl.load(to_out + at, mask=mask, other=0.0).to(tl.float32)
         if BIAS:
             value += added
         size = tl.abs(value)
         rest = (tail_series(size) - 0.39894228 * size) * tl.exp2(-0.721347520 * value * value)
         gradient = given * tl.where(value >= 0, 1.0 - rest, rest)
         total += gradient
-        tl.store(to_x + at, gradient.to(to_x.dtype.element_ty), mask=inside)
-    tl.store(sums + tl.program_id(0) * columns + column, tl.sum(total, 0), mask=there)
+        tl.store(to_x + at, gradient.to(to_x.dtype.element_ty), mask=mask)
+    tl.store(sums + tl.program_id(0) * columns + column, tl.sum(total, 0), mask=in_row)
 
 
 @triton_op("nova_video::gelu", mutates_args=())

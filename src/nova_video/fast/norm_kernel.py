@@ -36,22 +36,22 @@ def norm_backward_kernel(
     The sums are the gradients of the bias, of the weight and of the shift, one behind the other.
     """
     column = tl.arange(0, COLUMNS)
-    there = column < columns
-    scale = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)[None, :]
+    in_row = column < columns
+    scale = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
     if BIAS:
-        added = tl.load(bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
+        added = tl.load(bias + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
     to_weight = tl.zeros((TOGETHER, COLUMNS), tl.float32)
     to_shift = tl.zeros((TOGETHER, COLUMNS), tl.float32)
     to_bias = tl.zeros((TOGETHER, COLUMNS), tl.float32)
     for start in tl.range(0, each, TOGETHER, num_stages=STAGES):
         row = (tl.program_id(0) * each + start + tl.arange(0, TOGETHER)).to(tl.int64)[:, None]
         at = row * columns + column[None, :]
-        inside = (row < rows) & there[None, :]
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        given = tl.load(to_out + at, mask=inside, other=0.0).to(tl.float32)
+        mask = (row < rows) & in_row[None, :]
+        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        given = tl.load(to_out + at, mask=mask, other=0.0).to(tl.float32)
         if BIAS:
             value += added
-        value = tl.where(there[None, :], value - (tl.sum(value, 1) / columns)[:, None], 0.0)
+        value = tl.where(in_row[None, :], value - (tl.sum(value, 1) / columns)[:, None], 0.0)
         variance = (tl.sum(value * value, 1) / columns + eps).to(tl.float32)  # torch.compile gives eps in float64
         slope = tl.rsqrt(variance)[:, None]
         value *= slope
@@ -59,14 +59,14 @@ def norm_backward_kernel(
         level = (tl.sum(scaled, 1) / columns)[:, None]
         along = (tl.sum(scaled * value, 1) / columns)[:, None]
         gradient = (scaled - level - value * along) * slope
-        tl.store(to_x + at, gradient.to(to_x.dtype.element_ty), mask=inside)
+        tl.store(to_x + at, gradient.to(to_x.dtype.element_ty), mask=mask)
         to_weight += given * value
         to_shift += given
         to_bias += gradient
     parts += tl.program_id(0).to(tl.int64) * 3 * columns + column
-    tl.store(parts, tl.sum(to_bias, 0), mask=there)
-    tl.store(parts + columns, tl.sum(to_weight, 0), mask=there)
-    tl.store(parts + 2 * columns, tl.sum(to_shift, 0), mask=there)
+    tl.store(parts, tl.sum(to_bias, 0), mask=in_row)
+    tl.store(parts + columns, tl.sum(to_weight, 0), mask=in_row)
+    tl.store(parts + 2 * columns, tl.sum(to_shift, 0), mask=in_row)
 
 
 def share(rows: int, programs: int, together: int) -> int:

@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from nova_video.common.errors import InputError
 from nova_video.model.attention import block_causal_mask
-from nova_video.model.base import DiffusersModel
 from nova_video.model.config import check_config, parse_archs, spatial_patch
 from nova_video.model.denoiser import Denoiser
+from nova_video.model.diffusers_model import DiffusersModel
 from nova_video.model.embeddings import MaskEmbed, Mixer, MotionEmbed, Positions, Rotary, TextEmbed, VideoPosEmbed
 from nova_video.model.head import resolve_head
 from nova_video.model.patches import PatchEmbed, gather_tokens

@@ -189,7 +189,7 @@ def set_kernels() -> None:
     """Set how torch multiplies on a GPU, in all training."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    if find_fast("attention") is None:  # which takes cuDNN's attention only where its gradients are finite
+    if find_fast("attention_choice") is None:  # which takes cuDNN's attention only where its gradients are finite
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 

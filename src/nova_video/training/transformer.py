@@ -110,7 +110,7 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         if recipe.precision == "fp8":
             use_fp8(model, device)
         if recipe.checkpointing:
-            model.enable_gradient_checkpointing(checkpointed)
+            model.enable_gradient_checkpointing(checkpoint_block)
         if (fast := find_fast("arrange")) is not None:
             timesteps = None if recipe.loss else self.table.timestep  # a loss of the user's own may draw others
             self.model = fast.arrange_for_training(
@@ -236,7 +236,7 @@ class TransformerTask(Task[NOVATransformer3DModel, Variant, Batch]):
         NovaPipeline(half.half(), self.scheduler, kept, settings=settings).save_pretrained(folder)
 
 
-def checkpointed(block: nn.Module, *args: Any) -> Tensor:
+def checkpoint_block(block: nn.Module, *args: Any) -> Tensor:
     """Calls a block; of what it computes only the output is kept, and the backward pass computes the rest again.
 
     The same gradients, in less memory and about a third more time. Blocks draw no random numbers, so none are saved.

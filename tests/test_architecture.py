@@ -106,7 +106,7 @@ CHANGING = {
     "are of one request, which runs or streams in one place at a time": """
         Generation SamplingState OpenFrame TemporalCache Modulations FastEngine Stopwatch FrameDecoder StreamDecoder
         Interrupts TileParts Window""",
-    "are of one file that is read or written": "LiveWriter Media Video _Deinterlacer _Expected",
+    "are of one file that is read or written": "LiveWriter Media Video _Deinterlacer _TensorCheck",
     "are of one run of training": """
         Average CudaRecorder DatasetTask Log Pool Reader ReplicatedModule Rows Run SharedClock StepGraphs Stepper
         StopSignal Stream Throughput""",

@@ -22,7 +22,7 @@ from nova_video.common.errors import InputError
 from nova_video.pipeline.loading import outline_autoencoder, outline_transformer
 from nova_video.pipeline.records import read_record
 from nova_video.pipeline.request import GenerateRequest
-from nova_video.pipeline.saved_facts import Facts, check_facts
+from nova_video.pipeline.saved_facts import SavedFacts, check_facts
 from nova_video.pipeline.saving import KEY, load_file_facts
 from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.training.recipe import load_recipe, recipe_toml
@@ -180,7 +180,7 @@ def test_saved_states(data: st.DataObject, state: tuple[dict[str, Any], dict[str
     facts, tensors = state
     values = changed(data, facts)
     try:
-        taken = read_record(Facts, values, "its record")
+        taken = read_record(SavedFacts, values, "its record")
         check_facts(taken, tensors, PIPE)
     except InputError as error:
         one_line(error)

@@ -32,7 +32,7 @@ from nova_video.training import trainer as trainer_module
 from nova_video.training.card import Record
 from nova_video.training.checkpoint import (
     Average,
-    Progress,
+    TrainingProgress,
     gather_state,
     load_checkpoint,
     newest_checkpoint,
@@ -585,7 +585,7 @@ def test_steps_make_room_for_a_look_at_the_model(
     )
     log = Log(transformer_recipe, writes=True)
     log.start(0)
-    record = Record(Progress(1, 1.0), [], {})
+    record = Record(TrainingProgress(1, 1.0), [], {})
     look_once = partial(run_evals, task, nn.Identity(), DueEvals(True, True, False), log, record, graphs)
     if recorded and helps:
         assert look_once()
@@ -667,10 +667,10 @@ def saved(tmp_path: Path) -> tuple[Path, nn.Module]:
     model(torch.randn(4, 3)).square().mean().backward()
     optimizer.step()
     average.update()
-    return save_checkpoint(tmp_path, Progress(1, 1.5), gather_state(model, average, optimizer), keep=2), model
+    return save_checkpoint(tmp_path, TrainingProgress(1, 1.5), gather_state(model, average, optimizer), keep=2), model
 
 
-def load(path: Path, model: nn.Module) -> Progress:
+def load(path: Path, model: nn.Module) -> TrainingProgress:
     return load_checkpoint(
         path, model, Average(model, 0.9), make_optimizer(model, OptimizerRecipe(), torch.device("cpu"))
     )
@@ -746,7 +746,7 @@ def test_checkpoints_of_older_versions_go_on(saved: tuple[Path, nn.Module]) -> N
     save_file(load_file(path), path, {"progress": '{"step": 90, "sums": {"loss": [2, 1]}}'})
     average = Average(model, 0.99)
     progress = load_checkpoint(path, model, average, make_optimizer(model, OptimizerRecipe(), torch.device("cpu")))
-    assert progress == Progress(90, sums={"loss": (2.0, 1.0)})
+    assert progress == TrainingProgress(90, sums={"loss": (2.0, 1.0)})
     assert average.weight == pytest.approx(1 - 91 / 100)
 
 
@@ -783,11 +783,11 @@ def test_checkpoints_are_whole_and_few(tmp_path: Path) -> None:
         set_rate(optimizer, 0.1)
         optimizer.step()
         average.update()
-        path = save_checkpoint(tmp_path, Progress(step, 1.5), gather_state(model, average, optimizer), keep=2)
+        path = save_checkpoint(tmp_path, TrainingProgress(step, 1.5), gather_state(model, average, optimizer), keep=2)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002.safetensors", "step-00000003.safetensors"]
     other = nn.Linear(2, 2)
     fresh, averages = make_optimizer(other, OptimizerRecipe(), torch.device("cpu")), Average(other, 0.9)
-    assert load_checkpoint(path, other, averages, fresh) == Progress(3, 1.5)
+    assert load_checkpoint(path, other, averages, fresh) == TrainingProgress(3, 1.5)
     assert torch.equal(other.weight, model.weight)
     assert torch.equal(averages.averages["weight"], average.averages["weight"])
     assert not torch.equal(averages.averages["weight"], other.weight)

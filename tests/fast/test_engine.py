@@ -26,7 +26,7 @@ from nova_video.sampling.generate import generate_sets
 from nova_video.sampling.guidance import CONDITIONAL, Guidance, Prediction
 from nova_video.sampling.schedulers import request_scheduler
 from nova_video.sampling.state import GivenFrame, SamplingState, Segment
-from nova_video.sampling.timing import Stopwatch
+from nova_video.sampling.stopwatch import Stopwatch
 from test_sampling import DDPM_CONFIG, GUIDANCES, close, embeds, make_state, open_model, open_scheduler
 
 

@@ -35,7 +35,7 @@ from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.request import GenerateRequest, OutputType
 from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.sampling.presets import PRESETS, PresetName
-from nova_video.sampling.timing import Stopwatch
+from nova_video.sampling.stopwatch import Stopwatch
 
 WARM_UP = 2  # calls: the second one captures graphs
 PROMPT_TOKENS = 20  # of the random prompt features; a model pads them all to one length

@@ -225,7 +225,7 @@ def _write(job: Job, on_step: "StepCallback") -> None:
     from nova_video.io import media
     from nova_video.io.pixels import to_bytes
 
-    result = job.generation.run(_saving(job.generation, job.state, on_step))
+    result = job.generation.run(_save_states(job.generation, job.state, on_step))
     pixels = result.images[:, None] if result.frames is None else result.frames  # (B, F, H, W, 3) in [0, 1]
     for made, path, record in zip(pixels, job.paths, job.records, strict=True):
         frames = to_bytes(made)
@@ -259,7 +259,7 @@ def _write_live(job: Job, on_step: "StepCallback") -> None:
         if job.state is not None and newer is not None and newer.exists() and counted <= written:
             newer.replace(job.state)
 
-    frames: Any = generation.stream(callback_on_step_end=_saving(generation, newer, on_step, on_saved))
+    frames: Any = generation.stream(callback_on_step_end=_save_states(generation, newer, on_step, on_saved))
     writer = LiveWriter(path, generation.plan.fps, record, keep=before, restore=job.state is None)
     try:
         with contextlib.closing(frames), writer:
@@ -274,7 +274,7 @@ def _write_live(job: Job, on_step: "StepCallback") -> None:
             newer.unlink(missing_ok=True)
 
 
-def _saving(
+def _save_states(
     generation: "Generation", path: Path | None, on_step: "StepCallback", on_saved: Callable[[], None] = lambda: None
 ) -> "StepCallback":
     """A callback that saves the generation wherever a latent frame is whole, and goes on to `on_step`."""

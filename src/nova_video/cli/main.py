@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # letters that the terminal or file cannot hold
     logging.basicConfig(level=logging.WARNING)
     for handler in logging.getLogger().handlers:
-        handler.addFilter(_unsaid)
+        handler.addFilter(_is_unsaid)
         handler.setFormatter(LogFormatter("nova: %(message)s"))
     logging.getLogger("nova_video").setLevel(logging.INFO)  # what takes long is said
     try:
@@ -246,7 +246,7 @@ def stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _unsaid(record: logging.LogRecord) -> bool:
+def _is_unsaid(record: logging.LogRecord) -> bool:
     """Not what a library has a handler for that says it."""
     logger: logging.Logger | None = logging.getLogger(record.name)
     while logger is not None and logger.name != "root":

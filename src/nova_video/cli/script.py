@@ -42,7 +42,7 @@ KEYS = {
 """As written -> the field of `Generate`."""
 ALIASES = {**aliases_of(Options), **{name: name for name in OPTIONS}}
 SCENE_KINDS: dict[str, Any] = {"at": float, "prompt": str, **dict.fromkeys(TIMED, float)}
-EXPECTED = {
+KEY_KINDS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -134,8 +134,8 @@ def check_value(where: str, value: Any, kind: Any) -> Any:
         return value
     accepted: tuple[type, ...] = {float: (int, float), Path: (str,)}.get(kind, (kind,))
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{where} is {shown(value)}: expected {EXPECTED[kind]}")
+        raise InputError(f"{where} is {shown(value)}: expected {KEY_KINDS[kind]}")
     try:
         return kind(value)
     except (OverflowError, ValueError):  # an integer of hundreds of digits, a path with NUL
-        raise InputError(f"{where} is {shown(value)}: expected {EXPECTED[kind]}") from None
+        raise InputError(f"{where} is {shown(value)}: expected {KEY_KINDS[kind]}") from None

@@ -15,7 +15,7 @@ from nova_video.io.pixels import output_form, unit_frames
 from nova_video.model.finite import first_not_finite
 from nova_video.pipeline.parts import Parts
 from nova_video.pipeline.progress import Progress
-from nova_video.sampling.timing import span
+from nova_video.sampling.stopwatch import span
 
 
 class FrameDecoder:

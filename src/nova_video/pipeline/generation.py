@@ -38,7 +38,7 @@ StepCallback = Callable[[Any, int, int, dict[str, Tensor]], object]
 (B, h / 2, w / 2) bool."""
 STEP_TENSORS = ("latents", "revealed")
 """Names of the tensors that a callback may see."""
-CALLING: ContextVar["Generation | None"] = ContextVar("calling", default=None)
+CURRENT: ContextVar["Generation | None"] = ContextVar("calling", default=None)
 """The generation whose callback runs in this thread."""
 
 
@@ -258,11 +258,11 @@ class Generation(Progress):
     def _call(self, callback: StepCallback, done: SetDone) -> bool:
         """Show a set to the callback; False if it stops the call."""
         shown = self._shown(done)
-        before = CALLING.set(self)
+        before = CURRENT.set(self)
         try:
             made = callback(self.surroundings.caller, done.step, done.frame, dict(shown))
         finally:
-            CALLING.reset(before)
+            CURRENT.reset(before)
         for name, tensor in made.items() if isinstance(made, dict) else ():
             if tensor is not shown.get(name):
                 raise InputError(f"callback_on_step_end returned another {name}: expected what it got, sets are final")

@@ -19,7 +19,7 @@ from nova_video.pipeline.plan import Capabilities, Plan
 from nova_video.pipeline.settings import CheckpointSettings
 from nova_video.sampling.engine import Engine
 from nova_video.sampling.schedulers import TrainedNoise, check_scheduler, request_scheduler
-from nova_video.sampling.timing import Stopwatch
+from nova_video.sampling.stopwatch import Stopwatch
 from nova_video.text.load import NamedTextEncoder
 
 

@@ -27,7 +27,7 @@ from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.adapters import AdapterMixin
 from nova_video.pipeline.conditions import encode_prompts, prompt_features, segments_of
 from nova_video.pipeline.engines import Engines
-from nova_video.pipeline.generation import CALLING, Generation, Interrupts, StepCallback, Surroundings, with_tensors
+from nova_video.pipeline.generation import CURRENT, Generation, Interrupts, StepCallback, Surroundings, with_tensors
 from nova_video.pipeline.given import given_frames
 from nova_video.pipeline.keywords import (
     CALL_HINTS,
@@ -54,7 +54,7 @@ from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.random import Generators, RandomState, make_generators
 from nova_video.sampling.schedulers import TrainedNoise
 from nova_video.sampling.state import SamplingState
-from nova_video.sampling.timing import Stopwatch, span
+from nova_video.sampling.stopwatch import Stopwatch, span
 from nova_video.text.load import NamedTextEncoder
 from nova_video.text.vocabulary import HINT
 
@@ -309,7 +309,7 @@ class NovaPipeline(AdapterMixin, MemoryMixin, StorageMixin):
 
         For a guidance rule of the user's own it is the number of passes.
         """
-        if (call := CALLING.get()) is None:
+        if (call := CURRENT.get()) is None:
             return self.defaults.guidance_scale
         frame = call.state.done if call.state.open is not None else max(0, call.state.done - 1)
         rule = call.state.segments[call.state.segment_at(frame)].guidance
@@ -322,13 +322,13 @@ class NovaPipeline(AdapterMixin, MemoryMixin, StorageMixin):
     @property
     def num_timesteps(self) -> int | None:
         """Calls of the callback in its whole call, one a set; None elsewhere, and for clips without end."""
-        call = CALLING.get()
+        call = CURRENT.get()
         return None if call is None else call.total_steps
 
     @property
     def interrupt(self) -> bool:
         """True if the call of this callback is to stop."""
-        call = CALLING.get()
+        call = CURRENT.get()
         return call is not None and call.interrupted
 
     @property
@@ -340,7 +340,7 @@ class NovaPipeline(AdapterMixin, MemoryMixin, StorageMixin):
         """Stops calls, as in diffusers: in a callback that call, elsewhere all running calls of this pipeline."""
         if not value:
             return
-        if (call := CALLING.get()) is not None:
+        if (call := CURRENT.get()) is not None:
             call.interrupt()
         else:
             self._interrupts.interrupt()

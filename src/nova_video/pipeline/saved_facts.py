@@ -43,7 +43,7 @@ class ReferenceFacts:
 
 
 @dataclass(frozen=True)
-class Facts:
+class SavedFacts:
     """The file's JSON: a generation without its tensors."""
 
     format: int
@@ -69,12 +69,12 @@ class Facts:
     open: OpenFacts | None = None
 
 
-def check_facts(facts: Facts, tensors: dict[str, Tensor], parts: Parts) -> None:
+def check_facts(facts: SavedFacts, tensors: dict[str, Tensor], parts: Parts) -> None:
     """Raises InputError for the first entry that does not fit the model, the plan or another entry."""
     check_plan(facts.plan, parts.capabilities)
     _check_numbers(facts)
     _check_places(facts)
-    expected = _Expected(facts, tensors, parts)
+    expected = _TensorCheck(facts, tensors, parts)
     for name in tensors:
         if name not in expected.shapes:
             raise InputError(f"its tensor {shown(name)} belongs to nothing in it: expected another generation's file")
@@ -92,7 +92,7 @@ def check_facts(facts: Facts, tensors: dict[str, Tensor], parts: Parts) -> None:
             raise InputError(f"its step is {facts.step}: expected {made}, the sets of its frames")
 
 
-def _check_numbers(facts: Facts) -> None:
+def _check_numbers(facts: SavedFacts) -> None:
     plan = facts.plan
     frames = 2**40 if plan.latent_frames is None else plan.latent_frames
     check_number("its done", facts.done, 0, integer=True, high=frames)
@@ -113,7 +113,7 @@ def _check_numbers(facts: Facts) -> None:
         check_number("its seed", seed, 0, integer=True, high=2**64, below=True)
 
 
-def _check_places(facts: Facts) -> None:
+def _check_places(facts: SavedFacts) -> None:
     """Numbers of frames, sets and texts, which point into the rest."""
     plan, frames = facts.plan, facts.plan.latent_frames
     if not facts.segments or facts.segments[0].start != 0:
@@ -143,10 +143,10 @@ def _check_places(facts: Facts) -> None:
         check_number("its reference's count", facts.reference.count, 1, integer=True, high=max(facts.done, 1))
 
 
-class _Expected:
+class _TensorCheck:
     """Names, shapes and types of the tensors that a file with these facts has. None in a shape: any size."""
 
-    def __init__(self, facts: Facts, tensors: dict[str, Tensor], parts: Parts) -> None:
+    def __init__(self, facts: SavedFacts, tensors: dict[str, Tensor], parts: Parts) -> None:
         model, plan = parts.transformer, facts.plan
         batch, (height, width) = plan.batch, plan.grid
         rows, floats = facts.passes * batch, (model.dtype,)
@@ -187,7 +187,7 @@ class _Expected:
             self.optional |= {"pixels", "filled"}
 
     @staticmethod
-    def _needed(facts: Facts) -> set[int]:
+    def _needed(facts: SavedFacts) -> set[int]:
         """Finished frames that later ones or latent results are made from; pixels are the decoder's to ask for."""
         plan = facts.plan
         begin = max((s.begin for s in facts.segments if s.start <= facts.done), default=0)
@@ -200,7 +200,7 @@ class _Expected:
 
     def _add_open(
         self,
-        facts: Facts,
+        facts: SavedFacts,
         frame: OpenFacts,
         rows: int,
         sizes: tuple[int, int, int],
@@ -246,7 +246,7 @@ def _check_tensor(name: str, value: Tensor, shape: tuple[int | None, ...], dtype
         raise InputError(f"its tensor {name} has values that are not finite: expected finite ones")
 
 
-def _check_order(facts: Facts, tensors: dict[str, Tensor], expected: _Expected) -> None:
+def _check_order(facts: SavedFacts, tensors: dict[str, Tensor], expected: _TensorCheck) -> None:
     """Orders of revelation have every token once; pixels are of one clip or of each, within [0, 1]."""
     every = torch.arange(expected.tokens)
     for name in ("order", "open.order"):

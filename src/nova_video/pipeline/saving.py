@@ -29,7 +29,7 @@ from nova_video.pipeline.parts import Parts
 from nova_video.pipeline.plan import plan_as_json
 from nova_video.pipeline.progress import GivenPixels, Progress
 from nova_video.pipeline.records import read_record
-from nova_video.pipeline.saved_facts import Facts, check_facts
+from nova_video.pipeline.saved_facts import SavedFacts, check_facts
 from nova_video.sampling.context import Statistics
 from nova_video.sampling.guidance import CONDITIONAL, Guidance
 from nova_video.sampling.history import restore_context
@@ -141,7 +141,7 @@ def _restore(
     parts: Parts, values: dict[str, Any], tensors: dict[str, Tensor], own_parts: Mapping[str, Any]
 ) -> Progress:
     model, device = parts.transformer, parts.device
-    facts = read_record(Facts, values, "its record")
+    facts = read_record(SavedFacts, values, "its record")
     facts = replace(facts, plan=replace(facts.plan, **parts_again(facts.plan, own_parts)))
     rule: Any = facts.plan.guidance_rule
     if rule is not None:
@@ -164,7 +164,7 @@ def _restore(
             for frame, redraw in facts.given.items()
         },
     )
-    state.frames, state.noised_history = (_numbered(name, moved) for name in ("frames", "heard"))
+    state.frames, state.noised_history = (_by_number(name, moved) for name in ("frames", "heard"))
     state.order = moved.get("order")
     state.cached = None if facts.cached is None else list(facts.cached)
     state.built, state.cached_segment = facts.built, facts.cached_segment
@@ -238,7 +238,7 @@ def _word(value: object) -> str:
     return value if isinstance(value, str) and len(value) < 40 else shown(value)
 
 
-def _numbered(name: str, tensors: dict[str, Tensor]) -> dict[int, Tensor]:
+def _by_number(name: str, tensors: dict[str, Tensor]) -> dict[int, Tensor]:
     """Tensors `name.0`, `name.1`, ... by number, in order."""
     numbers = sorted(int(key.removeprefix(f"{name}.")) for key in tensors if key.startswith(f"{name}."))
     return {number: tensors[f"{name}.{number}"] for number in numbers}

@@ -17,7 +17,7 @@ from nova_video.text.vocabulary import Vocabulary
 SETTINGS_FILE = "nova.json"
 
 
-def _released(name: str, value: float | None) -> Any:
+def _released_default(name: str, value: float | None) -> Any:
     """A field with the released models' value of an option, and that option's bounds and help."""
     return field(default=value, metadata=option_fields(Options)[name].metadata)
 
@@ -27,15 +27,15 @@ def _released(name: str, value: float | None) -> Any:
 class Defaults:
     """The default values of a checkpoint: those of the released models, unless its folder has others."""
 
-    num_frames: int = _released("num_frames", 1)
-    fps: float = _released("fps", 12)
-    sets: int = _released("sets", 64)
-    diffusion_steps: int = _released("diffusion_steps", 25)
-    guidance_scale: float = _released("guidance_scale", 5.0)
-    motion_flow: float = _released("motion_flow", 5.0)
-    context_frames: int | None = _released("context_frames", None)
-    sink_frames: int = _released("sink_frames", 1)
-    reanchor_frames: int = _released("reanchor_frames", 0)
+    num_frames: int = _released_default("num_frames", 1)
+    fps: float = _released_default("fps", 12)
+    sets: int = _released_default("sets", 64)
+    diffusion_steps: int = _released_default("diffusion_steps", 25)
+    guidance_scale: float = _released_default("guidance_scale", 5.0)
+    motion_flow: float = _released_default("motion_flow", 5.0)
+    context_frames: int | None = _released_default("context_frames", None)
+    sink_frames: int = _released_default("sink_frames", 1)
+    reanchor_frames: int = _released_default("reanchor_frames", 0)
 
     def __post_init__(self) -> None:
         check_options(self)

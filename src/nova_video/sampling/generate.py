@@ -27,7 +27,7 @@ from nova_video.sampling.history import collect_statistics, draw_to_reference, e
 from nova_video.sampling.schedulers import second_order
 from nova_video.sampling.side_stream import beside
 from nova_video.sampling.state import OpenFrame, SamplingState
-from nova_video.sampling.timing import Stopwatch, span
+from nova_video.sampling.stopwatch import Stopwatch, span
 
 
 @dataclass(frozen=True)

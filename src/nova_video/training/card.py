@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 
 from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.pipeline.model_card import card_facts
-from nova_video.training.checkpoint import Progress
+from nova_video.training.checkpoint import TrainingProgress
 from nova_video.training.log import DETAILS
 from nova_video.training.recipe import TransformerRun
 from nova_video.training.segments import Segment, recipe_changes
@@ -26,7 +26,7 @@ RESULTS = ("loss", "held_out_loss", "score_", "psnr", "mse")  # how the names of
 class Record:
     """The facts about the steps that made the weights."""
 
-    progress: Progress
+    progress: TrainingProgress
     segments: Sequence[Segment]
     """The last one is that of the newest steps."""
     numbers: dict[str, float]

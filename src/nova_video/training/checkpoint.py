@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """How far a run has come."""
 
     step: int = 0
@@ -141,7 +141,7 @@ def tables_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, Tensor], keep: int) -> Path:
+def save_checkpoint(folder: Path, progress: TrainingProgress, tensors: dict[str, Tensor], keep: int) -> Path:
     """Write `folder`/step-N.safetensors and delete all but the newest `keep`. One process calls this."""
     path = folder / f"step-{progress.step:08d}.safetensors"
     part = path.with_suffix(".part")
@@ -190,7 +190,9 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*.safetensors") if path.stem.removeprefix("step-").isdecimal())
 
 
-def load_checkpoint(path: Path, model: nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> Progress:
+def load_checkpoint(
+    path: Path, model: nn.Module, average: Average, optimizer: torch.optim.Optimizer
+) -> TrainingProgress:
     """Put everything back as it was gathered; an error names what does not fit. All processes call this.
 
     Nothing is written before all of the file was checked: a fused optimizer step does not check its state's shapes.
@@ -251,7 +253,7 @@ def load_checkpoint(path: Path, model: nn.Module, average: Average, optimizer: t
     return progress
 
 
-def read_progress(text: str) -> Progress:
+def read_progress(text: str) -> TrainingProgress:
     """The record of a checkpoint; ValueError says what is wrong with it."""
     values = json.loads(text)
     if not isinstance(values, dict):
@@ -259,7 +261,7 @@ def read_progress(text: str) -> Progress:
     for name in ("data", "sums"):
         if not isinstance(values.get(name, {}), dict):
             raise ValueError(f"its {name} is no object")
-    progress = Progress(**values)
+    progress = TrainingProgress(**values)
     check_number("its step", progress.step, 0, integer=True, high=MOST_STEPS)
     check_number("its micro_batches", progress.micro_batches, 1, integer=True, high=MOST_STEPS)
     check_number("its seconds", progress.seconds, 0)

@@ -70,7 +70,7 @@ from nova_video.training.transformer import (
 HELD_OUT = 64  # clips that validation looks at
 SHEET_SAMPLES = 6
 KNOWN_BY = 64  # rows that tell one dataset from another, wherever it lies
-PROBED = 4096  # rows whose captions, motion and so on are looked through, at most
+PROBE_ROWS = 4096  # rows whose captions, motion and so on are looked through, at most
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class DatasetTask(TransformerTask):
         self.vae = load_frozen_autoencoder(name, torch.device("cpu"))
         self.text_name = recipe.text_encoder or info.text_encoder or _text_of(recipe.init)
         self._text: TextEncoder | None = None
-        self.probe = list(itertools.islice(self._facts(), PROBED))
+        self.probe = list(itertools.islice(self._facts(), PROBE_ROWS))
         if self.text_name is None and not info.text_dim:
             raise InputError(f"{recipe.dataset.path} has no text features: expected a text_encoder that makes them")
         width = info.text_dim or self._text_encoder(device).width
@@ -423,7 +423,7 @@ class DatasetTask(TransformerTask):
         rows = {bucket.name: sum(shard.rows for shard in self.shards[bucket]) for bucket in buckets}
         sizes = ", ".join(f"{count} of {name}" for name, count in rows.items())
         held_out = f", but for about {100 * data.held_out:g}%, which were held out" if data.held_out else ""
-        if len(self.probe) < PROBED:  # all are known
+        if len(self.probe) < PROBE_ROWS:  # all are known
             out = sum(is_held_out(row.source, data.held_out) for row in self.probe if row.bucket in buckets)
             held_out = f", but for {out}, which were held out" if out else ""
         return f"{sum(rows.values())} samples of `{data.path}` ({sizes}: frames x height x width){held_out}"

@@ -25,8 +25,8 @@ def _help_lines(kind: type[Any], values: Any, prefix: str) -> Iterator[str]:
             yield from ("", meanings.get(each.name) or " ".join((inspect.getdoc(value) or "").split()))
             yield from _help_lines(type(value), value, f"{prefix}{name}.")
             continue
-        default = "" if value == each.default else f"  (default: {_shown(each.default)})"
-        yield f"{prefix}{name} {_shown(value)}{default}"
+        default = "" if value == each.default else f"  (default: {_as_line(each.default)})"
+        yield f"{prefix}{name} {_as_line(value)}{default}"
         if meaning := meanings.get(each.name) or (facts_of(each).help if is_option(each) else None):
             yield textwrap.fill(meaning, 100, initial_indent="    ", subsequent_indent="    ")
 
@@ -44,6 +44,6 @@ def _meanings(kind: type[Any]) -> dict[str, str]:
     return found
 
 
-def _shown(value: object) -> str:
+def _as_line(value: object) -> str:
     """A value as it is typed after its option."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

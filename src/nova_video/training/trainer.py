@@ -30,7 +30,7 @@ from nova_video.io.files import atomic_path, lock_folder, make_readable
 from nova_video.training.card import CARD, SHEET, Record, newest_sheet, write_card
 from nova_video.training.checkpoint import (
     Average,
-    Progress,
+    TrainingProgress,
     copy_weights,
     explain_full_disk,
     gather_state,
@@ -98,7 +98,7 @@ class Run:
             sweep(self.output)
         self.checkpoint = newest_checkpoint(self.output / "checkpoints")
         self.segments = read_segments(self.output) if self.checkpoint is not None else []
-        self.begin = Progress(micro_batches=0)
+        self.begin = TrainingProgress(micro_batches=0)
         self.changed: dict[str, tuple[Any, Any]] = {}
         if self.checkpoint is not None:
             log.say(f"going on from {self.checkpoint}")
@@ -232,7 +232,7 @@ class Run:
 
     def record(self) -> Record:
         """The facts for the model card."""
-        return Record(Progress(self.step, self.seconds, self.micro_batches), self.segments, self.log.newest)
+        return Record(TrainingProgress(self.step, self.seconds, self.micro_batches), self.segments, self.log.newest)
 
     def evaluate(self, due: DueEvals, stepper: Stepper) -> None:
         """Run the evaluations that are due. All processes take part."""
@@ -248,7 +248,7 @@ class Run:
         tensors = gather_state(self.task.model, self.average, self.optimizer)
         places, sums = self.processes.gather(self.task.places()), stepper.state()
         if self.processes.is_main:
-            progress = Progress(self.step, self.seconds, self.micro_batches, places, sums, self.average.updates)
+            progress = TrainingProgress(self.step, self.seconds, self.micro_batches, places, sums, self.average.updates)
             save_checkpoint(self.output / "checkpoints", progress, tensors, self.recipe.log.keep)
 
     def finish(self) -> Path:

@@ -73,8 +73,8 @@ def save_progress(progress: Progress, model: NOVATransformer3DModel, path: Path)
         if frame >= state.done:  # earlier ones are among the frames
             given[frame] = part.redraw
             tensors[f"given.{frame}.latents"] = part.latents
-            if part.known is not None:
-                tensors[f"given.{frame}.known"] = part.known
+            if part.mask is not None:
+                tensors[f"given.{frame}.known"] = part.mask
     facts: dict[str, Any] = {
         "format": FORMAT,
         "model": model_mark(model),
@@ -102,7 +102,7 @@ def save_progress(progress: Progress, model: NOVATransformer3DModel, path: Path)
         facts["reference"] = {"begin": state.reference.begin, "count": state.reference.count}
         tensors |= {"reference.mean": state.reference.mean, "reference.deviation": state.reference.deviation}
     if state.open is not None:
-        facts["open"] = {"known": state.open.known, "sizes": state.open.sizes, "sets": state.open.sets}
+        facts["open"] = {"known": state.open.num_given, "sizes": state.open.sizes, "sets": state.open.sets}
         held = {name: getattr(state.open, name) for name in OPEN_TENSORS}
         tensors |= {f"open.{name}": tensor for name, tensor in held.items() if tensor is not None}
     for index, generator in enumerate(state.random.generators):
@@ -175,7 +175,7 @@ def _restore(
         )
     if facts.open is not None:
         held: dict[str, Any] = {name: moved.get(f"open.{name}") for name in OPEN_TENSORS}
-        state.open = OpenFrame(**held, known=facts.open.known, sizes=list(facts.open.sizes), sets=facts.open.sets)
+        state.open = OpenFrame(**held, num_given=facts.open.known, sizes=list(facts.open.sizes), sets=facts.open.sets)
         if state.open.sizes != state.sizes(state.done):
             sizes = state.sizes(state.done)
             raise InputError(f"its open frame's sizes are {shown(state.open.sizes)}: expected {shown(sizes)}")

@@ -86,24 +86,23 @@ def open_frame(model: NOVATransformer3DModel, state: SamplingState, condition: T
         tokens=condition.new_zeros(state.batch, count, values),
         embedded=condition.new_zeros(state.batch, count, condition.shape[-1]),
         order=state.order,
-        known=0,
+        num_given=0,
         sizes=state.sizes(state.done),
     )
     given = state.given.get(state.done)
     if given is not None:
-        if given.known is not None:
-            frame.order = known_first(state.order, given.known)
-        frame.known = count - given.redraw
-        if frame.known:
+        if given.mask is not None:
+            frame.order = given_first(state.order, given.mask)
+        frame.num_given = count - given.redraw
+        if frame.num_given:
             ids = frame.revealed(0)
             reveal(model, frame, ids, gather_tokens(patchify(given.latents, model.patch_size), ids))
     return frame
 
 
-def known_first(order: Tensor, known: Tensor) -> Tensor:
-    """order (B, L) with the tokens of `known` (L,) moved to the front; else as it was."""
-    unknown = ~known[order]
-    return order.gather(1, unknown.byte().argsort(dim=1, stable=True))
+def given_first(order: Tensor, mask: Tensor) -> Tensor:
+    """The order (B, L) with the tokens of the mask (L,) moved to the front; else unchanged."""
+    return order.gather(1, (~mask[order]).byte().argsort(dim=1, stable=True))
 
 
 def reveal(model: NOVATransformer3DModel, frame: OpenFrame, ids: Tensor, values: Tensor) -> None:

@@ -40,7 +40,7 @@ class GivenFrame:
 
     latents: Tensor
     """(B, C, h, w)"""
-    known: Tensor | None = None
+    mask: Tensor | None = None
     """(L,) bool: tokens that stay. None: none of the tokens is asked to change, or all may (see `redraw`)."""
     redraw: int = 0
     """Tokens made anew, the last ones in the order of revelation; 0: the frame stays as it is."""
@@ -58,7 +58,7 @@ class OpenFrame:
     """(B, L, D) the revealed tokens as the spatial encoder reads them: each is embedded once."""
     order: Tensor
     """(B, L) in which tokens are revealed, given ones first."""
-    known: int
+    num_given: int
     """Tokens given."""
     sizes: list[int]
     """Tokens of each set in which the others are revealed."""
@@ -71,7 +71,7 @@ class OpenFrame:
 
     def revealed(self, sets: int) -> Tensor:
         """Ids (B, V) of the tokens that are there after `sets` sets, in order of revelation."""
-        return self.order[:, : self.known + sum(self.sizes[:sets])]
+        return self.order[:, : self.num_given + sum(self.sizes[:sets])]
 
 
 @dataclass

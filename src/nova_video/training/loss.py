@@ -125,8 +125,8 @@ def draw_per_sample(
     revealed = scored = None
     if most > least:
         counts = torch.tensor(visible, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        known = torch.arange(tokens, device=device) < counts.unsqueeze(-1)  # (B * F, L)
-        revealed, scored = known[:, :most], ~known[:, least:]
+        mask = torch.arange(tokens, device=device) < counts.unsqueeze(-1)  # (B * F, L)
+        revealed, scored = mask[:, :most], ~mask[:, least:]
     return LossDraws(
         ids[:, :most],
         ids[:, least:],
@@ -191,9 +191,9 @@ def losses(
     count = error.numel() if draws.scored is None else scored.sum()
     by_frame = error.sum(-1).view(repeats, -1, num_frames).sum((0, 1)) / (count + 1e-5)  # (F,)
     bins = torch.arange(TIME_BINS, device=error.device)[:, None, None]
-    inside = (draws.index * TIME_BINS // len(table.timestep) == bins) & scored  # (10, R * B * F, S)
-    bin_sum = torch.where(inside, error.detach(), 0.0).sum((1, 2))
-    return Losses(by_frame.sum(), by_frame, bin_sum, inside.sum((1, 2)))
+    in_bin = (draws.index * TIME_BINS // len(table.timestep) == bins) & scored  # (10, R * B * F, S)
+    bin_sum = torch.where(in_bin, error.detach(), 0.0).sum((1, 2))
+    return Losses(by_frame.sum(), by_frame, bin_sum, in_bin.sum((1, 2)))
 
 
 def total_loss(found: Losses, video_loss: VideoLoss) -> Tensor:

@@ -35,7 +35,7 @@ from nova_video.data.dataset import read_shard, write_shard
 from nova_video.data.encode import EncodeSettings, encode_dataset
 from nova_video.data.encoders import EncodeLatents, EncodeText
 from nova_video.data.sources import SourceSettings, open_source
-from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, Motion, read_bytes
+from nova_video.data.stages import Decode, DecodedClip, DecodeSettings, Item, Motion, read_bytes
 from nova_video.text.find import find_text_encoder
 
 LEAST_CALLS = 3
@@ -173,10 +173,12 @@ def random_checkpoint(folder: Path, size: str) -> str:
 # Stages --------------------------------------------------------------------------------------------------------------
 
 
-def time_decoding(items: Sequence[Item], settings: DecodeSettings, seconds: float) -> tuple[list[Clip], list[Any]]:
+def time_decoding(
+    items: Sequence[Item], settings: DecodeSettings, seconds: float
+) -> tuple[list[DecodedClip], list[Any]]:
     """The clips of all items, and rows: the codec alone, and all of Decode."""
     decode = Decode(settings)
-    clips = [found for item in items for found in decode(item) if isinstance(found, Clip)]
+    clips = [found for item in items for found in decode(item) if isinstance(found, DecodedClip)]
     if not clips:
         raise InputError("the source gave no clips: expected some that fit --frames and --size")
     sizes = sum(len(read_bytes(item)) for item in items)
@@ -207,7 +209,7 @@ def time_decoding(items: Sequence[Item], settings: DecodeSettings, seconds: floa
     ]
 
 
-def time_motion(clips: Sequence[Clip], seconds: float) -> dict[str, Any]:
+def time_motion(clips: Sequence[DecodedClip], seconds: float) -> dict[str, Any]:
     motion = Motion()
     moving = [clip for clip in clips if len(clip.frames) > 1]
     took = timed(lambda: [motion(clip) for clip in moving], seconds)
@@ -222,7 +224,7 @@ def time_motion(clips: Sequence[Clip], seconds: float) -> dict[str, Any]:
 
 
 def time_networks(
-    clips: Sequence[Clip], model: str, args: Encode, device: torch.device, limits: Limits, folder: Path
+    clips: Sequence[DecodedClip], model: str, args: Encode, device: torch.device, limits: Limits, folder: Path
 ) -> list[dict[str, Any]]:
     """Autoencoder and text encoder on the device, then writing and reading what they gave."""
     bucket = Counter(clip.bucket for clip in clips).most_common(1)[0][0]

@@ -21,7 +21,7 @@ from result_file import result_of, write_result
 from nova_video.autoencoders import AutoencoderKLOpenSora
 from nova_video.bench.sample import GIB, digits
 from nova_video.common.devices import choose_device
-from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
+from nova_video.data.dataset import Bucket, DatasetInfo, EncodedSample, write_shard
 from nova_video.data.encoders import autoencoder_info
 from nova_video.training.recipe import DatasetTransformerRecipe, load_recipe
 from nova_video.training.trainer import train
@@ -136,7 +136,7 @@ def random_dataset(folder: Path, bucket: Bucket, toy: bool) -> Path:
     info.save(data)
     random = torch.Generator().manual_seed(0)
     samples = [
-        Sample(
+        EncodedSample(
             id=f"{number}",
             source=f"{number}",
             start=0.0,

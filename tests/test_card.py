@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from nova_video.data import card, dataset, sheets
-from nova_video.data.dataset import Bucket, DatasetInfo, Sample
+from nova_video.data import dataset, sheets
+from nova_video.data import dataset_card as card
+from nova_video.data.dataset import Bucket, DatasetInfo, EncodedSample
 from nova_video.data.encoders import DecodeLatents, EncodeLatents, autoencoder_info
-from nova_video.data.sheets import Entry, draw_sheet
+from nova_video.data.sheets import SheetEntry, draw_sheet
 from nova_video.io import fonts
 
 CLIP, PICTURE = Bucket(5, 32, 48), Bucket(1, 48, 32)
@@ -31,8 +32,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info.save(folder)
     generator = torch.Generator().manual_seed(0)
 
-    def sample(bucket: Bucket, index: int) -> Sample:
-        return Sample(
+    def sample(bucket: Bucket, index: int) -> EncodedSample:
+        return EncodedSample(
             id=f"{bucket.name}-{index}",
             source=f"films/{index % 4}.mp4",
             start=float(index),
@@ -110,7 +111,7 @@ def test_moments_are_decoded_to_the_frames_they_stand_for() -> None:
     y, x = np.mgrid[:64, :64].astype(np.float32) / 64
     frame = np.stack([255 * x, 255 * y, np.full_like(x, 90)], axis=-1).astype(np.uint8)
     for frames in (frame[None], np.stack([frame] * 5)):
-        moments = EncodeLatents("emoji", "cpu")([Entry(frames, "", "")])[0]
+        moments = EncodeLatents("emoji", "cpu")([SheetEntry(frames, "", "")])[0]
         decoded = DecodeLatents("emoji", "cpu")(moments)
         assert decoded.shape == frames.shape
         assert decoded.dtype == np.uint8
@@ -138,14 +139,14 @@ def test_sheets_hold_every_entry() -> None:
     colours = [(40 * index, 255 - 40 * index, 10 * index) for index in range(6)]
     shapes = [(17, 40, 60), (5, 64, 32), (1, 30, 90), (1, 50, 50), (2, 20, 20), (1, 40, 20)]
     entries = [
-        Entry(np.full((*shape, 3), colour, np.uint8), "a caption " * 30, "note", None)
+        SheetEntry(np.full((*shape, 3), colour, np.uint8), "a caption " * 30, "note", None)
         for shape, colour in zip(shapes, colours, strict=True)
     ]
     page = np.asarray(draw_sheet("A title that is far too long " * 9, "words", entries))
     for colour in colours:
         assert (page == colour).all(-1).sum() > 2000
     assert not (page == (1, 2, 3)).all(-1).any()
-    below = Entry(entries[0].frames, "", "", np.full_like(entries[0].frames, (1, 2, 3)))
+    below = SheetEntry(entries[0].frames, "", "", np.full_like(entries[0].frames, (1, 2, 3)))
     assert (np.asarray(draw_sheet("", "", [below])) == (1, 2, 3)).all(-1).sum() > 2000
     buffer = io.BytesIO()
     draw_sheet("nothing", "", []).save(buffer, format="png")
@@ -166,7 +167,7 @@ def test_sheets_hold_every_entry() -> None:
 def test_any_text_is_drawn(text: str) -> None:
     """Whatever names and captions hold, a page is made of it, and soon."""
     frame = np.zeros((1, 40, 60, 3), np.uint8)
-    page = draw_sheet(text, text, [Entry(frame, text, text), Entry(np.repeat(frame, 2, 0), text, text)])
+    page = draw_sheet(text, text, [SheetEntry(frame, text, text), SheetEntry(np.repeat(frame, 2, 0), text, text)])
     assert page.width == sheets.PAGE
     assert page.height < 800
 

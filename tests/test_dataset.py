@@ -12,20 +12,20 @@ import torch
 
 from nova_video.common.errors import InputError
 from nova_video.data import dataset
-from nova_video.data.dataset import Bucket, DatasetInfo, Sample
+from nova_video.data.dataset import Bucket, DatasetInfo, EncodedSample
 
 BUCKET = Bucket(5, 16, 24)
 INFO = DatasetInfo("emoji", "ab12", latent_channels=4, spatial_stride=8, text_encoder="MiniLM", text_dim=6)
 
 
-def make_samples(count: int = 3, bucket: Bucket = BUCKET) -> list[Sample]:
+def make_samples(count: int = 3, bucket: Bucket = BUCKET) -> list[EncodedSample]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
     return [
-        Sample(
+        EncodedSample(
             id=f"clip-{index}",
             source="films/ä b.mp4",
             start=index / 3,
@@ -42,7 +42,7 @@ def make_samples(count: int = 3, bucket: Bucket = BUCKET) -> list[Sample]:
     ]
 
 
-def same(a: Sample, b: Sample) -> bool:
+def same(a: EncodedSample, b: EncodedSample) -> bool:
     for name in ("moments", "text", "text_short"):
         one, other = getattr(a, name), getattr(b, name)
         if (one is None) != (other is None):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from conftest import another_process_writes
 from nova_video.common.errors import InputError
 from nova_video.common.extras import install_command
-from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
+from nova_video.data.dataset import Bucket, DatasetInfo, EncodedSample, write_shard
 from nova_video.data.encode import model_text
 from nova_video.data.encoders import autoencoder_info
 from nova_video.pipeline.loading import load_transformer
@@ -73,7 +73,9 @@ def write_dataset(folder: Path, checkpoint: Path, counts: dict[Bucket, int], tex
             caption = f"a {WORDS[number % 2]} moving left. It is number {number}."
             motion = 0.0 if bucket.frames == 1 else 2.5
             place = (f"{bucket.name}-{number}", f"clips/{bucket.name}-{number}.mp4", 0.0, bucket.frames / 8)
-            rows.append(Sample(*place, caption, 8.0, motion, bucket, moments, features, features[:3] if text else None))
+            rows.append(
+                EncodedSample(*place, caption, 8.0, motion, bucket, moments, features, features[:3] if text else None)
+            )
         for shard in range(2):
             write_shard(folder / "data" / bucket.name / f"{shard}.parquet", rows[shard::2], vae.fingerprint)
     return folder

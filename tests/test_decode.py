@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from nova_video.common.errors import InputError
-from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, Rejected
+from nova_video.data.stages import Decode, DecodedClip, DecodeSettings, Item, Rejected
 from nova_video.io import media
 from nova_video.io.decode import MediaFile, open_path, open_plain
-from nova_video.io.inputs import Clip as GivenClip
+from nova_video.io.inputs import InputClip as GivenClip
 from nova_video.io.inputs import masks_at, masks_of, read_clips, read_masks
 
 SIZE = (64, 96)
@@ -98,7 +98,7 @@ def test_content_counts_more_than_the_name(tmp_path: Path) -> None:
             frames, fps = media.read_frames(tmp_path / other)
             assert (frames.shape, fps) == ((5, *SIZE, 3), pytest.approx(8, rel=0.01))
             (clip,) = Decode(SETTINGS)(Item(other, "a", str(tmp_path / other)))
-            assert isinstance(clip, Clip)
+            assert isinstance(clip, DecodedClip)
             assert len(clip.frames) == 5
     assert refused(tmp_path / "b.png") == "broken: it is damaged, or of no known format"
 

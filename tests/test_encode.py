@@ -26,7 +26,7 @@ from nova_video.data.dataset import Bucket, DatasetInfo, list_shards, read_shard
 from nova_video.data.encode import EncodeSettings, decode_settings, encode_dataset, source_settings
 from nova_video.data.encoders import EncodeText
 from nova_video.data.sources import SourceSettings, open_source
-from nova_video.data.stages import Clip, Decode, DecodeSettings, Item
+from nova_video.data.stages import Decode, DecodedClip, DecodeSettings, Item
 from nova_video.io import checkpoints, media
 from nova_video.io.motion import flow_magnitude
 from nova_video.pipeline.loading import load_autoencoder
@@ -114,10 +114,10 @@ def test_what_is_written(source: Path, tmp_path: Path, encode: Encode, tiny_chec
     assert {line["source"]: line["reason"] for line in lines} == REJECTED
 
     info = DatasetInfo.load(output)
-    decoded: dict[str, Clip] = {}
+    decoded: dict[str, DecodedClip] = {}
     for item in open_source(source_settings(info.settings)).items():
         found = Decode(decode_settings(info))(item)
-        decoded |= {clip.id: clip for clip in found if isinstance(clip, Clip)}
+        decoded |= {clip.id: clip for clip in found if isinstance(clip, DecodedClip)}
     shards = list_shards(output)
     assert {bucket.name: sum(shard.rows for shard in found) for bucket, found in shards.items()} == {
         "1x64x96": 2,

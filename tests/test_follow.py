@@ -21,7 +21,7 @@ from nova_video.common.errors import InputError
 from nova_video.data import dataset as dataset_module
 from nova_video.data import encode as encode_module
 from nova_video.data import follow
-from nova_video.data.dataset import Sample, list_shards, read_shard
+from nova_video.data.dataset import EncodedSample, list_shards, read_shard
 from nova_video.data.encode import EncodeSettings, encode_dataset
 from nova_video.data.follow import Counts
 from nova_video.data.sources import SourceSettings
@@ -133,14 +133,14 @@ def settings(source: Path, output: Path, model: Path) -> EncodeSettings:
     )
 
 
-def rows_of(output: Path) -> dict[str, Sample]:
+def rows_of(output: Path) -> dict[str, EncodedSample]:
     shards = list_shards(output)
     samples = [sample for found in shards.values() for shard in found for sample in read_shard(shard.url)]
     assert len({sample.id for sample in samples}) == len(samples)
     return {sample.id: sample for sample in samples}
 
 
-def assert_same_rows(found: dict[str, Sample], expected: dict[str, Sample]) -> None:
+def assert_same_rows(found: dict[str, EncodedSample], expected: dict[str, EncodedSample]) -> None:
     assert found.keys() == expected.keys()
     for name, sample in found.items():
         other = expected[name]

@@ -147,9 +147,9 @@ def test_one_clip_for_all_or_one_each(causal: NovaPipeline) -> None:
 
 
 def test_other_sizes_and_rates_are_converted_and_said(causal: NovaPipeline, caplog: pytest.LogCaptureFixture) -> None:
-    from nova_video.io.inputs import Clip
+    from nova_video.io.inputs import InputClip
 
-    given = Clip(clip(9).repeat(2, axis=1).repeat(2, axis=2), fps=24.0)  # 128x192
+    given = InputClip(clip(9).repeat(2, axis=1).repeat(2, axis=2), fps=24.0)  # 128x192
     made = causal(WHALE, video=given, num_frames=9, fps=12, generator=seeded(), output_type="np", **QUICK).frames[0]
     assert made.shape == (9, 64, 96, 3)
     assert "192x128 at 24 fps, is taken as 96x64 at 12 fps" in caplog.text

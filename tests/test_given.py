@@ -15,7 +15,7 @@ from nova_video.common.errors import InputError
 from nova_video.io import media
 from nova_video.io.fit import fit_frames
 from nova_video.io.inputs import (
-    Clip,
+    InputClip,
     enlarge,
     fit_masks,
     frames_at,
@@ -34,7 +34,7 @@ FLOATS = np.random.default_rng(1).random((3, 6, 8, 3), dtype=np.float32)
 PICTURES = [Image.fromarray(frame) for frame in BYTES]
 
 
-def one(video: Any) -> Clip:
+def one(video: Any) -> InputClip:
     clips = read_clips(video)
     assert isinstance(clips, tuple)
     (clip,) = clips
@@ -50,7 +50,9 @@ def smooth(height: int, width: int) -> np.ndarray:
 # clips
 
 
-@pytest.mark.parametrize("video", [BYTES, list(BYTES), PICTURES, tuple(PICTURES), [PICTURES], BYTES[None], Clip(BYTES)])
+@pytest.mark.parametrize(
+    "video", [BYTES, list(BYTES), PICTURES, tuple(PICTURES), [PICTURES], BYTES[None], InputClip(BYTES)]
+)
 def test_bytes_in_every_form(video: Any) -> None:
     clip = one(video)
     assert clip.frames.dtype == np.uint8
@@ -103,7 +105,12 @@ def test_files(tmp_path: Path) -> None:
 
 def test_batches() -> None:
     other = 255 - BYTES
-    for video in (np.stack([BYTES, other]), [BYTES, other], [PICTURES, list(other)], (Clip(BYTES), Clip(other))):
+    for video in (
+        np.stack([BYTES, other]),
+        [BYTES, other],
+        [PICTURES, list(other)],
+        (InputClip(BYTES), InputClip(other)),
+    ):
         clips = read_clips(video)
         assert isinstance(clips, tuple)
         assert np.array_equal(np.stack([clip.frames for clip in clips]), np.stack([BYTES, other]))
@@ -148,7 +155,7 @@ def test_latents_and_pixels_are_told_apart() -> None:
         (torch.full((1, 4, 2, 3, 3), torch.nan), "video: got float32 (1, 4, 2, 3, 3), empty or not finite"),
         ([PICTURES[0], PICTURES[0].resize((4, 4))], "video: got frames of 4x4, 8x6: expected frames of one size"),
         ([BYTES, BYTES[:2]], "got clips of 3 frames of 8x6, 2 frames of 8x6: expected the same length, size and rate"),
-        ((Clip(BYTES, 8), Clip(BYTES, 12)), "3 frames of 8x6 at 8 fps, 3 frames of 8x6 at 12 fps"),
+        ((InputClip(BYTES, 8), InputClip(BYTES, 12)), "3 frames of 8x6 at 8 fps, 3 frames of 8x6 at 12 fps"),
     ],
 )
 def test_wrong_clips(video: Any, message: str) -> None:
@@ -160,11 +167,11 @@ def test_wrong_clips(video: Any, message: str) -> None:
 def test_wrong_clip_objects() -> None:
     for frames in (BYTES[0], FLOATS.astype(np.float64), BYTES[:0]):
         with pytest.raises(InputError, match="a clip's frames are"):
-            Clip(frames)
+            InputClip(frames)
     with pytest.raises(InputError, match="a clip's frames: got floats"):
-        Clip(FLOATS + 1)
+        InputClip(FLOATS + 1)
     with pytest.raises(InputError, match="a clip's fps is 0"):
-        Clip(BYTES, 0)
+        InputClip(BYTES, 0)
 
 
 # masks
@@ -235,7 +242,7 @@ def test_wrong_masks(mask: Any, message: str) -> None:
 
 
 def test_masks_of_a_clip() -> None:
-    clip = Clip(BYTES)
+    clip = InputClip(BYTES)
     assert np.array_equal(masks_of(HOLE[None], clip), np.stack([HOLE] * 3))
     each = np.stack([HOLE, ~HOLE, HOLE])
     assert np.array_equal(masks_of(each, clip), each)
@@ -352,17 +359,17 @@ def test_importing_opens_no_video_library() -> None:
 
 def test_enlarged_canvas() -> None:
     """The old frames are in the middle, bit for bit, and the masks have all that is new."""
-    clip, masks = enlarge(Clip(BYTES, 8.0), None, 2)
+    clip, masks = enlarge(InputClip(BYTES, 8.0), None, 2)
     assert (clip.size, clip.fps, masks.shape) == ((10, 12), 8.0, (1, 10, 12))
     assert np.array_equal(clip.frames[:, 2:-2, 2:-2], BYTES)
     assert not masks[:, 2:-2, 2:-2].any()
     assert masks.sum() == 10 * 12 - 6 * 8
     own = np.arange(3)[:, None, None] == np.zeros((3, 6, 8))  # the first frame is filled in
-    masks = enlarge(Clip(BYTES), own, 1)[1]
+    masks = enlarge(InputClip(BYTES), own, 1)[1]
     assert np.array_equal(masks[:, 1:-1, 1:-1], own)
     assert masks[:, 0].all()
     with pytest.raises(InputError, match="outpaint is 0: expected"):
-        enlarge(Clip(BYTES), None, 0)
+        enlarge(InputClip(BYTES), None, 0)
 
 
 def test_pictures_are_taken_as_they_are_shown() -> None:

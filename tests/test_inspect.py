@@ -14,7 +14,7 @@ from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.cli.main import main
 from nova_video.common.errors import InputError
 from nova_video.data import dataset
-from nova_video.data.dataset import Bucket, DatasetInfo, Sample
+from nova_video.data.dataset import Bucket, DatasetInfo, EncodedSample
 from nova_video.data.encode import EncodeSettings, encode_dataset
 from nova_video.data.inspect import check_dataset, compare_samples, comparison_sheet, psnr
 from nova_video.data.sources import SourceSettings
@@ -130,7 +130,9 @@ def test_the_command(made: Path, sources: Path, tmp_path: Path, capsys: pytest.C
     assert "has no dataset.json" in capsys.readouterr().err
 
 
-def rewrite(place: Path, bucket: Bucket, group: str, change: Callable[[Sample], Sample], fingerprint: str = "") -> Path:
+def rewrite(
+    place: Path, bucket: Bucket, group: str, change: Callable[[EncodedSample], EncodedSample], fingerprint: str = ""
+) -> Path:
     """A shard again, with its first sample changed."""
     path = Path(dataset.shard_url(place, bucket, group))
     first, *rest = dataset.read_shard(path)
@@ -152,7 +154,7 @@ def rewrite(place: Path, bucket: Bucket, group: str, change: Callable[[Sample], 
         (lambda one: replace(one, end=one.start), "is from 0 to 0 s: expected the end after the start"),
     ],
 )
-def test_wrong_samples_are_named(copy: Path, change: Callable[[Sample], Sample], said: str) -> None:
+def test_wrong_samples_are_named(copy: Path, change: Callable[[EncodedSample], EncodedSample], said: str) -> None:
     rewrite(copy, CLIP, "00000-00000", change)
     assert problems(copy) == [f"data/5x64x64/00000-00000.parquet: c0.webp#0: {said}"]
 

@@ -9,7 +9,7 @@ import torch
 
 from conftest import CONFORMANCE
 from nova_video.bench.configs import SIZES, build
-from nova_video.data.dataset import Bucket, DatasetInfo, Sample, write_shard
+from nova_video.data.dataset import Bucket, DatasetInfo, EncodedSample, write_shard
 from nova_video.data.encoders import autoencoder_info
 from nova_video.pipeline.loading import load_transformer
 from nova_video.training.recipe import DatasetTransformerRecipe, load_recipe, recipe_toml
@@ -153,7 +153,7 @@ def write_dataset(folder: Path, checkpoint: Path, text_encoder: Path, bucket: Bu
     info.save(folder)
     random = torch.Generator().manual_seed(0)
     samples = [
-        Sample(
+        EncodedSample(
             id=f"clip-{number}",
             source=f"{number}.mp4",
             start=0.0,

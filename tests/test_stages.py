@@ -16,11 +16,11 @@ from PIL import Image
 
 from nova_video.common.errors import InputError
 from nova_video.data.stages import (
-    ENLARGED,
+    MOST_ENLARGED,
     MULTIPLE,
     WIDEST,
-    Clip,
     Decode,
+    DecodedClip,
     DecodeSettings,
     Item,
     Motion,
@@ -53,10 +53,10 @@ def write(path: Path, frames: np.ndarray, fps: float = 8) -> Item:
     return Item(path.name, "a caption", str(path))
 
 
-def clips(item: Item, **changed: object) -> list[Clip]:
+def clips(item: Item, **changed: object) -> list[DecodedClip]:
     found = list(Decode(settings(**changed))(item))
-    assert all(isinstance(one, Clip) for one in found), found
-    return [one for one in found if isinstance(one, Clip)]
+    assert all(isinstance(one, DecodedClip) for one in found), found
+    return [one for one in found if isinstance(one, DecodedClip)]
 
 
 def reason(item: Item, **changed: object) -> str:
@@ -66,7 +66,7 @@ def reason(item: Item, **changed: object) -> str:
     return found.reason
 
 
-def brightness(clip: Clip) -> list[float]:
+def brightness(clip: DecodedClip) -> list[float]:
     return clip.frames.mean((1, 2, 3)).tolist()
 
 
@@ -157,7 +157,7 @@ def test_too_small(tmp_path: Path) -> None:
     item = write(tmp_path / "small.mp4", gray([0] * 5, (50, 76)))
     assert reason(item) == ("is 76x50, too small: it would be enlarged 1.28 times for 96x64, expected at most 1.25")
     item = write(tmp_path / "enough.mp4", gray([0] * 5, (52, 78)))
-    assert max(64 / 52, 96 / 78) < ENLARGED
+    assert max(64 / 52, 96 / 78) < MOST_ENLARGED
     assert clips(item)[0].bucket.name == "5x64x96"
 
 
@@ -246,11 +246,11 @@ def test_motion(tmp_path: Path) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 60), np.uint8))
     texture = np.asarray(noise.resize((240, 96), Image.Resampling.BICUBIC))
     frames = np.stack([np.stack([texture[:, 3 * k : 3 * k + 96]] * 3, -1) for k in range(5)])
-    clip = Clip("a", 0, 1, 8, "a", frames)
+    clip = DecodedClip("a", 0, 1, 8, "a", frames)
     assert Motion()(clip).motion == pytest.approx(3, abs=0.3)
     assert Motion()(clip).motion == flow_magnitude(frames)
-    assert Motion()(Clip("a", 0, 0, 8, "a", frames[:1])).motion == 0
-    assert Motion()(Clip("a", 0, 1, 8, "a", frames[[0] * 5])).motion == pytest.approx(0, abs=0.01)
+    assert Motion()(DecodedClip("a", 0, 0, 8, "a", frames[:1])).motion == 0
+    assert Motion()(DecodedClip("a", 0, 1, 8, "a", frames[[0] * 5])).motion == pytest.approx(0, abs=0.01)
 
 
 # Pictures and animations ---------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def test_a_file_that_breaks_off_gives_what_it_has(beyond: int, expected: str, tm
     *kept, last = Decode(settings())(Item("half.mp4", "a", str(tmp_path / "half.mp4")))
     assert len(kept) == (5 if not beyond else 4)  # with an error, the frames under way in the decoder are lost
     for one, other in zip(kept, whole, strict=False):
-        assert isinstance(one, Clip)
+        assert isinstance(one, DecodedClip)
         assert np.array_equal(one.frames, other.frames)
     assert isinstance(last, Rejected)
     assert last.reason.startswith(expected)
@@ -397,7 +397,7 @@ def test_no_clip_shows_damage(tmp_path: Path) -> None:
     assert 0 < len(kept) < len(whole)
     shown = {clip.start: clip.frames for clip in whole}
     for one in kept:
-        assert isinstance(one, Clip)
+        assert isinstance(one, DecodedClip)
         assert np.array_equal(one.frames, shown[one.start])
     assert isinstance(last, Rejected)
     assert last.reason.endswith(("damaged frames, which are left out", "clips, which are kept)"))

@@ -12,17 +12,19 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nova_video.common.errors import InputError
-from nova_video.data.dataset import Bucket, Sample, Shard, list_shards, write_shard
+from nova_video.data.dataset import Bucket, EncodedSample, Shard, list_shards, write_shard
 from nova_video.training.stream import Rows, collate, is_held_out, join_states, open_loader, state_of
 
 BUCKET = Bucket(5, 16, 16)
 SHARDS, ROWS = 5, 7
 
 
-def sample(number: int) -> Sample:
+def sample(number: int) -> EncodedSample:
     moments = torch.full((8, 2, 2, 2), float(number)).bfloat16()
     text = torch.full((1 + number % 3, 4), float(number)).half()
-    return Sample(f"c{number}", f"source{number}", 0.0, 1.0, f"Caption {number}.", 8.0, 0.5, BUCKET, moments, text)
+    return EncodedSample(
+        f"c{number}", f"source{number}", 0.0, 1.0, f"Caption {number}.", 8.0, 0.5, BUCKET, moments, text
+    )
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +180,7 @@ def test_a_batch_has_equal_parts() -> None:
 
 
 def test_batches_without_text_features() -> None:
-    bare = Sample("a", "s", 0.0, 1.0, "A.", 8.0, 0.5, BUCKET, torch.zeros(8, 2, 2, 2).bfloat16())
+    bare = EncodedSample("a", "s", 0.0, 1.0, "A.", 8.0, 0.5, BUCKET, torch.zeros(8, 2, 2, 2).bfloat16())
     batch = collate([sample(1), bare])
     assert batch.whole is None
     assert batch.captions == ["Caption 1.", "A."]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nova_video.common.errors import InputError
-from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, Rejected
+from nova_video.data.stages import Decode, DecodedClip, DecodeSettings, Item, Rejected
 from nova_video.io.decode import MediaFile
 from nova_video.io.media import read_frames
 from nova_video.io.timing import repeats, steady_rate
@@ -66,7 +66,7 @@ def corners(frame: np.ndarray) -> np.ndarray:
     return frame[rows, columns].astype(int)
 
 
-def encoded(path: Path, size: tuple[int, int] = SIZE) -> Clip | Rejected:
+def encoded(path: Path, size: tuple[int, int] = SIZE) -> DecodedClip | Rejected:
     """What `nova encode` makes of a file, first of all."""
     return next(Decode(DecodeSettings((1, 5), 8.0, size, one_size=True))(Item(path.name, "a", str(path))))
 
@@ -171,7 +171,7 @@ def test_all_display_matrices(tmp_path: Path, matrix: tuple[int, ...]) -> None:
     with_matrix(path, matrix)
     frames = read_frames(path)[0]
     clip = encoded(path)
-    assert isinstance(clip, Clip)
+    assert isinstance(clip, DecodedClip)
     for frame in (frames[0], clip.frames[0]):
         assert frame.shape == (*SIZE, 3)
         assert np.abs(corners(frame) - [RED, GREEN, BLUE, BLACK]).max() <= 6
@@ -245,7 +245,7 @@ def test_matrices_and_ranges(tmp_path: Path, matrix: int, full: bool) -> None:
     frame = read_frames(path)[0][0]
     assert np.abs(corners(frame) - [RED, (255, 255, 255), BLACK, (128, 128, 128)]).max() <= 3
     clip = encoded(path)
-    assert isinstance(clip, Clip)
+    assert isinstance(clip, DecodedClip)
     assert np.array_equal(clip.frames[0], frame)
 
 
@@ -266,7 +266,7 @@ def test_lossless_colours_pass_bit_for_bit(tmp_path: Path, codec: str) -> None:
     frames = read_frames(path)[0]
     clip = encoded(path)
     assert np.array_equal(frames, noise)
-    assert isinstance(clip, Clip)
+    assert isinstance(clip, DecodedClip)
     assert np.array_equal(clip.frames, noise)
 
 
@@ -296,7 +296,7 @@ def test_hdr_becomes_sdr(tmp_path: Path, transfer: int, curve: Any) -> None:
     path = write(tmp_path / "a.mkv", [frame] * 5, "ffv1", "yuv444p10le", **settings)
     expected = [(255,) * 3, (188,) * 3, (0,) * 3, (255,) * 3]
     clip = encoded(path)
-    assert isinstance(clip, Clip)
+    assert isinstance(clip, DecodedClip)
     for got in (read_frames(path)[0][0], clip.frames[0], MediaFile(path).read(8, (32, 48))[0]):
         assert np.abs(corners(got) - expected).max() <= 6  # a step of 8-bit PQ there
 
@@ -368,7 +368,7 @@ def test_clear_is_white(tmp_path: Path, name: str, codec: str, pixels: str) -> N
     options = {"auto-alt-ref": "0", "crf": "4", "b": "0"} if "vpx" in codec else None
     path = write(tmp_path / name, [frame] * 5, codec, pixels, source="rgba", options=options)
     clip = encoded(path)
-    assert isinstance(clip, Clip)
+    assert isinstance(clip, DecodedClip)
     for got in (read_frames(path)[0][0], clip.frames[0]):
         assert np.abs(corners(got) - [(200, 0, 0), (255,) * 3, (127,) * 3, (0, 90, 0)]).max() <= 6
 
@@ -388,7 +388,7 @@ def test_combs_are_gone(tmp_path: Path) -> None:
     centres = [float((line * np.arange(96)).sum() / line.sum()) for line in lines.mean(1)]
     assert np.diff(centres) == pytest.approx([10, 10], abs=1.5)  # the times of frames are kept
     clip = encoded(path)
-    assert isinstance(clip, Clip)
+    assert isinstance(clip, DecodedClip)
     assert np.array_equal(clip.frames, shown[:5])
 
 
@@ -431,7 +431,7 @@ def test_a_cover_before_the_film(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert [stream.width for stream in container.streams.video] == [32, 96]
     assert np.array_equal(read_frames(tmp_path / "a.mp4")[0], read_frames(film)[0])
-    assert isinstance(encoded(tmp_path / "a.mp4"), Clip)
+    assert isinstance(encoded(tmp_path / "a.mp4"), DecodedClip)
 
 
 @pytest.mark.parametrize("name", ["a.h264", "a.hevc"])
@@ -441,7 +441,7 @@ def test_raw_streams_have_no_times(tmp_path: Path, name: str) -> None:
     file = MediaFile(path)
     assert file.count() == 20
     assert file.read()[:, 32, 48, 0].astype(int) == pytest.approx(np.arange(0, 200, 10), abs=4)
-    assert isinstance(encoded(path), Clip)
+    assert isinstance(encoded(path), DecodedClip)
 
 
 def test_frames_that_change(tmp_path: Path) -> None:
@@ -494,7 +494,7 @@ def test_frames_over_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ):
         read_frames(path)
     assert MediaFile(path).read(4).shape == (13, *SIZE, 3)
-    assert isinstance(encoded(path), Clip)
+    assert isinstance(encoded(path), DecodedClip)
     monkeypatch.setenv("NOVA_MAX_PIXELS", "6143")
     assert refused(path) == "has frames of 96x64 pixels: expected at most 6143 (NOVA_MAX_PIXELS)"
     for wrong in ("0", "-1", "1e9", "many"):

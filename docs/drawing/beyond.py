@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from drawing.samples import cover
 from drawing.style import ABSENT, CHOSEN, FAINT, SPACE, TIME, save_photos
-from nova_video.io.inputs import Clip, enlarge, known_tokens
+from nova_video.io.inputs import InputClip, enlarge, known_tokens
 from nova_video.pipeline.generation import FrameReady, LatentPreview, PartialFrame
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.request import GenerateRequest
@@ -258,7 +258,7 @@ def draw_editing(pipe: NovaPipeline, seed: int = 0) -> Figure:
         )
     ]
     half = apple.crop((size // 8, size // 4, size // 8 + size // 2, size // 4 + size // 2))
-    clip, masks = enlarge(Clip(np.asarray(half)[None]), None, size // 4)
+    clip, masks = enlarge(InputClip(np.asarray(half)[None]), None, size // 4)
     known = known_tokens(torch.from_numpy(masks.copy()), 2 * pipe.capabilities.image_stride, 1)[0].numpy()
     wide = [
         pipe("a red apple on a white background", video=clip, mask_image=masks, generator=seeded(seed + n)).images[0]

@@ -14,7 +14,7 @@ ROOM = 300  # MB
 PEAK = """
 import re, sys
 import av, numpy, PIL.Image, torch
-from nova_video.data.stages import Clip, Decode, DecodeSettings, Item
+from nova_video.data.stages import DecodedClip, Decode, DecodeSettings, Item
 from nova_video.io.inputs import read_clips
 
 def peak():  # ru_maxrss would begin with that of the process that started this one
@@ -24,7 +24,7 @@ before, (_, path, door) = peak(), sys.argv
 if door == "encode":
     made = 0
     for clip in Decode(DecodeSettings((33,), 12.0, (480, 768)))(Item("a.mp4", "a", path)):
-        assert isinstance(clip, Clip), clip
+        assert isinstance(clip, DecodedClip), clip
         made += 1
     assert made == 7
 else:

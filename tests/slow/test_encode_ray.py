@@ -22,8 +22,8 @@ from PIL import Image
 from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.common.errors import InputError
 from nova_video.data import dataset, encode_ray
-from nova_video.data.dataset import Sample
-from nova_video.data.encode import Done, EncodeSettings, encode_dataset
+from nova_video.data.dataset import EncodedSample
+from nova_video.data.encode import EncodeProgress, EncodeSettings, encode_dataset
 from nova_video.data.sources import SourceSettings
 from nova_video.data.stages import DecodeSettings
 
@@ -89,7 +89,7 @@ def expected(settings: EncodeSettings) -> Path:
     return settings.output
 
 
-def read(place: Path) -> dict[str, Sample]:
+def read(place: Path) -> dict[str, EncodedSample]:
     shards = [shard for found in dataset.list_shards(place).values() for shard in found]
     return {sample.id: sample for shard in shards for sample in dataset.iter_shard(shard.url)}
 
@@ -151,7 +151,7 @@ def test_ray_gives_the_same_dataset_and_leaves_nothing(
     doors: set[str] = set()
     helpers = 0
 
-    def look(done: Done) -> None:
+    def look(done: EncodeProgress) -> None:
         nonlocal helpers
         if done.items:
             doors.update(open_doors() - before[0])

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from nova_video.cli import main as cli
-from nova_video.data.dataset import Sample, list_shards, read_shard
+from nova_video.data.dataset import EncodedSample, list_shards, read_shard
 from nova_video.data.encoders import DecodeLatents
-from nova_video.data.stages import Clip, Decode, DecodeSettings, Item
+from nova_video.data.stages import Decode, DecodedClip, DecodeSettings, Item
 from nova_video.io import media
 from nova_video.io.fit import fit_frames
 
@@ -37,7 +37,7 @@ def folder(camera_clips: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def read_all(output: Path) -> dict[str, Sample]:
+def read_all(output: Path) -> dict[str, EncodedSample]:
     found = (sample for shards in list_shards(output).values() for shard in shards for sample in read_shard(shard.url))
     return {sample.id: sample for sample in found}
 
@@ -77,7 +77,7 @@ def test_shots(folder: Path) -> None:
     """Clips start where shots do, and none goes over a cut."""
     item = Item("bikes.mp4", "a", str(folder / "bikes.mp4"))
     decode = Decode(DecodeSettings((5,), 25.0, (64, 128), one_size=True, cuts=True))
-    found = [clip for clip in decode(item) if isinstance(clip, Clip)]
+    found = [clip for clip in decode(item) if isinstance(clip, DecodedClip)]
     starts = {round(25 * clip.start) for clip in found}
     assert set(SHOTS) <= starts
     for clip in found:

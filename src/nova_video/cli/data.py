@@ -10,7 +10,7 @@ from nova_video.cli.console import checkpoint_defaults, progress_bar, size_of
 from nova_video.common.errors import InputError
 
 if TYPE_CHECKING:
-    from nova_video.data.encode import Done, EncodeSettings
+    from nova_video.data.encode import EncodeProgress, EncodeSettings
 
 TOLD_EVERY = 30.0  # seconds between lines about progress where stderr is no terminal
 
@@ -29,7 +29,7 @@ def run_encode(args: Encode) -> None:
     with progress_bar() as bar:
         task = bar.add_task("encoding", total=None)
 
-        def tell(done: "Done") -> None:
+        def tell(done: "EncodeProgress") -> None:
             nonlocal told
             said = f"{_count(done.clips, 'clip')}" + (f", {done.rejected} rejected" if done.rejected else "")
             bar.update(task, completed=done.items, total=done.total, description=said)

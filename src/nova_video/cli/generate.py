@@ -275,13 +275,13 @@ def _parts_of(path: Path, record: dict[str, Any]) -> tuple[str, Path | None, flo
 def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> None:
     """Makes a part of a picture or clip anew, or adds more around it. `like` is a record to start from."""
     from nova_video.io.decode import MediaFile
-    from nova_video.io.inputs import Clip, enlarge, masks_of, read_masks
+    from nova_video.io.inputs import InputClip, enlarge, masks_of, read_masks
 
     if args.mask is None and args.strength is None and args.outpaint is None:
         raise InputError(f"nothing of {args.file} would be kept: expected --mask, --strength or --outpaint")
     prompt = _text("the sentence", args.prompt)
     check_output(args.output, wanted=args.format)
-    clip = Clip(MediaFile(args.file))
+    clip = InputClip(MediaFile(args.file))
     masks = None if args.mask is None else read_masks(args.mask)
     if masks is not None:
         masks_of(masks, clip)  # fits it, or is an error

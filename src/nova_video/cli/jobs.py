@@ -21,7 +21,7 @@ from nova_video.io.files import atomic_path, check_writable, lock_file, reserve_
 
 if TYPE_CHECKING:
     from nova_video.cli.arguments import Format
-    from nova_video.data.sheets import Entry
+    from nova_video.data.sheets import SheetEntry
     from nova_video.io.media import Frames
     from nova_video.pipeline.generation import Generation, StepCallback
     from nova_video.pipeline.pipeline import NovaPipeline
@@ -180,14 +180,14 @@ class Sheet:
     path: Path
     title: str
     note: str
-    entries: "list[Entry]" = field(default_factory=list)
+    entries: "list[SheetEntry]" = field(default_factory=list)
 
     def add(self, frames: "Frames", record: dict[str, Any], path: Path) -> None:
         """A clip by some of its frames, so that many clips need little memory."""
-        from nova_video.data.sheets import MOST_FRAMES, Entry, spread
+        from nova_video.data.sheets import MOST_FRAMES, SheetEntry, spread
 
         shown = frames[spread(len(frames), MOST_FRAMES)].copy()
-        self.entries.append(Entry(shown, sentence_of(record["prompt"]), f"seed {record['seed']} · {path.name}"))
+        self.entries.append(SheetEntry(shown, sentence_of(record["prompt"]), f"seed {record['seed']} · {path.name}"))
 
     def write(self) -> None:
         from nova_video.data.sheets import draw_sheet

@@ -1,4 +1,4 @@
-"""The encoded dataset on disk: a folder of Parquet shards, one row a clip, read and written here and nowhere else.
+"""Reads and writes the encoded dataset on disk: a folder of Parquet shards, one row a clip.
 
 `nova encode` writes it and the trainer streams it: autoencoder moments, text features and what is known of each clip.
 A place is a folder or any URL that fsspec opens. docs/dataset.md tells the whole layout.
@@ -69,7 +69,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What holds for all of a dataset: `dataset.json`."""
+    """Facts about a dataset as a whole: `dataset.json`."""
 
     autoencoder: str
     """Name or folder of the checkpoint whose autoencoder made the moments."""
@@ -115,7 +115,7 @@ class DatasetInfo:
         write_file(join(folder, "dataset.json"), f"{text}\n".encode())
 
     def moments_shape(self, bucket: Bucket) -> tuple[int, int, int, int]:
-        """Of a clip of that bucket: (2C, F, h, w)."""
+        """The shape (2C, F, h, w) of a clip of that bucket."""
         return (
             2 * self.latent_channels,
             (bucket.frames - 1) // self.temporal_stride + 1,
@@ -125,7 +125,7 @@ class DatasetInfo:
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class EncodedSample:
     """One clip or picture, as a row of a shard holds it."""
 
     id: str
@@ -184,7 +184,7 @@ def schema() -> "pa.Schema":
     return pa.schema([pa.field(name, kind, nullable=name in can_be_null) for name, kind in columns.items()])
 
 
-def to_row(sample: Sample) -> dict[str, Any]:
+def to_row(sample: EncodedSample) -> dict[str, Any]:
     """The row of a sample, a value a column."""
     text, short = sample.text, sample.text_short
     return {
@@ -207,9 +207,9 @@ def to_row(sample: Sample) -> dict[str, Any]:
     }
 
 
-def to_sample(row: Mapping[str, Any]) -> Sample:
+def to_sample(row: Mapping[str, Any]) -> EncodedSample:
     """The sample of a row of Python values, as `datasets` and `pyarrow` give it. Its tensors are its own."""
-    return Sample(
+    return EncodedSample(
         id=row["id"],
         source=row["source"],
         start=row["start"],
@@ -250,8 +250,8 @@ def _to_features(values: bytes | None, tokens: int | None) -> Tensor | None:
 # Shards --------------------------------------------------------------------------------------------------------------
 
 
-def write_shard(place: str | Path, samples: Sequence[Sample], fingerprint: str | None = None) -> None:
-    """Write samples of one bucket as a shard: under another name first, so that a shard is there whole or not at all.
+def write_shard(place: str | Path, samples: Sequence[EncodedSample], fingerprint: str | None = None) -> None:
+    """Write samples of one bucket as a shard, which is there whole or not at all.
 
     `fingerprint` is the autoencoder's, as in `DatasetInfo`.
     """
@@ -277,7 +277,7 @@ def write_shard(place: str | Path, samples: Sequence[Sample], fingerprint: str |
     write_file(place, sink.getvalue())
 
 
-def iter_shard(place: str | Path) -> Iterator[Sample]:
+def iter_shard(place: str | Path) -> Iterator[EncodedSample]:
     """The samples of a shard, a row group in memory at a time."""
     with _open_shard(place) as shard:
         for group in range(shard.num_row_groups):
@@ -285,13 +285,13 @@ def iter_shard(place: str | Path) -> Iterator[Sample]:
                 yield to_sample(row)
 
 
-def read_shard(place: str | Path) -> list[Sample]:
+def read_shard(place: str | Path) -> list[EncodedSample]:
     return list(iter_shard(place))
 
 
-def read_rows(place: str | Path, rows: Sequence[int]) -> list[Sample]:
+def read_rows(place: str | Path, rows: Sequence[int]) -> list[EncodedSample]:
     """Some samples of a shard by their numbers: only the row groups that they are in are read."""
-    found: dict[int, Sample] = {}
+    found: dict[int, EncodedSample] = {}
     with _open_shard(place) as shard:
         start = 0
         for group in range(shard.num_row_groups):
@@ -331,7 +331,7 @@ def list_shards(place: str | Path) -> dict[Bucket, list[Shard]]:
 
 
 def list_shard_urls(place: str | Path) -> dict[Bucket, list[str]]:
-    """The same without opening them."""
+    """The URLs of all shards by bucket; none is opened."""
     filesystem, root = open_place(place)
     found: dict[Bucket, list[str]] = {}
     data = f"{root.rstrip('/')}/data"
@@ -413,7 +413,7 @@ def local_path(place: str | Path) -> Path | None:
 
 
 def file_mark(url: str) -> str:
-    """What a file system says of a file that changes when it is written to; empty where there is none."""
+    """A mark that changes when a file is written to, from its file system; empty where there is none."""
     path = local_path(url)
     try:
         if path is not None:

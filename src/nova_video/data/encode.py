@@ -23,12 +23,11 @@ from typing import Any
 
 from nova_video.common.checks import check_local, check_number
 from nova_video.common.errors import InputError
-from nova_video.data.card import write_card
 from nova_video.data.dataset import (
     READERS,
     Bucket,
     DatasetInfo,
-    Sample,
+    EncodedSample,
     list_shard_urls,
     local_path,
     read_columns,
@@ -38,15 +37,16 @@ from nova_video.data.dataset import (
     write_file,
     write_shard,
 )
+from nova_video.data.dataset_card import write_card
 from nova_video.data.encoders import EncodeLatents, EncodeText, autoencoder_info
 from nova_video.data.failures import OneByOne
 from nova_video.data.follow import (
     UNKNOWN,
     Comparison,
     Counts,
-    Entry,
+    GroupRecord,
     Marks,
-    Record,
+    SourceEntry,
     caption_digest,
     compare,
     free_name,
@@ -54,7 +54,16 @@ from nova_video.data.follow import (
     parallel,
 )
 from nova_video.data.sources import MediaSource, SourceSettings, open_source
-from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected, decode_with_motion
+from nova_video.data.stages import (
+    Decode,
+    DecodedClip,
+    DecodeSettings,
+    Item,
+    ItemResult,
+    Motion,
+    Rejected,
+    decode_with_motion,
+)
 from nova_video.io.checkpoints import lasting_name, resolve_checkpoint, text_folder
 from nova_video.io.files import check_writable, lock_folder
 from nova_video.io.prefetch import prefetch
@@ -102,7 +111,7 @@ class EncodeSettings:
 
 
 @dataclass(frozen=True)
-class Done:
+class EncodeProgress:
     """How far a run is."""
 
     items: int = 0
@@ -115,20 +124,20 @@ class Done:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a dataset holds when it is done."""
+    """The contents of a dataset when it is done."""
 
     items: int
     clips: dict[Bucket, int]
     rejected: int
     encoded: int
-    """Of the items, those that this run went through; the others were there before."""
+    """Items that this run went through; the others were there before."""
     seconds: float
-    """Of this run."""
+    """Time that this run took."""
     counts: Counts = field(default_factory=Counts)
     """Items of the source beside those that the dataset held before."""
 
 
-def encode_dataset(settings: EncodeSettings, tell: Callable[[Done], None] = lambda done: None) -> Summary:
+def encode_dataset(settings: EncodeSettings, tell: Callable[[EncodeProgress], None] = lambda done: None) -> Summary:
     """Encode what is not there yet, then write rejected.jsonl and the card; `tell` is called after every item."""
     import pyarrow  # noqa: F401 - an absent package is found before the work
 
@@ -147,7 +156,7 @@ def _encode(
     info: DatasetInfo,
     source: MediaSource,
     stages: "Stages | None",
-    tell: Callable[[Done], None],
+    tell: Callable[[EncodeProgress], None],
     began: float,
 ) -> Summary:
     prepare_output(settings.output, info)
@@ -157,9 +166,11 @@ def _encode(
     revise_groups(settings.output, records, comparison, text if stages is None else stages.text, info.fingerprint)
     records = read_records(settings.output)
     before = sum(record.items for record in records.values())
-    done = Done(before, sum(sum(r.shards.values()) for r in records.values()), _rejections(records), source.total)
+    done = EncodeProgress(
+        before, sum(sum(r.shards.values()) for r in records.values()), _rejections(records), source.total
+    )
     tell(done)
-    marks, entries = Marks(), defaultdict[str, list[Entry]](list)
+    marks, entries = Marks(), defaultdict[str, list[SourceEntry]](list)
 
     def noted(items: Iterable[Item]) -> Iterator[Item]:
         for item, entry in parallel(marks.entry, items):
@@ -200,7 +211,7 @@ def _encode(
 
 
 def _finish(settings: EncodeSettings, encoded: int, seconds: float, counts: Counts) -> Summary:
-    """What is made of all groups together."""
+    """Write rejected.jsonl and the card of all groups together."""
     records = read_records(settings.output)
     lines = [line for record in records.values() for line in record.rejected]
     text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
@@ -223,7 +234,7 @@ def _finish(settings: EncodeSettings, encoded: int, seconds: float, counts: Coun
 
 
 def describe_dataset(settings: EncodeSettings) -> DatasetInfo:
-    """What holds for all of the dataset, with the settings that decide what is in it."""
+    """Facts about the dataset as a whole, with the settings that decide what is in it."""
     found = autoencoder_info(settings.model)
     if found.temporal_stride == 1 and any(length > 1 for length in settings.decode.frames):
         lengths = ", ".join(map(str, settings.decode.frames))
@@ -277,7 +288,7 @@ def decode_settings(info: DatasetInfo) -> DecodeSettings:
 
 
 def source_settings(noted: dict[str, Any]) -> SourceSettings:
-    """Of the settings in dataset.json."""
+    """The source that a dataset was encoded from, by the settings in dataset.json."""
     return SourceSettings(
         place=noted["source"],
         caption_column=noted["caption_column"],
@@ -313,8 +324,7 @@ def model_text(model: str) -> str | None:
 
 
 def _text_noted(text: str) -> str:
-    """The text encoder's own name if it has one; where it is a folder, what was asked for: a checkpoint brings the
-    tokenizer too."""
+    """The name of the text encoder for dataset.json: of a folder the checkpoint, which has the tokenizer too."""
     name = find_text(text).encoder
     return lasting_name(text) if Path(name).is_dir() else name
 
@@ -347,8 +357,8 @@ def check_output(output: Path, info: DatasetInfo) -> None:
     for name, value in now.items():
         if was.get(name) != value and not same.get(name):
             raise InputError(
-                f"{output} was encoded with {name} {_shown(was.get(name))}, got {_shown(value)}: expected the same, or"
-                " another folder"
+                f"{output} was encoded with {name} {_show_value(was.get(name))}, got {_show_value(value)}: expected the"
+                " same, or another folder"
             )
 
 
@@ -372,17 +382,17 @@ def prepare_output(output: Path, info: DatasetInfo) -> None:
                 Path(url).unlink(missing_ok=True)
 
 
-def read_records(output: Path) -> dict[str, Record]:
-    """Of all finished groups, in their order."""
+def read_records(output: Path) -> dict[str, GroupRecord]:
+    """The records of all finished groups, in their order."""
     paths = sorted(path for path in (output / PROGRESS).glob("*.json") if path.name != OLD_SOURCE)
     return {path.stem: _read_record(path) for path in paths}
 
 
-def _read_record(path: Path) -> Record:
+def _read_record(path: Path) -> GroupRecord:
     values = read_json(path)
     try:
-        record = Record(**values)
-        record.entries = [Entry(**entry) for entry in values.get("entries", ())]
+        record = GroupRecord(**values)
+        record.entries = [SourceEntry(**entry) for entry in values.get("entries", ())]
         if len(record.entries) not in (0, record.items) or Path(record.replaces).name != record.replaces:
             raise ValueError("other items")
     except (TypeError, ValueError):
@@ -391,8 +401,8 @@ def _read_record(path: Path) -> Record:
     return record
 
 
-def whole_records(output: Path) -> dict[str, Record]:
-    """Of the groups whose shards are all there: the others are removed, and done again."""
+def whole_records(output: Path) -> dict[str, GroupRecord]:
+    """The records of groups whose shards are all there; other groups are removed, and done again."""
     shards = [url for urls in list_shard_urls(output).values() for url in urls]
     with ThreadPoolExecutor(READERS) as pool:
         rows = dict(zip(shards, pool.map(_rows, shards), strict=True))
@@ -415,7 +425,7 @@ def whole_records(output: Path) -> dict[str, Record]:
     return {group: record for group, record in records.items() if group not in lost}
 
 
-def with_entries(output: Path, records: dict[str, Record], source: MediaSource) -> dict[str, Record]:
+def with_entries(output: Path, records: dict[str, GroupRecord], source: MediaSource) -> dict[str, GroupRecord]:
     """Records that tell of each item; those of older versions, of what can be told from their rows.
 
     They kept no digests of media: raises InputError where names or sizes of files are not those that they noted.
@@ -436,7 +446,7 @@ def with_entries(output: Path, records: dict[str, Record], source: MediaSource) 
             columns = read_columns(url, ("source", "caption"))
             told |= zip(columns["source"], map(caption_digest, columns["caption"]), strict=True)
         names = [*told, *(line["source"] for line in record.rejected if line["source"] not in told)]
-        record.entries = [Entry(name, told.get(name, UNKNOWN), UNKNOWN, "") for name in dict.fromkeys(names)]
+        record.entries = [SourceEntry(name, told.get(name, UNKNOWN), UNKNOWN, "") for name in dict.fromkeys(names)]
         record.items, record.part = len(record.entries), source.part_name(int(group.split("-")[0]))
         write_record(output, group, record)
     noted.unlink(missing_ok=True)
@@ -444,7 +454,7 @@ def with_entries(output: Path, records: dict[str, Record], source: MediaSource) 
 
 
 def revise_groups(
-    output: Path, records: dict[str, Record], comparison: Comparison, text: EncodeText | None, fingerprint: str
+    output: Path, records: dict[str, GroupRecord], comparison: Comparison, text: EncodeText | None, fingerprint: str
 ) -> None:
     """Write the groups anew that hold items which are gone, renamed or told otherwise, without those that are gone."""
     taken = set(records)
@@ -457,14 +467,14 @@ def revise_groups(
             remove_group(output, group)
             taken.discard(group)
             continue
-        rows: defaultdict[str, list[Sample]] = defaultdict(list)
+        rows: defaultdict[str, list[EncodedSample]] = defaultdict(list)
         for url in _shards_of(output, group):
             for sample in read_shard(url):
                 rows[sample.source].append(sample)
         results = []
         for index, (number, entry) in enumerate(kept):
             was = record.entries[number].source
-            samples = _told(rows.pop(was, []), entry.source, comparison.captions.get((group, number)), text)
+            samples = _rename_samples(rows.pop(was, []), entry.source, comparison.captions.get((group, number)), text)
             reasons = [line["reason"] for line in record.rejected if line["source"] == printable(was)]
             rejected = [Rejected(entry.source, reason) for reason in dict.fromkeys(reasons)]
             results.append(ItemResult("", index, False, record.final, samples, rejected))
@@ -476,7 +486,9 @@ def revise_groups(
         taken = (taken | {name}) - {group}
 
 
-def _told(samples: list[Sample], source: str, caption: str | None, text: EncodeText | None) -> list[Sample]:
+def _rename_samples(
+    samples: list[EncodedSample], source: str, caption: str | None, text: EncodeText | None
+) -> list[EncodedSample]:
     """The samples of an item under the name that it has now, and with the caption, if that is another."""
     found = sorted(samples, key=lambda sample: int(sample.id.rpartition("#")[2]))
     found = [replace(sample, source=source, id=f"{source}#{number}") for number, sample in enumerate(found)]
@@ -507,7 +519,7 @@ def remove_group(output: Path, group: str) -> None:
         Path(url).unlink(missing_ok=True)
 
 
-def _finish_replacing(output: Path, group: str, record: Record) -> None:
+def _finish_replacing(output: Path, group: str, record: GroupRecord) -> None:
     """Remove the group that another one, whose record is written, stands for."""
     remove_group(output, record.replaces)
     record.replaces = ""
@@ -519,7 +531,7 @@ def _shards_of(output: Path, group: str) -> list[str]:
 
 
 def _rows(url: str) -> int:
-    """Of a shard, 0 if it cannot be read."""
+    """Row count of a shard; 0 if unreadable."""
     try:
         return read_footer(url)[0]
     except InputError:
@@ -536,14 +548,14 @@ def finish_group(
     group: str,
     results: Iterable[ItemResult],
     fingerprint: str,
-    entries: list[Entry],
+    entries: list[SourceEntry],
     part: str,
     part_mark: str = "",
     replaces: str = "",
 ) -> None:
     """The group's shards, and last the record that makes it finished."""
     found = sorted(results, key=lambda result: result.index)
-    samples: defaultdict[Bucket, list[Sample]] = defaultdict(list)
+    samples: defaultdict[Bucket, list[EncodedSample]] = defaultdict(list)
     for result in found:
         for sample in result.samples:
             samples[sample.bucket].append(sample)
@@ -551,7 +563,7 @@ def finish_group(
         for number, chunk in enumerate(_shards(rows)):
             name = group if number == 0 else f"{group}-{number:03d}"
             write_shard(shard_url(output, bucket, name), chunk, fingerprint)
-    record = Record(
+    record = GroupRecord(
         items=len(found),
         final=any(result.final for result in found),
         shards={bucket.name: len(rows) for bucket, rows in sorted(samples.items())},
@@ -564,15 +576,15 @@ def finish_group(
     write_record(output, group, record)
 
 
-def write_record(output: Path, group: str, record: Record) -> None:
+def write_record(output: Path, group: str, record: GroupRecord) -> None:
     values = {name: value for name, value in asdict(record).items() if name != "written"}
     text = json.dumps(values, ensure_ascii=False, indent=1)
     write_file(output / PROGRESS / f"{group}.json", f"{text}\n".encode("utf-8", "surrogatepass"))
 
 
-def _shards(samples: list[Sample]) -> Iterator[list[Sample]]:
-    """As many samples as fit in SHARD_BYTES each, at least one."""
-    part: list[Sample] = []
+def _shards(samples: list[EncodedSample]) -> Iterator[list[EncodedSample]]:
+    """Samples in shards of about SHARD_BYTES, at least one in each."""
+    part: list[EncodedSample] = []
     size = 0
     for sample in samples:
         part.append(sample)
@@ -585,17 +597,17 @@ def _shards(samples: list[Sample]) -> Iterator[list[Sample]]:
 
 
 def _content(source: MediaSource) -> dict[str, Any]:
-    """What the source is made of, to find out whether it has changed."""
+    """Digests of the source's contents, which show if it has changed."""
     digest = hashlib.sha256("\n".join(source.content).encode()).hexdigest()
     sizes = hashlib.sha256(" ".join(map(str, source.sizes)).encode()).hexdigest()
     return {"count": len(source.content), "digest": digest, "sizes": sizes}
 
 
-def _rejections(records: dict[str, Record]) -> int:
+def _rejections(records: dict[str, GroupRecord]) -> int:
     return sum(len(record.rejected) for record in records.values())
 
 
-def _shown(value: object) -> str:
+def _show_value(value: object) -> str:
     return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -622,11 +634,11 @@ class Stages:
             text.load()
         return cls(Decode(settings.decode), Motion(), latents, text)
 
-    def encode(self, clips: list[Clip]) -> list[Sample | Exception]:
+    def encode(self, clips: list[DecodedClip]) -> list[EncodedSample | Exception]:
         """Clips of any sizes -> samples, in their order; an error in the place of a clip that fails."""
         return self.sparing(self._encode, clips)
 
-    def _encode(self, clips: Sequence[Clip]) -> list[Sample]:
+    def _encode(self, clips: Sequence[DecodedClip]) -> list[EncodedSample]:
         texts = None if self.text is None else self.text([clip.caption for clip in clips])
         moments = self.latents(clips)
         if texts is None:
@@ -640,13 +652,13 @@ class Stages:
 def encode_items_here(items: Iterable[Item], stages: Stages) -> Iterator[ItemResult]:
     """Items in their order, decoded ahead in a thread. Clips wait until several go through the encoders, over items but
     not over groups: what a clip is batched with is the same in every run."""
-    waiting: list[Clip] = []
+    waiting: list[DecodedClip] = []
     ended: list[Item] = []
-    samples: defaultdict[int, list[Sample]] = defaultdict(list)  # by their item's number, as the next
+    samples: defaultdict[int, list[EncodedSample]] = defaultdict(list)  # by their item's number, as the next
     rejected: defaultdict[int, list[Rejected]] = defaultdict(list)
-    with prefetch(_decoded(items, stages), AHEAD, nullcontext()) as stream:
+    with prefetch(_decode_items(items, stages), AHEAD, nullcontext()) as stream:
         for item, found in stream:
-            if isinstance(found, Clip):
+            if isinstance(found, DecodedClip):
                 waiting.append(found)
             elif isinstance(found, Rejected):
                 rejected[item.index].append(found)
@@ -671,8 +683,8 @@ def encode_items_here(items: Iterable[Item], stages: Stages) -> Iterator[ItemRes
                 ended = []
 
 
-def _decoded(items: Iterable[Item], stages: Stages) -> Iterator[tuple[Item, Clip | Rejected | None]]:
-    """What each item gives, and None at its end."""
+def _decode_items(items: Iterable[Item], stages: Stages) -> Iterator[tuple[Item, DecodedClip | Rejected | None]]:
+    """The clips and problems of each item, and None at its end."""
     for item in items:
         for found in decode_with_motion(stages.decode, stages.motion, item):
             yield item, found

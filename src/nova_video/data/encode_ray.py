@@ -24,9 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 from nova_video.common.errors import InputError
 from nova_video.common.extras import install_command
-from nova_video.data.dataset import Sample
+from nova_video.data.dataset import EncodedSample
 from nova_video.data.failures import OneByOne, name_error
-from nova_video.data.stages import Clip, Decode, DecodeSettings, Item, ItemResult, Motion, Rejected, decode_with_motion
+from nova_video.data.stages import (
+    Decode,
+    DecodedClip,
+    DecodeSettings,
+    Item,
+    ItemResult,
+    Motion,
+    Rejected,
+    decode_with_motion,
+)
 
 if TYPE_CHECKING:
     from nova_video.data.encode import EncodeSettings
@@ -73,7 +82,7 @@ class EncodedClip:
     group: str
     index: int
     number: int
-    sample: Sample | Rejected
+    sample: EncodedSample | Rejected
     """`Rejected` where a network failed on it."""
 
 
@@ -82,7 +91,7 @@ class PendingItem:
     """The results of an item so far."""
 
     mark: Mark | None = None
-    samples: dict[int, Sample | Rejected] = field(default_factory=dict)
+    samples: dict[int, EncodedSample | Rejected] = field(default_factory=dict)
     """By their numbers in the item."""
 
 
@@ -134,7 +143,7 @@ class LatentActor:
 
     def __call__(self, batch: Batch) -> Batch:
         records = _unpack(batch)
-        clips = [record for record in records if isinstance(record, Clip)]
+        clips = [record for record in records if isinstance(record, DecodedClip)]
         encoded = [
             EncodedClip(
                 clip.group,
@@ -162,7 +171,7 @@ class TextActor:
         samples = {
             number: record.sample
             for number, record in enumerate(records)
-            if isinstance(record, EncodedClip) and isinstance(record.sample, Sample)
+            if isinstance(record, EncodedClip) and isinstance(record.sample, EncodedSample)
         }
         features = self.sparing(self.encode, [sample.caption for sample in samples.values()])
         for (number, sample), found in zip(samples.items(), features, strict=True):
@@ -170,7 +179,9 @@ class TextActor:
         return _pack(records)
 
 
-def _with_text(record: EncodedClip, sample: Sample, found: "TextFeatures | Exception") -> Sample | Rejected:
+def _with_text(
+    record: EncodedClip, sample: EncodedSample, found: "TextFeatures | Exception"
+) -> EncodedSample | Rejected:
     """A sample with its text features; rejected where they could not be made."""
     if isinstance(found, Exception):
         return Rejected(sample.source, f"clip {record.number} failed: {name_error(found)}", record.group, record.index)
@@ -189,7 +200,7 @@ def _unpack(batch: Batch) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WorkPlan:
     """How the stages share a Ray."""
 
     device: str
@@ -208,7 +219,7 @@ class Plan:
         return {"num_cpus": round(core * whole, 4), "num_gpus": gpu if self.device == "cuda" else 0.0}
 
 
-def _plan(settings: "EncodeSettings") -> Plan:
+def _plan(settings: "EncodeSettings") -> WorkPlan:
     import ray
 
     found = ray.cluster_resources()
@@ -220,11 +231,11 @@ def _plan(settings: "EncodeSettings") -> Plan:
     if settings.device == "cuda" and not gpus:
         raise InputError("device 'cuda' asked for, but Ray finds no GPU: expected cpu")
     if gpus and settings.device != "cpu":
-        return Plan("cuda", gpus, cores)
-    return Plan("cpu", max(1, cores // 2), cores)
+        return WorkPlan("cuda", gpus, cores)
+    return WorkPlan("cpu", max(1, cores // 2), cores)
 
 
-def _encode_window(window: list[bytes], settings: "EncodeSettings", plan: Plan) -> Iterator[ItemResult]:
+def _encode_window(window: list[bytes], settings: "EncodeSettings", plan: WorkPlan) -> Iterator[ItemResult]:
     """The results of some items: a run of Ray Data."""
     import ray
     from ray.data import ActorPoolStrategy
@@ -265,14 +276,14 @@ def _encode_window(window: list[bytes], settings: "EncodeSettings", plan: Plan) 
                 yield _result(found.mark, pending.pop(key).samples)
 
 
-def _result(mark: Mark, made: dict[int, Sample | Rejected]) -> ItemResult:
+def _result(mark: Mark, made: dict[int, EncodedSample | Rejected]) -> ItemResult:
     found = [made[number] for number in sorted(made)]
     return ItemResult(
         group=mark.item.group,
         index=mark.item.index,
         last=mark.item.last,
         final=mark.item.final,
-        samples=[one for one in found if isinstance(one, Sample)],
+        samples=[one for one in found if isinstance(one, EncodedSample)],
         rejected=[*mark.rejected, *(one for one in found if isinstance(one, Rejected))],
     )
 

@@ -40,7 +40,7 @@ TEXTS_PER_CALL = 64
 
 
 class Frames(Protocol):
-    """What is encoded: anything with the frames of one clip."""
+    """Anything with the frames of one clip."""
 
     @property
     def frames(self) -> NDArray[np.uint8]:
@@ -50,7 +50,7 @@ class Frames(Protocol):
 
 @dataclass(frozen=True)
 class AutoencoderInfo:
-    """What a dataset notes of its autoencoder."""
+    """Facts about an autoencoder that a dataset keeps."""
 
     fingerprint: str
     latent_channels: int

@@ -1,8 +1,9 @@
 """How an encoded dataset follows its source: what is new, changed, renamed or gone since it was encoded.
 
-Each item that was encoded has an `Entry` in the record of its group: digests of its caption and of its media. Captions
-are always read and compared. Media are hashed, unless the file system shows that nothing was written to the file since:
-the same size, times of content and of status, and inode. Files elsewhere are known by what their server says of them.
+Each item that was encoded has a `SourceEntry` in its group's record, with digests of its caption and its media.
+Captions are always read and compared. Media are hashed, unless the file system shows that nothing was written to the
+file since: the same size, times of content and of status, and inode. Files elsewhere are known by what their server
+says of them.
 
     records --compare(source, records)--> Comparison --items_to_encode(source, comparison, taken)--> items to encode
 """
@@ -36,7 +37,7 @@ Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Entry:
+class SourceEntry:
     """An item of the source as the dataset knows it."""
 
     source: str
@@ -58,7 +59,7 @@ class Entry:
 
 
 @dataclass
-class Record:
+class GroupRecord:
     """The contents of `progress/GROUP.json`, for a finished group."""
 
     items: int
@@ -72,7 +73,7 @@ class Record:
     """Name of the part of the source that its items are of."""
     part_mark: str = ""
     """The file system's facts about the part's file."""
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[SourceEntry] = field(default_factory=list)
     """Entries of its items; older versions have none."""
     replaces: str = ""
     """A group that this one stands for, and that is to be removed."""
@@ -108,7 +109,7 @@ class Counts:
 class Comparison:
     """The work that brings a dataset up to date with its source."""
 
-    kept: dict[str, list[Entry | None]]
+    kept: dict[str, list[SourceEntry | None]]
     """By group, its entries as they are now; None if the item is gone or is encoded again."""
     captions: dict[tuple[str, int], str] = field(default_factory=dict)
     """New captions, by group and number in it."""
@@ -125,7 +126,7 @@ class Comparison:
     anew: int = 0
     """Number of changed items that are encoded again."""
 
-    def is_affected(self, group: str, record: Record) -> bool:
+    def is_affected(self, group: str, record: GroupRecord) -> bool:
         """True if the shards of a group have to be written again."""
         return any(
             now is None or now.source != was.source or (group, number) in self.captions
@@ -133,7 +134,7 @@ class Comparison:
         )
 
 
-def compare(source: MediaSource, records: Mapping[str, Record]) -> Comparison:
+def compare(source: MediaSource, records: Mapping[str, GroupRecord]) -> Comparison:
     """Which items of the source the groups of a dataset still hold."""
     return _Comparer(source, records).compare()
 
@@ -155,7 +156,7 @@ class _SourceItem:
 
 
 class _Comparer:
-    def __init__(self, source: MediaSource, records: Mapping[str, Record]) -> None:
+    def __init__(self, source: MediaSource, records: Mapping[str, GroupRecord]) -> None:
         self.source, self.records, self.marks = source, records, Marks()
         self.result = Comparison({group: [None] * len(record.entries) for group, record in records.items()})
         self.places: dict[Key, tuple[str, int]] = {}
@@ -282,7 +283,7 @@ class _Comparer:
         group, number = self.left.pop(key)
         old = self.records[group].entries[number]
         self.parts_of[group].add(self.source.part_name(seen.part))
-        self.result.kept[group][number] = Entry(seen.item.source, seen.digest, seen.media or old.media, seen.mark)
+        self.result.kept[group][number] = SourceEntry(seen.item.source, seen.digest, seen.media or old.media, seen.mark)
         if new_caption:
             self.result.captions[group, number] = seen.caption or ""
 
@@ -353,16 +354,16 @@ class Marks:
         mark = self.found[item.url]
         return f"{mark}@{item.offset}+{item.size}" if mark else ""
 
-    def entry(self, item: Item) -> tuple[Item, Entry]:
+    def entry(self, item: Item) -> tuple[Item, SourceEntry]:
         """An item that is to be encoded, with the caption that its entry is of."""
         mark = self.of(item)
         try:
             caption, digest = look_at_caption(item)
         except InputError as error:  # decoding tries again, and rejects it
-            return item, Entry(item.source, PROBLEM + _digest(str(error)), media_digest(item), mark)
+            return item, SourceEntry(item.source, PROBLEM + _digest(str(error)), media_digest(item), mark)
         if caption is not None:
             item = replace(item, caption=caption, caption_url="")
-        return item, Entry(item.source, digest, media_digest(item), mark)
+        return item, SourceEntry(item.source, digest, media_digest(item), mark)
 
 
 def look_at_caption(item: Item) -> tuple[str | None, str]:

@@ -16,28 +16,28 @@ from PIL import Image
 
 from nova_video.common.errors import InputError
 from nova_video.common.extensions import names_extension
-from nova_video.data.card import describe, name_of, pick
 from nova_video.data.dataset import (
     Bucket,
     DatasetInfo,
-    Sample,
+    EncodedSample,
     Shard,
     iter_shard,
     list_shard_urls,
     read_footer,
 )
+from nova_video.data.dataset_card import describe, name_of, pick
 from nova_video.data.encode import decode_settings, group_of, read_records, source_settings
 from nova_video.data.encoders import DecodeLatents, autoencoder_info, given_or_named
-from nova_video.data.sheets import Entry, draw_sheet
+from nova_video.data.sheets import SheetEntry, draw_sheet
 from nova_video.data.sources import MediaSource, open_source
-from nova_video.data.stages import Clip, Decode
+from nova_video.data.stages import Decode, DecodedClip
 
 BRIGHTEST = 255
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What was found in all shards."""
+class CheckedDataset:
+    """Rows and problems of all shards."""
 
     shards: dict[Bucket, list[Shard]]
     """Those without problems."""
@@ -50,14 +50,14 @@ class Checked:
 
 
 @dataclass(frozen=True, eq=False)
-class Compared:
+class SampleComparison:
     """A sample beside what it was made from."""
 
-    sample: Sample
+    sample: EncodedSample
     decoded: NDArray[np.uint8]
     """(F, H, W, 3)."""
     source: NDArray[np.uint8] | None
-    """The same frames of the source; None: it is not there."""
+    """Those frames of the source; None: it is not there."""
 
     @property
     def psnr(self) -> float | None:
@@ -74,7 +74,7 @@ def psnr(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
 # Checks --------------------------------------------------------------------------------------------------------------
 
 
-def check_dataset(place: str | Path, tell: Callable[[int, int], None] = lambda done, total: None) -> Checked:
+def check_dataset(place: str | Path, tell: Callable[[int, int], None] = lambda done, total: None) -> CheckedDataset:
     """Read all of a dataset; `tell` is called with the number of shards done, and of all."""
     info = DatasetInfo.load(place)
     urls = [(bucket, url) for bucket, found in list_shard_urls(place).items() for url in found]
@@ -95,11 +95,11 @@ def check_dataset(place: str | Path, tell: Callable[[int, int], None] = lambda d
     readable = {url: count for url, count in rows.items() if count}
     if missing := _check_records(place, [(bucket, url) for bucket, url in urls if url in readable], readable):
         problems[str(place)] = missing
-    return Checked(good, problems)
+    return CheckedDataset(good, problems)
 
 
 def check_shard(url: str, bucket: Bucket, info: DatasetInfo, seen: set[str]) -> tuple[int, list[str]]:
-    """Rows of a shard, and what is wrong with it; `seen` are the ids of other shards, and becomes those of this too."""
+    """Row count and problems of a shard; its ids are added to `seen`, those of other shards."""
     wrong: Counter[str] = Counter()
     first: dict[str, str] = {}
     rows = 0
@@ -124,8 +124,8 @@ def check_shard(url: str, bucket: Bucket, info: DatasetInfo, seen: set[str]) -> 
     return rows, found
 
 
-def check_sample(sample: Sample, bucket: Bucket, info: DatasetInfo) -> list[str]:
-    """What is wrong with a sample in the shard of a bucket."""
+def check_sample(sample: EncodedSample, bucket: Bucket, info: DatasetInfo) -> list[str]:
+    """Problems of a sample in the shard of a bucket."""
     wrong = []
     shape = info.moments_shape(bucket)
     if sample.bucket != bucket:
@@ -155,7 +155,7 @@ def check_sample(sample: Sample, bucket: Bucket, info: DatasetInfo) -> list[str]
 
 
 def _check_records(place: str | Path, urls: Sequence[tuple[Bucket, str]], rows: dict[str, int]) -> list[str]:
-    """Whether the shards hold as many rows as the records of finished groups say; they are in local datasets alone."""
+    """Problems of shards with other numbers of rows than their groups' records, which local datasets have."""
     folder = Path(place)
     if not (folder / "progress").is_dir():
         return []
@@ -189,7 +189,7 @@ def compare_samples(
     model: str | None = None,
     seed: int = 0,
     device: str = "auto",
-) -> list[Compared]:
+) -> list[SampleComparison]:
     """Random samples of the shards, decoded. `sources` is where the dataset was made from, if not where that was."""
     info = DatasetInfo.load(place)
     name = model or info.autoencoder
@@ -202,10 +202,10 @@ def compare_samples(
     samples = pick(shards, clips, pictures, seed)
     originals = _originals(samples, info, sources)
     decode = DecodeLatents(name, device)
-    return [Compared(sample, decode(sample.moments), originals.get(sample.id)) for sample in samples]
+    return [SampleComparison(sample, decode(sample.moments), originals.get(sample.id)) for sample in samples]
 
 
-def comparison_sheet(place: str | Path, compared: Iterable[Compared]) -> Image.Image:
+def comparison_sheet(place: str | Path, compared: Iterable[SampleComparison]) -> Image.Image:
     """Each sample's source above what its latents give back."""
     found = list(compared)
     said = "above from the source, below decoded from the latents"
@@ -214,14 +214,16 @@ def comparison_sheet(place: str | Path, compared: Iterable[Compared]) -> Image.I
     return draw_sheet(name_of(place), said, [_entry(one) for one in found])
 
 
-def _entry(one: Compared) -> Entry:
+def _entry(one: SampleComparison) -> SheetEntry:
     note = describe(one.sample)
     if one.source is None:
-        return Entry(one.decoded, one.sample.caption, note)
-    return Entry(one.source, one.sample.caption, f"{note} · {one.psnr:.1f} dB", below=one.decoded)
+        return SheetEntry(one.decoded, one.sample.caption, note)
+    return SheetEntry(one.source, one.sample.caption, f"{note} · {one.psnr:.1f} dB", below=one.decoded)
 
 
-def _originals(samples: Sequence[Sample], info: DatasetInfo, sources: str | None) -> dict[str, NDArray[np.uint8]]:
+def _originals(
+    samples: Sequence[EncodedSample], info: DatasetInfo, sources: str | None
+) -> dict[str, NDArray[np.uint8]]:
     """The frames that samples were made from, by their ids, as far as they are still there."""
     source = _open_sources(info, sources) if "source" in info.settings else None
     if source is None:
@@ -237,7 +239,7 @@ def _originals(samples: Sequence[Sample], info: DatasetInfo, sources: str | None
         except InputError:
             continue
         for clip in decode(item):
-            if isinstance(clip, Clip) and clip.id in wanted:
+            if isinstance(clip, DecodedClip) and clip.id in wanted:
                 found[clip.id] = clip.frames
     if sources is not None and not found:
         raise InputError(

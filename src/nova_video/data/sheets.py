@@ -24,7 +24,7 @@ Frames = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class SheetEntry:
     """A clip, or a picture (one frame), with its caption and a note in small letters."""
 
     frames: Frames
@@ -34,7 +34,7 @@ class Entry:
     """Drawn under the first: the same frames after something was done to them."""
 
 
-def draw_sheet(title: str, subtitle: str, entries: Sequence[Entry]) -> Image.Image:
+def draw_sheet(title: str, subtitle: str, entries: Sequence[SheetEntry]) -> Image.Image:
     """Clips in two columns of strips, then pictures in rows. Any text can be drawn, whatever it holds."""
     title, subtitle = _plain(title), _plain(subtitle)
     entries = [replace(entry, caption=_plain(entry.caption), note=_plain(entry.note)) for entry in entries]
@@ -76,7 +76,7 @@ def _header(title: str, subtitle: str) -> Image.Image:
     return page
 
 
-def _strips(entry: Entry, width: int) -> Image.Image:
+def _strips(entry: SheetEntry, width: int) -> Image.Image:
     """The entry's frames side by side, as wide as that; what is `below` right under them."""
     count, height, side, _ = entry.frames.shape
     fitting = [(width - (shown - 1) * GAP) / shown for shown in range(2, min(count, MOST_FRAMES) + 1)]
@@ -92,10 +92,10 @@ def _strips(entry: Entry, width: int) -> Image.Image:
     return strip
 
 
-def _gallery_rows(pictures: Sequence[Entry]) -> list[tuple[list[Entry], int]]:
+def _gallery_rows(pictures: Sequence[SheetEntry]) -> list[tuple[list[SheetEntry], int]]:
     """Pictures in rows that fill the page's width, and the height of each row."""
-    rows: list[tuple[list[Entry], int]] = []
-    row: list[Entry] = []
+    rows: list[tuple[list[SheetEntry], int]] = []
+    row: list[SheetEntry] = []
     for picture in pictures:
         row.append(picture)
         if (height := _row_height(row)) <= PICTURE_HEIGHT:
@@ -104,12 +104,12 @@ def _gallery_rows(pictures: Sequence[Entry]) -> list[tuple[list[Entry], int]]:
     return [*rows, (row, PICTURE_HEIGHT)] if row else rows
 
 
-def _row_height(row: Sequence[Entry]) -> int:
+def _row_height(row: Sequence[SheetEntry]) -> int:
     wide = sum(entry.frames.shape[2] / entry.frames.shape[1] for entry in row)  # at a height of 1
     return int((PAGE - 2 * MARGIN - (len(row) - 1) * GUTTER / 2) / wide)
 
 
-def _gallery_row(row: Sequence[Entry], height: int) -> Image.Image:
+def _gallery_row(row: Sequence[SheetEntry], height: int) -> Image.Image:
     blocks = []
     for entry in row:
         width = round(height * entry.frames.shape[2] / entry.frames.shape[1])
@@ -126,7 +126,7 @@ def _gallery_row(row: Sequence[Entry], height: int) -> Image.Image:
     return page
 
 
-def _block(picture: Image.Image, entry: Entry) -> Image.Image:
+def _block(picture: Image.Image, entry: SheetEntry) -> Image.Image:
     """A picture with round corners, caption and note under it, and room below."""
     caption = _fit(entry.caption, TEXT, picture.width, LINES)
     note = _fit(entry.note, SMALL, picture.width, LINES)

@@ -21,11 +21,11 @@ from nova_video.io.text import EXPECTED_TEXT, decode_text, parse_json, printable
 FILE_NAME = "file_name"  # the column of a table that names its media
 DELIMITERS = ",;\t"  # of a CSV file, whichever its first row is written with
 MOST_TEXT = 4 << 20  # bytes of one caption's file: a longer one is something else
-SHOWN = 40  # letters of a wrong value that are shown
+MOST_SHOWN = 40  # letters of a wrong value that are shown
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row of a table by its columns."""
 
     number: int
@@ -75,7 +75,7 @@ def kind_of(value: object) -> str:
     return f"of type {type(value).__name__}"
 
 
-def shorten(text: str, letters: int = SHOWN) -> str:
+def shorten(text: str, letters: int = MOST_SHOWN) -> str:
     """Text for a message: printable, and cut where it is long."""
     return checks.shorten(printable(text), letters)
 
@@ -112,7 +112,7 @@ class Table:
     """The contents of metadata.csv or metadata.jsonl."""
 
     columns: list[str]
-    rows: list[Row]
+    rows: list[TableRow]
 
 
 def read_table(data: bytes, where: str, wanted: Collection[str]) -> Table:
@@ -154,7 +154,7 @@ def _read_header(reader: Iterator[list[str]]) -> list[str]:
         return []
 
 
-def _csv_rows(reader: Iterator[list[str]], header: list[str]) -> Iterator[Row]:
+def _csv_rows(reader: Iterator[list[str]], header: list[str]) -> Iterator[TableRow]:
     number = 0
     while True:
         try:
@@ -163,7 +163,7 @@ def _csv_rows(reader: Iterator[list[str]], header: list[str]) -> Iterator[Row]:
             return
         except csv.Error as error:  # reading goes on with the next line
             number += 1
-            yield Row(number, {}, f"row {number} is not readable as CSV: {error}")
+            yield TableRow(number, {}, f"row {number} is not readable as CSV: {error}")
             continue
         if not cells:
             continue
@@ -173,7 +173,7 @@ def _csv_rows(reader: Iterator[list[str]], header: list[str]) -> Iterator[Row]:
             what = "quotes around text with a delimiter in it" if len(cells) > len(header) else "a cell for each"
             counted = f"{len(cells)} cell{'s' if len(cells) > 1 else ''} for {len(header)} columns"
             problem = f"row {number} has {counted}: expected {what}"
-        yield Row(number, dict(zip(header, cells, strict=False)), problem, len(cells) < len(header))
+        yield TableRow(number, dict(zip(header, cells, strict=False)), problem, len(cells) < len(header))
 
 
 def _read_json_lines(text: str, where: str) -> Table:
@@ -184,12 +184,12 @@ def _read_json_lines(text: str, where: str) -> Table:
         try:
             values = parse_json(line)
         except ValueError as error:
-            rows.append(Row(number, {}, f"line {number} is not JSON ({error})"))
+            rows.append(TableRow(number, {}, f"line {number} is not JSON ({error})"))
             continue
         if isinstance(values, dict):
-            rows.append(Row(number, values))
+            rows.append(TableRow(number, values))
         else:
-            rows.append(Row(number, {}, f"line {number} is {shorten(line)}: expected an object"))
+            rows.append(TableRow(number, {}, f"line {number} is {shorten(line)}: expected an object"))
     if rows and all(row.problem is not None for row in rows):
         raise InputError(f"{where}: {rows[0].problem}")
     return Table(list(dict.fromkeys(key for row in rows for key in row.values)), rows)

@@ -1,13 +1,13 @@
-"""What happens to a source file on its way into a dataset: the records that pass between the stages, and the stages
-that need no model.
+"""Turns source files into clips: the encoding stages without a model, and the records that pass between all stages.
 
-    Item  -- Decode -->  Clip or Rejected  -- Motion -->  Clip  -- EncodeLatents, EncodeText -->  Sample
+    Item  -- Decode -->  DecodedClip or Rejected
+    DecodedClip  -- Motion -->  DecodedClip  -- EncodeLatents, EncodeText -->  EncodedSample
 
 Each stage is a plain callable made from settings that pickle; `encode.py` calls them one after the other, and the
 actors of `encode_ray.py` wrap them:
 
-    Decode(settings)(item)           -> Iterator[Clip | Rejected]: never raises for a broken file
-    Motion()(clip)                   -> Clip with its score
+    Decode(settings)(item)           -> Iterator[DecodedClip | Rejected]: never raises for a broken file
+    Motion()(clip)                   -> DecodedClip with its score
     EncodeLatents(model, device, ...)(clips of one bucket) -> [moments (2C, F, h, w) bf16], in encoders.py
     EncodeText(name, device, ...)(captions)                -> [features (T, D) fp16], in encoders.py
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from nova_video.common.checks import check_number, max_pixels
 from nova_video.common.errors import InputError, MediaError
 from nova_video.common.extras import install_command
-from nova_video.data.dataset import TEMPORAL_STRIDE, Bucket, Sample, open_place
+from nova_video.data.dataset import TEMPORAL_STRIDE, Bucket, EncodedSample, open_place
 from nova_video.data.failures import name_error
 from nova_video.data.sidecars import MOST_TEXT, caption_from
 from nova_video.io.decode import EMPTY, NO_FORMAT, PICTURES, VIDEOS, Frame, Media, open_media, open_plain, warn_of_pages
@@ -52,7 +52,7 @@ MEDIA = PICTURES + VIDEOS
 
 MULTIPLE = size_multiple(8)  # pixels, for the spatial stride of the released autoencoders
 WIDEST = 2.0  # sides of a bucket: at most so many times as long as each other
-ENLARGED = 1.25  # a source is enlarged by at most this much; a smaller one is rejected
+MOST_ENLARGED = 1.25  # a source is enlarged by at most this much; a smaller one is rejected
 SLOWEST = 0.5  # of the rate asked for: a source with fewer frames a second is rejected
 CUT_SIDE = 256  # pixels: cuts are looked for in frames of at most this width
 STANDSTILL = 2.0  # seconds a frame may last within a scene: timestamps that jump are no stillness
@@ -69,7 +69,7 @@ class Item:
     a group's shards can be written when all of its items have gone through."""
 
     source: str
-    """What it is called in the dataset: a relative path, TAR/MEMBER or PART:ROW."""
+    """Its name in the dataset: a relative path, TAR/MEMBER or PART:ROW."""
     caption: str = ""
     url: str = ""
     """A path, or what fsspec opens."""
@@ -89,13 +89,13 @@ class Item:
     index: int = 0
     """In its group."""
     last: bool = False
-    """Of its group."""
+    """True for the last item of its group."""
     final: bool = False
-    """Of its part of the source: no group comes after this one."""
+    """True in the last group of its part of the source."""
 
 
 @dataclass(frozen=True, eq=False)
-class Clip:
+class DecodedClip:
     """A stretch of one scene, or a picture, at its bucket's size and rate."""
 
     source: str
@@ -110,7 +110,7 @@ class Clip:
     """Mean optical flow in pixels a frame, set by Motion."""
     group: str = ""
     index: int = 0
-    """Of its item in the group."""
+    """Number of its item in the group."""
     number: int = 0
     """Among the clips of its item."""
 
@@ -124,12 +124,12 @@ class Clip:
         return Bucket(frames, height, width)
 
     def rejected(self, error: Exception) -> "Rejected":
-        """What is noted instead of the sample if a later stage fails."""
+        """The record that stands for the sample if a later stage fails."""
         return Rejected(self.source, f"clip {self.number} failed: {name_error(error)}", self.group, self.index)
 
-    def sample(self, moments: Tensor, text: Tensor | None = None, text_short: Tensor | None = None) -> Sample:
+    def sample(self, moments: Tensor, text: Tensor | None = None, text_short: Tensor | None = None) -> EncodedSample:
         """The row that it becomes, with what the networks gave."""
-        return Sample(
+        return EncodedSample(
             id=self.id,
             source=self.source,
             start=self.start,
@@ -160,13 +160,13 @@ class Rejected:
 
 @dataclass(frozen=True, eq=False)
 class ItemResult:
-    """What came of an item, whichever runner made it."""
+    """The samples and rejections of an item, whichever runner made them."""
 
     group: str
     index: int
     last: bool
     final: bool
-    samples: list[Sample]
+    samples: list[EncodedSample]
     """In the order of their numbers, as `rejected`."""
     rejected: list[Rejected]
 
@@ -183,13 +183,13 @@ class DecodeSettings:
     size: tuple[int, int]
     """(H, W): the area of all buckets, and one of them."""
     one_size: bool = False
-    """Whether `size` is the only bucket."""
+    """True if `size` is the only bucket."""
     cuts: bool = False
-    """Whether clips end where PySceneDetect finds a cut."""
+    """True if clips end where PySceneDetect finds a cut."""
     threshold: float = 27.0
-    """Of PySceneDetect's ContentDetector."""
+    """The threshold of PySceneDetect's ContentDetector."""
     max_pixels: int = field(default_factory=max_pixels)
-    """The most pixels that a source may have: of a picture, of all frames of an animation, of a frame of a video."""
+    """The most pixels of a source: of a picture, an animation (all frames), or a frame of a video."""
     multiple: int = MULTIPLE
     """Pixels that all sides are multiples of: `size_multiple` of the autoencoder's stride."""
 
@@ -278,7 +278,7 @@ class Decode:
         if settings.cuts:
             _content_detector(settings.threshold)  # an absent package is found before the work
 
-    def __call__(self, item: Item) -> Iterator[Clip | Rejected]:
+    def __call__(self, item: Item) -> Iterator[DecodedClip | Rejected]:
         def rejected(reason: str) -> Rejected:
             return Rejected(item.source, reason, item.group, item.index)
 
@@ -288,7 +288,7 @@ class Decode:
         try:
             caption = read_caption(item)
         except Exception as error:  # of the file or of where it is
-            yield rejected(f"no caption: {_said(error)}")
+            yield rejected(f"no caption: {_one_line(error)}")
             return
         clips = 0
         try:
@@ -298,9 +298,9 @@ class Decode:
         except MediaError as error:
             yield rejected(f"broken: it {error}" if str(error) in (EMPTY, NO_FORMAT) else str(error))
         except Exception as error:  # decoders raise many kinds
-            yield rejected(f"broken: {_said(error)}" + (f" (after {clips} clips, which are kept)" if clips else ""))
+            yield rejected(f"broken: {_one_line(error)}" + (f" (after {clips} clips, which are kept)" if clips else ""))
 
-    def _clips(self, item: Item) -> Iterator[Clip]:
+    def _clips(self, item: Item) -> Iterator[DecodedClip]:
         """The clips of a file, without its caption."""
         with ExitStack() as stack:
             media = open_media(_open_file(item, stack), _file_name(item), self.settings.max_pixels)
@@ -312,7 +312,7 @@ class Decode:
                 _, _, frame = next(media.frames())
                 size = self._choose_size(*frame.size)
                 fitted = fit_frames(frame.pixels(size)[None], size)
-                yield Clip(item.source, 0.0, 0.0, self.settings.fps, "", fitted)
+                yield DecodedClip(item.source, 0.0, 0.0, self.settings.fps, "", fitted)
                 return
             yield from self._cut(item.source, self._scenes(media), media.rate)
             if (problem := media.problem()) is not None:
@@ -332,7 +332,7 @@ class Decode:
         source: str,
         frames: Iterable[tuple[int, TimedFrame[Frame]]],
         rate: float,
-    ) -> Iterator[Clip]:
+    ) -> Iterator[DecodedClip]:
         """Frames with the numbers of their scenes, `rate` of them a second -> clips of one scene each."""
         if not rate:
             raise MediaError("tells no frame rate")
@@ -363,25 +363,27 @@ class Decode:
     def _choose_size(self, height: int, width: int) -> tuple[int, int]:
         size = choose_size(height, width, self.buckets)
         enlarged = max(size[0] / height, size[1] / width)
-        if enlarged > ENLARGED:
+        if enlarged > MOST_ENLARGED:
             raise MediaError(
                 f"is {width}x{height}, too small: it would be enlarged {enlarged:.2f} times for {size[1]}x{size[0]},"
-                f" expected at most {ENLARGED:g}"
+                f" expected at most {MOST_ENLARGED:g}"
             )
         return size
 
 
-def _take_clip(source: str, part: list[TimedFrame[NDArray[np.uint8]]], fps: float) -> Clip:
-    """The clip of a stretch of frames, which is emptied: it is not held twice while the next one is read."""
+def _take_clip(source: str, part: list[TimedFrame[NDArray[np.uint8]]], fps: float) -> DecodedClip:
+    """The clip of a stretch of frames, which is emptied so that no frame is held twice."""
     start, end = part[0][0], part[0][0] + len(part) / fps
     frames = np.stack([pixels for _, pixels in part])  # (F, H, W, 3)
     part.clear()
-    return Clip(source, round(start, 6), round(end, 6), fps, "", frames)
+    return DecodedClip(source, round(start, 6), round(end, 6), fps, "", frames)
 
 
 def told_apart(frames: Iterable[tuple[int, TimedFrame[T]]]) -> Iterator[tuple[tuple[int, int], TimedFrame[T]]]:
-    """Frames with the numbers of their scenes; a scene also ends where time goes back, as in recordings that were
-    joined, or a frame would stand for more than `STANDSTILL` seconds."""
+    """Frames with the numbers of their scenes.
+
+    A scene also ends where time goes back, as in joined recordings, or jumps by more than `STANDSTILL` seconds.
+    """
     breaks, before = 0, math.nan
     for scene, (at, frame) in frames:
         breaks += at < before or at - before > STANDSTILL
@@ -441,7 +443,7 @@ def _content_detector(threshold: float) -> Any:
 
 
 def _is_cut(detector: Any, number: int, frame: av.VideoFrame, rate: float) -> bool:
-    """Whether a scene begins with this frame."""
+    """True if a scene begins with this frame."""
     from scenedetect import FrameTimecode
 
     scale = min(1.0, CUT_SIDE / frame.width)
@@ -449,7 +451,7 @@ def _is_cut(detector: Any, number: int, frame: av.VideoFrame, rate: float) -> bo
     return bool(detector.process_frame(FrameTimecode(number, rate), small.to_ndarray()))
 
 
-def _said(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """An error in one line, without its class's brackets and numbers."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
@@ -461,21 +463,23 @@ def _said(error: Exception) -> str:
 
 
 class Motion:
-    """The motion score: the mean optical flow between neighbouring frames, in pixels a frame at the bucket's size and
-    the clip's rate. The emoji world's measure, `motion.flow_magnitude`; 0 for a picture."""
+    """Sets the motion score: the mean optical flow between neighbouring frames; 0 for a picture.
+
+    It counts pixels a frame, at the bucket's size and the clip's rate, as in the emoji world (`motion.flow_magnitude`).
+    """
 
     def __init__(self) -> None:
         if find_spec("cv2") is None:  # found before the work
             raise InputError(f"optical flow needs OpenCV: {install_command('data')}")
 
-    def __call__(self, clip: Clip) -> Clip:
+    def __call__(self, clip: DecodedClip) -> DecodedClip:
         return replace(clip, motion=flow_magnitude(clip.frames) if len(clip.frames) > 1 else 0.0)
 
 
-def decode_with_motion(decode: Decode, motion: Motion, item: Item) -> Iterator[Clip | Rejected]:
-    """What an item gives, its clips with their scores."""
+def decode_with_motion(decode: Decode, motion: Motion, item: Item) -> Iterator[DecodedClip | Rejected]:
+    """The clips of an item, with their scores, and its rejections."""
     for found in decode(item):
-        if isinstance(found, Clip):
+        if isinstance(found, DecodedClip):
             try:
                 found = motion(found)
             except Exception as error:  # of one clip
@@ -484,7 +488,7 @@ def decode_with_motion(decode: Decode, motion: Motion, item: Item) -> Iterator[C
 
 
 def is_pointer(item: Item) -> bool:
-    """Whether a file is what Git LFS leaves in its place."""
+    """True for a file that Git LFS left in another's place."""
     start, stop = item.offset, item.offset + len(LFS_POINTER)
     try:
         if item.data is not None:

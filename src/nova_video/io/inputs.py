@@ -31,7 +31,7 @@ SAME_RATE = 0.01  # files round their rates: a webp of 12 frames a second tells 
 
 
 @dataclass(frozen=True, eq=False)
-class Clip:
+class InputClip:
     """One clip as it was given: its frames, or the file that holds them."""
 
     content: np.ndarray | MediaFile
@@ -80,8 +80,8 @@ class Clip:
         return frames if size is None else fit_frames(frames, size)
 
 
-def read_clips(video: object, name: str = "video") -> tuple[Clip, ...] | Tensor:
-    """Reads one clip or a batch, in any form: clips alike in length, size and rate, or latents as they are.
+def read_clips(video: object, name: str = "video") -> tuple[InputClip, ...] | Tensor:
+    """Reads one clip or a batch in any form: clips of one length, size and rate, or latents.
 
     A float tensor of five axes is pixels (B, F, 3, H, W) if the third is of 3 and all values are in [0, 1], and latents
     (B, C, F, h, w) otherwise. What is returned may be given again.
@@ -119,11 +119,11 @@ def _is_frame(entry: Any) -> bool:
     return isinstance(entry, Image.Image) or (isinstance(entry, np.ndarray | Tensor) and entry.ndim == 3)
 
 
-def _read_clip(name: str, clip: Any) -> Clip:
-    if isinstance(clip, Clip):
+def _read_clip(name: str, clip: Any) -> InputClip:
+    if isinstance(clip, InputClip):
         return clip
     if isinstance(clip, str | os.PathLike):
-        return Clip(MediaFile(clip))
+        return InputClip(MediaFile(clip))
     if _is_frame(clip):
         clip = [clip]  # a picture is a clip of one frame
     if isinstance(clip, list | tuple):
@@ -144,7 +144,7 @@ def _read_clip(name: str, clip: Any) -> Clip:
     if clip.dtype != np.uint8:
         _check_range(name, clip)
         clip = clip.astype(np.float32, copy=False)
-    return Clip(clip)
+    return InputClip(clip)
 
 
 def _frame(name: str, frame: Any) -> np.ndarray:
@@ -235,7 +235,7 @@ def _brighter(values: np.ndarray) -> np.ndarray:
     return (values.mean(axis=3) if values.ndim == 4 else values) >= half
 
 
-def masks_of(masks: np.ndarray, clip: Clip) -> np.ndarray:
+def masks_of(masks: np.ndarray, clip: InputClip) -> np.ndarray:
     """One mask (M, H, W) for all frames of a clip, or one a frame -> one a frame, (F, H, W)."""
     if masks.shape[1:] != clip.size:
         raise InputError(
@@ -247,7 +247,7 @@ def masks_of(masks: np.ndarray, clip: Clip) -> np.ndarray:
     return np.broadcast_to(masks, (len(clip), *clip.size))
 
 
-def masks_at(masks: np.ndarray, clip: Clip, fps: float, size: tuple[int, int]) -> np.ndarray:
+def masks_at(masks: np.ndarray, clip: InputClip, fps: float, size: tuple[int, int]) -> np.ndarray:
     """Masks of a clip (1 or F, H, W) -> one for each of its frames at a rate, at a size, as `Clip.read` gives them."""
     fitted, count = fit_masks(masks, size), clip.count(fps)
     if len(masks) == 1:
@@ -256,14 +256,14 @@ def masks_at(masks: np.ndarray, clip: Clip, fps: float, size: tuple[int, int]) -
     return fitted[shown[np.minimum(np.arange(count), len(shown) - 1)]]
 
 
-def enlarge(clip: Clip, masks: np.ndarray | None, pixels: int) -> tuple[Clip, np.ndarray]:
+def enlarge(clip: InputClip, masks: np.ndarray | None, pixels: int) -> tuple[InputClip, np.ndarray]:
     """A clip with `pixels` more on every side, and its masks (M, H, W): what is new is filled in as well."""
     if pixels < 1:
         raise InputError(f"outpaint is {pixels}: expected a whole number of at least 1, pixels on every side")
     border = ((0, 0), (pixels, pixels), (pixels, pixels))
     frames = np.pad(clip.frames, (*border, (0, 0)), mode="edge")
     masks = np.zeros((1, *clip.size), bool) if masks is None else masks
-    return Clip(frames, clip.fps), np.pad(masks, border, constant_values=True)
+    return InputClip(frames, clip.fps), np.pad(masks, border, constant_values=True)
 
 
 def same_rate(source_fps: float | None, fps: float) -> bool:

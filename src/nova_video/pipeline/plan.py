@@ -18,7 +18,7 @@ from nova_video.common.checks import LIMITS, check_number
 from nova_video.common.errors import InputError
 from nova_video.common.options import check_option, option_fields, values_of
 from nova_video.common.timeline import Timeline
-from nova_video.io.inputs import Clip
+from nova_video.io.inputs import InputClip
 from nova_video.model import RANDOM_ORDER, Order
 from nova_video.pipeline.options import Options
 from nova_video.pipeline.own_parts import CHECKS, part_names
@@ -338,7 +338,7 @@ def _given_frames(request: "GenerateRequest", model: Capabilities, fps: float) -
         return model.pixel_count(request.video_latents.shape[2])
     if request.video_pixels is None:
         return 0
-    clip: Clip = request.video_pixels[0]
+    clip: InputClip = request.video_pixels[0]
     return clip.count(fps)
 
 

@@ -18,7 +18,7 @@ from nova_video.common.errors import InputError, MediaError
 from nova_video.common.options import facts_of, json_schema, option, option_fields, with_aliases
 from nova_video.common.timeline import Timeline, is_timeline
 from nova_video.io.decode import upright_srgb
-from nova_video.io.inputs import Clip, masks_of, read_clips, read_masks
+from nova_video.io.inputs import InputClip, masks_of, read_clips, read_masks
 from nova_video.pipeline.options import Options
 from nova_video.pipeline.own_parts import CHECKS, own_part
 from nova_video.pipeline.plan import PIXEL_BYTES, Capabilities, Plan, amount_of, make_plan
@@ -30,7 +30,7 @@ OUTPUT_TYPES = get_args(OutputType)
 
 Prompt = str | Sequence[str] | Sequence[tuple[float, str]] | Sequence[Sequence[tuple[float, str]]]
 Picture = Image.Image | np.ndarray
-Video = str | Path | np.ndarray | Tensor | Clip | Sequence[Any]
+Video = str | Path | np.ndarray | Tensor | InputClip | Sequence[Any]
 Mask = str | Path | np.ndarray | Image.Image | Tensor | Sequence[Any]
 
 
@@ -165,16 +165,16 @@ class GenerateRequest(Options):
         return self.video if isinstance(self.video, Tensor) else None
 
     @property
-    def video_pixels(self) -> tuple[Clip, ...] | None:
+    def video_pixels(self) -> tuple[InputClip, ...] | None:
         """One clip or one a prompt, where clips are given."""
         return self.video if isinstance(self.video, tuple) else None
 
     @property
-    def given_clips(self) -> tuple[Clip, ...]:
+    def given_clips(self) -> tuple[InputClip, ...]:
         """Given pixels, a picture as a clip of one frame."""
         if self.image is None:
             return self.video_pixels or ()
-        return (Clip(np.asarray(as_picture(self.image))[None]),)
+        return (InputClip(np.asarray(as_picture(self.image))[None]),)
 
     @property
     def prompts(self) -> list[Timeline[str]] | None:

@@ -26,7 +26,7 @@ from nova_video.common.extensions import names_extension
 from nova_video.data.dataset import (
     Bucket,
     DatasetInfo,
-    Sample,
+    EncodedSample,
     Shard,
     first_sentence,
     list_shards,
@@ -38,7 +38,7 @@ from nova_video.data.encoders import (
     given_or_named,
     load_frozen_autoencoder,
 )
-from nova_video.data.sheets import Entry, draw_sheet
+from nova_video.data.sheets import SheetEntry, draw_sheet
 from nova_video.io.checkpoints import HUB_ID, resolve_checkpoint
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
@@ -76,7 +76,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Size:
+class SampleSize:
     """The common size of a step's samples: their bucket, or the first frames of one."""
 
     bucket: Bucket
@@ -164,7 +164,7 @@ class DatasetTask(TransformerTask):
         super().__init__(replace(recipe, model=resolved), model, make_scheduler(recipe), device, frames)
         self.defaults = self._defaults()
         self.recipe = replace(self.recipe, autoencoder=name, text_encoder=self.text_name or "", defaults=self.defaults)
-        self.readers: dict[Size, Reader] = {}
+        self.readers: dict[SampleSize, Reader] = {}
 
     def _learned(self, data: DatasetRecipe, least: int) -> dict[Bucket, list[Shard]]:
         """The buckets with at least so many rows that are not held out: nothing can be learned from others."""
@@ -208,11 +208,11 @@ class DatasetTask(TransformerTask):
     def variants(self) -> tuple[list[Variant], list[float]]:
         """Buckets by how many rows they have; pictures by their share of the steps, if they are given one."""
         share = self.recipe.dataset.image_share
-        rows = {Size(bucket, False): sum(shard.rows for shard in found) for bucket, found in self.learned.items()}
+        rows = {SampleSize(bucket, False): sum(shard.rows for shard in found) for bucket, found in self.learned.items()}
         clips = {size: count for size, count in rows.items() if size.bucket.frames > 1}
         pictures = {size: count for size, count in rows.items() if size.bucket.frames == 1}
         if share and not pictures:
-            pictures = {Size(size.bucket, True): count for size, count in clips.items()}
+            pictures = {SampleSize(size.bucket, True): count for size, count in clips.items()}
         if share is None or not clips or not pictures:
             weights = {size: count / sum(rows.values()) for size, count in rows.items()}
         else:
@@ -227,16 +227,16 @@ class DatasetTask(TransformerTask):
             shares += [weight * part for part in parts]
         return variants, shares
 
-    def _latent_tokens(self, size: Size) -> int:
+    def _latent_tokens(self, size: SampleSize) -> int:
         return self.tokens(self.grid(size.bucket)) * (1 if size.picture else self.latent_frames(size.bucket))
 
     def samples(self, variant: Variant) -> int:
         """Number of samples with as many tokens as a batch of the largest size."""
-        most = max(self._latent_tokens(Size(bucket, False)) for bucket in self.shards)
+        most = max(self._latent_tokens(SampleSize(bucket, False)) for bucket in self.shards)
         return max(1, round(self.recipe.dataset.batch * most / self._latent_tokens(variant.size)))
 
     def shape(self, variant: Variant) -> tuple[int, tuple[int, int]]:
-        size: Size = variant.size
+        size: SampleSize = variant.size
         return 1 if size.picture else self.latent_frames(size.bucket), self.grid(size.bucket)
 
     def open_data(self, micro: Iterable[int], count: int, places: dict[str, Any]) -> None:
@@ -359,7 +359,7 @@ class DatasetTask(TransformerTask):
                     yield Fact(bucket, shard.url, number, *values)
 
     @cached_property
-    def held_out(self) -> list[Sample]:
+    def held_out(self) -> list[EncodedSample]:
         """The rows of the first size that has two captions from sources that are not trained on."""
         share = self.recipe.dataset.held_out
         rows = [row for row in self.probe if is_held_out(row.source, share)]
@@ -413,7 +413,7 @@ class DatasetTask(TransformerTask):
                 width=bucket.width,
             )
             clip = made.images[:1] if bucket.frames == 1 else made.frames[0]
-            entries.append(Entry((clip * 255).round().astype("uint8"), caption, ""))
+            entries.append(SheetEntry((clip * 255).round().astype("uint8"), caption, ""))
         subtitle = f"made by {self.recipe.exported_weights} from captions of {self.recipe.dataset.path}"
         return draw_sheet(self.recipe.name, subtitle, entries)
 

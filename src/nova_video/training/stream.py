@@ -26,7 +26,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nova_video.common.checks import check_number
 from nova_video.common.errors import InputError
-from nova_video.data.dataset import Sample, Shard, to_sample
+from nova_video.data.dataset import EncodedSample, Shard, to_sample
 
 EMPTY_PASSES = 8
 """In a row, without a single row: more would find none either. Passes share the shards out differently."""
@@ -36,7 +36,7 @@ MICRO = "micro_batches"
 
 
 def is_held_out(source: str, share: float) -> bool:
-    """True if the clips of this source are kept for validation: the hash of its name decides, in every run alike."""
+    """True if a source's clips are kept for validation, by the hash of its name."""
     return int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") < share * 2**64
 
 
@@ -69,7 +69,7 @@ class Rows:
             rows = split_dataset_by_node(rows, self.micro, self.count)
         return rows.map(Mix(f"{self.seed}-{number}"), batched=True, batch_size=self.window)
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[EncodedSample]:
         empty = 0
         while empty < EMPTY_PASSES:
             self.rows = self.one_pass(self.number)
@@ -210,7 +210,7 @@ class LoadedBatch:
         ]
 
 
-def collate(samples: list[Sample]) -> LoadedBatch:
+def collate(samples: list[EncodedSample]) -> LoadedBatch:
     """Few tensors, since each is handed from process to process by itself, with a file handle of its own."""
     whole = short = None
     if all(sample.text is not None for sample in samples):

@@ -11,8 +11,8 @@ from nova_video.common.errors import InputError
 from nova_video.data.dataset import join, read_file
 from nova_video.data.sidecars import (
     FILE_NAME,
-    Row,
     Stem,
+    TableRow,
     caption_text,
     kind_of,
     read_table,
@@ -199,7 +199,7 @@ class FolderSource(MediaSource):
             raise InputError(f"{where}: the column {caption} is empty: expected a caption in each row")
         return [self._row_item(table, row) for row in found.rows]
 
-    def _row_item(self, table: str, row: Row) -> Item:
+    def _row_item(self, table: str, row: TableRow) -> Item:
         """The item of a row; a problem has the row's number where it names no file."""
         numbered = f"{table}:{row.number}"
         value = row.values.get(FILE_NAME, "")
@@ -229,7 +229,7 @@ class FolderSource(MediaSource):
         except ValueError as error:
             return self._rejected(name, str(error))
 
-    def _row_caption(self, table: str, row: Row) -> str:
+    def _row_caption(self, table: str, row: TableRow) -> str:
         """The caption of a row; ValueError for none, or for one that has swallowed the rows behind it."""
         column = self.settings.caption
         value = row.values.get(column, "")

@@ -1,5 +1,5 @@
-"""The dataset's card: README.md with counts, buckets, histograms and what was rejected, and sheet.png, samples as the
-autoencoder gives them back. Both are made from what is on disk, so they can be made again at any time.
+"""Writes a dataset's card: README.md with counts and histograms, and sheet.png with decoded samples.
+Both are made from what is on disk, so they can be made again at any time.
 """
 
 import json
@@ -19,7 +19,7 @@ from nova_video.data.dataset import (
     READERS,
     Bucket,
     DatasetInfo,
-    Sample,
+    EncodedSample,
     Shard,
     join,
     list_shards,
@@ -29,7 +29,7 @@ from nova_video.data.dataset import (
     write_file,
 )
 from nova_video.data.encoders import DecodeLatents
-from nova_video.data.sheets import Entry, draw_sheet
+from nova_video.data.sheets import SheetEntry, draw_sheet
 from nova_video.data.sidecars import shorten
 from nova_video.io.text import printable
 
@@ -40,17 +40,17 @@ COLUMNS = ("source", "start", "end", "caption", "motion", "text_tokens")
 
 
 @dataclass
-class Facts:
-    """What the card tells of the samples."""
+class SampleFacts:
+    """Numbers about the samples, for the card."""
 
     shards: dict[Bucket, list[Shard]]
     seconds: dict[Bucket, float] = field(default_factory=dict)
     lengths: list[float] = field(default_factory=list)
-    """Of clips, in seconds, as `motions`."""
+    """Lengths of clips in seconds; `motions` are of the same clips."""
     motions: list[float] = field(default_factory=list)
     sources: set[str] = field(default_factory=set)
     words: list[int] = field(default_factory=list)
-    """Of a caption."""
+    """Words of each caption."""
     tokens: list[int] = field(default_factory=list)
     rejected: list[dict[str, str]] = field(default_factory=list)
 
@@ -80,7 +80,7 @@ def write_card(place: str | Path, device: str = "auto", autoencoder: str | None 
     facts = gather(place)
     samples = pick(facts.shards, SHEET_CLIPS, SHEET_PICTURES)
     decode = DecodeLatents(autoencoder or info.autoencoder, device)
-    entries = [Entry(decode(sample.moments), sample.caption, describe(sample)) for sample in samples]
+    entries = [SheetEntry(decode(sample.moments), sample.caption, describe(sample)) for sample in samples]
     page = BytesIO()
     draw_sheet(name_of(place), facts.summary, entries).save(page, format="png")
     write_file(join(place, "sheet.png"), page.getvalue())
@@ -88,11 +88,11 @@ def write_card(place: str | Path, device: str = "auto", autoencoder: str | None 
 
 
 def name_of(place: str | Path) -> str:
-    """What a dataset is called: the last part of its place."""
+    """The name of a dataset: the last part of its place."""
     return printable(str(place).rstrip("/").rsplit("/", 1)[-1])
 
 
-def describe(sample: Sample) -> str:
+def describe(sample: EncodedSample) -> str:
     """A sample in a line: its bucket, where it is from, how much moves."""
     source = sample.source.rsplit("/", 1)[-1]
     if sample.bucket.frames == 1:
@@ -100,9 +100,9 @@ def describe(sample: Sample) -> str:
     return f"{sample.bucket.name} · {source}, {sample.start:.1f} to {sample.end:.1f} s · motion {sample.motion:.2f}"
 
 
-def gather(place: str | Path) -> Facts:
+def gather(place: str | Path) -> SampleFacts:
     """Read the columns that say something of the whole, and rejected.jsonl."""
-    facts = Facts(list_shards(place), rejected=read_rejected(place))
+    facts = SampleFacts(list_shards(place), rejected=read_rejected(place))
     with ThreadPoolExecutor(READERS) as pool:
         for bucket, shards in facts.shards.items():
             facts.seconds[bucket] = 0.0
@@ -127,10 +127,10 @@ def read_rejected(place: str | Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines if line.strip()]
 
 
-def pick(shards: dict[Bucket, list[Shard]], clips: int, pictures: int, seed: int = 0) -> list[Sample]:
+def pick(shards: dict[Bucket, list[Shard]], clips: int, pictures: int, seed: int = 0) -> list[EncodedSample]:
     """Random samples, the same ones for the same dataset and seed."""
     draw = random.Random(seed)
-    samples: list[Sample] = []
+    samples: list[EncodedSample] = []
     for wanted, is_picture in ((clips, False), (pictures, True)):
         fitting = [shard for bucket, found in shards.items() if (bucket.frames == 1) == is_picture for shard in found]
         total = sum(shard.rows for shard in fitting)
@@ -146,7 +146,7 @@ def pick(shards: dict[Bucket, list[Shard]], clips: int, pictures: int, seed: int
 # README.md -----------------------------------------------------------------------------------------------------------
 
 
-def card(name: str, info: DatasetInfo, facts: Facts) -> str:
+def card(name: str, info: DatasetInfo, facts: SampleFacts) -> str:
     """The text of README.md, in Markdown; its head is what the Hugging Face Hub reads."""
     parts = [
         "---\nconfigs:\n- config_name: default\n  data_files: data/*/*.parquet\ntask_categories:\n- text-to-video\n---",
@@ -202,7 +202,7 @@ def card(name: str, info: DatasetInfo, facts: Facts) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _captions(info: DatasetInfo, facts: Facts) -> str:
+def _captions(info: DatasetInfo, facts: SampleFacts) -> str:
     words = f"{min(facts.words)} to {max(facts.words)} words, the median is {statistics.median(facts.words):g}."
     if info.text_encoder is None or not facts.tokens:
         return f"{words} There are no text features."

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from drawing.samples import cover
 from drawing.style import ABSENT, CHOSEN, FAINT, SPACE, TIME, save_photos
 from nova_video.io.inputs import InputClip, enlarge, known_tokens
-from nova_video.pipeline.generation import FrameReady, LatentPreview, PartialFrame
+from nova_video.pipeline.events import FrameReady, LatentPreview, PartialFrame
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.sampling.context import Context

@@ -11,9 +11,9 @@ from torch import Tensor
 from nova_video.common.errors import InputError
 from nova_video.common.extensions import names_extension
 from nova_video.common.timeline import Timeline
+from nova_video.pipeline.call_parts import Parts
 from nova_video.pipeline.loading import is_own_part
 from nova_video.pipeline.offload import bring
-from nova_video.pipeline.parts import Parts
 from nova_video.pipeline.plan import Plan
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.sampling.state import Segment

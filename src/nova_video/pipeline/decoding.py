@@ -13,15 +13,15 @@ from nova_video.autoencoders import StreamDecoder, adapt, unscale_latents
 from nova_video.common.errors import InputError
 from nova_video.io.pixels import output_form, unit_frames
 from nova_video.model.finite import first_not_finite
-from nova_video.pipeline.parts import Parts
-from nova_video.pipeline.progress import Progress
+from nova_video.pipeline.call_parts import Parts
+from nova_video.pipeline.progress import RequestProgress
 from nova_video.sampling.stopwatch import span
 
 
 class FrameDecoder:
     """Decodes latent frames for one consumer of a request, from the frame that it has not handed out yet."""
 
-    def __init__(self, parts: Parts, progress: Progress) -> None:
+    def __init__(self, parts: Parts, progress: RequestProgress) -> None:
         plan, state = progress.plan, progress.state
         vae = adapt(parts.decoding_vae(plan.compile))
         self.parts, self.progress, self.vae = parts, progress, vae
@@ -68,7 +68,7 @@ class FrameDecoder:
         return frames[:, max(progress.emitted - first, 0) : max(last - first, 0)]
 
 
-def untouched_latents(progress: Progress) -> int:
+def untouched_latents(progress: RequestProgress) -> int:
     """Number of leading latent frames that need no decoding, since their pixels were given and stay."""
     plan = progress.plan
     if progress.given is None or plan.edits:
@@ -76,7 +76,7 @@ def untouched_latents(progress: Progress) -> int:
     return (plan.given_frames - plan.offset - 1) // plan.temporal_stride + 1
 
 
-def untouched_pixels(progress: Progress) -> list[Tensor]:
+def untouched_pixels(progress: RequestProgress) -> list[Tensor]:
     """Given frames that come back without decoding and were not handed out yet: one piece or none."""
     plan = progress.plan
     if progress.given is None or plan.edits or progress.emitted >= plan.given_frames:
@@ -104,7 +104,7 @@ def picture_of(parts: Parts, latents: Tensor, output_type: str) -> Any:
 
 
 @torch.no_grad()
-def check_frames(parts: Parts, progress: Progress) -> None:
+def check_frames(parts: Parts, progress: RequestProgress) -> None:
     """Raises InputError if a saved state lacks a finished frame that is not decoded yet."""
     if progress.output_type == "latent" or parts.vae is None:
         return

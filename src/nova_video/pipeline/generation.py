@@ -23,11 +23,11 @@ from nova_video.common.errors import InputError
 from nova_video.io.pixels import output_form
 from nova_video.io.prefetch import prefetch
 from nova_video.model import unpatchify
+from nova_video.pipeline.call_parts import Parts
 from nova_video.pipeline.decoding import FrameDecoder, picture_of, unit_pixels, untouched_pixels
 from nova_video.pipeline.events import Event, FrameReady, LatentPreview, PartialFrame
 from nova_video.pipeline.offload import bring
-from nova_video.pipeline.parts import Parts
-from nova_video.pipeline.progress import Progress
+from nova_video.pipeline.progress import RequestProgress
 from nova_video.pipeline.result import GenerateResult
 from nova_video.pipeline.saving import save_progress
 from nova_video.sampling.generate import SetDone, generate_sets
@@ -64,12 +64,12 @@ class Surroundings:
     interrupts: Interrupts
 
 
-class Generation(Progress):
+class Generation(RequestProgress):
     """One request while it is computed. One consumer at a time runs or streams it; any thread may save it."""
 
     def __init__(
         self,
-        progress: Progress,
+        progress: RequestProgress,
         parts: Parts,
         surroundings: Surroundings,
         warnings: tuple[str, ...] = (),

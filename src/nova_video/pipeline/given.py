@@ -12,7 +12,7 @@ from torch import Tensor
 from nova_video.autoencoders import adapt, scale_latents
 from nova_video.common.errors import InputError
 from nova_video.io.inputs import known_tokens, masks_at, same_rate, to_pixels
-from nova_video.pipeline.parts import Parts
+from nova_video.pipeline.call_parts import Parts
 from nova_video.pipeline.plan import Plan
 from nova_video.pipeline.progress import GivenPixels
 from nova_video.pipeline.request import GenerateRequest

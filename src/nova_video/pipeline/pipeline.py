@@ -25,6 +25,7 @@ from nova_video.common.fast_parts import require_fast
 from nova_video.common.options import Number
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.adapters import AdapterMixin
+from nova_video.pipeline.call_parts import Parts
 from nova_video.pipeline.conditions import encode_prompts, prompt_features, segments_of
 from nova_video.pipeline.engines import Engines
 from nova_video.pipeline.generation import CURRENT, Generation, Interrupts, StepCallback, Surroundings, with_tensors
@@ -40,9 +41,8 @@ from nova_video.pipeline.loading import check_layout, check_parts
 from nova_video.pipeline.memory import MemoryMixin
 from nova_video.pipeline.offload import bring, execution_device
 from nova_video.pipeline.own_parts import CHECKS
-from nova_video.pipeline.parts import Parts
 from nova_video.pipeline.plan import Capabilities
-from nova_video.pipeline.progress import Progress
+from nova_video.pipeline.progress import RequestProgress
 from nova_video.pipeline.record import make_records
 from nova_video.pipeline.registration import register
 from nova_video.pipeline.request import GenerateRequest, OutputType, Picture, Prompt, Video
@@ -277,7 +277,7 @@ class NovaPipeline(AdapterMixin, MemoryMixin, StorageMixin):
                 state.num_tokens,
                 len(state.sizes_of(state.num_tokens)),
             )
-        progress = Progress(
+        progress = RequestProgress(
             plan,
             state,
             output_type=request.output_type,

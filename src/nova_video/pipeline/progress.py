@@ -38,7 +38,7 @@ class GivenPixels:
 
 
 @dataclass(eq=False)
-class Progress:
+class RequestProgress:
     """Where one request stands."""
 
     plan: Plan

@@ -13,7 +13,7 @@ from torch import Tensor
 from nova_video.common.checks import LIMITS, check_number, shown
 from nova_video.common.errors import InputError
 from nova_video.model.masking import set_sizes_of
-from nova_video.pipeline.parts import Parts
+from nova_video.pipeline.call_parts import Parts
 from nova_video.pipeline.plan import Plan, check_plan
 from nova_video.pipeline.request import OUTPUT_TYPES
 from nova_video.sampling.guidance import Guidance

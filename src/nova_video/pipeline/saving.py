@@ -22,12 +22,12 @@ from nova_video.common.errors import InputError, first_line
 from nova_video.io.files import atomic_path
 from nova_video.io.text import parse_json
 from nova_video.model import NOVATransformer3DModel
+from nova_video.pipeline.call_parts import Parts
 from nova_video.pipeline.decoding import check_frames
 from nova_video.pipeline.offload import bring
 from nova_video.pipeline.own_parts import parts_again
-from nova_video.pipeline.parts import Parts
 from nova_video.pipeline.plan import plan_as_json
-from nova_video.pipeline.progress import GivenPixels, Progress
+from nova_video.pipeline.progress import GivenPixels, RequestProgress
 from nova_video.pipeline.records import read_record
 from nova_video.pipeline.saved_facts import SavedFacts, check_facts
 from nova_video.sampling.context import Statistics
@@ -53,7 +53,7 @@ def model_mark(model: NOVATransformer3DModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_progress(progress: Progress, model: NOVATransformer3DModel, path: Path) -> None:
+def save_progress(progress: RequestProgress, model: NOVATransformer3DModel, path: Path) -> None:
     """Write the file, whole or not at all. The caller makes sure that no set is being made."""
     state = progress.state
     tensors: dict[str, Tensor] = {}
@@ -119,7 +119,7 @@ def save_progress(progress: Progress, model: NOVATransformer3DModel, path: Path)
         raise InputError(f"the state {path} could not be written: {first_line(error)}") from None
 
 
-def load_progress(parts: Parts, path: Path, own_parts: Mapping[str, Any] | None = None) -> Progress:
+def load_progress(parts: Parts, path: Path, own_parts: Mapping[str, Any] | None = None) -> RequestProgress:
     """Read what was saved with the same model, and fill its temporal cache again.
 
     `own_parts` are the user's own parts of sampling, by option, which the file only names.
@@ -139,7 +139,7 @@ def load_progress(parts: Parts, path: Path, own_parts: Mapping[str, Any] | None 
 
 def _restore(
     parts: Parts, values: dict[str, Any], tensors: dict[str, Tensor], own_parts: Mapping[str, Any]
-) -> Progress:
+) -> RequestProgress:
     model, device = parts.transformer, parts.device
     facts = read_record(SavedFacts, values, "its record")
     facts = replace(facts, plan=replace(facts.plan, **parts_again(facts.plan, own_parts)))
@@ -181,7 +181,7 @@ def _restore(
             raise InputError(f"its open frame's sizes are {shown(state.open.sizes)}: expected {shown(sizes)}")
     bring(model)
     restore_context(model, state)
-    progress = Progress(
+    progress = RequestProgress(
         plan,
         state,
         output_type=facts.output_type,

@@ -63,7 +63,7 @@ class FrameNoise:
 def make_generators(
     given: Generators | None, seed: int | None, batch: int, device: torch.device
 ) -> list[torch.Generator]:
-    """One generator for all clips or one for each: the user's own, or one with the seed or with a new seed."""
+    """The generators of a call: given ones, one for all clips or one for each, or one with the seed."""
     if given is None:
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         return [torch.Generator(device).manual_seed(seed)]

@@ -110,7 +110,7 @@ CHANGING = {
     "are of one run of training": """
         Average CudaRecorder DatasetTask Log Pool Reader ReplicatedModule Rows Run SharedClock StepGraphs Stepper
         StopSignal Stream Throughput""",
-    "are of one run of nova encode": "DecodeLatents EncodeLatents EncodeText Marks OneByOne Record _Comparer",
+    "are of one run of nova encode": "DecodeLatents EncodeLatents EncodeText Marks OneByOne GroupRecord _Comparer",
     "are of one benchmark": "Maker",
     "hold captured graphs, made under a lock": "Buffer GraphRunner",
     "are switched as diffusers' own are, by their users": "VideoAutoencoder",

@@ -31,7 +31,7 @@ from nova_video.data.encoders import autoencoder_info
 from nova_video.pipeline.loading import load_transformer
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.text.find import find_text
-from nova_video.training import dataset_task, stream
+from nova_video.training import dataset_checks, stream
 from nova_video.training import log as log_module
 from nova_video.training.checkpoint import Average, newest_checkpoint
 from nova_video.training.dataset_task import DatasetTask
@@ -208,7 +208,7 @@ def test_what_the_dataset_names_is_looked_for_before_the_first_step(
     assert said(replace(recipe, text_encoder="/lost")) == "there is no text encoder folder /lost"
     DatasetTask(replace(sheets, text_encoder=str(tiny_text_encoder)), CPU)
 
-    monkeypatch.setattr(dataset_task, "check_text_encoder", lambda name: 16)
+    monkeypatch.setattr(dataset_checks, "check_text_encoder", lambda name: 16)
     replace(info, text_encoder="some/encoder").save(place)
     DatasetTask(recipe, CPU)  # which names it in its model and opens it never
     assert f"'some/encoder' makes features 16 wide: expected 32, as {place} holds; --text" in said(sheets)

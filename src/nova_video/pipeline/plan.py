@@ -8,7 +8,7 @@ Pixel frames against latent ones: latent frame 0 is one pixel frame, every later
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,14 +85,14 @@ class Plan(Options):
     None is left only for what is truly absent.
     """
 
-    width: int
-    height: int
-    num_frames: int | None
+    width: int = field()  # in a plan it has no default
+    height: int = field()
+    num_frames: int | None = field()
     """Pixel frames, given ones included; None: without end."""
-    fps: float
-    sets: int
-    diffusion_steps: int
-    compile: bool
+    fps: float = field()
+    sets: int = field()
+    diffusion_steps: int = field()
+    compile: bool = field()
     batch: int
     """Pictures or clips: prompts times num_images_per_prompt."""
     grid: tuple[int, int]

@@ -46,6 +46,14 @@ class Runner(Protocol):
     set_multiple: int
     """Sets are padded to a multiple of it, so that a few captured functions serve sets of all sizes."""
 
+    def arranged(self, model: NOVATransformer3DModel) -> NOVATransformer3DModel:
+        """The model over the same weights, with compiled blocks where the runner compiles."""
+        ...
+
+    def unknown(self, model: NOVATransformer3DModel) -> str | None:
+        """The first thing about a model that the engine would not follow, as `unknown_part` says it, or None."""
+        ...
+
     def __call__(self, key: tuple[object, ...], function: Callable[..., Tensor], inputs: Inputs) -> Tensor: ...
 
 
@@ -56,6 +64,12 @@ class DirectRunner:
 
     def __init__(self, compiled: bool = False, set_multiple: int = 1) -> None:
         self.compiled, self.set_multiple = compiled, set_multiple
+
+    def arranged(self, model: NOVATransformer3DModel) -> NOVATransformer3DModel:
+        return arrange_for_sampling(model) if self.compiled else model
+
+    def unknown(self, model: NOVATransformer3DModel) -> str | None:
+        return unknown_part(model)
 
     def __call__(self, key: tuple[object, ...], function: Callable[..., Tensor], inputs: Inputs) -> Tensor:
         return function(**inputs)
@@ -75,7 +89,7 @@ class FastEngine:
     @cached_property
     def plain(self) -> PlainEngine | None:
         """The engine for a model that the fast way does not know in every part; else None."""
-        reason = unknown_part(self.model)
+        reason = self.runner.unknown(self.model)
         if reason is None:
             return None
         warn_once(f"{reason}: the plain loop computes it, which is slower")
@@ -95,8 +109,7 @@ class FastEngine:
 
     @cached_property
     def _arranged(self) -> NOVATransformer3DModel:
-        """The model over the same weights, with compiled blocks where the runner compiles."""
-        return arrange_for_sampling(self.model) if self.runner.compiled else self.model
+        return self.runner.arranged(self.model)
 
     def features(
         self, condition: Tensor, embedded: Tensor, visible: Tensor, ids: Tensor, positions: Positions

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from nova_video.common.notices import warn_once
+from nova_video.fast.arrange import arrange_for_sampling
 from nova_video.fast.engine import Inputs
+from nova_video.fast.known import fingerprint, patched_function, unknown_part
+from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import adapter_state
 
 SET_MULTIPLE = 8
@@ -236,6 +239,8 @@ class GraphRunner:
         self._seen: OrderedDict[Hashable, bool] = OrderedDict()  # False: it cannot be recorded
         self._buffers: dict[Hashable, Buffer] = {}
         self._captured: tuple[Hashable, ...] = ()
+        self._arranged: tuple[NOVATransformer3DModel, NOVATransformer3DModel] | None = None  # of which model, and it
+        self._unknown: tuple[str | None] | None = None  # what is unknown about the model in use, if that was asked
         self._announced = not compiled
         self._lock = threading.RLock()  # what belongs together is launched together
 
@@ -247,21 +252,39 @@ class GraphRunner:
         """Bytes of device memory that were taken for the graphs."""
         return sum(entry.recording.size for entry in self._entries.values())
 
-    def use(self, model: torch.nn.Module) -> None:
+    def use(self, model: NOVATransformer3DModel) -> None:
         """Let go of graphs of other weights, modules or adapters' scales: graphs keep what they were captured with."""
-        weights = tuple(weight.data_ptr() for weight in (*model.parameters(), *model.buffers()))
-        modules = tuple((id(module), type(module)) for module in model.modules())
-        captured = (weights, modules, adapter_state(model))
+        captured = (fingerprint(model), adapter_state(model))
         with self._lock:
-            if self._captured not in ((), captured):
-                self.release()
-            self._captured = captured
+            if self._captured != captured:
+                if self._captured:
+                    self.release()
+                self._captured, self._arranged, self._unknown = captured, None, None
+
+    def arranged(self, model: NOVATransformer3DModel) -> NOVATransformer3DModel:
+        """The arranged copy of a model, made once for the modules that are in use: making one takes milliseconds."""
+        if not self.compiled:
+            return model
+        with self._lock:
+            if self._arranged is None or self._arranged[0] is not model:
+                self._arranged = model, arrange_for_sampling(model)
+            return self._arranged[1]
+
+    def unknown(self, model: NOVATransformer3DModel) -> str | None:
+        """As `unknown_part` says; for the modules and hooks that `use` saw, it is looked up once."""
+        if patched_function() is not None or not self._captured:
+            return unknown_part(model)
+        with self._lock:
+            if self._unknown is None:
+                self._unknown = (unknown_part(model),)
+            return self._unknown[0]
 
     def release(self) -> None:
         """Let go of all graphs and their memory."""
         with self._lock:
             self._drop(len(self))
             self._seen.clear()
+            self._arranged = None
 
     def __call__(self, key: tuple[object, ...], function: Callable[..., Tensor], inputs: Inputs) -> Tensor:
         full = (key, *((name, None if x is None else (x.shape, x.dtype)) for name, x in inputs.items()))

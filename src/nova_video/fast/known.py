@@ -4,7 +4,7 @@ The fast ways read weights and replay graphs, so that what a subclass, a hook or
 `unknown_part` finds it, and the caller then runs plainly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -70,6 +70,19 @@ def unknown_part(model: NOVATransformer3DModel) -> str | None:
     return None
 
 
+def fingerprint(model: nn.Module) -> tuple[Hashable, ...]:
+    """Everything about a model that a captured graph relies on: its modules, their hooks, and where weights lie.
+
+    One walk over the modules, because it is made for every call.
+    """
+    found: list[Hashable] = []
+    for module in model.modules():
+        found.append((id(module), type(module), has_hook(module)))
+        for tensors in (module._parameters, module._buffers):
+            found += [None if tensor is None else tensor.data_ptr() for tensor in tensors.values()]
+    return tuple(found)
+
+
 def known_parts(model: NOVATransformer3DModel) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
     """Parts of a model with their names, and the classes that they have to be."""
     yield "transformer", model, NOVATransformer3DModel
@@ -102,10 +115,15 @@ def known_denoiser_parts(head: Denoiser) -> Iterator[tuple[str, nn.Module, type[
         yield f"{place}.norm2", block.norm2, nn.LayerNorm
 
 
+METHODS = {owner: frozenset(originals) | {"forward"} for owner, originals in ORIGINALS.items()}
+FORWARD = frozenset({"forward"})
+
+
 def has_hook(part: nn.Module) -> bool:
     """True if calling the module does more than its class says. Hooks of libraries that only move weights do not."""
     own = vars(part)
-    if part._forward_hooks or part._forward_pre_hooks:
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return True
-    shadowed = own.keys() & ORIGINALS.get(type(part), {}).keys() | own.keys() & {"forward"}
-    return bool(shadowed) and not ("_hf_hook" in own or "_diffusers_hook" in own)
+    if METHODS.get(type(part), FORWARD).isdisjoint(own):
+        return False
+    return not ("_hf_hook" in own or "_diffusers_hook" in own)

@@ -183,6 +183,7 @@ def test_seconds_of_the_start() -> None:
     assert f"{picture:.1f} seconds of processor time for a picture of the bundled model and {clip:.1f} for its" in text
     assert f"`{found['command']}` on two cores of `{found['device']}`" in text
     assert found["cores"] == 2
+    assert "after {:.1f} and {:.1f} seconds".format(*(row["seconds"] for row in found["rows"])) in text
 
 
 def test_times_of_the_page_on_speed() -> None:

@@ -409,8 +409,10 @@ class BenchSample(StepFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchPresets(GuidedFlags):
-    """Make the same held-out sentences of the emoji world exactly and with each part of a preset, and compare: time,
-    scores and distance. A run that was stopped goes on where it was."""
+    """Compare the exact way with each part of a preset, on held-out sentences: time, scores and distance.
+
+    A run that was stopped continues where it was.
+    """
 
     model: Annotated[str, arg(metavar="NAME")] = MODEL
     """The setting of `nova generate`."""

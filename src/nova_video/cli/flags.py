@@ -43,7 +43,7 @@ def flag_type(each: "Field[Any]", keys: Collection[str] = ()) -> Any:
 
 
 def unset_flag(each: "Field[Any]") -> Any:
-    """What the flag of an option holds where it is not given."""
+    """The value of an option's flag that is not given."""
     return bool(each.default) if kind_of(each) is bool else None
 
 

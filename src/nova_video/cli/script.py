@@ -39,7 +39,7 @@ WRITTEN = {"video": "continue", **{name: key_of(each) for name, each in OPTIONS.
 KEYS = {
     WRITTEN.get(field.name, field.name): field.name for field in fields(Generate) if field.name not in NOT_IN_SCRIPTS
 }
-"""As written -> the field of `Generate`."""
+"""Keys as written -> fields of `Generate`."""
 ALIASES = {**aliases_of(Options), **{name: name for name in OPTIONS}}
 SCENE_KINDS: dict[str, Any] = {"at": float, "prompt": str, **dict.fromkeys(TIMED, float)}
 KEY_KINDS = {
@@ -92,7 +92,7 @@ def read_script(path: Path) -> Generate:
 
 
 def field_of(key: str) -> str | None:
-    """The field of `Generate` that a key of a script or a record means: by alias, too, and no_NAME for what is on."""
+    """The field of `Generate` for a key of a script or a record; aliases and no_NAME work too."""
     name = KEYS.get(key) or ALIASES.get(key)
     return key.removeprefix("no_") if is_off(key) else name
 

@@ -75,7 +75,7 @@ class FastOpenSora(AutoencoderKLOpenSora):
 
 
 def arrange_autoencoder(vae: nn.Module) -> nn.Module:
-    """A copy of an autoencoder over the same weights, with the fast decoder; of any that it does not know, itself.
+    """A copy of a known autoencoder over the same weights, with the fast decoder; others come back as they are.
 
     It reads weights where they are: not where hooks bring them for the `forward` of a module.
     """

@@ -99,7 +99,7 @@ class StepOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceOptions:
-    """What the model is guided by besides the sentence."""
+    """Settings that guide the model besides the sentence."""
 
     guidance_scale: Number | None = option(
         None,
@@ -173,7 +173,7 @@ class PresetOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextOptions:
-    """What the model is shown of the past, and what is done against drift in long clips."""
+    """The past frames that the model reads, and the remedies against drift in long clips."""
 
     context_frames: int | None = option(
         None,

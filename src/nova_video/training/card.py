@@ -34,7 +34,7 @@ class Record:
 
 
 def write_card(folder: Path, task: Task[Any, Any, Any], record: Record, sheet: Path | None) -> None:
-    """Write the card, the recipe of each segment and a copy of the newest sheet into the folder of an export."""
+    """Write the card, the recipe of each segment and the newest sheet into the folder of an export."""
     folder.mkdir(parents=True, exist_ok=True)
     if sheet is not None:
         shutil.copyfile(sheet, folder / SHEET)

@@ -124,8 +124,10 @@ class Recipe:
     """The settings of every training run."""
 
     kind: str = ""
-    """Kind of training: `transformer` (on an encoded dataset), `world-transformer` or `autoencoder` (in a world), or
-    `module:Class`, a `Task` of one's own whose `recipe_type` is the record of its settings."""
+    """Kind of training: `transformer` (encoded dataset), `world-transformer`, `autoencoder` (in a world) or `module:Class`.
+
+    `module:Class` is a `Task` of one's own, whose `recipe_type` is the record of its settings.
+    """
     name: str = "run"
     """Name of the run for the trackers."""
     steps: int = 40000
@@ -250,7 +252,7 @@ class TransformerRun(Recipe):
     visible_probability: tuple[float, ...] = ()
     """Share of the batches that each of these numbers gets."""
     mask_ratio: Literal["batch", "sample"] = "batch"
-    """`batch`: all frames of a batch hide the same number of tokens, as in the paper; `sample`: each draws its own."""
+    """batch: all frames hide the same number of tokens (the paper); sample: each sample draws its own."""
     mask_levels: int = 0
     """With mask_ratio "batch": ratios are rounded to multiples of 1 / this, which leaves fewer variants to compile and
     record. 0: any ratio (the paper). Where a frame's tokens are this times 128 (8 at 512 px, 32 at 1024), all lengths

@@ -425,7 +425,7 @@ def export(task: AnyTask, model: nn.Module, folder: Path, record: Record) -> Non
 
 
 def move_into(part: Path, folder: Path) -> None:
-    """Move each file over the one of its name; others stay, and so does a folder where `part` has a link."""
+    """Move each file over the one with its name. Others stay, also a folder in place of a link."""
     folder.mkdir(exist_ok=True)
     for path in part.iterdir():
         place = folder / path.name

@@ -92,7 +92,7 @@ def image_caption(name: str, color: str, wording: int = 0) -> str:
 
 
 def pair_caption(first: str, relation: str, second: str, color: str, wording: int = 0, mirrored: bool = False) -> str:
-    """`mirrored` tells the same picture from the second object: "b to the right of a" for "a to the left of b"."""
+    """The caption of two objects. `mirrored` tells it from the second one: "b to the right of a"."""
     if mirrored:
         first, relation, second = second, MIRRORED_RELATIONS[RELATIONS.index(relation)], first
     return PAIR_WORDINGS[wording].format(

@@ -14,7 +14,7 @@ from nova_video.bench.configs import fill_zeros
 from nova_video.bench.train import (
     OPTIMIZER,
     GivenTask,
-    Opened,
+    TrainedModel,
 )
 from nova_video.common.checks import AttentionKernels
 from nova_video.fast import attention_choice as fast_attention
@@ -188,7 +188,7 @@ def test_gpu_graphs_equal_plain_steps(
         asked = dataclasses.replace(recipe, cuda_graph=graph)
         processes = Processes(asked)
         set_kernels()
-        task = DrawnTask(asked, Opened(model, new_scheduler("ddpm"), frames, (32, 64)), device)
+        task = DrawnTask(asked, TrainedModel(model, new_scheduler("ddpm"), frames, (32, 64)), device)
         optimizer = make_optimizer(task.model, asked.optimizer, device)
         average = Average(task.model, asked.optimizer.ema)
         stepper = Stepper(task, processes.spread(task), optimizer, average, asked, processes, [0])

@@ -73,7 +73,7 @@ class Asked:
 
 
 @contextmanager
-def traced(path: Path, device: torch.device) -> Iterator[None]:
+def write_trace(path: Path, device: torch.device) -> Iterator[None]:
     """A Chrome trace of what is done inside, which ends with waiting for the device."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -99,7 +99,7 @@ def measure(config: str, asked: Asked, command: str, profile: Path | None = None
         changed=asked.changed,
     )
     try:
-        return _opened(row, asked, device, dtype, profile)
+        return _open_and_measure(row, asked, device, dtype, profile)
     except Exception as error:  # of whatever kind: the next configuration is still to be measured
         return replace(row, error=" ".join(f"{type(error).__name__}: {error}".split()))
     finally:
@@ -108,15 +108,15 @@ def measure(config: str, asked: Asked, command: str, profile: Path | None = None
             torch.cuda.empty_cache()
 
 
-def _opened(row: Row, asked: Asked, device: torch.device, dtype: torch.dtype, profile: Path | None) -> Row:
+def _open_and_measure(row: Row, asked: Asked, device: torch.device, dtype: torch.dtype, profile: Path | None) -> Row:
     pipe = open_pipeline(row.config, asked, device, dtype)
     try:
-        return _measured(row, pipe, asked, device, profile)
+        return _measure(row, pipe, asked, device, profile)
     finally:
         pipe.release()  # the next configuration compiles and captures its own
 
 
-def _measured(row: Row, pipe: NovaPipeline, asked: Asked, device: torch.device, profile: Path | None) -> Row:
+def _measure(row: Row, pipe: NovaPipeline, asked: Asked, device: torch.device, profile: Path | None) -> Row:
     pipe.require_vae("decoding")
     runs = Runs(pipe, request_of(pipe, asked, row.config), device)
     plan = runs.request.resolve(pipe.defaults, pipe.capabilities)
@@ -286,7 +286,7 @@ class Runs:
 
     def profile(self, path: Path) -> None:
         """Writes a Chrome trace of a call up to its first latent frame, and of decoding that frame."""
-        with traced(path, self.device):
+        with write_trace(path, self.device):
             generation = self._start("latent")
             generation.run(lambda pipe, step, frame, tensors: frame == 0)
             self.pipe.decode_picture(generation.state.frames[0])

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import nn
 
 from nova_video.bench.configs import BATCHES, LOSS_REPEAT, SEED, SIZES, build, resize_model
-from nova_video.bench.sample import GIB, checkpoint, device_name, digits, outline, spread, traced, versions
+from nova_video.bench.sample import GIB, checkpoint, device_name, digits, outline, spread, versions, write_trace
 from nova_video.bench.train_rows import TrainRow
 from nova_video.common.checks import AttentionKernels, check_number
 from nova_video.common.devices import choose_device
@@ -95,7 +95,7 @@ class AskedTraining:
 
 
 @dataclass(frozen=True)
-class Opened:
+class TrainedModel:
     """A model to train, and what for."""
 
     model: NOVATransformer3DModel
@@ -111,7 +111,7 @@ class GivenTask(TransformerTask):
 
     recipe: DatasetTransformerRecipe
 
-    def __init__(self, recipe: DatasetTransformerRecipe, opened: Opened, device: torch.device) -> None:
+    def __init__(self, recipe: DatasetTransformerRecipe, opened: TrainedModel, device: torch.device) -> None:
         super().__init__(recipe, opened.model, opened.scheduler, device, opened.frames)
         self.grid, self.frames, self.batch = opened.grid, opened.frames, recipe.dataset.batch
         config, count, generator = self.model.config, self.batch, self.generator(SEED)
@@ -192,7 +192,7 @@ def measure_training(config: str, asked: AskedTraining, command: str, profile: P
         changed=asked.changed,
     )
     try:
-        return _measured(row, asked, recipe, processes, profile)
+        return _measure(row, asked, recipe, processes, profile)
     except Exception as error:  # of whatever kind: the next configuration is still to be measured
         return replace(row, error=" ".join(f"{type(error).__name__}: {error}".split()))
     finally:
@@ -202,7 +202,7 @@ def measure_training(config: str, asked: AskedTraining, command: str, profile: P
             torch.cuda.empty_cache()
 
 
-def _measured(
+def _measure(
     row: TrainRow, asked: AskedTraining, recipe: DatasetTransformerRecipe, processes: Processes, profile: Path | None
 ) -> TrainRow:
     device = processes.device
@@ -229,7 +229,7 @@ def _measured(
     first, counted = processes.greatest(warming[0])[0], processes.greatest(*clock.seconds())
     numbers = stepper.numbers()
     if profile is not None:
-        with traced(profile, device) if processes.is_main else nullcontext():
+        with write_trace(profile, device) if processes.is_main else nullcontext():
             for number, variant in enumerate(timed[:3], len(warm_up) + len(timed)):
                 stepper.step(number, variant)
             clock.seconds()  # waits
@@ -277,7 +277,7 @@ def warm_up_variants(timed: Sequence[Variant], least: int) -> list[Variant]:
     return distinct * max(3, math.ceil(least / len(distinct)))
 
 
-def open_model(config: str, asked: AskedTraining, device: torch.device) -> Opened:
+def open_model(config: str, asked: AskedTraining, device: torch.device) -> TrainedModel:
     """A released size with random weights, at another size in pixels if that is asked for; or a checkpoint's model."""
     size = SIZES.get(config)
     if size is not None:
@@ -290,7 +290,7 @@ def open_model(config: str, asked: AskedTraining, device: torch.device) -> Opene
         frames, stride = CheckpointSettings.load(folder).defaults.num_frames, model.config.image_stride
         pixels = asked.size or tuple(model.config.image_size)
     frames = frames if asked.frames is None else asked.frames
-    return Opened(model.train(), scheduler, frames // 4 + 1, (pixels[0] // stride, pixels[1] // stride))
+    return TrainedModel(model.train(), scheduler, frames // 4 + 1, (pixels[0] // stride, pixels[1] // stride))
 
 
 def check_training(configs: Sequence[str], asked: AskedTraining) -> None:

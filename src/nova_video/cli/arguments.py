@@ -71,8 +71,8 @@ LONGEST_SHOWN = 200  # letters of what was typed, in a message
 
 
 STEPS = ("sets", "diffusion_steps", "compile")
-GUIDED = (*STEPS, "guidance_scale", "motion_flow")
-SAMPLING = (*GUIDED, "preset")
+GUIDED_OPTIONS = (*STEPS, "guidance_scale", "motion_flow")
+SAMPLING = (*GUIDED_OPTIONS, "preset")
 """Options of the benchmarks."""
 if TYPE_CHECKING:
     OptionFlags = Options
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
 else:
     OptionFlags = make_dataclass("OptionFlags", flag_fields(Options), frozen=True, kw_only=True)
     SamplingFlags = make_dataclass("SamplingFlags", flag_fields(Options, SAMPLING), frozen=True, kw_only=True)
-    GuidedFlags = make_dataclass("GuidedFlags", flag_fields(Options, GUIDED), frozen=True, kw_only=True)
+    GuidedFlags = make_dataclass("GuidedFlags", flag_fields(Options, GUIDED_OPTIONS), frozen=True, kw_only=True)
     StepFlags = make_dataclass("StepFlags", flag_fields(Options, STEPS), frozen=True, kw_only=True)
 
 

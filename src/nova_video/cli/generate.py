@@ -32,7 +32,7 @@ from nova_video.cli.jobs import (
     suffix_of,
 )
 from nova_video.cli.remake import describe_inputs, warn_of_changes, with_record
-from nova_video.cli.script import OPTIONS, TIMED, with_script
+from nova_video.cli.script import OPTIONS, TIMELINE_KEYS, with_script
 from nova_video.common.checks import LIMITS, check_number
 from nova_video.common.errors import InputError
 from nova_video.common.options import key_of
@@ -61,7 +61,13 @@ class StateNotes:
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = None
 
 
-FOR_ONE_CLIP = ("prompt_at", *(f"{key}_at" for key in TIMED), "script", "live", "state")  # flags of a single sentence
+FOR_ONE_CLIP = (
+    "prompt_at",
+    *(f"{key}_at" for key in TIMELINE_KEYS),
+    "script",
+    "live",
+    "state",
+)  # flags of a single sentence
 SMALL = ("low_memory", "tiled", "int8_text")  # flags for a small GPU
 MOST_RESULTS = 10_000  # of a sentence in one run
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -444,7 +450,7 @@ def _request(args: CommonFlags, prompt: str, **media: Any) -> "GenerateRequest":
     options = given_options(args, Options)
     if args.size is not None:
         options["height"], options["width"] = size_of(args.size)
-    for key, name in TIMED.items():
+    for key, name in TIMELINE_KEYS.items():
         if later := getattr(args, f"{key}_at"):
             first = options[name] if name in options else getattr(checkpoint_defaults(model_of(args)), name)
             options[name] = [(0.0, first), *later]

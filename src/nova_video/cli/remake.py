@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from nova_video.cli.arguments import CommonFlags, Edit, Format, Generate
-from nova_video.cli.script import OPTIONS, TIMED, check_value, field_of, is_off
+from nova_video.cli.script import OPTIONS, TIMELINE_KEYS, check_value, field_of, is_off
 from nova_video.common.checks import shown
 from nova_video.common.errors import InputError
 from nova_video.common.options import facts_of, option_fields
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from nova_video.pipeline.generation import Generation
 
 FILES = ("image", "video", "file", "mask", "lora")  # fields that name a file to read
-TIMELINES = ("prompt", *TIMED.values())  # fields whose changes in time have a field of their own
+TIMELINES = ("prompt", *TIMELINE_KEYS.values())  # fields whose changes in time have a field of their own
 RESULTS = ("given_frames", "sets_made")  # settings that follow from others
 NOT_RECORDED = (  # of a run and not of a result, or another way to say a setting
     *("output", "format", "sheet", "json", "live", "state", "resume", "like", "script", "prompts", "batch"),
-    *("num_images", "size", "head", "prompt_at", *(f"{key}_at" for key in TIMED)),
+    *("num_images", "size", "head", "prompt_at", *(f"{key}_at" for key in TIMELINE_KEYS)),
     *(name for name, each in OPTIONS.items() if not facts_of(each).recorded),
 )
 FLAGS = ("low_memory", "tiled", "int8_text")
-REPLACED = {  # what is typed -> what it replaces of a record
+REPLACEMENTS = {  # what is typed -> what it replaces of a record
     "prompt": ("prompt_at",),
     "prompts": ("prompt", "prompt_at"),
     "size": ("width", "height"),
@@ -38,9 +38,9 @@ REPLACED = {  # what is typed -> what it replaces of a record
     "image": ("video",),
     "video": ("image",),
     "preset": (*SHARES, *option_fields(SpeedOptions)),
-    **{name: (f"{key}_at",) for key, name in TIMED.items()},
+    **{name: (f"{key}_at",) for key, name in TIMELINE_KEYS.items()},
 }
-HASHED = 16  # digits of the SHA-256 of a file
+HASH_DIGITS = 16  # digits of the SHA-256 of a file
 
 
 def with_record(typed: Generate) -> tuple[Generate | Edit, dict[str, Any]]:
@@ -53,7 +53,7 @@ def with_record(typed: Generate) -> tuple[Generate | Edit, dict[str, Any]]:
     del changes["like"]
     settings = _settings(typed.like, record, changes)
     for name in changes:
-        for replaced in REPLACED.get(name, ()):
+        for replaced in REPLACEMENTS.get(name, ()):
             settings.pop(replaced, None)
     if "file" not in settings:
         return Generate(**settings | changes), record
@@ -100,7 +100,7 @@ def _devices(record: Mapping[str, Any]) -> tuple[Any, Any]:
 def file_mark(path: Path) -> str:
     """A mark of a file's content."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:HASHED]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:HASH_DIGITS]
 
 
 def _settings(path: Path, record: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _settings(path: Path, record: dict[str, Any], changes: dict[str, Any]) -> di
         raise InputError(f"{path} was made without an end: expected --num-frames or --seconds, as in --seconds 10")
     for name in FILES:
         if name in settings and name not in changes:
-            settings[name] = _found(path, settings[name], record)
+            settings[name] = _find_input(path, settings[name], record)
     one = settings.get("num_frames") == 1
     suffix = "frames" if path.is_dir() else path.suffix.lower().lstrip(".").replace("jpeg", "jpg")
     output = changes.get("output")
@@ -159,7 +159,7 @@ def recorded_field(key: str) -> str:
     return "file" if key == "edited" else field_of(key) or key
 
 
-def _found(path: Path, name: Path, record: Mapping[str, Any]) -> Path:
+def _find_input(path: Path, name: Path, record: Mapping[str, Any]) -> Path:
     """A given file, from the current folder or from that of the file that was made with it."""
     places = [name, path.parent / name]
     place = next((place for place in places if place.exists()), None)

@@ -31,17 +31,17 @@ from nova_video.io.text import read_toml
 from nova_video.pipeline.options import Options
 
 OPTIONS = option_fields(Options)
-TIMED = {key_of(each): name for name, each in OPTIONS.items() if is_timed(each)}
+TIMELINE_KEYS = {key_of(each): name for name, each in OPTIONS.items() if is_timed(each)}
 """Options that may change in time: as written -> the field."""
-NOT_IN_SCRIPTS = ("prompts", "prompt_at", "script", "resume", "like", *(f"{key}_at" for key in TIMED))
+NOT_IN_SCRIPTS = ("prompts", "prompt_at", "script", "resume", "like", *(f"{key}_at" for key in TIMELINE_KEYS))
 """Fields of `Generate` that scenes stand for, or that are of one run."""
-WRITTEN = {"video": "continue", **{name: key_of(each) for name, each in OPTIONS.items()}}
+KEY_NAMES = {"video": "continue", **{name: key_of(each) for name, each in OPTIONS.items()}}
 KEYS = {
-    WRITTEN.get(field.name, field.name): field.name for field in fields(Generate) if field.name not in NOT_IN_SCRIPTS
+    KEY_NAMES.get(field.name, field.name): field.name for field in fields(Generate) if field.name not in NOT_IN_SCRIPTS
 }
 """Keys as written -> fields of `Generate`."""
 ALIASES = {**aliases_of(Options), **{name: name for name in OPTIONS}}
-SCENE_KINDS: dict[str, Any] = {"at": float, "prompt": str, **dict.fromkeys(TIMED, float)}
+SCENE_KINDS: dict[str, Any] = {"at": float, "prompt": str, **dict.fromkeys(TIMELINE_KEYS, float)}
 KEY_KINDS = {
     int: "a whole number",
     float: "a number",
@@ -80,7 +80,7 @@ def read_script(path: Path) -> Generate:
         checked = check_value(f"{path}: {key}", value, kinds[name])
         settings[name] = not checked if is_off(key) else checked
     for key, moments in _read_scenes(path, scenes).items():
-        name = TIMED.get(key, key)
+        name = TIMELINE_KEYS.get(key, key)
         if moments and moments[0][0] == 0:
             if name in settings:
                 raise InputError(f"{path}: {key} is there twice for second 0, in the scene at 0 and outside the scenes")

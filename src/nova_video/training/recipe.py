@@ -124,9 +124,9 @@ class Recipe:
     """The settings of every training run."""
 
     kind: str = ""
-    """Kind of training: `transformer` (encoded dataset), `world-transformer`, `autoencoder` (in a world) or `module:Class`.
+    """Kind of training: `transformer` (encoded dataset), `world-transformer`, `autoencoder` (in a world).
 
-    `module:Class` is a `Task` of one's own, whose `recipe_type` is the record of its settings.
+    Or `module:Class`, which is a `Task` of one's own, whose `recipe_type` is the record of its settings.
     """
     name: str = "run"
     """Name of the run for the trackers."""

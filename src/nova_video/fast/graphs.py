@@ -271,7 +271,7 @@ class GraphRunner:
             return self._arranged[1]
 
     def unknown(self, model: NOVATransformer3DModel) -> str | None:
-        """As `unknown_part` says; for the modules and hooks that `use` saw, it is looked up once."""
+        """The answer of `unknown_part`, which is looked up once for the modules and hooks that `use` saw."""
         if patched_function() is not None or not self._captured:
             return unknown_part(model)
         with self._lock:

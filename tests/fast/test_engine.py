@@ -335,6 +335,12 @@ class Recorder:
     set_multiple: int = 8
     keys: list[tuple[object, ...]] = field(default_factory=list)
 
+    def arranged(self, model: Any) -> Any:
+        return model
+
+    def unknown(self, model: Any) -> None:
+        """The model of the test is known in every part."""
+
     def __call__(self, key: tuple[object, ...], function: Callable[..., Tensor], inputs: Inputs) -> Tensor:
         shapes = tuple((name, None if x is None else (x.shape, x.dtype)) for name, x in inputs.items())
         self.keys.append((*key, shapes))

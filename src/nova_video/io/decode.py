@@ -2,7 +2,7 @@
 
 Pictures are read with Pillow (`pictures.py`), videos with PyAV (`videos.py`). Frames come one by one, timed by
 presentation, upright, with square pixels, in sRGB, and on white where they are transparent; what cannot be shown
-rightly is refused by name. Only plain files are open_reader, and nothing but the file itself is read.
+rightly is refused by name. Only plain files are opened, and nothing but the file itself is read.
 
     with open_path(path) as media: for scene, at, frame in media.frames(): frame.pixels()
     MediaFile(path).read()
@@ -29,7 +29,7 @@ from nova_video.io.pictures import SURE_DURATION, Picture, upright_srgb
 from nova_video.io.text import LFS_POINTER, POINTER_ERROR
 from nova_video.io.timing import nearest_frames, repeats, steady_rate
 
-if TYPE_CHECKING:  # PyAV is imported when a video is open_reader
+if TYPE_CHECKING:  # PyAV is imported when a video is opened
     from nova_video.io.videos import Video
 
 __all__ = [
@@ -166,9 +166,9 @@ def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise MediaError(f"cannot be open_reader ({error.strerror})") from error
+        raise MediaError(f"cannot be opened ({error.strerror})") from error
     except ValueError as error:  # a NUL in the name
-        raise MediaError(f"cannot be open_reader ({error})") from error
+        raise MediaError(f"cannot be opened ({error})") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         folder = stat.S_ISDIR(os.fstat(handle).st_mode)
         os.close(handle)

@@ -177,6 +177,10 @@ WRITES = {
         "_ray: os.environ.update",
         "_ray: ray",
     ],
+    "old names of modules are found by Python's own way in": [
+        "MovedModules.exec_module: module",
+        "find_moved_modules: sys.meta_path.append",
+    ],
     "torch keeps the number of threads by thread": ["prefetch.work: torch.set_num_threads"],
     "a user asks for all compiled code to be dropped": ["Engines.release: torch.compiler.reset"],
     "torch has no public way to close the pool of a failed capture": [

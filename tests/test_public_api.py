@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 import nova_video
 from nova_video.common import version
+from nova_video.common.moved import NEW_PLACES
 
 PACKAGE = Path(nova_video.__file__).parent
 
@@ -43,7 +45,7 @@ def test_import_loads_no_library() -> None:
         "import sys, nova_video; print([m for m in sys.modules if m.startswith(('torch', 'numpy', 'nova_video.'))])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout == "[]\n"
+    assert done.stdout == "['nova_video.common', 'nova_video.common.moved']\n"  # which finds old names of modules
 
 
 def test_checkout_tells_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -69,3 +71,29 @@ def test_no_git_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert version.commit() is None
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "new"),
+    [
+        ("nova_video.errors", "InputError", "nova_video.common.errors"),
+        ("nova_video.media", "atomic_path", "nova_video.io.files"),
+        ("nova_video.given", "read_clips", "nova_video.io.inputs"),
+        ("nova_video.generation", "FrameReady", "nova_video.pipeline.events"),
+        ("nova_video.text.encoders", "load_text_encoder", "nova_video.text.load"),
+    ],
+)
+def test_a_module_is_found_by_its_place_in_0_1(old: str, name: str, new: str) -> None:
+    sys.modules.pop(old, None)
+    with pytest.warns(DeprecationWarning, match=f"{old} has moved: import from nova_video"):
+        module = importlib.import_module(old)
+    assert getattr(module, name) is getattr(importlib.import_module(new), name)
+    with pytest.raises(AttributeError, match="has moved to"):
+        _ = module.no_such_name
+
+
+def test_old_places_name_modules_that_exist() -> None:
+    for places in NEW_PLACES.values():
+        for place in places.split():
+            assert importlib.util.find_spec(f"nova_video.{place}") is not None, place
+    assert importlib.import_module("nova_video.pipeline").NovaPipeline is nova_video.NovaPipeline

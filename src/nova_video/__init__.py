@@ -6,6 +6,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from nova_video.common.moved import find_moved_modules
+
 if TYPE_CHECKING:
     from nova_video.autoencoders.opensora import AutoencoderKLOpenSora as AutoencoderKLOpenSora
     from nova_video.autoencoders.tiny import AutoencoderKLCausalTiny as AutoencoderKLCausalTiny
@@ -45,6 +47,7 @@ _HOMES = {  # public name -> the module that defines it
     "train": "nova_video.training.trainer",
 }
 __all__ = ["__version__", *_HOMES]
+find_moved_modules()
 
 
 def __getattr__(name: str) -> object:

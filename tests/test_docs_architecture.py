@@ -21,7 +21,7 @@ def test_the_drawing_is_that_of_the_imports() -> None:
 
 
 def test_every_package_has_its_place_and_its_line() -> None:
-    folders = {path.parent.name for path in Path(nova_video.__file__).parent.glob("*/__init__.py")}
+    folders = {path.parent.name for path in (ROOT / "src" / "nova_video").glob("*/__init__.py")}
     assert {*packages.PLACES} == {*packages.package_imports()} == folders | {"nova_worlds"}
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| \[`(\w+)`\]", page, re.M)) == {*packages.PLACES}

@@ -23,7 +23,7 @@ from result_file import result_of, write_result
 from torch import Tensor
 
 from nova_video.common.devices import choose_device
-from nova_video.fast.engine import DirectRunner, FastEngine, in_passes
+from nova_video.fast.fast_engine import DirectRunner, FastEngine, in_passes
 from nova_video.io.checkpoints import resolve_checkpoint
 from nova_video.model import Positions
 from nova_video.model.patches import gather_tokens

@@ -21,7 +21,7 @@ from conftest import CONFORMANCE
 from nova_video.bench.configs import SIZES, TEXT_DIM, build, resize_model
 from nova_video.bench.floor import RATES, Floor, count_work, device_rates, floor_of, temporal_steps
 from nova_video.bench.rows import PARTS, Row, as_lines, cells, read_rows, record_row, write_rows
-from nova_video.bench.sample import Asked, Runs, measure, request_of
+from nova_video.bench.sample import Runs, SampleSettings, measure, request_of
 from nova_video.cli import main as cli
 from nova_video.cli.arguments import BenchSample, parse
 from nova_video.common.errors import InputError
@@ -207,7 +207,7 @@ def test_what_is_timed_is_the_call(tiny_checkpoint: Path) -> None:
     """Sampled to latents and then decoded: the pixels that the pipeline gives."""
     pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
     pipe.set_progress_bar_config(disable=True)
-    asked = Asked(frames=5, sets=2, diffusion_steps=1, compile=False)
+    asked = SampleSettings(frames=5, sets=2, diffusion_steps=1, compile=False)
     runs = Runs(pipe, request_of(pipe, asked, "tiny"), torch.device("cpu"))
     assert runs.request.compile is False
     generation = runs.sampled()
@@ -220,8 +220,8 @@ def test_what_is_timed_is_the_call(tiny_checkpoint: Path) -> None:
 
 def test_presets_are_timed_against_the_exact_work(tiny_checkpoint: Path) -> None:
     pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
-    exact = request_of(pipe, Asked(frames=1), "tiny").resolve(pipe.defaults, pipe.capabilities)
-    row = measure(str(tiny_checkpoint), Asked(preset="fast", frames=1, repeats=1), "nova bench sample")
+    exact = request_of(pipe, SampleSettings(frames=1), "tiny").resolve(pipe.defaults, pipe.capabilities)
+    row = measure(str(tiny_checkpoint), SampleSettings(preset="fast", frames=1, repeats=1), "nova bench sample")
     assert (row.error, row.preset) == (None, "fast")
     assert row.tflop == pytest.approx(sum(count_work(pipe.transformer, exact).flops.values()) / 1e12, rel=1e-3)
     assert row.sets * row.diffusion_steps < exact.num_inference_steps * exact.num_diffusion_steps
@@ -230,7 +230,9 @@ def test_presets_are_timed_against_the_exact_work(tiny_checkpoint: Path) -> None
 def test_profile_is_a_trace(tmp_path: Path, tiny_checkpoint: Path) -> None:
     pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
     pipe.set_progress_bar_config(disable=True)
-    runs = Runs(pipe, request_of(pipe, Asked(frames=9, sets=2, diffusion_steps=1), "tiny"), torch.device("cpu"))
+    runs = Runs(
+        pipe, request_of(pipe, SampleSettings(frames=9, sets=2, diffusion_steps=1), "tiny"), torch.device("cpu")
+    )
     runs.profile(tmp_path / "trace.json")
     assert "aten::addmm" in {
         event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]

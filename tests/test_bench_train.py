@@ -33,7 +33,7 @@ from nova_video.cli.arguments import BenchTrain, parse
 from nova_video.common.errors import InputError
 from nova_video.training.flops import step_flops
 from nova_video.training.recipe import DatasetTransformerRecipe, load_recipe
-from nova_video.training.transformer import Variant
+from nova_video.training.transformer_task import Variant
 
 PICTURES, CLIPS = str(CONFORMANCE / "text-to-image"), str(CONFORMANCE / "text-to-video")
 ROOT = Path(__file__).parents[1]

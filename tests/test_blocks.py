@@ -17,7 +17,7 @@ from nova_video.training.loss import (
     losses,
     visible_tokens,
 )
-from nova_video.training.transformer import checkpoint_block
+from nova_video.training.transformer_task import checkpoint_block
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 GRID = (8, 12)

@@ -163,7 +163,7 @@ def test_a_batch_that_finds_no_memory(
     run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where nobody chose its size, the results are made one at a time."""
-    from nova_video.cli import generate as cli_generate
+    from nova_video.cli import generate_command as cli_generate
 
     made: list[int] = []
 

@@ -51,7 +51,7 @@ from nova_video.training.stepper import BAD_STEPS, Stepper, make_optimizer
 from nova_video.training.stream import collate, is_held_out
 from nova_video.training.task import fill_seed
 from nova_video.training.trainer import train
-from nova_video.training.transformer import Variant, use_fp8
+from nova_video.training.transformer_task import Variant, use_fp8
 from nova_worlds.training.recipes import AutoencoderRecipe, WorldTransformerRecipe
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 
 from nova_video.common.errors import InputError
-from nova_video.common.options import (
+from nova_video.common.option_fields import (
     Number,
     Option,
     check_options,

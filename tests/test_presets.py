@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor
 
 from nova_video.common.errors import InputError
-from nova_video.common.options import values_of
+from nova_video.common.option_fields import values_of
 from nova_video.model import set_sizes
 from nova_video.pipeline.plan import Capabilities, Plan, plan_as_json
 from nova_video.pipeline.records import read_record

@@ -96,7 +96,7 @@ def test_a_module_is_found_by_its_place_in_0_1(old: str, name: str, new: str) ->
 def test_old_places_name_modules_that_exist() -> None:
     for places in NEW_PLACES.values():
         for place in places.split():
-            if place.startswith("fast.") and find_fast("engine") is None:
+            if place.startswith("fast.") and find_fast("fast_engine") is None:
                 continue  # an installation without the fast parts
             assert importlib.util.find_spec(f"nova_video.{place}") is not None, place
     assert importlib.import_module("nova_video.pipeline").NovaPipeline is nova_video.NovaPipeline

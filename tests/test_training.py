@@ -53,7 +53,7 @@ from nova_video.training.recipe import (
 from nova_video.training.stepper import learning_rate, make_optimizer, set_rate
 from nova_video.training.task import fill_seed
 from nova_video.training.trainer import StopSignal, run_evals, train
-from nova_video.training.transformer import Variant
+from nova_video.training.transformer_task import Variant
 from nova_worlds import EmojiWorld
 from nova_worlds.rendering.shapes import prepare_shapes
 from nova_worlds.training.pools import Pool, Rows

@@ -63,7 +63,7 @@ def rewrite_links(text: str, page: str) -> str:
 
 def settings_table() -> str:
     """Every setting of a request as a table, from the fields that declare them."""
-    from nova_video.common.options import choices_of, facts_of, key_of, kind_of, option_fields
+    from nova_video.common.option_fields import choices_of, facts_of, key_of, kind_of, option_fields
     from nova_video.pipeline.options import Options
 
     rows = ["| Python | command | default | meaning |", "|---|---|---|---|"]

@@ -34,7 +34,7 @@ from nova_video.model.attention import block_causal_mask
 from nova_video.model.denoiser import Denoiser, TimeCondEmbed
 from nova_video.model.vit import Block
 from nova_video.training.loss import NoiseTable, draw, draw_per_sample, losses
-from nova_video.training.transformer import checkpoint_block
+from nova_video.training.transformer_task import checkpoint_block
 
 CONFORMANCE = Path(__file__).parents[1] / "conformance"
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor
 
 from nova_video.common.notices import warn_once
-from nova_video.fast.engine import DirectRunner, FastEngine, Inputs, Modulations, pad_set
+from nova_video.fast.fast_engine import DirectRunner, FastEngine, Inputs, Modulations, pad_set
 from nova_video.fast.graphs import GraphRunner, Recording
 from nova_video.fast.modulations import modulations as modulations_of
 from nova_video.model.denoiser import Denoiser, DenoiserBlock

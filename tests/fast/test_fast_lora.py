@@ -11,7 +11,7 @@ from torch import Tensor
 
 import nova_video.fast.fp8
 from nova_video import NovaPipeline
-from nova_video.fast.engine import DirectRunner, FastEngine
+from nova_video.fast.fast_engine import DirectRunner, FastEngine
 from nova_video.fast.graphs import GraphRunner
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import merge

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nova_video.common.errors import InputError
-from nova_video.fast.engine import DirectRunner, FastEngine
+from nova_video.fast.fast_engine import DirectRunner, FastEngine
 from nova_video.fast.fp8 import check_fp8
 from nova_video.sampling.guidance import Guidance
 from nova_video.sampling.presets import PRESETS

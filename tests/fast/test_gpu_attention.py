@@ -28,7 +28,7 @@ from nova_video.training.checkpoint import Average
 from nova_video.training.processes import Processes
 from nova_video.training.recipe import DatasetTransformerRecipe
 from nova_video.training.stepper import Stepper, make_optimizer, set_kernels
-from nova_video.training.transformer import Batch, Variant
+from nova_video.training.transformer_task import Batch, Variant
 from test_bench_train import gpu, said
 
 

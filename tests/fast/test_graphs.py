@@ -13,7 +13,7 @@ from torch import Tensor
 from conftest import CONFORMANCE
 from nova_video import NovaPipeline
 from nova_video.common.notices import warn_once
-from nova_video.fast.engine import DirectRunner, FastEngine
+from nova_video.fast.fast_engine import DirectRunner, FastEngine
 from nova_video.fast.graphs import CudaRecorder, GraphRunner, can_compile, capture
 from nova_video.fast.training_graphs import StepGraphs
 from nova_video.sampling.context import Context

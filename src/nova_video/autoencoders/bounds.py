@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nova_video.common.checks import check_number, check_whether, shown
+from nova_video.common.checks import check_number, check_whether, quote
 from nova_video.common.errors import InputError
 
 COUNTS = {  # the most of each: released ones have at most 512 channels, 4 levels and 3 layers a block
@@ -26,9 +26,9 @@ def check_autoencoder_config(config: Mapping[str, Any]) -> None:
     for name in ("block_out_channels", "down_block_types", "up_block_types"):
         values = config.get(name, [1])
         if not isinstance(values, list | tuple) or not 1 <= len(values) <= MOST_LEVELS:
-            raise InputError(f"{name} is {shown(values)}: expected a list of 1 to {MOST_LEVELS}")
+            raise InputError(f"{name} is {quote(values)}: expected a list of 1 to {MOST_LEVELS}")
         if name != "block_out_channels" and not all(isinstance(value, str) for value in config.get(name, ())):
-            raise InputError(f"{name} is {shown(values)}: expected names of blocks")
+            raise InputError(f"{name} is {quote(values)}: expected names of blocks")
     for channels in config.get("block_out_channels", ()):
         check_number("block_out_channels", channels, 1, integer=True, high=MOST_CHANNELS)
     if "scaling_factor" in config:
@@ -40,7 +40,7 @@ def check_autoencoder_config(config: Mapping[str, Any]) -> None:
         if values is None:
             continue
         if not isinstance(values, list | tuple) or len(values) != config.get("latent_channels", len(values)):
-            raise InputError(f"{name} is {shown(values)}: expected one number a latent channel")
+            raise InputError(f"{name} is {quote(values)}: expected one number a latent channel")
         for value in values:
             deviation = name == "latents_std"
             check_number(name, value, 0 if deviation else -MOST_SCALE, above=deviation, high=MOST_SCALE)

@@ -43,7 +43,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Asked:
+class SampleSettings:
     """How to run a configuration. None: as it is."""
 
     preset: PresetName = "exact"
@@ -83,23 +83,23 @@ def write_trace(path: Path, device: torch.device) -> Iterator[None]:
     profiler.export_chrome_trace(str(path))
 
 
-def measure(config: str, asked: Asked, command: str, profile: Path | None = None) -> Row:
+def measure(config: str, settings: SampleSettings, command: str, profile: Path | None = None) -> Row:
     """One configuration: a name of `SIZES`, or a checkpoint. What goes wrong is in the row."""
-    device = choose_device(asked.device)
-    dtype = choose_dtype(asked.dtype, device)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
     row = Row(
         config=config,
-        preset=asked.preset,
-        batch=asked.batch,
-        compile=asked.compile,
+        preset=settings.preset,
+        batch=settings.batch,
+        compile=settings.compile,
         dtype=str(dtype).removeprefix("torch."),
         device=device_name(device),
         versions=versions(),
         command=command,
-        changed=asked.changed,
+        changed=settings.changed,
     )
     try:
-        return _open_and_measure(row, asked, device, dtype, profile)
+        return _open_and_measure(row, settings, device, dtype, profile)
     except Exception as error:  # of whatever kind: the next configuration is still to be measured
         return replace(row, error=" ".join(f"{type(error).__name__}: {error}".split()))
     finally:
@@ -108,23 +108,25 @@ def measure(config: str, asked: Asked, command: str, profile: Path | None = None
             torch.cuda.empty_cache()
 
 
-def _open_and_measure(row: Row, asked: Asked, device: torch.device, dtype: torch.dtype, profile: Path | None) -> Row:
-    pipe = open_pipeline(row.config, asked, device, dtype)
+def _open_and_measure(
+    row: Row, settings: SampleSettings, device: torch.device, dtype: torch.dtype, profile: Path | None
+) -> Row:
+    pipe = open_pipeline(row.config, settings, device, dtype)
     try:
-        return _measure(row, pipe, asked, device, profile)
+        return _measure(row, pipe, settings, device, profile)
     finally:
         pipe.release()  # the next configuration compiles and captures its own
 
 
-def _measure(row: Row, pipe: NovaPipeline, asked: Asked, device: torch.device, profile: Path | None) -> Row:
+def _measure(row: Row, pipe: NovaPipeline, settings: SampleSettings, device: torch.device, profile: Path | None) -> Row:
     pipe.require_vae("decoding")
-    runs = Runs(pipe, request_of(pipe, asked, row.config), device)
+    runs = Runs(pipe, request_of(pipe, settings, row.config), device)
     plan = runs.request.resolve(pipe.defaults, pipe.capabilities)
     assert plan.num_frames is not None
     patch = pipe.transformer.patch_size
     first, *_ = [runs.once() for _ in range(WARM_UP)]
-    timed = [runs.once() for _ in range(asked.repeats)]
-    streams = [runs.stream() for _ in range(1 + asked.repeats)][1:]
+    timed = [runs.once() for _ in range(settings.repeats)]
+    streams = [runs.stream() for _ in range(1 + settings.repeats)][1:]
     exact = replace(runs.request, preset="exact").resolve(pipe.defaults, pipe.capabilities)
     work = count_work(pipe.transformer, exact)
     rates = device_rates(row.device, pipe.transformer.dtype)
@@ -140,7 +142,7 @@ def _measure(row: Row, pipe: NovaPipeline, asked: Asked, device: torch.device, p
         sets=plan.sets,
         diffusion_steps=plan.diffusion_steps,
         guidance=getattr(plan.guidance.values[0], "scale", None),
-        repeats=asked.repeats,
+        repeats=settings.repeats,
         seconds=digits(seconds),
         seconds_range=spread([run.sampling for run in timed]),
         vae_seconds=digits(statistics.median(run.decoding for run in timed)),
@@ -165,11 +167,11 @@ def _measure(row: Row, pipe: NovaPipeline, asked: Asked, device: torch.device, p
     return row
 
 
-def open_pipeline(config: str, asked: Asked, device: torch.device, dtype: torch.dtype) -> NovaPipeline:
+def open_pipeline(config: str, settings: SampleSettings, device: torch.device, dtype: torch.dtype) -> NovaPipeline:
     """A released size built anew, at another size in pixels if that is asked for; or a checkpoint."""
     size = SIZES.get(config)
     if size is not None:
-        pipe = build(resize_model(size, *asked.size) if asked.size else size, device, dtype)
+        pipe = build(resize_model(size, *settings.size) if settings.size else size, device, dtype)
     else:
         pipe = NovaPipeline.from_pretrained(checkpoint(config), torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -197,34 +199,34 @@ def outline(config: str, size: tuple[int, int] | None) -> NovaPipeline:
     )
 
 
-def check_work(configs: Sequence[str], asked: Asked) -> None:
+def check_work(configs: Sequence[str], settings: SampleSettings) -> None:
     """Checks every configuration and its settings before the first one is measured."""
     for config in configs:
-        pipe = outline(config, asked.size)
-        request_of(pipe, asked, config).resolve(pipe.defaults, pipe.capabilities)
+        pipe = outline(config, settings.size)
+        request_of(pipe, settings, config).resolve(pipe.defaults, pipe.capabilities)
 
 
-def request_of(pipe: NovaPipeline, asked: Asked, config: str) -> GenerateRequest:
+def request_of(pipe: NovaPipeline, settings: SampleSettings, config: str) -> GenerateRequest:
     """The request of every run, with random prompt features."""
     random = torch.Generator().manual_seed(SEED)
     model = pipe.transformer
     shape = (min(PROMPT_TOKENS, model.config.text_token_len), model.config.text_token_dim)
-    features = [torch.randn(shape, generator=random).to(model.device, model.dtype) for _ in range(asked.batch)]
-    height, width = (None, None) if asked.size is None or config in SIZES else asked.size
+    features = [torch.randn(shape, generator=random).to(model.device, model.dtype) for _ in range(settings.batch)]
+    height, width = (None, None) if settings.size is None or config in SIZES else settings.size
     return GenerateRequest(
         prompt_embeds=features,
         height=height,
         width=width,
-        num_frames=asked.frames,
-        sets=asked.sets,
-        diffusion_steps=asked.diffusion_steps,
-        compile=None if asked.compile else False,
-        preset=asked.preset,
+        num_frames=settings.frames,
+        sets=settings.sets,
+        diffusion_steps=settings.diffusion_steps,
+        compile=None if settings.compile else False,
+        preset=settings.preset,
     )
 
 
 @dataclass(frozen=True)
-class Run:
+class SampleTimes:
     """One call: seconds and GiB."""
 
     sampling: float
@@ -246,7 +248,7 @@ class Runs:
     request: GenerateRequest
     device: torch.device
 
-    def once(self) -> Run:
+    def once(self) -> SampleTimes:
         """From prompt features to latents, then from latents to pixels on the device."""
         self._forget_peak()
         start = self._now()
@@ -258,7 +260,7 @@ class Runs:
         generation.run()
         decoded = self._now()
         finite = all(bool(frame.isfinite().all()) for frame in generation.state.frames.values())
-        return Run(sampled - start, decoded - resumed, sampling_memory, self._peak(), finite)
+        return SampleTimes(sampled - start, decoded - resumed, sampling_memory, self._peak(), finite)
 
     def stream(self) -> tuple[float, float]:
         """Seconds until the first latent frame is shown, and until the first frame is final, both as arrays."""

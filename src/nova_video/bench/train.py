@@ -41,7 +41,7 @@ from nova_video.training.flops import device_peak
 from nova_video.training.processes import Processes
 from nova_video.training.recipe import DatasetTransformerRecipe, OptimizerRecipe
 from nova_video.training.stepper import Stepper, make_optimizer, set_kernels
-from nova_video.training.transformer import Batch, TransformerTask, Variant
+from nova_video.training.transformer_task import Batch, TransformerTask, Variant
 
 PARTS = 10  # of the distribution of the numbers of revealed tokens
 

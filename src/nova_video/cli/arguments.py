@@ -281,7 +281,7 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluating(SamplingFlags):
+class EvaluateFlags(SamplingFlags):
     """The flags of every benchmark."""
 
     model: Annotated[str, arg(metavar="NAME")] = MODEL
@@ -299,7 +299,7 @@ class Evaluating(SamplingFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOwn(Evaluating):
+class EvaluateOwn(EvaluateFlags):
     """Run a benchmark of your own: nova evaluate my_bench:Bench. Samples that are in the folder are not made again."""
 
     benchmark: Annotated[Positional[str], arg(metavar="MODULE:CLASS")]
@@ -313,7 +313,7 @@ class EvaluateOwn(Evaluating):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluatingWorld(Evaluating):
+class EvaluateWorldFlags(EvaluateFlags):
     """The flags of the benchmarks in a world."""
 
     data: Annotated[Path, arg(metavar="FOLDER")] = Path("data/emoji")
@@ -323,7 +323,7 @@ class EvaluatingWorld(Evaluating):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateEmoji(EvaluatingWorld):
+class EvaluateEmoji(EvaluateWorldFlags):
     """Generate held-out combinations of the emoji world and measure exactly what their captions ask for."""
 
     output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-emoji")
@@ -337,7 +337,7 @@ class EvaluateEmoji(EvaluatingWorld):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateEditing(EvaluatingWorld):
+class EvaluateEditing(EvaluateWorldFlags):
     """Carry on, change and fill in real clips and pictures of the emoji world, and measure what comes of it."""
 
     output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-editing")
@@ -359,7 +359,7 @@ class EvaluateEditing(EvaluatingWorld):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateDrift(EvaluatingWorld):
+class EvaluateDrift(EvaluateWorldFlags):
     """Generate long clips of the emoji world and measure how they change in time, with and without each remedy."""
 
     output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")] = Path("runs/evaluate-drift")

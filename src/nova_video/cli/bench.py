@@ -16,13 +16,13 @@ from nova_video.pipeline.options import Options
 def run_bench_sample(args: BenchSample) -> None:
     """Each configuration in turn; one that fails has its error in its row, and the others go on."""
     from nova_video.bench.rows import as_lines, read_rows, record_row
-    from nova_video.bench.sample import Asked, check_work, measure
+    from nova_video.bench.sample import SampleSettings, check_work, measure
     from nova_video.common.devices import choose_device
     from nova_video.io.files import make_folder
 
     _check_profile(args)
     height, width = size_of(args.size)
-    asked = Asked(
+    asked = SampleSettings(
         preset=args.preset,
         batch=args.batch,
         frames=args.frames,

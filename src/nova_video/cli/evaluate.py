@@ -12,9 +12,9 @@ from nova_video.cli.arguments import (
     EvaluateDrift,
     EvaluateEditing,
     EvaluateEmoji,
+    EvaluateFlags,
     EvaluateOwn,
-    Evaluating,
-    EvaluatingWorld,
+    EvaluateWorldFlags,
 )
 from nova_video.cli.console import load_pipeline, progress_bar
 from nova_video.cli.flags import given_options, typed_words
@@ -128,17 +128,17 @@ def _own_benchmark(name: str) -> "Benchmark":
     return benchmark
 
 
-def _sampling(args: Evaluating) -> dict[str, Any]:
+def _sampling(args: EvaluateFlags) -> dict[str, Any]:
     """The arguments of a pipeline's call that were typed. None: not typed."""
     return dict.fromkeys(SAMPLING) | given_options(args, Options, SAMPLING)
 
 
-def _values(args: Evaluating, record: type[Any]) -> dict[str, Any]:
+def _values(args: EvaluateFlags, record: type[Any]) -> dict[str, Any]:
     """The fields of a record that are flags of the same name."""
     return {field.name: getattr(args, field.name) for field in fields(record) if hasattr(args, field.name)}
 
 
-def _open(args: EvaluatingWorld) -> "tuple[NovaPipeline, EmojiWorld]":
+def _open(args: EvaluateWorldFlags) -> "tuple[NovaPipeline, EmojiWorld]":
     """The model and the world it is measured on. All that can be checked is, before anything large is loaded."""
     from nova_video.common.devices import choose_device
     from nova_video.io.files import make_folder
@@ -163,6 +163,6 @@ def _progress() -> "Iterator[Progress]":
         yield on_progress
 
 
-def _command_line(name: str, args: Evaluating) -> str:
+def _command_line(name: str, args: EvaluateFlags) -> str:
     """The command that repeats this evaluation, without where it writes."""
     return shlex.join(["nova", "evaluate", name, *typed_words(args, Options, ("output", "benchmark"))])

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from tyro.conf import UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from nova_video.common.options import choices_of, facts_of, is_timed, key_of, kind_of, option_fields
+from nova_video.common.option_fields import choices_of, facts_of, is_timed, key_of, kind_of, option_fields
 
 
 def flag_fields(record: type[Any], names: Iterable[str] | None = None) -> list[tuple[str, Any, Any]]:

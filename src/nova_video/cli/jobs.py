@@ -1,6 +1,6 @@
 """Runs the generations of the command line: each becomes a file with a record of its making.
 
-`cli/generate.py` starts them. No heavy import before a command runs.
+`cli/generate_command.py` starts them. No heavy import before a command runs.
 """
 
 import contextlib

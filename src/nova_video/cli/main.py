@@ -44,7 +44,7 @@ from nova_video.cli.arguments import (
 from nova_video.cli.bench import run_bench_presets, run_bench_sample, run_bench_train
 from nova_video.cli.data import run_data_inspect, run_encode
 from nova_video.cli.evaluate import run_evaluate_drift, run_evaluate_editing, run_evaluate_emoji, run_evaluate_own
-from nova_video.cli.generate import run_edit, run_generate
+from nova_video.cli.generate_command import run_edit, run_generate
 from nova_video.cli.words import run_words
 from nova_video.common.errors import InputError, Terminated, first_line
 from nova_video.common.extras import install_command

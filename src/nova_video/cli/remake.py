@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from nova_video.cli.arguments import CommonFlags, Edit, Format, Generate
 from nova_video.cli.script import OPTIONS, TIMELINE_KEYS, check_value, field_of, is_off
-from nova_video.common.checks import shown
+from nova_video.common.checks import quote
 from nova_video.common.errors import InputError
-from nova_video.common.options import facts_of, option_fields
+from nova_video.common.option_fields import facts_of, option_fields
 from nova_video.common.timeline import is_timeline
 from nova_video.sampling.presets import SHARES, SpeedOptions
 
@@ -121,7 +121,7 @@ def _settings(path: Path, record: dict[str, Any], changes: dict[str, Any]) -> di
         if name in CHECKS:  # code is imported where the user names it, never where a file does
             if name not in changes:
                 raise InputError(
-                    f"{path} was made with the {key} {shown(value)}: expected --{key.replace('_', '-')} with it"
+                    f"{path} was made with the {key} {quote(value)}: expected --{key.replace('_', '-')} with it"
                 )
             continue
         if name not in kinds or name in NOT_RECORDED:

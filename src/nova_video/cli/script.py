@@ -24,9 +24,9 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from nova_video.cli.arguments import Generate
-from nova_video.common.checks import shown
+from nova_video.common.checks import quote
 from nova_video.common.errors import InputError
-from nova_video.common.options import aliases_of, is_timed, key_of, option_fields
+from nova_video.common.option_fields import aliases_of, is_timed, key_of, option_fields
 from nova_video.io.text import read_toml
 from nova_video.pipeline.options import Options
 
@@ -134,8 +134,8 @@ def check_value(where: str, value: Any, kind: Any) -> Any:
         return value
     accepted: tuple[type, ...] = {float: (int, float), Path: (str,)}.get(kind, (kind,))
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{where} is {shown(value)}: expected {KEY_KINDS[kind]}")
+        raise InputError(f"{where} is {quote(value)}: expected {KEY_KINDS[kind]}")
     try:
         return kind(value)
     except (OverflowError, ValueError):  # an integer of hundreds of digits, a path with NUL
-        raise InputError(f"{where} is {shown(value)}: expected {KEY_KINDS[kind]}") from None
+        raise InputError(f"{where} is {quote(value)}: expected {KEY_KINDS[kind]}") from None

@@ -40,7 +40,7 @@ def check_number(
     bound = f"{'more than' if above else 'at least'} {low:g}"
     bound += "" if high is None else f" and {'less than' if below else 'at most'} {_bound(high)}"
     raise InputError(
-        f"{name} is {shown(value)}: expected {'a whole number' if integer else 'a number'} of {bound}{hint}"
+        f"{name} is {quote(value)}: expected {'a whole number' if integer else 'a number'} of {bound}{hint}"
     )
 
 
@@ -51,7 +51,7 @@ def _bound(number: float) -> str:
 def check_whether(name: str, value: object) -> None:
     """`value` is True, False or None, or an InputError."""
     if value is not None and not isinstance(value, bool):
-        raise InputError(f"{name} is {shown(value)}: expected True or False")
+        raise InputError(f"{name} is {quote(value)}: expected True or False")
 
 
 def shorten(text: str, length: int = 200) -> str:
@@ -59,7 +59,7 @@ def shorten(text: str, length: int = 200) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def shown(value: object, length: int = 60) -> str:
+def quote(value: object, length: int = 60) -> str:
     """A value for a message, cut where it is long: integers may have more digits than Python writes."""
     try:
         text = repr(value)

@@ -24,7 +24,7 @@ NEW_PLACES = {
     "plan": "pipeline.plan",
     "record": "pipeline.record",
     "records": "pipeline.records",
-    "request": "pipeline.request common.options",
+    "request": "pipeline.request common.option_fields",
     "result": "pipeline.result",
     "saved_facts": "pipeline.saved_facts",
     "saving": "pipeline.saving",

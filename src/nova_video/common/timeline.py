@@ -11,7 +11,7 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any, Generic, TypeGuard, TypeVar
 
-from nova_video.common.checks import is_finite, shown
+from nova_video.common.checks import is_finite, quote
 from nova_video.common.errors import InputError
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class Timeline(Generic[T]):
             if not _is_pair(entry):
                 raise InputError(f"{name} has {entry!r} in its timeline: expected (seconds, value) pairs")
             if not (is_finite(entry[0]) and entry[0] >= 0):
-                time = f"{entry[0]:g}" if is_finite(entry[0]) else shown(entry[0])
+                time = f"{entry[0]:g}" if is_finite(entry[0]) else quote(entry[0])
                 raise InputError(f"{name} changes at {time} s: expected a time of at least 0")
         times = tuple(float(entry[0]) for entry in value)
         if times[0] != 0:

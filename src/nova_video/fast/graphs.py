@@ -2,8 +2,8 @@
 
 A set is a few hundred kernels of a few microseconds, and launching them one by one takes longer than running them.
 `CudaRecorder` is all that needs a GPU. `GraphRunner` belongs to a pipeline and is handed to the engine of every request
-(`engine.py`); `training_graphs.py` has training's. All graphs of a recorder share their memory: one is replayed at a
-time, in the order of the calls, whichever streams and threads those come from.
+(`fast_engine.py`); `training_graphs.py` has those of training. All graphs of a recorder share their memory: one is
+replayed at a time, in the order of the calls, whichever streams and threads those come from.
 """
 
 import logging
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nova_video.common.notices import warn_once
 from nova_video.fast.arrange import arrange_for_sampling
-from nova_video.fast.engine import Inputs
+from nova_video.fast.fast_engine import Inputs
 from nova_video.fast.known import fingerprint, patched_function, unknown_part
 from nova_video.model import NOVATransformer3DModel
 from nova_video.model.lora import adapter_state

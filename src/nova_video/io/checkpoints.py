@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from nova_video.common.checks import shown
+from nova_video.common.checks import quote
 from nova_video.common.errors import InputError
 
 PACKAGED_MODELS = Path(__file__).parents[1] / "models"
@@ -36,7 +36,7 @@ def resolve_checkpoint(
     Of the hub's, the parts named in `without` are left there.
     """
     if not isinstance(name_or_path, str | PathLike):
-        raise InputError(f"model is {shown(name_or_path)}: expected a folder or a hub id")
+        raise InputError(f"model is {quote(name_or_path)}: expected a folder or a hub id")
     if isinstance(name_or_path, str) and _is_packaged(name_or_path):
         return PACKAGED_MODELS / name_or_path
     if not str(name_or_path).strip():

@@ -34,7 +34,7 @@ class Engines:
         """How the sets of one call are computed. `offloaded`: parts of the pipeline take turns on the device."""
         device = execution_device(model)
         made = self.fp8_model(model, offloaded) if fp8 else model
-        fast = find_fast("engine") if compile else None
+        fast = find_fast("fast_engine") if compile else None
         if fast is None:
             return PlainEngine(made)
         if device.type != "cuda" or is_cast(made):  # blocks that cast their weights are called as they are

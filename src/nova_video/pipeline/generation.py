@@ -18,7 +18,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from nova_video.common.checks import shown
+from nova_video.common.checks import quote
 from nova_video.common.errors import InputError
 from nova_video.io.pixels import output_form
 from nova_video.io.prefetch import prefetch
@@ -297,7 +297,7 @@ def check_callback(callback: object) -> None:
     """Raises InputError for a callback that cannot be called."""
     if callback is not None and not callable(callback):
         raise InputError(
-            f"callback_on_step_end is {shown(callback)}: expected a function of (pipe, step, frame, tensors)"
+            f"callback_on_step_end is {quote(callback)}: expected a function of (pipe, step, frame, tensors)"
         )
 
 

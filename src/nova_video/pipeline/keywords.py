@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from nova_video.common.errors import InputError
-from nova_video.common.options import aliases_of
+from nova_video.common.option_fields import aliases_of
 
 OPEN_HINTS = {
     "custom_pipeline": "none: no code of a checkpoint is ever run",

@@ -1,8 +1,8 @@
 """The settings of one generation, each declared once: a new one is a field here and its use.
 
-Flags, keys of scripts, records, saved states and the JSON schema follow from the fields (`common/options.py`). None is
-the checkpoint's own default, where help says nothing else. `GenerateRequest` adds what is not a number or a word:
-prompts and media. The settings of a preset are in `sampling/presets.py`. Nothing heavy is imported.
+Flags, keys of scripts, records, saved states and the JSON schema follow from the fields (`common/option_fields.py`).
+None is the checkpoint's own default, where help says nothing else. `GenerateRequest` adds what is not a number or a
+word: prompts and media. The settings of a preset are in `sampling/presets.py`. Nothing heavy is imported.
 
 A part that users may write themselves is a setting whose value is its name, or `module:Name` (`common/extensions.py`).
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nova_video.common.checks import LIMITS
-from nova_video.common.options import Number, check_options, option, with_aliases
+from nova_video.common.option_fields import Number, check_options, option, with_aliases
 from nova_video.sampling.presets import PresetName, SpeedOptions
 
 OWN = "the model's own"

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nova_video.autoencoders import adapt
-from nova_video.common.checks import shown
+from nova_video.common.checks import quote
 from nova_video.common.errors import InputError
 from nova_video.common.fast_parts import require_fast
-from nova_video.common.options import Number
+from nova_video.common.option_fields import Number
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.adapters import AdapterMixin
 from nova_video.pipeline.call_parts import Parts
@@ -384,7 +384,7 @@ class NovaPipeline(AdapterMixin, MemoryMixin, StorageMixin):
         )
         own = self.execution_device
         if device is not None and not _is_device(device, own):
-            raise InputError(f"device is {shown(device)}: expected {own}, where the pipeline is, or None")
+            raise InputError(f"device is {quote(device)}: expected {own}, where the pipeline is, or None")
         request = GenerateRequest(
             prompt=prompt, negative_prompt=negative_prompt, num_images_per_prompt=num_images_per_prompt
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nova_video.common.checks import LIMITS, check_number
 from nova_video.common.errors import InputError
-from nova_video.common.options import check_option, option_fields, values_of
+from nova_video.common.option_fields import check_option, option_fields, values_of
 from nova_video.common.timeline import Timeline
 from nova_video.io.inputs import InputClip
 from nova_video.model import RANDOM_ORDER, Order

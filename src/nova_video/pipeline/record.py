@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nova_video import __version__
-from nova_video.common.options import facts_of, key_of, option_fields
+from nova_video.common.option_fields import facts_of, key_of, option_fields
 from nova_video.model.lora import active_adapters
 from nova_video.pipeline.options import Options
 from nova_video.pipeline.own_parts import part_names

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union
 
-from nova_video.common.checks import is_finite, shorten, shown
+from nova_video.common.checks import is_finite, quote, shorten
 from nova_video.common.errors import InputError
 
 T = TypeVar("T")
@@ -18,12 +18,12 @@ MOST = 2**64
 def read_record(kind: type[T], values: object, where: str) -> T:
     """The dataclass that `values` describe; InputError names the key that is wrong."""
     if not isinstance(values, dict):
-        raise InputError(f"{where} is {shown(values)}: expected an object")
+        raise InputError(f"{where} is {quote(values)}: expected an object")
     hints = typing.get_type_hints(kind)
     known = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind))}
     for key in values:
         if key not in known:
-            raise InputError(f"{where} has the key {shown(key)}: expected one of {shorten(', '.join(known))}")
+            raise InputError(f"{where} has the key {quote(key)}: expected one of {shorten(', '.join(known))}")
     for key, field in known.items():
         if key not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise InputError(f"{where} lacks {key}: expected it")
@@ -50,20 +50,20 @@ def read_value(hint: Any, value: object, where: str) -> Any:
     if origin in (tuple, Sequence):
         several = origin is Sequence or arguments[-1] is ...
         if not isinstance(value, list) or not (several or len(arguments) == len(value)):
-            raise InputError(f"{where} is {shown(value)}: expected a list")
+            raise InputError(f"{where} is {quote(value)}: expected a list")
         each = arguments[:1] * len(value) if several else arguments
         return tuple(read_value(kind, item, where) for kind, item in zip(each, value, strict=True))
     if origin is dict:
         if not isinstance(value, dict):
-            raise InputError(f"{where} is {shown(value)}: expected an object")
+            raise InputError(f"{where} is {quote(value)}: expected an object")
         return {key: read_value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is Literal:
         if value not in arguments:
-            raise InputError(f"{where} is {shown(value)}: expected one of {', '.join(map(str, arguments))}")
+            raise InputError(f"{where} is {quote(value)}: expected one of {', '.join(map(str, arguments))}")
         return value
     if hint is float and type(value) in (int, float) and is_finite(value):
         return float(typing.cast(float, value))
     if hint is not float and type(value) is hint and not (hint is int and abs(typing.cast(int, value)) >= MOST):
         return value
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
-    raise InputError(f"{where} is {shown(value)}: expected {names.get(hint, hint)}")
+    raise InputError(f"{where} is {quote(value)}: expected {names.get(hint, hint)}")

@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from nova_video.common.checks import LIMITS, shown
+from nova_video.common.checks import LIMITS, quote
 from nova_video.common.errors import InputError, MediaError
-from nova_video.common.options import facts_of, json_schema, option, option_fields, with_aliases
+from nova_video.common.option_fields import facts_of, json_schema, option, option_fields, with_aliases
 from nova_video.common.timeline import Timeline, is_timeline
 from nova_video.io.decode import upright_srgb
 from nova_video.io.inputs import InputClip, masks_of, read_clips, read_masks
@@ -118,8 +118,8 @@ class GenerateRequest(Options):
         )
         taken = amount_of(height * width * frames * pictures * PIXEL_BYTES)
         raise InputError(
-            f"{name} is {shown(value)}: expected a whole number of at least 1 and at most {high:,.0f}; of"
-            f" {shown(width, 20)}x{shown(height, 20)} pixels, that would have taken {taken} of memory"
+            f"{name} is {quote(value)}: expected a whole number of at least 1 and at most {high:,.0f}; of"
+            f" {quote(width, 20)}x{quote(height, 20)} pixels, that would have taken {taken} of memory"
         )
 
     def _check_rule(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nova_video.common.checks import LIMITS, check_number, shown
+from nova_video.common.checks import LIMITS, check_number, quote
 from nova_video.common.errors import InputError
 from nova_video.model.masking import set_sizes_of
 from nova_video.pipeline.call_parts import Parts
@@ -77,7 +77,7 @@ def check_facts(facts: SavedFacts, tensors: dict[str, Tensor], parts: Parts) -> 
     expected = _TensorCheck(facts, tensors, parts)
     for name in tensors:
         if name not in expected.shapes:
-            raise InputError(f"its tensor {shown(name)} belongs to nothing in it: expected another generation's file")
+            raise InputError(f"its tensor {quote(name)} belongs to nothing in it: expected another generation's file")
     for name, (shape, dtypes) in expected.shapes.items():
         if name not in tensors:
             if name in expected.optional:
@@ -103,7 +103,7 @@ def _check_numbers(facts: SavedFacts) -> None:
     if facts.passes != plan.passes:
         raise InputError(f"its passes are {facts.passes}: expected {plan.passes}, those of its plan's guidance")
     if facts.output_type not in OUTPUT_TYPES:
-        raise InputError(f"its output_type is {shown(facts.output_type)}: expected one of {', '.join(OUTPUT_TYPES)}")
+        raise InputError(f"its output_type is {quote(facts.output_type)}: expected one of {', '.join(OUTPUT_TYPES)}")
     if facts.bare and plan.batch != 1:
         raise InputError(f"its bare is true with {plan.batch} clips: expected one")
     for name, count in (("generators", len(facts.generators)), ("seeds", len(facts.seeds))):
@@ -129,13 +129,13 @@ def _check_places(facts: SavedFacts) -> None:
         before = segment.start
     for name in facts.given:
         if not name.isdecimal() or (frames is not None and int(name) >= frames) or int(name) < facts.done:
-            raise InputError(f"its given frame is {shown(name)}: expected frames that are not done")
+            raise InputError(f"its given frame is {quote(name)}: expected frames that are not done")
     check_number("its cached_segment", facts.cached_segment, 0, integer=True, high=len(facts.segments), below=True)
     cached = facts.cached or ()
     most = LIMITS.frames if facts.cached is None else len(cached)  # it is left as it was when the cache is emptied
     check_number("its built", facts.built, 0, integer=True, high=most)
     if list(cached) != sorted(set(cached)) or any(not 0 <= frame < facts.done for frame in cached):
-        raise InputError(f"its cached frames are {shown(list(cached))}: expected finished frames, in order")
+        raise InputError(f"its cached frames are {quote(list(cached))}: expected finished frames, in order")
     if len(cached) + 1 > plan.context.slots(frames):
         raise InputError(f"its cached frames are {len(cached)}: expected fewer than its context has places")
     if facts.reference is not None:
@@ -210,7 +210,7 @@ class _TensorCheck:
         check_number("its open frame's known", frame.known, 0, integer=True, high=self.tokens)
         check_number("its open frame's sets", frame.sets, 0, integer=True, high=max(len(frame.sizes) - 1, 0))
         if any(size < 1 for size in frame.sizes) or frame.known + sum(frame.sizes) != self.tokens:
-            counts = shown(list(frame.sizes))
+            counts = quote(list(frame.sizes))
             raise InputError(f"its open frame's sizes are {counts}: expected {self.tokens} tokens in all")
         if str(facts.done) not in facts.given and frame.known:
             raise InputError(f"its open frame's known is {frame.known}: expected 0, nothing is given of the frame")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nova_video.common.checks import shown
+from nova_video.common.checks import quote
 from nova_video.common.errors import InputError, first_line
 from nova_video.io.files import atomic_path
 from nova_video.io.text import parse_json
@@ -178,7 +178,7 @@ def _restore(
         state.open = OpenFrame(**held, num_given=facts.open.known, sizes=list(facts.open.sizes), sets=facts.open.sets)
         if state.open.sizes != state.sizes(state.done):
             sizes = state.sizes(state.done)
-            raise InputError(f"its open frame's sizes are {shown(state.open.sizes)}: expected {shown(sizes)}")
+            raise InputError(f"its open frame's sizes are {quote(state.open.sizes)}: expected {quote(sizes)}")
     bring(model)
     restore_context(model, state)
     progress = RequestProgress(
@@ -204,7 +204,7 @@ def _generator(place: str, state: Tensor, device: torch.device) -> torch.Generat
         generator = torch.Generator(place)
         generator.set_state(state)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"its generator on {shown(place)} cannot be restored: {first_line(error)}") from None
+        raise InputError(f"its generator on {quote(place)} cannot be restored: {first_line(error)}") from None
     return generator
 
 
@@ -212,7 +212,7 @@ def read_notes(path: str | Path) -> dict[str, Any]:
     """The `Generation.notes` in a file, without the model."""
     notes = load_file_facts(Path(path))[0].get("notes")
     if not isinstance(notes, dict):
-        raise InputError(f"{path} has {shown(notes)} for notes: expected an object")
+        raise InputError(f"{path} has {quote(notes)} for notes: expected an object")
     return notes
 
 
@@ -230,12 +230,12 @@ def load_file_facts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if facts.get("format") != FORMAT:
         older = facts.get("format") == 1
         instead = "finish it with nova-video 0.1, or start anew" if older else "this version's"
-        raise InputError(f"{path} was saved in format {shown(facts.get('format'))}: expected {FORMAT}, {instead}")
+        raise InputError(f"{path} was saved in format {quote(facts.get('format'))}: expected {FORMAT}, {instead}")
     return facts, tensors
 
 
 def _word(value: object) -> str:
-    return value if isinstance(value, str) and len(value) < 40 else shown(value)
+    return value if isinstance(value, str) and len(value) < 40 else quote(value)
 
 
 def _by_number(name: str, tensors: dict[str, Tensor]) -> dict[int, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nova_video.common.errors import InputError
-from nova_video.common.options import aliases_of, check_options, option_fields, with_aliases
+from nova_video.common.option_fields import aliases_of, check_options, option_fields, with_aliases
 from nova_video.io.checkpoints import find_beside
 from nova_video.io.text import decode_text, parse_json
 from nova_video.pipeline.options import Options

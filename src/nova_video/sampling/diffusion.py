@@ -3,7 +3,7 @@
 The denoiser is token-wise, so only the set's tokens are computed. Random numbers are still drawn for the full frame and
 the set's are picked out: that is what makes a seed give the released implementation's picture. All of a set's are drawn
 before it is denoised, in the order in which the steps use them; what is left is a function of tensors, which an engine
-(`engine.py`) may call or capture.
+(`fast/fast_engine.py`) may call or capture.
 
 Legend: B batch, N guidance passes, L tokens of a frame, S tokens of the set, P values of a token, K steps.
 """

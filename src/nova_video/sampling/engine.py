@@ -1,6 +1,6 @@
 """How the pieces of one set are computed: the `Engine` protocol, and `PlainEngine`, which calls the model step by step.
 
-`generate.py` is the one loop over every engine. `fast/engine.py` has one that gives the same numbers faster.
+`generate.py` is the one loop over every engine. `fast/fast_engine.py` has one that gives the same numbers faster.
 
 Legend: B batch, N guidance passes, L tokens of a frame, V of them revealed, S tokens of the set, Lc temporal tokens of
 the frame, D width, P values of a token.

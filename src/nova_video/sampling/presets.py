@@ -7,7 +7,7 @@ costs, in scores and in distance from the exact result, `nova bench presets` mea
 from dataclasses import dataclass
 from typing import Literal
 
-from nova_video.common.options import check_options, option
+from nova_video.common.option_fields import check_options, option
 
 PresetName = Literal["exact", "balanced", "fast"]
 Solver = Literal["own", "dpm++"]

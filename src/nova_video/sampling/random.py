@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nova_video.common.checks import shown
+from nova_video.common.checks import quote
 from nova_video.common.errors import InputError
 from nova_video.model import patchify
 
@@ -71,6 +71,6 @@ def make_generators(
         return [given]
     generators = list(given) if isinstance(given, Sequence) else []
     if len(generators) not in (1, batch) or not all(isinstance(one, torch.Generator) for one in generators):
-        got = f"a list of {len(generators)}" if isinstance(given, Sequence) else shown(given)
+        got = f"a list of {len(generators)}" if isinstance(given, Sequence) else quote(given)
         raise InputError(f"generator: got {got}: expected one, or {batch}, one a picture")
     return generators

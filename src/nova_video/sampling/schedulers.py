@@ -19,7 +19,7 @@ from diffusers import (
     SchedulerMixin,
 )
 
-from nova_video.common.checks import shown
+from nova_video.common.checks import quote
 from nova_video.common.errors import InputError
 
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
@@ -75,7 +75,7 @@ class TrainedNoise:
 def check_scheduler(scheduler: Any, trained: TrainedNoise) -> None:
     """Raises InputError if the scheduler does not step along the noise schedule that the weights were trained with."""
     if not isinstance(scheduler, SchedulerMixin):
-        raise InputError(f"scheduler is {shown(scheduler)}: expected one of diffusers' schedulers")
+        raise InputError(f"scheduler is {quote(scheduler)}: expected one of diffusers' schedulers")
     name, config = type(scheduler).__name__, scheduler.config
     fitting: tuple[str, ...] = (*FLOW, *SOLVERS) if trained.is_flow else (*DIFFUSION, *SOLVERS)
     if trained.prediction in ("epsilon", "v_prediction"):

@@ -13,7 +13,7 @@ from nova_video.pipeline.model_card import card_facts
 from nova_video.training.checkpoint import TrainingProgress
 from nova_video.training.log import DETAILS
 from nova_video.training.recipe import TransformerRun
-from nova_video.training.segments import Segment, recipe_changes
+from nova_video.training.segments import RunSegment, recipe_changes
 from nova_video.training.task import Task
 
 SHEET = "samples.png"
@@ -27,7 +27,7 @@ class Record:
     """The facts about the steps that made the weights."""
 
     progress: TrainingProgress
-    segments: Sequence[Segment]
+    segments: Sequence[RunSegment]
     """The last one is that of the newest steps."""
     numbers: dict[str, float]
     """The newest that were logged, by name."""
@@ -116,7 +116,7 @@ def _segments(record: Record) -> list[str]:
     return [*lines, ""]
 
 
-def _recipe_names(segments: Sequence[Segment]) -> list[str]:
+def _recipe_names(segments: Sequence[RunSegment]) -> list[str]:
     return [*(f"recipe-{number:04d}.toml" for number in range(len(segments) - 1)), RECIPE]
 
 

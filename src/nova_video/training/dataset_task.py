@@ -61,7 +61,7 @@ from nova_video.training.stream import (
     open_loader,
     state_of,
 )
-from nova_video.training.transformer import (
+from nova_video.training.transformer_task import (
     Batch,
     Material,
     TransformerTask,

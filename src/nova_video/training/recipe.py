@@ -14,10 +14,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from nova_video.common.checks import AttentionKernels, check_local, check_number, shown
+from nova_video.common.checks import AttentionKernels, check_local, check_number, quote
 from nova_video.common.errors import InputError, first_line, unknown
 from nova_video.common.extensions import load_extension
-from nova_video.common.options import without_aliases
+from nova_video.common.option_fields import without_aliases
 from nova_video.io.text import read_toml
 from nova_video.pipeline.settings import Defaults
 
@@ -380,7 +380,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     kind = recipe.kind
     recipe, left = tyro.cli(type(recipe), default=recipe, args=overrides, prog="nova train", return_unknown_args=True)
     if recipe.kind != kind:
-        raise InputError(f"--kind is {shown(recipe.kind)}: expected {kind!r}, as in {path}")
+        raise InputError(f"--kind is {quote(recipe.kind)}: expected {kind!r}, as in {path}")
     if left and not left[0].startswith("-"):
         raise InputError(f"argument {left[0]!r} is one too many: expected a setting and its value")
     if left:
@@ -409,7 +409,7 @@ def build_recipe(values: dict[str, Any], where: str) -> Recipe:
     elif isinstance(kind, str) and kind in KINDS:
         found = resolve_name(KINDS[kind].recipe)
     else:
-        raise InputError(f"{where}: kind is {shown(kind)}, expected one of {', '.join(KINDS)}, or module:Class")
+        raise InputError(f"{where}: kind is {quote(kind)}, expected one of {', '.join(KINDS)}, or module:Class")
     return _build(found, values | {"kind": kind}, where)
 
 
@@ -456,14 +456,14 @@ def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
     for key in values:
         if key not in known:
             near = "".join(f" (is it {name}?)" for name in get_close_matches(key, known, 1))
-            raise InputError(f"{where}: unknown key {shown(key)}{near}; expected one of {', '.join(known)}")
+            raise InputError(f"{where}: unknown key {quote(key)}{near}; expected one of {', '.join(known)}")
     return kind(**{key: _convert(known[key], value, f"{where}: {key}") for key, value in values.items()})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise InputError(f"{where} is {shown(value)}, expected a table")
+            raise InputError(f"{where} is {quote(value)}, expected a table")
         return _build(typing.cast(type[Any], hint), value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if type(None) in arguments:  # what may be absent is written only where it is not
@@ -472,18 +472,18 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         kinds = arguments[:1] * len(value) if isinstance(value, list) and arguments[-1] is Ellipsis else arguments
         if not isinstance(value, list) or len(kinds) != len(value):
             several = "" if arguments[-1:] == (Ellipsis,) else f" of {len(arguments)}"
-            raise InputError(f"{where} is {shown(value)}, expected a list{several}")
+            raise InputError(f"{where} is {quote(value)}, expected a list{several}")
         return tuple(_convert(each, item, where) for each, item in zip(kinds, value, strict=True))
     if origin is Literal:
         if value not in arguments:
-            raise InputError(f"{where} is {shown(value)}, expected one of {', '.join(map(repr, arguments))}")
+            raise InputError(f"{where} is {quote(value)}, expected one of {', '.join(map(repr, arguments))}")
         return value
     if hint is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     if type(value) is not hint:
-        raise InputError(f"{where} is {shown(value)}, expected {getattr(hint, '__name__', hint)}")
+        raise InputError(f"{where} is {quote(value)}, expected {getattr(hint, '__name__', hint)}")
     if isinstance(value, str) and "\0" in value:
-        raise InputError(f"{where} is {shown(value)}: expected text without a NUL character")
+        raise InputError(f"{where} is {quote(value)}: expected text without a NUL character")
     return value
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from nova_video.common.options import facts_of, is_option
+from nova_video.common.option_fields import facts_of, is_option
 from nova_video.training.recipe import Recipe
 
 

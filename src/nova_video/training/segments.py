@@ -17,7 +17,7 @@ SEGMENTS = "segments.jsonl"
 
 
 @dataclass(frozen=True)
-class Segment:
+class RunSegment:
     """The settings of the steps from `step` to the next segment."""
 
     step: int
@@ -30,56 +30,56 @@ class Segment:
     devices: str = ""
 
 
-def read_segments(output: Path) -> list[Segment]:
+def read_segments(output: Path) -> list[RunSegment]:
     """The recorded segments; of a run of an older version, which recorded none, the one its `recipe.toml` tells of."""
-    path, found = output / SEGMENTS, list[Segment]()
+    path, found = output / SEGMENTS, list[RunSegment]()
     if not path.exists():
         try:
             load_recipe(output / "recipe.toml")
         except InputError:  # of another version, or gone
             return []
-        return [Segment(0, (output / "recipe.toml").read_text(encoding="utf-8"))]
-    kinds = {part.name: part.type for part in fields(Segment)}
+        return [RunSegment(0, (output / "recipe.toml").read_text(encoding="utf-8"))]
+    kinds = {part.name: part.type for part in fields(RunSegment)}
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             values = json.loads(line)
             if not isinstance(values, dict) or any(type(values[name]) is not kind for name, kind in kinds.items()):
                 raise ValueError("a line is no segment")
-            found.append(Segment(**{name: values[name] for name in kinds}))
+            found.append(RunSegment(**{name: values[name] for name in kinds}))
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): expected it as the run wrote it, or another output") from error
     return found
 
 
-def begin_segment(segments: Sequence[Segment], new: Segment) -> list[Segment]:
+def begin_segment(segments: Sequence[RunSegment], new: RunSegment) -> list[RunSegment]:
     """The segments of a run that goes on with `new`: steps from its first on are taken anew."""
     kept = [segment for segment in segments if segment.step < new.step]
     if not kept:
         return [new]
     last = kept[-1]
     if not last.learned_from and not data_changes(last, new):  # of an older version, and the same as far as known
-        last = Segment(last.step, last.recipe, new.learned_from, new.data, new.devices)
+        last = RunSegment(last.step, last.recipe, new.learned_from, new.data, new.devices)
     same = (last.learned_from, last.data, last.devices) == (new.learned_from, new.data, new.devices)
     if same and not recipe_changes(last, new):
         return [*kept[:-1], last]
     return [*kept[:-1], last, new]
 
 
-def write_segments(output: Path, segments: Sequence[Segment]) -> None:
+def write_segments(output: Path, segments: Sequence[RunSegment]) -> None:
     with atomic_path(output / SEGMENTS) as aside:
         aside.write_text("".join(f"{json.dumps(asdict(segment))}\n" for segment in segments), encoding="utf-8")
 
 
-def recipe_changes(before: Segment, after: Segment) -> dict[str, tuple[object, object]]:
+def recipe_changes(before: RunSegment, after: RunSegment) -> dict[str, tuple[object, object]]:
     """Settings that differ, by key: what they were and what they are."""
     where = "a recorded segment"
     return changes(parse_recipe(before.recipe, where), parse_recipe(after.recipe, where))
 
 
-def data_changes(before: Segment, after: Segment) -> list[str]:
+def data_changes(before: RunSegment, after: RunSegment) -> list[str]:
     """Settings that say what is learned from and differ."""
     return [key for key in recipe_changes(before, after) if key.startswith(("data.", "dataset."))]
 
 
-def recipe_of(segment: Segment) -> Recipe:
+def recipe_of(segment: RunSegment) -> Recipe:
     return parse_recipe(segment.recipe, "a recorded segment")

@@ -43,7 +43,7 @@ from nova_video.training.flops import device_peak
 from nova_video.training.log import DueEvals, Log
 from nova_video.training.processes import Processes, model_shards
 from nova_video.training.recipe import KINDS, Recipe, TransformerRun, changes, load_recipe, own_task, recipe_toml
-from nova_video.training.segments import Segment, begin_segment, read_segments, write_segments
+from nova_video.training.segments import RunSegment, begin_segment, read_segments, write_segments
 from nova_video.training.stepper import Stepper, Throughput, learning_rate, make_optimizer, set_kernels, set_rate
 from nova_video.training.task import Task
 
@@ -154,7 +154,7 @@ class Run:
         text, output = recipe_toml(self.recipe), self.output
         if not self.finished or not self.segments:
             here = (self.task.learned_from(), self.task.data_identity(), describe_devices(self.processes))
-            self.segments = begin_segment(self.segments, Segment(self.step, text, *here))
+            self.segments = begin_segment(self.segments, RunSegment(self.step, text, *here))
         else:  # a finished run, whose recipe differs only in settings that change nothing of what was learned
             self.segments = [*self.segments[:-1], replace(self.segments[-1], recipe=text)]
         if self.processes.is_main:

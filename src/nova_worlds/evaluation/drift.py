@@ -29,8 +29,8 @@ from nova_worlds.evaluation.world_benchmark import (
     LongSettings,
     Origin,
     Sample,
+    SampleSheet,
     SamplingSettings,
-    Sheet,
     check_judge,
     fill,
     in_words,
@@ -167,10 +167,10 @@ class DriftReport:
     samples: dict[str, list[Sample]] = field(repr=False)
     """The first clips of every source."""
 
-    def sheets(self) -> dict[str, Sheet]:
+    def sheets(self) -> dict[str, SampleSheet]:
         """Each clip as every source shows it."""
         clips = zip(*self.samples.values(), strict=True)
-        return {"sheet": Sheet([sample for clip in clips for sample in clip], SHEET_FRAMES)}
+        return {"sheet": SampleSheet([sample for clip in clips for sample in clip], SHEET_FRAMES)}
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the samples."""

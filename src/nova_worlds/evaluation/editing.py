@@ -25,8 +25,8 @@ from nova_worlds.evaluation.world_benchmark import (
     LongSettings,
     Origin,
     Sample,
+    SampleSheet,
     SamplingSettings,
-    Sheet,
     check_judge,
     reconstruct,
 )
@@ -70,7 +70,7 @@ class PartReport:
     """Rates of the generated clips, by table, row and score."""
     seconds: float
     """Time of generating alone."""
-    sheet: Sheet = field(repr=False)
+    sheet: SampleSheet = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the sheet."""
@@ -98,7 +98,7 @@ class EditingReport:
     origin: Origin
     parts: dict[PartName, PartReport]
 
-    def sheets(self) -> dict[str, Sheet]:
+    def sheets(self) -> dict[str, SampleSheet]:
         return {name: part.sheet for name, part in self.parts.items()}
 
     def as_json(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def evaluate_part(
             for table, rows in tables.items()
         },
         seconds=seconds,
-        sheet=Sheet(samples, part.sheet_frames),
+        sheet=SampleSheet(samples, part.sheet_frames),
     )
 
 

@@ -23,8 +23,8 @@ from nova_worlds.evaluation.world_benchmark import (
     EvaluatedPipeline,
     Origin,
     Sample,
+    SampleSheet,
     SamplingSettings,
-    Sheet,
     as_frames,
     check_judge,
     describe,
@@ -80,8 +80,8 @@ class EmojiReport:
     """By REAL, RECONSTRUCTED (where there is an autoencoder) and GENERATED."""
     samples: list[Sample] = field(repr=False)
 
-    def sheets(self) -> dict[str, Sheet]:
-        return {"sheet": Sheet(self.samples)}
+    def sheets(self) -> dict[str, SampleSheet]:
+        return {"sheet": SampleSheet(self.samples)}
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the samples."""

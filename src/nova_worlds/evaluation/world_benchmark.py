@@ -116,7 +116,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class SampleSheet:
     """Samples to look at together."""
 
     samples: list[Sample]
@@ -129,7 +129,7 @@ class Report(Protocol):
 
     def as_json(self) -> dict[str, Any]: ...
 
-    def sheets(self) -> dict[str, Sheet]:
+    def sheets(self) -> dict[str, SampleSheet]:
         """By name."""
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 from PIL import Image
 
 from nova_video.common.errors import InputError
-from nova_worlds.rendering.prepare import SCORE_CLIPS, Picture, write_world
+from nova_worlds.rendering.prepare import SCORE_CLIPS, WorldPicture, write_world
 from nova_worlds.rendering.world import EmojiWorld
 
 # emojibase's group numbers and keys, by the set they belong to.
@@ -45,7 +45,7 @@ def prepare_emoji(
                 picture = image.convert("RGBA")
         except OSError as error:
             raise InputError(f"{file} is not a picture that can be read: {error}") from error
-        pictures.append(Picture(label, groups[group], code_point, picture))
+        pictures.append(WorldPicture(label, groups[group], code_point, picture))
     if not pictures:
         raise InputError(f"{names} names none of the {len(files)} pictures in {art}: expected files like 1f433.webp")
     return write_world(pictures, output, set, _art_notice(art), score_clips)

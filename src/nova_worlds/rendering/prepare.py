@@ -29,7 +29,7 @@ SCORE_SEED = 0
 
 
 @dataclass(frozen=True)
-class Picture:
+class WorldPicture:
     """One object: its name and its art, RGBA of any size."""
 
     name: str
@@ -38,7 +38,9 @@ class Picture:
     art: Image.Image
 
 
-def write_world(pictures: Sequence[Picture], output: Path, set_name: str, art: str, score_clips: int) -> EmojiWorld:
+def write_world(
+    pictures: Sequence[WorldPicture], output: Path, set_name: str, art: str, score_clips: int
+) -> EmojiWorld:
     """Write the prepared folder at once or not at all; returns the world as written, on the CPU.
 
     The motion table is measured on `score_clips` clips for every (motion, speed, size bucket).

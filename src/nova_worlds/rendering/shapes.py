@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from nova_worlds.rendering.prepare import Picture, write_world
+from nova_worlds.rendering.prepare import WorldPicture, write_world
 from nova_worlds.rendering.world import EmojiWorld
 
 SIDE = 256
@@ -35,7 +35,7 @@ class Shape:
 
 def prepare_shapes(output: Path, score_clips: int = SCORE_CLIPS) -> EmojiWorld:
     """Prepare a world of ten shapes in `output`."""
-    pictures = [Picture(name, "shapes", "", draw(shape)) for name, shape in _shapes().items()]
+    pictures = [WorldPicture(name, "shapes", "", draw(shape)) for name, shape in _shapes().items()]
     return write_world(pictures, output, "shapes", "shapes drawn by nova-video, Apache-2.0", score_clips)
 
 

@@ -20,7 +20,7 @@ from nova_video.text.features import encode_batch
 from nova_video.text.load import load_text_encoder
 from nova_video.text.vocabulary import Vocabulary
 from nova_video.training.task import LossParts
-from nova_video.training.transformer import (
+from nova_video.training.transformer_task import (
     Batch,
     Material,
     TransformerTask,

@@ -35,7 +35,7 @@ from nova_video.cli.remake import describe_inputs, warn_of_changes, with_record
 from nova_video.cli.script import OPTIONS, TIMELINE_KEYS, with_script
 from nova_video.common.checks import LIMITS, check_number
 from nova_video.common.errors import InputError
-from nova_video.common.options import key_of
+from nova_video.common.option_fields import key_of
 from nova_video.io.text import read_text
 from nova_video.pipeline.options import Options
 

@@ -17,7 +17,7 @@ from operator import attrgetter
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from nova_video.common.checks import check_number, check_whether, shown
+from nova_video.common.checks import check_number, check_whether, quote
 from nova_video.common.errors import InputError
 from nova_video.common.timeline import Timeline
 
@@ -59,7 +59,7 @@ class Option:
         if choices := choices_of(kind):
             if value not in choices:
                 listed = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
-                raise InputError(f"{name} is {shown(value)}: expected {listed}{self.hint}")
+                raise InputError(f"{name} is {quote(value)}: expected {listed}{self.hint}")
         elif kind is bool:
             check_whether(name, value)
         elif self.low is not None and not (self.endless and isinstance(value, float) and value == math.inf):
@@ -142,7 +142,7 @@ def without_aliases(record: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         if found.get(name) not in (None, option_fields(record)[name].default, value):
-            raise InputError(f"got {name} {shown(found[name])} and {alias} {shown(value)}: expected one of them")
+            raise InputError(f"got {name} {quote(found[name])} and {alias} {quote(value)}: expected one of them")
         found[name] = value
     return found
 

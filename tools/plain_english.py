@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("src", "tools", "examples")
 RECORD = Path(__file__).with_suffix(".json")
 MOST_WORDS = 20
-OPENING = re.compile(r"(Of|What|Whether|The same|As|That)\b")
+OPENING = re.compile(r"(Of|What|Whether|The same|As|That|Those)\b")
 IRREGULAR = re.compile(
     r"asked|begun|broken|built|chosen|come|done|drawn|fallen|felt|found|given|gone|heard|held|hidden|kept|known|laid|left"
     r"|lost|made|meant|met|said|seen|sent|shown|spent|spoken|taken|told|thrown|unsaid|written"

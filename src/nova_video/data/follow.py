@@ -101,7 +101,7 @@ class Counts:
 
     @property
     def described(self) -> str:
-        """Those that there are, in words."""
+        """All counts above zero, in words."""
         return ", ".join(f"{number} {name}" for name, number in vars(self).items() if number)
 
 

@@ -40,7 +40,7 @@ class CheckedDataset:
     """Rows and problems of all shards."""
 
     shards: dict[Bucket, list[Shard]]
-    """Those without problems."""
+    """Shards without problems."""
     problems: dict[str, list[str]]
     """Shard, or the dataset's place -> what is wrong with it."""
 
@@ -57,7 +57,7 @@ class SampleComparison:
     decoded: NDArray[np.uint8]
     """(F, H, W, 3)."""
     source: NDArray[np.uint8] | None
-    """Those frames of the source; None: it is not there."""
+    """(F, H, W, 3), these frames of the source; None if the source is not there."""
 
     @property
     def psnr(self) -> float | None:

@@ -33,7 +33,7 @@ class FrameDecoder:
         scaled = [unscale_latents(vae.vae, state.frames[frame].to(vae.dtype)) for frame in before]
         self.pieces = StreamDecoder(vae, scaled, decoded=self.pushed)
         self.first_pixel = plan.first_pixel(self.pushed)
-        """Of the next piece."""
+        """The first pixel frame of the next piece."""
 
     @property
     def first_needed(self) -> int:

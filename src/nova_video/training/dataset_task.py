@@ -189,7 +189,7 @@ class DatasetTask(TransformerTask):
         return found
 
     def _defaults(self) -> Defaults:
-        """Those of the recipe if it has any; else of `init`, for clips as they are here."""
+        """Defaults of the recipe if it has any; else of `init`, for clips as they are here."""
         if self.recipe.defaults != Defaults():
             return self.recipe.defaults
         start = (

@@ -55,7 +55,7 @@ class SamplingSettings:
         return {name: getattr(self, name) for name in names}
 
     def generators(self, numbers: Iterable[int]) -> list[torch.Generator]:
-        """Those of the clips of these numbers."""
+        """One generator for each clip number, from the seed and the number."""
         return [torch.Generator().manual_seed(self.seed + number) for number in numbers]
 
 

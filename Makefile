@@ -81,7 +81,7 @@ clean:
 	touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --quiet --editable '.[train,data,eval,demo,docs,lowmem,dev]'
+	$(PIP) --quiet --editable '.[train,data,eval,demo,docs,lowmem,serve,ray,page,dev]'
 	touch $@ .venv/.demo
 
 .venv/.site: pyproject.toml constraints.txt | .venv/bin/python

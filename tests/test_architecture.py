@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "data": "common io model autoencoders sampling fast text pipeline",
     "training": "common io model autoencoders sampling fast text pipeline data",
     "evaluation": "common io model autoencoders sampling fast text pipeline",
+    "serving": "common io model autoencoders sampling fast text pipeline data",
     "bench": "common io model autoencoders sampling fast text pipeline data training",
     "nova_worlds": "common io model autoencoders sampling fast text pipeline data training evaluation bench",
 }

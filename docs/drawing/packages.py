@@ -16,6 +16,7 @@ PLACES = {  # package: (column, row, contents); each imports only packages below
     "cli": (1, 0, "the command nova"),
     "nova_worlds": (1, 1, "toy worlds and judges"),
     "bench": (1, 2, "nova bench"),
+    "serving": (0, 3, "server, page, live streams"),
     "training": (1, 3, "recipes, loss, trainer"),
     "evaluation": (2, 4, "benchmarks, own ones too"),
     "data": (1, 4, "encoded datasets"),

@@ -1,0 +1,56 @@
+"""The settings of a server, each declared once; the flags of `nova serve` follow from them."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nova_video.common.option_fields import check_options, option
+
+
+def own_folder() -> Path:
+    """The folder of the server's database and results where nobody names one."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "nova-video" / "serve"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """Where a server listens, where it keeps its jobs, and the bounds that it sets."""
+
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is every network this machine is in.")
+    port: int = option(8000, "Port to listen on; 0 takes a free one.", low=0, high=65535, metavar="N")
+    folder: str | None = option(
+        None, "Folder, or fsspec URL, of results and saved states.", unset="~/.local/state/nova-video/serve"
+    )
+    database: str | None = option(
+        None, "SQLAlchemy URL of the database of jobs.", unset="SQLite in the folder, if that is on this machine"
+    )
+    keep_days: float = option(7.0, "Results are removed after so many days.", low=0, above=True, high=3650)
+    queue: int = option(100, "Jobs that may wait; more are answered 429.", low=1, high=100_000, metavar="N")
+    queue_per_key: int = option(50, "Jobs of one API key that may wait or run.", low=1, high=100_000, metavar="N")
+    deadline: float = option(
+        3600.0, "A job that has not ended after so many seconds fails.", low=1, high=864_000, metavar="SECONDS"
+    )
+    batch: int | None = option(
+        None,
+        "Jobs of the same shape and settings that are computed together.",
+        low=1,
+        high=64,
+        unset="4 on a GPU, else 1",
+        metavar="N",
+    )
+    api_key: str | None = option(None, "A file with one API key a line; requests need one of them.", metavar="FILE")
+    cors: str | None = option(None, "Origins whose pages may call this server, separated by commas.", unset="none")
+    body_mb: float = option(64.0, "Largest request body, in 10^6 bytes.", low=0, above=True, high=10_000, metavar="MB")
+    max_pixels: int = option(
+        2_097_152, "Most pixels of a frame, asked for or uploaded.", low=1, high=100_000_000, metavar="N"
+    )
+    max_frames: int = option(1200, "Most frames of a clip, asked for or uploaded.", low=1, high=1_000_000, metavar="N")
+    max_session: float = option(
+        3600.0, "A live session without end stops after so many seconds of video.", low=1, high=864_000
+    )
+    warm: bool = option(False, "Compile and sample once before the server says that it is ready.")
+    log_prompts: bool = option(False, "Write prompts into the log.")
+
+    def __post_init__(self) -> None:
+        check_options(self)

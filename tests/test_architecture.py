@@ -121,6 +121,8 @@ CHANGING = {
 """What objects are that change themselves after construction -> their classes."""
 WRITES = {
     "a library's object that was made here is set up": [
+        "FragmentEncoder._write: container",
+        "FragmentEncoder._write: stream",
         "LiveWriter._later: packet",
         "LiveWriter._write: packet",
         "LiveWriter: self._container",
@@ -128,8 +130,11 @@ WRITES = {
         "Picture: self.image",
         "ReplicatedModule._send: how",
         "Video: self.stream",
-        "_add_stream: stream",
+        "add_stream: stream",
         "_alpha: image",
+        "_join: file",
+        "_join: packet",
+        "_later: packet",
         "_encode_window: pending",
         "_write_video: container",
         "upright_srgb: colour",

@@ -68,7 +68,7 @@ def write_media(frames: Frames, path: str | Path, fps: float, metadata: dict[str
     """Writes frames (F, H, W, 3) in the format of the path's extension, with `metadata` as JSON inside the file."""
     path = Path(path)
     check_output(path)
-    _check_frames(frames, fps)
+    check_frames(frames, fps)
     record = json.dumps(metadata)  # plain ASCII, so that every format can hold it
     suffix = path.suffix.lower()
     if suffix in STILL_SUFFIXES and len(frames) > 1:
@@ -93,7 +93,7 @@ def check_folder_of_frames(folder: Path) -> None:
 
 def write_frames(frames: Frames, folder: Path, metadata: dict[str, Any]) -> None:
     """Writes each frame as a png into a new or empty folder: frame-0001.png and so on, each with the record."""
-    _check_frames(frames, 1)
+    check_frames(frames, 1)
     check_folder_of_frames(folder)
     record = json.dumps(metadata)
     part = name_beside(folder)
@@ -110,7 +110,8 @@ def write_frames(frames: Frames, folder: Path, metadata: dict[str, Any]) -> None
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _check_frames(frames: Frames, fps: float) -> None:
+def check_frames(frames: Frames, fps: float) -> None:
+    """Raises for frames that are not uint8 (F, H, W, 3), and for a rate that is not above 0."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
         raise InputError(f"frames are {frames.dtype} of shape {frames.shape}, expected uint8 (F, H, W, 3) with F >= 1")
     if fps <= 0:
@@ -122,11 +123,11 @@ def _write_video(frames: Frames, path: Path, suffix: str, fps: float, record: st
     with av.open(str(path), "w", format=suffix[1:], options=flags) as container:
         container.metadata["comment"] = record
         if suffix == ".webm":
-            stream = _add_stream(container, "libvpx-vp9", frames.shape[1:3], fps, WEBM_OPTIONS)
+            stream = add_stream(container, "libvpx-vp9", frames.shape[1:3], fps, WEBM_OPTIONS)
         else:
-            stream = _add_stream(container, "libx264", frames.shape[1:3], fps, MP4_OPTIONS)
+            stream = add_stream(container, "libx264", frames.shape[1:3], fps, MP4_OPTIONS)
         for pixels in frames:
-            container.mux(_encode(stream, pixels))
+            container.mux(encode_frame(stream, pixels))
         container.mux(stream.encode())
 
 
@@ -169,7 +170,7 @@ class LiveWriter:
         """The next frame, (H, W, 3) uint8, all of the same size."""
         if self._closed:
             raise ValueError(f"{self.path} is closed")
-        _check_frames(frame[None], self.fps)
+        check_frames(frame[None], self.fps)
         with name_errors(self.path):
             self._write(frame)
         self.frames += 1
@@ -183,7 +184,7 @@ class LiveWriter:
             self._container = av.open(str(self.path), "w", format="mp4", options=LIVE_CONTAINER)
             self._container.metadata["comment"] = self._record
             self._size = frame.shape[:2]
-            self._stream = _add_stream(self._container, "libx264", self._size, self.fps, LIVE_OPTIONS)
+            self._stream = add_stream(self._container, "libx264", self._size, self.fps, LIVE_OPTIONS)
             self._stream.codec_context.gop_size = max(int(self.fps), 1)  # players join at a keyframe: one each second
             for packet in self._kept:
                 packet.stream = self._stream
@@ -192,7 +193,7 @@ class LiveWriter:
         if frame.shape[:2] != self._size:
             height, width = self._size
             raise InputError(f"a frame is {frame.shape[1]}x{frame.shape[0]}, expected {width}x{height} as the first")
-        self._container.mux(self._later(_encode(self._stream, frame)))
+        self._container.mux(self._later(encode_frame(self._stream, frame)))
 
     def close(self) -> None:
         """Ends the file; nothing can be written after it."""
@@ -208,7 +209,7 @@ class LiveWriter:
         for packet in packets:
             assert packet.pts is not None
             assert packet.dts is not None
-            start = round(self._before / _rate(self.fps) / packet.time_base)
+            start = round(self._before / frame_rate(self.fps) / packet.time_base)
             packet.pts, packet.dts = packet.pts + start, packet.dts + start
         return packets
 
@@ -274,18 +275,20 @@ def _read_packets(path: Path, count: int) -> list[av.Packet]:
     return packets
 
 
-def _rate(fps: float) -> Fraction:
+def frame_rate(fps: float) -> Fraction:
+    """Frames per second as the fraction that a file holds."""
     return Fraction(fps).limit_denominator(1001)
 
 
-def _add_stream(
+def add_stream(
     container: av.container.OutputContainer,
     codec: Literal["libx264", "libvpx-vp9"],
     size: tuple[int, int],
     fps: float,
     options: dict[str, str],
 ) -> av.VideoStream:
-    stream = container.add_stream(codec, rate=_rate(fps), options=options)
+    """Adds the stream of a clip to a file: frames of (H, W), in even sizes, with their colours named."""
+    stream = container.add_stream(codec, rate=frame_rate(fps), options=options)
     stream.height, stream.width = (side + side % 2 for side in size)  # yuv420p has even sizes only
     stream.pix_fmt = "yuv420p"
     stream.codec_context.colorspace = Colorspace.ITU709  # named in the file, so that every player decodes it alike
@@ -294,8 +297,8 @@ def _add_stream(
     return stream
 
 
-def _encode(stream: av.VideoStream, pixels: NDArray[np.uint8]) -> list[av.Packet]:
-    """One frame (H, W, 3) -> the packets that the encoder has ready."""
+def encode_frame(stream: av.VideoStream, pixels: NDArray[np.uint8]) -> list[av.Packet]:
+    """Encodes one frame (H, W, 3), and returns the packets that the encoder has ready."""
     height, width = pixels.shape[:2]
     even = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")

@@ -1,5 +1,6 @@
 """Recording and replaying, with a recorder that needs no GPU: the same results in bounded memory, whatever changes."""
 
+import gc
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -228,12 +229,14 @@ def test_a_broken_capture_ends_and_keeps_its_first_error(error: BaseException) -
     graph: Any = BrokenGraph()
 
     def fail() -> None:
+        assert not gc.isenabled()  # a pool among the garbage would free its memory in the middle of the capture
         raise error
 
     with pytest.raises(type(error)) as caught:
         capture(graph, (0, 1), fail)
     assert caught.value is error
     assert not graph.capturing
+    assert gc.isenabled()
 
 
 # With capture on ------------------------------------------------------------------------------------------------------

@@ -458,10 +458,10 @@ class BenchTrain:
     """With several processes: whole weights on each, or sharded over them. auto: as the launcher says, else ddp."""
     checkpointing: bool = False
     """Compute what is inside blocks again on the way back: less memory, more time."""
-    no_compile: bool = False
-    """Do not compile blocks."""
-    no_graph: bool = False
-    """Do not record steps as CUDA graphs, as training does."""
+    compile: Annotated[bool, arg(help_behavior_hint="")] = True
+    """Compile blocks."""
+    graph: Annotated[bool, arg(help_behavior_hint="")] = True
+    """Record steps as CUDA graphs, as training does."""
     attention: AttentionKernels = "auto"
     """Its best kernels on a GPU. auto: FlashAttention 4, if installed; cudnn: cuDNN's, where safe; flash: torch's."""
     mask_ratio: Literal["batch", "sample"] = "batch"

@@ -4,9 +4,10 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from typing import Any
 
-from nova_video.cli.arguments import STEPS, BenchPresets, BenchSample, BenchTrain
+from nova_video.cli.arguments import BenchPresets, BenchSample, BenchTrain
 from nova_video.cli.console import size_of
 from nova_video.cli.flags import given_options, typed_words
 from nova_video.common.errors import InputError
@@ -21,17 +22,7 @@ def run_bench_sample(args: BenchSample) -> None:
     from nova_video.io.files import make_folder
 
     _check_profile(args)
-    height, width = size_of(args.size)
-    asked = SampleSettings(
-        preset=args.preset,
-        batch=args.batch,
-        frames=args.frames,
-        size=None if height is None or width is None else (height, width),
-        **given_options(args, Options, STEPS),
-        device=args.device,
-        dtype=args.dtype,
-        repeats=args.repeats,
-    )
+    asked = SampleSettings(**_shared_values(args, SampleSettings))
     choose_device(args.device)
     check_work(args.config, asked)
     make_folder(args.output.parent)
@@ -114,23 +105,7 @@ def run_bench_train(args: BenchTrain) -> None:
     from nova_video.io.files import make_folder
 
     _check_profile(args)
-    height, width = size_of(args.size)
-    asked = AskedTraining(
-        batch=args.batch,
-        precision=args.precision,
-        strategy=args.strategy,
-        checkpointing=args.checkpointing,
-        compile=not args.no_compile,
-        graph=not args.no_graph,
-        attention=args.attention,
-        mask_levels=args.mask_levels,
-        mask_ratio=args.mask_ratio,
-        frames=args.frames,
-        size=None if height is None or width is None else (height, width),
-        device=args.device,
-        warm_up=args.warm_up,
-        steps=args.steps,
-    )
+    asked = AskedTraining(**_shared_values(args, AskedTraining))
     choose_device(args.device)
     check_training(args.config, asked)
     make_folder(args.output.parent)
@@ -150,6 +125,13 @@ def run_bench_train(args: BenchTrain) -> None:
             print(train_line(row), file=sys.stderr, flush=True)
     if failed:
         raise InputError(f"{len(failed)} of {len(args.config)} failed: {', '.join(failed)} (see above)")
+
+
+def _shared_values(args: BenchSample | BenchTrain, record: type[Any]) -> dict[str, Any]:
+    """The values of a command's flags that are fields of a record too; the size as (height, width)."""
+    values = {each.name: getattr(args, each.name) for each in fields(record)}
+    height, width = size_of(args.size)
+    return values | {"size": None if height is None or width is None else (height, width)}
 
 
 def _check_profile(args: BenchSample | BenchTrain) -> None:

@@ -6,6 +6,7 @@ A set is a few hundred kernels of a few microseconds, and launching them one by 
 replayed at a time, in the order of the calls, whichever streams and threads those come from.
 """
 
+import gc
 import logging
 import threading
 from collections import OrderedDict
@@ -148,15 +149,28 @@ class CudaRecorder:
 def capture(graph: torch.cuda.CUDAGraph, pool: Any, function: Callable[[], Any]) -> Any:
     """Capture what a function launches. The first error is the one that is raised: ending a capture that an error has
     broken raises another one, which says less."""
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # NCCL's thread asks for events
-    try:
-        output = function()
-    except BaseException:
-        with suppress(RuntimeError):
-            graph.capture_end()
-        raise
-    graph.capture_end()
+    with without_collection():
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # NCCL's thread asks for events
+        try:
+            output = function()
+        except BaseException:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
     return output
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Keep Python from collecting cycles: a pool or graph among them would free device memory, which no capture may."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def abandon_recording(device: torch.device, pool: tuple[int, int]) -> None:

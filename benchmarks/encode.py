@@ -32,7 +32,8 @@ from nova_video.bench.sample import digits
 from nova_video.common.devices import choose_device
 from nova_video.common.errors import InputError
 from nova_video.data.dataset import read_shard, write_shard
-from nova_video.data.encode import EncodeSettings, encode_dataset
+from nova_video.data.encode import encode_dataset
+from nova_video.data.encode_settings import EncodeSettings
 from nova_video.data.encoders import EncodeLatents, EncodeText
 from nova_video.data.sources import SourceSettings, open_source
 from nova_video.data.stages import Decode, DecodedClip, DecodeSettings, Item, Motion, read_bytes

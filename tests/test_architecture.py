@@ -28,7 +28,6 @@ MAY_IMPORT = {
 }
 """Packages -> those that they import, wherever in a module. `cli` may import all of them."""
 CYCLES = {
-    ("nova_video.data.encode_ray", "nova_video.data.encode"): "types alone",
     ("nova_video.pipeline.plan", "nova_video.pipeline.request"): "types alone",
 }
 """Imports, each with the reason, without which there is no cycle."""

@@ -23,7 +23,8 @@ from nova_video.data import dataset as dataset_module
 from nova_video.data import encode as encode_module
 from nova_video.data import stages as stages_module
 from nova_video.data.dataset import Bucket, DatasetInfo, list_shards, read_shard
-from nova_video.data.encode import EncodeSettings, decode_settings, encode_dataset, source_settings
+from nova_video.data.encode import decode_settings, encode_dataset, source_settings
+from nova_video.data.encode_settings import EncodeSettings
 from nova_video.data.encoders import EncodeText
 from nova_video.data.sources import SourceSettings, open_source
 from nova_video.data.stages import Decode, DecodedClip, DecodeSettings, Item

@@ -22,7 +22,8 @@ from nova_video.data import dataset as dataset_module
 from nova_video.data import encode as encode_module
 from nova_video.data import follow
 from nova_video.data.dataset import EncodedSample, list_shards, read_shard
-from nova_video.data.encode import EncodeSettings, encode_dataset
+from nova_video.data.encode import encode_dataset
+from nova_video.data.encode_settings import EncodeSettings
 from nova_video.data.follow import Counts
 from nova_video.data.sources import SourceSettings
 from nova_video.data.stages import DecodeSettings, Item

@@ -15,7 +15,8 @@ from nova_video.cli.main import main
 from nova_video.common.errors import InputError
 from nova_video.data import dataset
 from nova_video.data.dataset import Bucket, DatasetInfo, EncodedSample
-from nova_video.data.encode import EncodeSettings, encode_dataset
+from nova_video.data.encode import encode_dataset
+from nova_video.data.encode_settings import EncodeSettings
 from nova_video.data.inspect import check_dataset, compare_samples, comparison_sheet, psnr
 from nova_video.data.sources import SourceSettings
 from nova_video.data.stages import DecodeSettings

@@ -12,7 +12,8 @@ from PIL import Image
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.common.errors import InputError
-from nova_video.data.encode import EncodeSettings, encode_dataset
+from nova_video.data.encode import encode_dataset
+from nova_video.data.encode_settings import EncodeSettings
 from nova_video.data.encoders import EncodeText
 from nova_video.data.inspect import check_dataset, compare_samples, comparison_sheet
 from nova_video.data.sources import SourceSettings

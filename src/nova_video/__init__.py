@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from nova_video.autoencoders.opensora import AutoencoderKLOpenSora as AutoencoderKLOpenSora
     from nova_video.autoencoders.tiny import AutoencoderKLCausalTiny as AutoencoderKLCausalTiny
     from nova_video.common.errors import InputError as InputError
-    from nova_video.data.encode import EncodeSettings as EncodeSettings
     from nova_video.data.encode import encode_dataset as encode_dataset
+    from nova_video.data.encode_settings import EncodeSettings as EncodeSettings
     from nova_video.model.transformer import NOVATransformer3DModel as NOVATransformer3DModel
     from nova_video.pipeline.events import FrameReady as FrameReady
     from nova_video.pipeline.events import LatentPreview as LatentPreview
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 _HOMES = {  # public name -> the module that defines it
     "AutoencoderKLCausalTiny": "nova_video.autoencoders.tiny",
     "AutoencoderKLOpenSora": "nova_video.autoencoders.opensora",
-    "EncodeSettings": "nova_video.data.encode",
+    "EncodeSettings": "nova_video.data.encode_settings",
     "FrameReady": "nova_video.pipeline.events",
     "GenerateRequest": "nova_video.pipeline.request",
     "GenerateResult": "nova_video.pipeline.result",

@@ -23,7 +23,8 @@ from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.common.errors import InputError
 from nova_video.data import dataset, encode_ray
 from nova_video.data.dataset import EncodedSample
-from nova_video.data.encode import EncodeProgress, EncodeSettings, encode_dataset
+from nova_video.data.encode import EncodeProgress, encode_dataset
+from nova_video.data.encode_settings import EncodeSettings
 from nova_video.data.sources import SourceSettings
 from nova_video.data.stages import DecodeSettings
 

@@ -10,7 +10,8 @@ from nova_video.cli.console import checkpoint_defaults, progress_bar, size_of
 from nova_video.common.errors import InputError
 
 if TYPE_CHECKING:
-    from nova_video.data.encode import EncodeProgress, EncodeSettings
+    from nova_video.data.encode import EncodeProgress
+    from nova_video.data.encode_settings import EncodeSettings
 
 TOLD_EVERY = 30.0  # seconds between lines about progress where stderr is no terminal
 
@@ -106,7 +107,8 @@ def _settings(args: Encode) -> "EncodeSettings":
     """The checkpoint's own settings where nothing was typed."""
     from nova_video.common.checks import max_pixels
     from nova_video.common.devices import choose_device
-    from nova_video.data.encode import EncodeSettings, makes_video, model_size, model_text
+    from nova_video.data.encode import makes_video, model_size, model_text
+    from nova_video.data.encode_settings import EncodeSettings
     from nova_video.data.encoders import find_size_multiple
     from nova_video.data.sources import SourceSettings
     from nova_video.data.stages import DecodeSettings

@@ -14,14 +14,12 @@ import json
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nova_video.common.checks import check_local, check_number
 from nova_video.common.errors import InputError
 from nova_video.data.dataset import (
     READERS,
@@ -38,8 +36,9 @@ from nova_video.data.dataset import (
     write_shard,
 )
 from nova_video.data.dataset_card import write_card
-from nova_video.data.encoders import EncodeLatents, EncodeText, autoencoder_info
-from nova_video.data.failures import OneByOne
+from nova_video.data.encode_here import Stages, encode_items_here
+from nova_video.data.encode_settings import EncodeSettings
+from nova_video.data.encoders import EncodeText, autoencoder_info
 from nova_video.data.follow import (
     UNKNOWN,
     Comparison,
@@ -55,18 +54,13 @@ from nova_video.data.follow import (
 )
 from nova_video.data.sources import MediaSource, SourceSettings, open_source
 from nova_video.data.stages import (
-    Decode,
-    DecodedClip,
     DecodeSettings,
     Item,
     ItemResult,
-    Motion,
     Rejected,
-    decode_with_motion,
 )
 from nova_video.io.checkpoints import lasting_name, resolve_checkpoint, text_folder
 from nova_video.io.files import check_writable, lock_folder
-from nova_video.io.prefetch import prefetch
 from nova_video.io.text import printable
 from nova_video.io.weights import read_json
 from nova_video.model.config import size_multiple
@@ -78,36 +72,10 @@ from nova_video.text.find import find_text
 from nova_video.text.load import text_width
 
 SHARD_BYTES = 256 << 20  # a group's samples of a bucket are split into shards of about so many
-TOGETHER = 16 << 20  # pixels that wait for the encoders here: several forward passes, so that few are part full
-AHEAD = 8  # clips that are decoded ahead of the encoders here
 PROGRESS = "progress"
 OLD_SOURCE = "source.json"  # in it: what older versions noted of the source
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EncodeSettings:
-    """One run of `nova encode`."""
-
-    source: SourceSettings
-    decode: DecodeSettings
-    output: Path
-    """Local folder to write, or to go on with."""
-    model: str = "emoji"
-    """Name of the autoencoder: a checkpoint that has one, its own folder, or a user's own as `module:Class`."""
-    text: str | None = "emoji"
-    """Text encoder, or a checkpoint that names one; None: no text features."""
-    batch: int | None = None
-    """Most clips that go through the autoencoder together; None: by their size."""
-    device: str = "auto"
-    ray: str | None = None
-    """None: in this process; `local`: on a Ray of this machine; else the address of a cluster."""
-
-    def __post_init__(self) -> None:
-        check_local("output", self.output, " (the source alone may be a URL)")
-        if self.batch is not None:
-            check_number("batch", self.batch, 1, integer=True)
 
 
 @dataclass(frozen=True)
@@ -609,83 +577,3 @@ def _rejections(records: dict[str, GroupRecord]) -> int:
 
 def _show_value(value: object) -> str:
     return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-# Here, without Ray ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stages:
-    """All stages of a run."""
-
-    decode: Decode
-    motion: Motion
-    latents: EncodeLatents
-    text: EncodeText | None
-    sparing: OneByOne = field(default_factory=OneByOne)
-
-    @classmethod
-    def load(cls, settings: EncodeSettings) -> "Stages":
-        """With the weights of those that have some."""
-        latents = EncodeLatents(settings.model, settings.device, settings.batch)
-        text = None if settings.text is None else EncodeText(settings.text, settings.device)
-        latents.load()
-        if text is not None:
-            text.load()
-        return cls(Decode(settings.decode), Motion(), latents, text)
-
-    def encode(self, clips: list[DecodedClip]) -> list[EncodedSample | Exception]:
-        """Clips of any sizes -> samples, in their order; an error in the place of a clip that fails."""
-        return self.sparing(self._encode, clips)
-
-    def _encode(self, clips: Sequence[DecodedClip]) -> list[EncodedSample]:
-        texts = None if self.text is None else self.text([clip.caption for clip in clips])
-        moments = self.latents(clips)
-        if texts is None:
-            return [clip.sample(values) for clip, values in zip(clips, moments, strict=True)]
-        return [
-            clip.sample(values, features.text, features.short)
-            for clip, values, features in zip(clips, moments, texts, strict=True)
-        ]
-
-
-def encode_items_here(items: Iterable[Item], stages: Stages) -> Iterator[ItemResult]:
-    """Items in their order, decoded ahead in a thread. Clips wait until several go through the encoders, over items but
-    not over groups: what a clip is batched with is the same in every run."""
-    waiting: list[DecodedClip] = []
-    ended: list[Item] = []
-    samples: defaultdict[int, list[EncodedSample]] = defaultdict(list)  # by their item's number, as the next
-    rejected: defaultdict[int, list[Rejected]] = defaultdict(list)
-    with prefetch(_decode_items(items, stages), AHEAD, nullcontext()) as stream:
-        for item, found in stream:
-            if isinstance(found, DecodedClip):
-                waiting.append(found)
-            elif isinstance(found, Rejected):
-                rejected[item.index].append(found)
-            else:
-                ended.append(item)
-            if sum(clip.frames[..., 0].size for clip in waiting) >= TOGETHER or (found is None and item.last):
-                for clip, sample in zip(waiting, stages.encode(waiting), strict=True):
-                    if isinstance(sample, Exception):
-                        rejected[clip.index].append(clip.rejected(sample))
-                    else:
-                        samples[clip.index].append(sample)
-                waiting = []
-                for one in ended:
-                    yield ItemResult(
-                        group=one.group,
-                        index=one.index,
-                        last=one.last,
-                        final=one.final,
-                        samples=samples.pop(one.index, []),
-                        rejected=rejected.pop(one.index, []),
-                    )
-                ended = []
-
-
-def _decode_items(items: Iterable[Item], stages: Stages) -> Iterator[tuple[Item, DecodedClip | Rejected | None]]:
-    """The clips and problems of each item, and None at its end."""
-    for item in items:
-        for found in decode_with_motion(stages.decode, stages.motion, item):
-            yield item, found
-        yield item, None

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from nova_video.common.errors import InputError
 from nova_video.common.extras import install_command
 from nova_video.data.dataset import EncodedSample
+from nova_video.data.encode_settings import EncodeSettings
 from nova_video.data.failures import OneByOne, name_error
 from nova_video.data.stages import (
     Decode,
@@ -38,7 +39,6 @@ from nova_video.data.stages import (
 )
 
 if TYPE_CHECKING:
-    from nova_video.data.encode import EncodeSettings
     from nova_video.data.encoders import TextFeatures
 
 LOCAL = "local"  # the address of a Ray that is started for the work
@@ -95,7 +95,7 @@ class PendingItem:
     """By their numbers in the item."""
 
 
-def encode_items_ray(items: Iterable[Item], settings: "EncodeSettings") -> Iterator[ItemResult]:
+def encode_items_ray(items: Iterable[Item], settings: EncodeSettings) -> Iterator[ItemResult]:
     """A result for each item, in the order in which they are done."""
     windows = _windows(items)
     first = next(windows, None)
@@ -219,7 +219,7 @@ class WorkPlan:
         return {"num_cpus": round(core * whole, 4), "num_gpus": gpu if self.device == "cuda" else 0.0}
 
 
-def _plan(settings: "EncodeSettings") -> WorkPlan:
+def _plan(settings: EncodeSettings) -> WorkPlan:
     import ray
 
     found = ray.cluster_resources()
@@ -235,7 +235,7 @@ def _plan(settings: "EncodeSettings") -> WorkPlan:
     return WorkPlan("cpu", max(1, cores // 2), cores)
 
 
-def _encode_window(window: list[bytes], settings: "EncodeSettings", plan: WorkPlan) -> Iterator[ItemResult]:
+def _encode_window(window: list[bytes], settings: EncodeSettings, plan: WorkPlan) -> Iterator[ItemResult]:
     """The results of some items: a run of Ray Data."""
     import ray
     from ray.data import ActorPoolStrategy

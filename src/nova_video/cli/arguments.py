@@ -26,6 +26,7 @@ from nova_video.common.errors import InputError, unknown
 from nova_video.common.version import commit
 from nova_video.pipeline.options import Options
 from nova_video.sampling.presets import PresetName
+from nova_video.serving.settings import ServeSettings
 
 PARSE_ERROR = 2  # tyro's exit code
 RECORD = re.compile(r"^Error parsing \w\S*: ")  # before what a record says of itself, which names the field
@@ -79,23 +80,19 @@ if TYPE_CHECKING:
     SamplingFlags = Options
     GuidedFlags = Options
     StepFlags = Options
+    ServeFlags = ServeSettings
 else:
     OptionFlags = make_dataclass("OptionFlags", flag_fields(Options), frozen=True, kw_only=True)
     SamplingFlags = make_dataclass("SamplingFlags", flag_fields(Options, SAMPLING), frozen=True, kw_only=True)
     GuidedFlags = make_dataclass("GuidedFlags", flag_fields(Options, GUIDED_OPTIONS), frozen=True, kw_only=True)
     StepFlags = make_dataclass("StepFlags", flag_fields(Options, STEPS), frozen=True, kw_only=True)
+    ServeFlags = make_dataclass("ServeFlags", flag_fields(ServeSettings), frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputFlags:
-    """Flags about files and the model. None: not given."""
+class ModelFlags:
+    """Flags about the model and its place. None: not given."""
 
-    output: Output = None
-    """File to write, numbered if there are several, or a folder for files that are named after their sentences. If
-    absent, the current folder."""
-    format: Annotated[Format | None, one_of(FORMATS), arg(help_behavior_hint="(default: as --output says)")] = None
-    """Format of the files: of a clip mp4 and of a picture png, if --output does not say. frames: a folder of frames,
-    frame-0001.png and so on; with -o FOLDER that one, if it is new or empty."""
     model: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=f"(default: {MODEL})")] = None
     """`emoji` (the bundled model), a checkpoint folder, or the name of a released checkpoint."""
     head: Annotated[str | None, arg(metavar="MODULE:CLASS", help_behavior_hint="")] = None
@@ -104,16 +101,6 @@ class OutputFlags:
     """An adapter of the model (LoRA): a safetensors file or its folder, as `nova train --lora.rank` writes it."""
     lora_scale: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
     """How much of it: 0 is the model without."""
-    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
-    """Size in pixels, such as 768x480, in place of --width and --height."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommonFlags(OptionFlags, OutputFlags):
-    """The flags of every command that makes something: all options, and what is of the command line alone."""
-
-    negative: Annotated[str | None, arg(metavar="TEXT", aliases=["--negative-prompt"], help_behavior_hint="")] = None
-    """Text that the result should not show."""
     low_memory: bool = False
     """For a small GPU: the model's parts take turns on it."""
     tiled: bool = False
@@ -124,11 +111,33 @@ class CommonFlags(OptionFlags, OutputFlags):
     """auto (an NVIDIA GPU if there is one, else cpu), cpu, cuda, cuda:N or mps (an Apple GPU; untested)."""
     dtype: Annotated[Dtype | None, one_of(get_args(Dtype)), arg(help_behavior_hint=AUTO)] = None
     """Precision; auto is float16 on a GPU and float32 elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    """Flags about files. None: not given."""
+
+    output: Output = None
+    """File to write, numbered if there are several, or a folder for files that are named after their sentences. If
+    absent, the current folder."""
+    format: Annotated[Format | None, one_of(FORMATS), arg(help_behavior_hint="(default: as --output says)")] = None
+    """Format of the files: of a clip mp4 and of a picture png, if --output does not say. frames: a folder of frames,
+    frame-0001.png and so on; with -o FOLDER that one, if it is new or empty."""
+    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint=OWN)] = None
+    """Size in pixels, such as 768x480, in place of --width and --height."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonFlags(OptionFlags, ModelFlags, OutputFlags):
+    """The flags of every command that makes something: all options, and what is of the command line alone."""
+
+    negative: Annotated[str | None, arg(metavar="TEXT", aliases=["--negative-prompt"], help_behavior_hint="")] = None
+    """Text that the result should not show."""
     json: bool = False
     """Print one JSON object a file."""
 
 
-def model_of(args: CommonFlags) -> str:
+def model_of(args: ModelFlags) -> str:
     """The model's name; an empty one is what a variable of the shell that is not set leaves."""
     if args.model is None:
         return MODEL
@@ -183,6 +192,14 @@ class Edit(CommonFlags):
     """A picture of the same size, white where something new is to come; or a clip, one mask a frame."""
     outpaint: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
     """Enlarge the picture by so many pixels on every side, and fill them in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(ServeFlags, ModelFlags):
+    """Serve a model: a page, an API that OpenAI's client speaks, and live video. Ctrl-C or SIGTERM ends it.
+
+    Jobs that run are saved then, and go on at the next start.
+    """
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from nova_video.cli.arguments import ModelFlags, model_of
 from nova_video.common.errors import InputError
 from nova_video.common.extensions import load_extension
 from nova_video.common.startup import reveal, use_fitting_threads
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from nova_video.pipeline.offload import LowMemory
     from nova_video.pipeline.pipeline import NovaPipeline
     from nova_video.pipeline.settings import Defaults
+
+SMALL = ("low_memory", "tiled", "int8_text")
+"""Flags for a small GPU."""
 
 
 def load_pipeline(
@@ -60,6 +64,29 @@ def load_pipeline(
         use_fitting_threads(pipe.transformer.num_parameters())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def pipeline_of(args: ModelFlags) -> "NovaPipeline":
+    """The model that a command's flags name, on its device."""
+    if args.lora_scale is not None and args.lora is None:
+        raise InputError("got --lora-scale alone: expected --lora with it")
+    if args.lora is not None and not args.lora.exists():
+        raise InputError(f"lora {args.lora} not found: expected a safetensors file or its folder")
+    scale = 1.0 if args.lora_scale is None else args.lora_scale
+    return load_pipeline(
+        model_of(args), args.device or "auto", args.dtype or "auto", low_memory_of(args), args.lora, scale, args.head
+    )
+
+
+def low_memory_of(args: ModelFlags) -> "LowMemory | None":
+    if not args.low_memory:
+        for name in SMALL[1:]:
+            if getattr(args, name):
+                raise InputError(f"got --{name.replace('_', '-')} alone: expected --low-memory with it")
+        return None
+    from nova_video.pipeline.offload import LowMemory
+
+    return LowMemory(text_encoder="int8" if args.int8_text else "float", tiled=args.tiled)
 
 
 def outline_pipeline(model: str, head: str | None = None) -> "NovaPipeline":

@@ -31,7 +31,7 @@ def flag_type(each: "Field[Any]", keys: Collection[str] = ()) -> Any:
     facts, kind, key = facts_of(each), kind_of(each), key_of(each).replace("_", "-")
     names = [name.replace("_", "-") for name in (each.name, *facts.aliases) if name not in keys]
     aliases = [*facts.flags, *(f"--{name}" for name in names if name != key)]
-    hint = facts.unset or ("" if each.default is None else f"{each.default:g}")
+    hint = facts.unset or ("" if each.default is None else _shown_default(each.default))
     hint = f"(default: {hint})" if hint else ""
     if kind is bool:
         return Annotated[bool, arg(name=key, aliases=aliases, help=facts.help, help_behavior_hint="")]
@@ -40,6 +40,10 @@ def flag_type(each: "Field[Any]", keys: Collection[str] = ()) -> Any:
     metavar = facts.metavar or "TEXT"
     settings = arg(name=key, aliases=aliases, metavar=metavar, help=facts.help, help_behavior_hint=hint)
     return Annotated[kind | None, settings]
+
+
+def _shown_default(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def unset_flag(each: "Field[Any]") -> Any:

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nova_video.cli.arguments import CommonFlags, Edit, Format, Generate, model_of
-from nova_video.cli.console import checkpoint_defaults, load_pipeline, outline_pipeline, size_of
+from nova_video.cli.console import (
+    SMALL,
+    checkpoint_defaults,
+    load_pipeline,
+    low_memory_of,
+    outline_pipeline,
+    pipeline_of,
+    size_of,
+)
 from nova_video.cli.flags import given_options
 from nova_video.cli.jobs import (
     NOTES,
@@ -41,7 +49,6 @@ from nova_video.pipeline.options import Options
 
 if TYPE_CHECKING:
     from nova_video.pipeline.generation import Generation, StepCallback
-    from nova_video.pipeline.offload import LowMemory
     from nova_video.pipeline.pipeline import NovaPipeline
     from nova_video.pipeline.plan import Plan
     from nova_video.pipeline.request import GenerateRequest
@@ -68,7 +75,6 @@ FOR_ONE_CLIP = (
     "live",
     "state",
 )  # flags of a single sentence
-SMALL = ("low_memory", "tiled", "int8_text")  # flags for a small GPU
 MOST_RESULTS = 10_000  # of a sentence in one run
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 WITH_RESUME = (
@@ -116,7 +122,7 @@ def run_generate(args: Generate) -> None:
             _check_length(args, plan)
             if not args.live:
                 plan.check_pixels()
-        pipe = _pipeline(args)
+        pipe = pipeline_of(args)
         batch, made = args.batch or _own_batch(args, pipe), 0
         with progress(len(requests)) as watch:
             while made < len(requests):
@@ -248,7 +254,7 @@ def _resume(args: Generate, path: Path) -> None:
             model if args.model is None else model_of(args),
             args.device or notes.device or "auto",
             args.dtype or notes.dtype or "auto",
-            _low_memory(args),
+            low_memory_of(args),
             lora,
             scale,
             args.head,
@@ -295,7 +301,7 @@ def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> N
         clip, masks = enlarge(clip, masks, args.outpaint)
     request = replace(_request(args, prompt, video=clip, mask_image=masks), seed=_seed(args))
     _check_requests(args, [request])
-    pipe = _pipeline(args)
+    pipe = pipeline_of(args)
     generation = pipe.start(request)
     given = {
         "edited": _name(args.file),
@@ -390,28 +396,6 @@ def _flag(name: str) -> str:
     each = OPTIONS.get(name)
     key = {"video": "continue"}.get(name, name) if each is None else key_of(each)
     return f"--{'no-' if each is not None and each.default is True else ''}{key.replace('_', '-')}"
-
-
-def _pipeline(args: CommonFlags) -> "NovaPipeline":
-    if args.lora_scale is not None and args.lora is None:
-        raise InputError("got --lora-scale alone: expected --lora with it")
-    if args.lora is not None and not args.lora.exists():
-        raise InputError(f"lora {args.lora} not found: expected a safetensors file or its folder")
-    scale = 1.0 if args.lora_scale is None else args.lora_scale
-    return load_pipeline(
-        model_of(args), args.device or "auto", args.dtype or "auto", _low_memory(args), args.lora, scale, args.head
-    )
-
-
-def _low_memory(args: CommonFlags) -> "LowMemory | None":
-    if not args.low_memory:
-        for name in SMALL:
-            if getattr(args, name):
-                raise InputError(f"got {_flag(name)} alone: expected --low-memory with it")
-        return None
-    from nova_video.pipeline.offload import LowMemory
-
-    return LowMemory(text_encoder="int8" if args.int8_text else "float", tiled=args.tiled)
 
 
 def _name(path: Path | None) -> str | None:

@@ -23,7 +23,6 @@ from nova_video.cli.arguments import (
     BenchPresets,
     BenchSample,
     BenchTrain,
-    CommonFlags,
     Convert,
     DataEmoji,
     DataInspect,
@@ -36,6 +35,7 @@ from nova_video.cli.arguments import (
     EvaluateOwn,
     Generate,
     Info,
+    ModelFlags,
     Train,
     Words,
     one_line_errors,
@@ -64,6 +64,13 @@ EXTRAS = {  # package -> the extra that brings it
     "fsspec": "data",
     "scenedetect": "data",
     "matplotlib": "docs",
+    "fastapi": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "python_multipart": "serve",
+    "websockets": "serve",
+    "sqlalchemy": "serve",
+    "prometheus_client": "serve",
 }
 
 
@@ -160,7 +167,7 @@ def _prepare_process(command: object) -> None:
     """Settings of the process that a quick start needs."""
     sleep_while_waiting()
     hide({"torchao"})  # what it is needed for reveals it
-    if not isinstance(command, CommonFlags) or getattr(command, "resume", None) is not None:
+    if not isinstance(command, ModelFlags) or getattr(command, "resume", None) is not None:
         return
     unused = set()
     if command.lora is None:

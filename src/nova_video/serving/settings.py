@@ -49,7 +49,25 @@ class ServeSettings:
     max_session: float = option(
         3600.0, "A live session without end stops after so many seconds of video.", low=1, high=864_000
     )
+    patience: float = option(
+        20.0,
+        "A client that sends nothing for so many seconds in the middle of a request is answered 408.",
+        low=0,
+        above=True,
+        high=3600,
+        metavar="SECONDS",
+    )
+    connections: int = option(1000, "Connections at a time; more are answered 503.", low=1, high=100_000, metavar="N")
+    hosts: str | None = option(
+        None,
+        "Names that requests may call this server by, separated by commas; others are answered 403.",
+        unset="all, or on a loopback address this machine's own",
+    )
+    grace: float = option(
+        30.0, "At its end, the server waits so many seconds for running jobs to be saved.", low=0, high=3600
+    )
     warm: bool = option(False, "Compile and sample once before the server says that it is ready.")
+    log_json: bool = option(False, "Write the log as JSON objects, one a line.")
     log_prompts: bool = option(False, "Write prompts into the log.")
 
     def __post_init__(self) -> None:

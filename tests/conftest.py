@@ -15,6 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from nova_video import NovaPipeline
+from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.cli import main as cli
 
 CONFORMANCE = Path(__file__).parent / "conformance"
@@ -101,6 +103,25 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_tokenizer(folder / "tokenizer")
     save_tiny_bert(folder / "text_encoder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiled(tiny_checkpoint: Path) -> NovaPipeline:
+    """Absolute positions, DDPM, and the released autoencoder, whose pixels come in tiles of five latent frames."""
+    pipe = NovaPipeline.from_pretrained(tiny_checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def causal(tiny_checkpoint: Path) -> NovaPipeline:
+    """Rotary positions, flow matching, and a strictly causal autoencoder, as the bundled model."""
+    flow, words = (NovaPipeline.from_pretrained(folder) for folder in (CONFORMANCE / "rotary-flow", tiny_checkpoint))
+    torch.manual_seed(0)
+    vae = AutoencoderKLCausalTiny(latent_channels=4, block_out_channels=(16, 16, 16), norm_num_groups=4).eval()
+    pipe = NovaPipeline(flow.transformer, flow.scheduler, vae, words.text_encoder, words.tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture(scope="session")

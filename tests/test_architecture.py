@@ -105,7 +105,8 @@ def test_a_package_tells_what_it_may_import() -> None:
 CHANGING = {
     "are of one request, which runs or streams in one place at a time": """
         Generation SamplingState OpenFrame TemporalCache Modulations FastEngine Stopwatch FrameDecoder StreamDecoder
-        Interrupts TileParts Window""",
+        Interrupts Sampler TileParts Window""",
+    "are of the generations that join them": "Together",
     "are of one file that is read or written": "LiveWriter Media Video _Deinterlacer _TensorCheck",
     "are of one run of training": """
         Average CudaRecorder DatasetTask Log Pool Reader ReplicatedModule Rows Run SharedClock StepGraphs Stepper
@@ -155,6 +156,13 @@ WRITES = {
         "solver_rows: scheduler",
         "whole_records: record",
         "with_entries: record",
+    ],
+    "requests are advanced, each by its own sampler": [
+        "Together._company: each",
+        "Together.make_next: each",
+        "fix_set: frame",
+        "fix_set: state",
+        "open_set: state",
     ],
     "weights are moved to the device and back, as the hook is for": [
         "OffloadHook.to_device: tensor",

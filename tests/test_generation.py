@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nova_video import NovaPipeline
-from nova_video.autoencoders import AutoencoderKLCausalTiny
 from nova_video.common.errors import InputError
 from nova_video.io.media import write_media
 from nova_video.pipeline.generation import FrameReady, Generation, LatentPreview, PartialFrame
@@ -35,23 +34,6 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def open_pipe(folder: Path) -> NovaPipeline:
     pipe = NovaPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def tiled(tiny_checkpoint: Path) -> NovaPipeline:
-    """Absolute positions, DDPM, and the released autoencoder, whose pixels come in tiles of five latent frames."""
-    return open_pipe(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def causal(tiny_checkpoint: Path) -> NovaPipeline:
-    """Rotary positions, flow matching, and a strictly causal autoencoder, as the bundled model."""
-    flow, words = open_pipe(CONFORMANCE / "rotary-flow"), open_pipe(tiny_checkpoint)
-    torch.manual_seed(0)
-    vae = AutoencoderKLCausalTiny(latent_channels=4, block_out_channels=(16, 16, 16), norm_num_groups=4).eval()
-    pipe = NovaPipeline(flow.transformer, flow.scheduler, vae, words.text_encoder, words.tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -6,13 +6,12 @@ Both decode through the same pieces (`decoding.py`) and so give the same pixels.
 Legend: B clips, F latent frames, T pixel frames, C latent channels, h w latent grid, H W pixels, L tokens of a frame.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from nova_video.common.checks import quote
 from nova_video.common.errors import InputError
+from nova_video.common.fair_lock import FairLock
 from nova_video.io.pixels import output_form
 from nova_video.io.prefetch import prefetch
 from nova_video.model import unpatchify
@@ -30,7 +30,9 @@ from nova_video.pipeline.offload import bring
 from nova_video.pipeline.progress import RequestProgress
 from nova_video.pipeline.result import GenerateResult
 from nova_video.pipeline.saving import save_progress
-from nova_video.sampling.generate import SetDone, generate_sets
+from nova_video.sampling.generate import Sampler, SetDone, fix_set, make_sets, open_set
+
+T = TypeVar("T")
 
 StepCallback = Callable[[Any, int, int, dict[str, Tensor]], object]
 """(pipe, step, frame, tensors) after every set; returning False stops. `step` counts the sets of the whole call,
@@ -64,6 +66,14 @@ class Surroundings:
     interrupts: Interrupts
 
 
+class SetMaker(Protocol):
+    """Makes the sets of several generations."""
+
+    def make_next(self, generation: "Generation") -> None:
+        """Make the next set of a generation, and perhaps of others; each finds its own in `waiting`."""
+        ...
+
+
 class Generation(RequestProgress):
     """One request while it is computed. One consumer at a time runs or streams it; any thread may save it."""
 
@@ -80,12 +90,22 @@ class Generation(RequestProgress):
         self.scheduler = parts.request_scheduler(self.plan.flow_shift)
         self.warnings = warnings
         """Words of the prompts that the model does not know, one line each."""
+        self.lock = FairLock()
+        """Held while a set is made: between two of them the state is whole."""
+        self.group: SetMaker | None = None
+        """What makes the sets, with those of others (`together.py`); None: they are made here."""
+        self.waiting: SetDone | Exception | None = None
+        """A set that the group has made, or why it could not, until it is asked for here."""
+        self.hands_out = False
+        """A stream has more frames to hand out before it needs another set."""
+        self.runs_ahead = False
+        """A stream makes its sets in a thread of its own, before they are asked for."""
         self._interrupted = False
-        self._lock = threading.Lock()  # held while a set is made: between two of them the state is whole
+        self._sampler: Sampler | None = None
 
     def save(self, path: str | Path) -> None:
         """Write what `NovaPipeline.resume` needs to go on from here, with the same result as never stopping."""
-        with self._lock:
+        with self.lock:
             if self.state.random.device.type == "cuda":  # streams sample on a CUDA stream of their own
                 torch.cuda.synchronize(self.state.random.device)
             save_progress(self, self.parts.transformer, Path(path))
@@ -156,13 +176,17 @@ class Generation(RequestProgress):
         """Frames as they become final, in the form of `output_type`; with `preview`, events (`events.py`).
 
         `ahead`: sample the next frames in a thread, on a GPU in a CUDA stream of its own, while these are decoded and
-        used. None: on a GPU, unless parts of the model take turns on it; on a CPU both would only share its cores.
+        used. None: on a GPU, unless parts of the model take turns on it or the generation is in a group; on a CPU both
+        would only share its cores.
         Closing the iterator, as leaving a loop over it does, stops the sampling.
         """
         check_callback(callback_on_step_end)
         device = self.state.random.device
+        if ahead and self.group is not None:
+            raise InputError("ahead is True for a generation in a group: expected False, or that it leaves the group")
         if ahead is None:
-            ahead = device.type == "cuda" and not self.parts.is_offloaded
+            ahead = device.type == "cuda" and not self.parts.is_offloaded and self.group is None
+        self.runs_ahead = ahead
         own = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
         if own is not None:
             own.wait_stream(torch.cuda.current_stream(device))  # for the work that `start` began
@@ -176,6 +200,7 @@ class Generation(RequestProgress):
                 for event in self._events(ready, preview):
                     yield event if preview else event.frame
         finally:
+            self.runs_ahead = self.hands_out = False
             if own is not None:  # its last kernels may still read memory that is reused from here on
                 torch.cuda.current_stream(device).wait_stream(own)
             self.surroundings.free_parts()
@@ -193,6 +218,7 @@ class Generation(RequestProgress):
                     yield PartialFrame(frame, made.set.step, **self._shown(made.set), decode=self._picture)
                 continue
             made.wait()
+            self.hands_out = True
             if decoder is None and not latent:
                 decoder = FrameDecoder(self.parts, self)
             if preview and not latent:
@@ -208,26 +234,30 @@ class Generation(RequestProgress):
         """Frames that are final once the latent frames before `stop` are there."""
         if decoder is None:
             while self.emitted < stop:
+                self.hands_out = self.emitted + 1 < stop
                 self.emitted += 1  # before it is handed out: the consumer may save, or never come back
                 latents = self.state.frames[self.emitted - 1]
                 yield FrameReady(self.emitted - 1, latents[0] if self.unbatched else latents)
                 self._forget(self.emitted)
             return
-        for piece in decoder.push(stop):
-            yield from self._hand_out(piece)
-            self._forget(decoder.first_needed)
+        for piece, more in with_more(decoder.push(stop)):
+            yield from self._hand_out(piece, more)
+            if not more:  # else the decoder is a piece further than what was handed out
+                self._forget(decoder.first_needed)
+        self.hands_out = False
 
-    def _hand_out(self, piece: Tensor) -> Iterator[FrameReady]:
-        """Frames (B, T, 3, H, W), the first of them number `emitted`, one at a time."""
+    def _hand_out(self, piece: Tensor, more: bool = False) -> Iterator[FrameReady]:
+        """Frames (B, T, 3, H, W), the first of them number `emitted`, one at a time; `more` pieces are there."""
         made = output_form(piece, self.output_type)
         for index in range(piece.shape[1]):
             frame = [clip[index] for clip in made] if isinstance(made, list) else made[:, index]
+            self.hands_out = more or index + 1 < piece.shape[1]
             self.emitted += 1
             yield FrameReady(self.emitted - 1, frame[0] if self.unbatched else frame)
 
     def _forget(self, before: int) -> None:
         """Drop latent frames that nothing needs again."""
-        with self._lock:
+        with self.lock:
             self.state.forget(before)
 
     def _picture(self, latents: Tensor) -> Any:
@@ -239,21 +269,37 @@ class Generation(RequestProgress):
 
     def _sets(self, callback_on_step_end: StepCallback | None) -> Iterator[SetDone]:
         """The sets that remain, until the end or until the callback stops them."""
-        engine = self.parts.engine(self.plan.compile, bool(self.plan.fp8))
-        sets = generate_sets(engine.model, self.scheduler, self.state, engine, self.parts.stopwatch)
+        self._sampler = None  # the engine is that of now: weights may have changed since another run
         interrupts = self.surroundings.interrupts
         self._interrupted, count = False, interrupts.count
-        while not self.state.finished:
-            with self._lock:
-                bring(self.parts.transformer)
-                done = next(sets, None)
-            if done is None:
-                return
+        while (done := self._next_set()) is not None:
             yield done
             if callback_on_step_end is not None and not self._call(callback_on_step_end, done):
                 return
             if self._interrupted or interrupts.count != count:
                 return
+
+    def _next_set(self) -> SetDone | None:
+        """The next set; None at the end."""
+        if self.waiting is None and self.group is not None:
+            self.group.make_next(self)
+        elif self.waiting is None:
+            with self.lock:
+                bring(self.parts.transformer)
+                opened = open_set(self.sampler)
+                return None if opened is None else fix_set(opened, *make_sets([opened]))
+        done, self.waiting = self.waiting, None
+        if isinstance(done, Exception):
+            raise done
+        return done
+
+    @property
+    def sampler(self) -> Sampler:
+        """What makes the sets of the present run or stream."""
+        if self._sampler is None:
+            engine = self.parts.engine(self.plan.compile, bool(self.plan.fp8))
+            self._sampler = Sampler(engine, self.scheduler, self.state, self.parts.stopwatch)
+        return self._sampler
 
     def _call(self, callback: StepCallback, done: SetDone) -> bool:
         """Show a set to the callback; False if it stops the call."""
@@ -291,6 +337,17 @@ class Generation(RequestProgress):
         revealed = torch.zeros(done.tokens.shape[:2], dtype=torch.bool, device=done.tokens.device)
         revealed = revealed.scatter(1, done.ids, True).view(-1, grid[0] // patch, grid[1] // patch)
         return {"latents": unpatchify(done.tokens, patch, grid), "revealed": revealed}
+
+
+def with_more(items: Iterator[T]) -> Iterator[tuple[T, bool]]:
+    """Each item, and whether another one follows."""
+    before: list[T] = []
+    for item in items:
+        if before:
+            yield before.pop(), True
+        before.append(item)
+    for item in before:
+        yield item, False
 
 
 def check_callback(callback: object) -> None:

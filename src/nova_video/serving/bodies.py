@@ -1,0 +1,157 @@
+"""Reads the bodies of requests, JSON or a form, into plain values: texts, numbers, lists, objects and files."""
+
+import base64
+import binascii
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from python_multipart.exceptions import FormParserError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
+
+from nova_video.common.checks import quote, shorten
+from nova_video.common.errors import InputError
+from nova_video.serving.schemas import WordError
+
+FORM = ("multipart/form-data", "application/x-www-form-urlencoded")
+MAX_FILES = 4
+MAX_FIELDS = 200
+DEEPEST = 32
+"""Levels of lists and objects in JSON."""
+BRACKETS = re.compile(r"([^\[\]]+)\[([^\[\]]*)\]")
+DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[\w.+-]+=[^;,]*)*(;base64)?,", re.ASCII)
+KINDS = (
+    (b"\x89PNG\r\n\x1a\n", 0, ".png"),
+    (b"\xff\xd8\xff", 0, ".jpg"),
+    (b"GIF8", 0, ".gif"),
+    (b"WEBP", 8, ".webp"),
+    (b"ftypavif", 4, ".avif"),
+    (b"ftyp", 4, ".mp4"),
+    (b"\x1a\x45\xdf\xa3", 0, ".webm"),
+)
+"""The bytes that files of a kind have, where they have them, and the suffix."""
+EXPECTED_KINDS = "PNG, JPEG, WebP, GIF, AVIF, MP4 or WebM"
+PICTURES = (".png", ".jpg", ".webp", ".avif", ".gif")
+
+
+@dataclass(frozen=True)
+class SentFile:
+    """A file of a request."""
+
+    word: str
+    data: bytes
+    suffix: str
+    """The one of its content, whatever its name says."""
+
+    @property
+    def is_picture(self) -> bool:
+        return self.suffix in PICTURES
+
+
+async def read_body(request: Request, largest: int, form_alone: bool = False) -> dict[str, Any]:
+    """The words of a body; `largest` bounds a field of a form, in bytes. With `form_alone`, JSON is refused."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in FORM:
+        return await _read_form(request, largest)
+    if form_alone:
+        raise InputError(f"content-type is {quote(kind)}: expected multipart/form-data, a form with a field for each word")
+    if kind not in ("application/json", ""):
+        raise InputError(f"content-type is {quote(kind)}: expected application/json or multipart/form-data")
+    return read_object(await request.body(), "the body")
+
+
+def read_object(text: str | bytes, what: str) -> dict[str, Any]:
+    """The object that a JSON text holds."""
+    try:
+        values = json.loads(text, parse_constant=_refuse_constant)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"{what} is no JSON ({shorten(reason, 100)}): expected a JSON object") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{what} is {quote(values)}: expected a JSON object")
+    _check_depth(values, what)
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise InputError(f"the body has {name}: expected finite numbers, or the text inf where there is to be no end")
+
+
+def _check_depth(values: object, what: str) -> None:
+    level = [values]
+    for _ in range(DEEPEST):
+        level = [inner for each in level if isinstance(each, dict | list) for inner in _parts(each)]
+        if not level:
+            return
+    raise InputError(f"{what} is nested more than {DEEPEST} deep: expected plain values")
+
+
+def _parts(value: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value
+
+
+async def _read_form(request: Request, largest: int) -> dict[str, Any]:
+    """The fields of a form: name[key] are parts of an object, name[] and repeated names those of a list."""
+    found: dict[str, Any] = {}
+    try:
+        async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=largest) as form:
+            for name, value in form.multi_items():
+                _put(found, name, await _content(name, value) if isinstance(value, UploadFile) else value)
+    except (MultiPartException, FormParserError, HTTPException, UnicodeError) as error:
+        reason = error.detail if isinstance(error, HTTPException) else getattr(error, "message", "") or str(error)
+        raise InputError(f"the form cannot be read ({shorten(str(reason), 100)}): expected multipart/form-data") from None
+    return found
+
+
+async def _content(name: str, sent: UploadFile) -> SentFile:
+    return sent_file(name.partition("[")[0], await sent.read())
+
+
+def _put(found: dict[str, Any], name: str, value: Any) -> None:
+    """Add one field of a form to those before it."""
+    inner = BRACKETS.fullmatch(name)
+    if inner is None or not inner[2]:
+        word = name if inner is None else inner[1]
+        if word in found:
+            raise WordError(f"got {shorten(word, 60)} twice: expected it once", shorten(word, 60))
+        found[word] = value
+        return
+    parts = found.setdefault(inner[1], {})
+    if not isinstance(parts, dict) or inner[2] in parts:
+        raise WordError(f"got {shorten(inner[1], 60)} twice: expected it once", shorten(inner[1], 60))
+    parts[inner[2]] = value
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def sent_file(word: str, data: bytes) -> SentFile:
+    """A file of a known kind, by its content."""
+    if not data:
+        raise WordError(f"{word} is an empty file: expected a picture or a clip", word)
+    for mark, place, suffix in KINDS:
+        if data[place : place + len(mark)] == mark:
+            return SentFile(word, data, suffix)
+    raise WordError(f"{word} is a file of an unknown kind: expected {EXPECTED_KINDS}", word)
+
+
+def file_of_url(word: str, url: object) -> SentFile:
+    """The file inside a data: URL. Nothing is ever fetched, from this machine or another."""
+    if not isinstance(url, str):
+        raise WordError(f"{word} is {quote(url)}: expected a file or a data: URL", word)
+    head = DATA_URL.match(url[:400])
+    if head is None:
+        raise WordError(f"{word} is {quote(url)}: expected a file or a data: URL, nothing is fetched", word)
+    if head[3] is None:
+        raise WordError(f"{word} is a data: URL without base64: expected data:image/png;base64,...", word)
+    try:
+        data = base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        raise WordError(f"{word} is a data: URL whose base64 is damaged: expected data:image/png;base64,...", word) from None
+    return sent_file(word, data)

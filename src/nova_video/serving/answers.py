@@ -23,7 +23,7 @@ from nova_video.io.media import EXIF_DESCRIPTION, JPEG_EXIF_LIMIT, PNG_KEY
 from nova_video.serving.jobs import Job, JobError, Status
 from nova_video.serving.results import ResultFolder
 from nova_video.serving.schemas import WordError
-from nova_video.serving.service import NotFound, QueueFull
+from nova_video.serving.service import NotFoundError, QueueFullError
 
 FIRST_WORD = re.compile(r"(?:got (?:both of |neither of )?)?([a-z][a-z_]*)(?= |:)")
 STATUS_OF_FAILURE = {"invalid_request": 400, "out_of_memory": 503, "deadline": 504, "cancelled": 409}
@@ -202,7 +202,9 @@ def warnings_of(job: Job) -> list[str]:
 def video_object(job: Job) -> VideoObject:
     """A job as its caller sees it."""
     settings, prompt = job.settings, job.request.get("prompt")
-    frames = job.frames if job.status.ended and (job.stopped or settings["num_frames"] is None) else settings["num_frames"]
+    frames = (
+        job.frames if job.status.ended and (job.stopped or settings["num_frames"] is None) else settings["num_frames"]
+    )
     return VideoObject(
         id=job.id,
         status=job.status,
@@ -267,8 +269,8 @@ def failure_answer(error: JobError) -> JSONResponse:
 def add_error_handlers(app: FastAPI) -> None:
     """Every error is answered in one form and in one line."""
     app.add_exception_handler(InputError, _answer_input)
-    app.add_exception_handler(NotFound, _answer_not_found)
-    app.add_exception_handler(QueueFull, _answer_full)
+    app.add_exception_handler(NotFoundError, _answer_not_found)
+    app.add_exception_handler(QueueFullError, _answer_full)
     app.add_exception_handler(RequestValidationError, _answer_query)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
@@ -287,7 +289,7 @@ async def _answer_not_found(request: Request, error: Exception) -> Response:
 
 
 async def _answer_full(request: Request, error: Exception) -> Response:
-    assert isinstance(error, QueueFull)
+    assert isinstance(error, QueueFullError)
     headers = {"retry-after": str(max(1, round(error.retry_after)))}
     return error_answer(429, str(error), headers, type="rate_limit_error", code="queue_full")
 
@@ -298,7 +300,9 @@ async def _answer_query(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     word = shorten(str(first["loc"][-1]), 60)
     if first["type"] == "extra_forbidden":
-        return error_answer(400, f"unknown query field {word}: expected none of that name", param=word, code="unknown_field")
+        return error_answer(
+            400, f"unknown query field {word}: expected none of that name", param=word, code="unknown_field"
+        )
     expected = first["msg"].removeprefix("Input should be ")
     return error_answer(400, f"{word} is {quote(first.get('input'))}: expected {expected}", param=word)
 
@@ -318,7 +322,11 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
 async def _answer_defect(request: Request, error: Exception) -> Response:
     """For a defect of the server, which is in its log."""
     return error_answer(
-        500, f"the server failed ({type(error).__name__}): its log tells more", NO_RETRY, type="server_error", code="internal"
+        500,
+        f"the server failed ({type(error).__name__}): its log tells more",
+        NO_RETRY,
+        type="server_error",
+        code="internal",
     )
 
 
@@ -331,12 +339,12 @@ def file_answer(results: ResultFolder, id: str, name: str, kind: str, download: 
     if results.local is not None:
         path = results.local / id / name
         if not path.is_file():
-            raise NotFound(f"{id} has no {name}: expected a result that is still kept")
+            raise NotFoundError(f"{id} has no {name}: expected a result that is still kept")
         return FileResponse(path, media_type=kind, headers=headers)
     try:
         data = results.read(id, name)
     except FileNotFoundError:
-        raise NotFound(f"{id} has no {name}: expected a result that is still kept") from None
+        raise NotFoundError(f"{id} has no {name}: expected a result that is still kept") from None
     with tempfile.NamedTemporaryFile(delete=False) as file:
         file.write(data)
     return FileResponse(file.name, media_type=kind, headers=headers, background=BackgroundTask(os.unlink, file.name))

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,12 @@ from starlette.requests import Request
 
 from nova_video.common.checks import quote, shorten
 from nova_video.common.errors import InputError
+from nova_video.serving.guard import read_json
 from nova_video.serving.schemas import WordError
 
 FORM = ("multipart/form-data", "application/x-www-form-urlencoded")
 MAX_FILES = 4
 MAX_FIELDS = 200
-DEEPEST = 32
-"""Levels of lists and objects in JSON."""
 BRACKETS = re.compile(r"([^\[\]]+)\[([^\[\]]*)\]")
 DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[\w.+-]+=[^;,]*)*(;base64)?,", re.ASCII)
 KINDS = (
@@ -58,42 +56,24 @@ async def read_body(request: Request, largest: int, form_alone: bool = False) ->
     if kind in FORM:
         return await _read_form(request, largest)
     if form_alone:
-        raise InputError(f"content-type is {quote(kind)}: expected multipart/form-data, a form with a field for each word")
+        raise InputError(
+            f"content-type is {quote(kind)}: expected multipart/form-data, a form with a field for each word"
+        )
     if kind not in ("application/json", ""):
         raise InputError(f"content-type is {quote(kind)}: expected application/json or multipart/form-data")
-    return read_object(await request.body(), "the body")
+    return read_object(await request.body())
 
 
-def read_object(text: str | bytes, what: str) -> dict[str, Any]:
-    """The object that a JSON text holds."""
+def read_object(text: str | bytes, word: str | None = None) -> dict[str, Any]:
+    """The object that a JSON text holds: the body, or one word of it."""
+    what = "the body" if word is None else word
     try:
-        values = json.loads(text, parse_constant=_refuse_constant)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InputError(f"{what} is no JSON ({shorten(reason, 100)}): expected a JSON object") from None
+        values = read_json(text if isinstance(text, bytes) else text.encode())
+    except InputError as error:
+        raise WordError(str(error).replace("the body", what), word) from None
     if not isinstance(values, dict):
-        raise InputError(f"{what} is {quote(values)}: expected a JSON object")
-    _check_depth(values, what)
+        raise WordError(f"{what} is {quote(values)}: expected a JSON object", word)
     return values
-
-
-def _refuse_constant(name: str) -> None:
-    raise InputError(f"the body has {name}: expected finite numbers, or the text inf where there is to be no end")
-
-
-def _check_depth(values: object, what: str) -> None:
-    level = [values]
-    for _ in range(DEEPEST):
-        level = [inner for each in level if isinstance(each, dict | list) for inner in _parts(each)]
-        if not level:
-            return
-    raise InputError(f"{what} is nested more than {DEEPEST} deep: expected plain values")
-
-
-def _parts(value: dict[str, Any] | list[Any]) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value
 
 
 async def _read_form(request: Request, largest: int) -> dict[str, Any]:
@@ -105,7 +85,9 @@ async def _read_form(request: Request, largest: int) -> dict[str, Any]:
                 _put(found, name, await _content(name, value) if isinstance(value, UploadFile) else value)
     except (MultiPartException, FormParserError, HTTPException, UnicodeError) as error:
         reason = error.detail if isinstance(error, HTTPException) else getattr(error, "message", "") or str(error)
-        raise InputError(f"the form cannot be read ({shorten(str(reason), 100)}): expected multipart/form-data") from None
+        raise InputError(
+            f"the form cannot be read ({shorten(str(reason), 100)}): expected multipart/form-data"
+        ) from None
     return found
 
 
@@ -153,5 +135,7 @@ def file_of_url(word: str, url: object) -> SentFile:
     try:
         data = base64.b64decode(url[head.end() :], validate=True)
     except (binascii.Error, ValueError):
-        raise WordError(f"{word} is a data: URL whose base64 is damaged: expected data:image/png;base64,...", word) from None
+        raise WordError(
+            f"{word} is a data: URL whose base64 is damaged: expected data:image/png;base64,...", word
+        ) from None
     return sent_file(word, data)

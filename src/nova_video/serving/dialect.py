@@ -8,26 +8,31 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import PurePath
 from typing import Any
 
 from PIL import Image
 
 from nova_video.common.checks import LIMITS, quote
-from nova_video.common.errors import MediaError
+from nova_video.common.errors import InputError, MediaError
 from nova_video.common.option_fields import option_fields
 from nova_video.io.decode import MediaFile
 from nova_video.io.inputs import InputClip, frames_at
 from nova_video.model.lora import active_adapters
 from nova_video.serving.bodies import SentFile, file_of_url, read_object
 from nova_video.serving.jobs import Job, Status
-from nova_video.serving.schemas import CommonWords, ImageWords, Words, WordError, read_words
-from nova_video.serving.service import JobService, Upload
+from nova_video.serving.schemas import ImageWords, WordError, Words, read_words
+from nova_video.serving.service import JobService
+from nova_video.serving.submission import Upload
+from nova_video.serving.uploads import check_upload
 
 SIZE = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
 STRENGTH = 0.5
 """The share that an edit makes anew if neither mask nor strength tells it."""
 TOLD = ("user", "safety_identifier", "model", "quality", "background")
 """Words that are checked and change nothing."""
+STILL = ("image", "image_reference")
+"""Words whose file is a picture of one frame."""
 HALF = 128  # of alpha: below it a mask is transparent
 
 
@@ -36,7 +41,7 @@ class Wish:
     """One request, in the words of `JobService.submit`."""
 
     options: dict[str, Any]
-    media: dict[str, Upload] = field(default_factory=dict)
+    media: dict[str, Upload | Job] = field(default_factory=dict)
     form: dict[str, Any] = field(default_factory=dict)
     clip: "SentFile | Job | None" = None
     """What `video` of the media is."""
@@ -73,7 +78,9 @@ def _with_extra(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_model(service: JobService, name: str | None) -> None:
     if name not in (None, "", service.model):
-        raise WordError(f"model is {quote(name)}: expected {service.model}, the one that is loaded", "model", "model_not_found")
+        raise WordError(
+            f"model is {quote(name)}: expected {service.model}, the one that is loaded", "model", "model_not_found"
+        )
 
 
 def _check_lora(service: JobService, name: str | None) -> None:
@@ -133,14 +140,14 @@ def take_video_media(service: JobService, wish: Wish, owner: str) -> None:
             wish.media["image"] = _upload(sent)
         else:
             _take_video(wish, sent)
-    _take_mask(wish, "input_reference")
+    _take_mask(service, wish, "input_reference")
 
 
 def take_clip(service: JobService, wish: Wish, owner: str) -> Job | None:
     """The clip of an edit or extension; the job that it is of, if it is one's result."""
     sent = _sent(service, "video", wish.options.pop("video"), owner)
     _take_video(wish, sent)
-    _take_mask(wish, "video")
+    _take_mask(service, wish, "video")
     if isinstance(sent, SentFile):
         return None
     for name in ("width", "height", "fps"):  # the clip goes on as it is
@@ -155,10 +162,11 @@ def take_picture(service: JobService, wish: Wish, owner: str) -> None:
     if isinstance(sent, SentFile) and not sent.is_picture:
         raise WordError("image is a clip: expected a picture, or the clip at /v1/videos/edits", "image")
     wish.media["image"] = _upload(sent)
-    if "mask" not in wish.options and "strength" not in wish.options and isinstance(sent, SentFile):
-        if (mask := _transparent_parts(sent)) is not None:
-            wish.media["mask_image"] = Upload(mask, ".png")
-    _take_mask(wish, "image")
+    tells = {"mask", "strength"} & wish.options.keys()
+    mask = None if tells or isinstance(sent, Job) else _transparent_parts(sent)
+    if mask is not None:
+        wish.media["mask_image"] = Upload(mask, ".png")
+    _take_mask(service, wish, "image")
 
 
 def _take_video(wish: Wish, sent: SentFile | Job) -> None:
@@ -173,13 +181,13 @@ def edit_by_default(wish: Wish) -> None:
         wish.form["notes"] = [f"strength is {STRENGTH:g}, since neither mask nor strength was given"]
 
 
-def _take_mask(wish: Wish, edited: str) -> None:
+def _take_mask(service: JobService, wish: Wish, edited: str) -> None:
     value = wish.options.pop("mask", None)
     if value is None:
         return
     if not wish.media:
         raise WordError(f"got mask without {edited}: expected what is to be edited", "mask")
-    sent = value if isinstance(value, SentFile) else file_of_url("mask", _url_of("mask", value))
+    sent = _checked(service, value if isinstance(value, SentFile) else file_of_url("mask", _url_of("mask", value)))
     mask = _transparent_parts(sent) if sent.is_picture else None
     wish.media["mask_image"] = Upload(sent.data, sent.suffix) if mask is None else Upload(mask, ".png")
 
@@ -203,12 +211,21 @@ def _transparent_parts(sent: SentFile) -> bytes | None:
 def _sent(service: JobService, word: str, value: Any, owner: str) -> SentFile | Job:
     """A file of the request, or the job whose result is meant."""
     if isinstance(value, SentFile):
-        return value
+        return _checked(service, value)
     if isinstance(value, str) and value.lstrip().startswith("{"):
         value = read_object(value, word)
     if isinstance(value, dict) and set(value) == {"id"} and isinstance(value["id"], str):
         return _finished(service, word, value["id"], owner)
-    return file_of_url(word, _url_of(word, value))
+    return _checked(service, file_of_url(word, _url_of(word, value)))
+
+
+def _checked(service: JobService, sent: SentFile) -> SentFile:
+    """A file whose head is that of a picture or clip within the server's bounds."""
+    try:
+        check_upload(sent.word, sent.data, service.settings, still=sent.word in STILL)
+    except InputError as error:
+        raise WordError(str(error), sent.word) from None
+    return sent
 
 
 def _url_of(word: str, value: Any) -> Any:
@@ -231,8 +248,18 @@ def _finished(service: JobService, word: str, id: str, owner: str) -> Job:
     return job
 
 
-def _upload(sent: SentFile | Job) -> Upload:
-    return Upload(sent.data, sent.suffix) if isinstance(sent, SentFile) else Upload.of(sent)
+def _upload(sent: SentFile | Job) -> Upload | Job:
+    return Upload(sent.data, sent.suffix) if isinstance(sent, SentFile) else sent
+
+
+def media_of(service: JobService, job: Job) -> dict[str, Upload | Job]:
+    """What another job was given, for one that is made of the same."""
+    try:
+        return {
+            name: Upload(service.results.read(job.id, file), PurePath(file).suffix) for name, file in job.inputs.items()
+        }
+    except FileNotFoundError:
+        raise InputError(f"{job.id} lacks what it was given: expected a job whose files are still kept") from None
 
 
 # Lengths --------------------------------------------------------------------------------------------------------------

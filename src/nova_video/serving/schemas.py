@@ -12,7 +12,7 @@ from dataclasses import Field as RecordField
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, WithJsonSchema, create_model
 
 from nova_video.common.checks import quote, shorten
 from nova_video.common.errors import InputError, unknown
@@ -71,7 +71,11 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "seconds": {"anyOf": [{"type": "string"}, {"type": "number"}]},
 }
 """Words that HTTP has in a form of their own."""
-EXPECTED = {"timeline": "a list of [seconds, sentence] pairs", "extra_params": "a JSON object", "stream": "true or false"}
+EXPECTED = {
+    "timeline": "a list of [seconds, sentence] pairs",
+    "extra_params": "a JSON object",
+    "stream": "true or false",
+}
 
 
 class WordError(InputError):
@@ -187,7 +191,7 @@ def _fields(record: type[Any], word: str, each: "RecordField[Any]", required: Co
     if record is GenerateRequest:
         same = WithJsonSchema({**schema, "description": f"The same as {word}."})
         others = {other for other in (key_of(each), *facts_of(each).aliases) if other != word}
-        found |= {other: (Annotated[Any, check, same], None) for other in sorted(others)}
+        found |= dict.fromkeys(sorted(others), (Annotated[Any, check, same], None))
     return found
 
 
@@ -201,7 +205,7 @@ def _checked(record: type[Any], word: str, each: "RecordField[Any]", value: Any)
             raise InputError(f"{word} is {quote(value)}: expected {EXPECTED[word]}")
         return value
     kind = kind_of(each)
-    if kind is str or word in SCHEMAS and word != "seconds":
+    if kind is str or (word in SCHEMAS and word != "seconds"):
         if not isinstance(value, str):
             raise InputError(f"{word} is {quote(value)}: expected a text")
         return value

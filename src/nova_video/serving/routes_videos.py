@@ -1,0 +1,246 @@
+"""Videos in the OpenAI dialect: asked for by a form, looked at, fetched, and made into others."""
+
+import math
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from nova_video.serving.answers import (
+    ErrorAnswer,
+    VideoDeleted,
+    VideoList,
+    VideoObject,
+    error_answer,
+    failure_answer,
+    file_answer,
+    poll_after,
+    video_object,
+)
+from nova_video.serving.bodies import read_body
+from nova_video.serving.dialect import (
+    Wish,
+    edit_by_default,
+    extend,
+    media_of,
+    round_length,
+    take_clip,
+    take_video_media,
+    wish_of,
+)
+from nova_video.serving.jobs import Job, JobError, Status
+from nova_video.serving.results import SPRITESHEET, THUMBNAIL, VIDEO
+from nova_video.serving.routing import REFUSALS, Owner, Service, body_of, end_of, in_thread
+from nova_video.serving.schemas import VideoCreate, VideoEdit, VideoExtend, VideoRemix, WordError
+from nova_video.serving.service import JobService, NotFoundError
+
+router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=REFUSALS)
+
+FORM, JSON = "multipart/form-data", "application/json"
+VARIANTS = {
+    "video": (VIDEO, "video/mp4", ".mp4"),
+    "thumbnail": (THUMBNAIL, "image/webp", ".webp"),
+    "spritesheet": (SPRITESHEET, "image/webp", "-sheet.webp"),
+}
+"""What `content` may be of -> its file, media type, and the end of its name."""
+BINARY: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("video/mp4", "image/webp")}
+    },
+    206: {"description": "The range of bytes that was asked for"},
+    409: {"model": ErrorAnswer, "description": "The video is not completed"},
+}
+FAILURES: dict[int | str, dict[str, Any]] = {
+    500: {"model": ErrorAnswer, "description": "The work failed"},
+    503: {"model": ErrorAnswer, "description": "The work took more memory than there is"},
+    504: {"model": ErrorAnswer, "description": "The work took longer than the server allows"},
+}
+
+
+class PageQuery(BaseModel):
+    """Which videos to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    after: str | None = Field(None, description="The id of the video that the page comes after.")
+    limit: int = Field(20, ge=1, le=100, description="How many at most.")
+    order: Literal["asc", "desc"] = Field("desc", description="Oldest or newest first.")
+
+
+class ContentQuery(BaseModel):
+    """Which file of a video to fetch."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    variant: Literal["video", "thumbnail", "spritesheet"] = Field("video", description="What to fetch.")
+
+
+# Asking ---------------------------------------------------------------------------------------------------------------
+
+
+def video_wish(service: JobService, values: dict[str, Any], owner: str) -> Wish:
+    """The request for a new video."""
+    wish = wish_of(service, VideoCreate, values)
+    if "prompt" not in wish.options:
+        raise WordError("prompt is missing: expected a sentence, or a timeline of them", "prompt", "missing_field")
+    take_video_media(service, wish, owner)
+    round_length(service, wish)
+    if wish.options.get("num_frames") == 1:
+        raise WordError("num_frames is 1: expected 2 or more, /v1/images/generations makes pictures", "num_frames")
+    return wish
+
+
+def submit(service: JobService, wish: Wish, owner: str) -> Job:
+    """Queues a request; one without end is a live session, which is stopped to be kept."""
+    return service.submit("session" if is_endless(wish) else "video", wish.options, wish.media, wish.form, owner)
+
+
+def is_endless(wish: Wish) -> bool:
+    return math.inf in (wish.options.get("num_frames"), wish.options.get("seconds"))
+
+
+def _create(service: JobService, values: dict[str, Any], owner: str) -> Job:
+    return submit(service, video_wish(service, values, owner), owner)
+
+
+def _edit(service: JobService, values: dict[str, Any], owner: str) -> Job:
+    wish = wish_of(service, VideoEdit, values)
+    take_clip(service, wish, owner)
+    edit_by_default(wish)
+    return submit(service, wish, owner)
+
+
+def _extend(service: JobService, values: dict[str, Any], owner: str) -> Job:
+    wish = wish_of(service, VideoExtend, values)
+    take_clip(service, wish, owner)
+    extend(service, wish)
+    return submit(service, wish, owner)
+
+
+def _remix(service: JobService, id: str, values: dict[str, Any], owner: str) -> Job:
+    """The request of another video, seed and media as well, with what is new."""
+    source = video_of(service, id, owner)
+    wish = wish_of(service, VideoRemix, values)
+    told = {"seconds", "num_frames"} & wish.options.keys()
+    kept = {name: value for name, value in source.request.items() if not (told and name in ("seconds", "num_frames"))}
+    wish.options = {name: math.inf if value == "inf" else value for name, value in kept.items()} | wish.options
+    wish.media = media_of(service, source)
+    wish.form |= {"remixed_from_video_id": source.id}
+    round_length(service, wish)
+    return submit(service, wish, owner)
+
+
+async def _body(request: Request, service: JobService, form_alone: bool = False) -> dict[str, Any]:
+    return await read_body(request, int(service.settings.body_mb * 1e6), form_alone)
+
+
+def _object(job: Job) -> JSONResponse:
+    return JSONResponse(video_object(job).model_dump(mode="json"), headers=poll_after(job))
+
+
+@router.post(
+    "", response_model=VideoObject, openapi_extra=body_of(VideoCreate, FORM), summary="Asks for a video, by a form"
+)
+async def create_video(request: Request, service: Service, owner: Owner) -> Response:
+    values = await _body(request, service, form_alone=True)
+    return _object(await in_thread(_create, service, values, owner))
+
+
+@router.post(
+    "/sync",
+    response_class=Response,
+    openapi_extra=body_of(VideoCreate, FORM),
+    responses={200: BINARY[200], **FAILURES},
+    summary="Asks for a video and waits for the file",
+)
+async def create_video_sync(request: Request, service: Service, owner: Owner) -> Response:
+    values = await _body(request, service, form_alone=True)
+    wish = await in_thread(video_wish, service, values, owner)
+    if is_endless(wish):
+        raise WordError("num_frames is inf: expected a number, a video without end is no file", "num_frames")
+    job = await end_of(request, service, await in_thread(submit, service, wish, owner), owner)
+    if job.status is not Status.COMPLETED:
+        return failure_answer(job.error or JobError("cancelled", "the video was cancelled before it had a frame"))
+    answer = await in_thread(content_answer, service, job, "video")
+    answer.headers["x-video-id"] = job.id
+    answer.headers["x-seed"] = str(job.request.get("seed"))
+    return answer
+
+
+@router.post(
+    "/edits",
+    response_model=VideoObject,
+    openapi_extra=body_of(VideoEdit, FORM, JSON),
+    summary="Makes parts of a clip anew: those under a mask, or a share of all",
+)
+async def edit_video(request: Request, service: Service, owner: Owner) -> Response:
+    return _object(await in_thread(_edit, service, await _body(request, service), owner))
+
+
+@router.post(
+    "/extensions",
+    response_model=VideoObject,
+    openapi_extra=body_of(VideoExtend, FORM, JSON),
+    summary="Goes on with a clip for so many seconds",
+)
+async def extend_video(request: Request, service: Service, owner: Owner) -> Response:
+    return _object(await in_thread(_extend, service, await _body(request, service), owner))
+
+
+@router.post(
+    "/{video_id}/remix",
+    response_model=VideoObject,
+    openapi_extra=body_of(VideoRemix, JSON, FORM),
+    summary="Makes a video again with another sentence or other settings, from the same seed",
+)
+async def remix_video(request: Request, service: Service, owner: Owner, video_id: str) -> Response:
+    return _object(await in_thread(_remix, service, video_id, await _body(request, service), owner))
+
+
+# Looking --------------------------------------------------------------------------------------------------------------
+
+
+def video_of(service: JobService, id: str, owner: str) -> Job:
+    """A video or live session by its id."""
+    job = service.get(id, owner)
+    if job.kind == "image":
+        raise NotFoundError(f"{id} is an image: expected the id of a video")
+    return job
+
+
+@router.get("", summary="Lists videos")
+def list_videos(service: Service, owner: Owner, page: Annotated[PageQuery, Query()]) -> VideoList:
+    if page.after is not None:
+        video_of(service, page.after, owner)
+    jobs, more = service.list(owner, "video", page.after, page.limit, page.order)
+    data = [video_object(job) for job in jobs]
+    ends = {"first_id": data[0].id, "last_id": data[-1].id} if data else {}
+    return VideoList(data=data, has_more=more, **ends)
+
+
+@router.get("/{video_id}", response_model=VideoObject, summary="Tells how far a video is")
+def get_video(service: Service, owner: Owner, video_id: str) -> Response:
+    return _object(video_of(service, video_id, owner))
+
+
+@router.delete("/{video_id}", summary="Cancels a video if it is being made, and removes it")
+async def delete_video(service: Service, owner: Owner, video_id: str) -> VideoDeleted:
+    job = await in_thread(video_of, service, video_id, owner)
+    await in_thread(service.delete, job.id, owner)
+    return VideoDeleted(id=job.id)
+
+
+@router.get("/{video_id}/content", response_class=Response, responses=BINARY, summary="Fetches a video or its pictures")
+def get_content(service: Service, owner: Owner, video_id: str, query: Annotated[ContentQuery, Query()]) -> Response:
+    return content_answer(service, video_of(service, video_id, owner), query.variant)
+
+
+def content_answer(service: JobService, job: Job, variant: str) -> Response:
+    """A file of a completed video; ranges of its bytes may be asked for."""
+    if job.status is not Status.COMPLETED:
+        message = f"video {job.id} is {job.status}: expected a completed one"
+        headers = {"x-should-retry": "false"}
+        return error_answer(409, message, headers, param="video_id", code="video_not_completed")
+    name, kind, end = VARIANTS[variant]
+    return file_answer(service.results, job.id, name, kind, f"{job.id}{end}")

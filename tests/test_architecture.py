@@ -107,6 +107,8 @@ CHANGING = {
         Generation SamplingState OpenFrame TemporalCache Modulations FastEngine Stopwatch FrameDecoder StreamDecoder
         Interrupts Sampler TileParts Window""",
     "are of the generations that join them": "Together",
+    "are of one job or queue of a server, which one thread works off or a lock guards": """
+        ActiveJob Feed Worker""",
     "are of one file that is read or written": "LiveWriter Media Video _Deinterlacer _TensorCheck",
     "are of one run of training": """
         Average CudaRecorder DatasetTask Log Pool Reader ReplicatedModule Rows Run SharedClock StepGraphs Stepper
@@ -149,6 +151,7 @@ WRITES = {
         "_Comparer.compare: counts",
         "_Comparer: self.result",
         "_encode: comparison",
+        "Worker._open: generation",
         "_make: generation",
         "gather: facts",
         "renew_records: record",
@@ -196,6 +199,7 @@ WRITES = {
         "MovedModules.exec_module: module",
         "find_moved_modules: sys.meta_path.append",
     ],
+    "each new connection to a database is set up": ["_set_up_sqlite: connection"],
     "torch keeps the number of threads by thread": ["prefetch.work: torch.set_num_threads"],
     "a user asks for all compiled code to be dropped": ["Engines.release: torch.compiler.reset"],
     "torch has no public way to close the pool of a failed capture": [

@@ -3,7 +3,6 @@
 `describe_inputs` adds to a record what tells that a given file or the model has changed since.
 """
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
@@ -16,6 +15,7 @@ from nova_video.common.checks import quote
 from nova_video.common.errors import InputError
 from nova_video.common.option_fields import facts_of, option_fields
 from nova_video.common.timeline import is_timeline
+from nova_video.io.files import file_mark
 from nova_video.sampling.presets import SHARES, SpeedOptions
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ REPLACEMENTS = {  # what is typed -> what it replaces of a record
     "preset": (*SHARES, *option_fields(SpeedOptions)),
     **{name: (f"{key}_at",) for key, name in TIMELINE_KEYS.items()},
 }
-HASH_DIGITS = 16  # digits of the SHA-256 of a file
 
 
 def with_record(typed: Generate) -> tuple[Generate | Edit, dict[str, Any]]:
@@ -95,12 +94,6 @@ def warn_of_changes(record: Mapping[str, Any], made: Mapping[str, Any], path: Pa
 def _devices(record: Mapping[str, Any]) -> tuple[Any, Any]:
     settings = record.get("settings") or {}
     return str(settings.get("device", "")).split(":")[0] or None, settings.get("dtype")
-
-
-def file_mark(path: Path) -> str:
-    """A mark of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:HASH_DIGITS]
 
 
 def _settings(path: Path, record: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

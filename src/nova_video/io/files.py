@@ -1,6 +1,7 @@
 """Writing to the file system: whole files or none, locks against other processes, and errors that name the file."""
 
 import errno
+import hashlib
 import logging
 import os
 import tempfile
@@ -10,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nova_video.common.errors import InputError
+
+HASH_DIGITS = 16  # digits of the SHA-256 of a file
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,12 @@ def name_errors(path: Path, *others: Path) -> Iterator[None]:
         if error.errno is None or (name is not None and Path(os.fsdecode(name)) not in (path, *others)):
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def file_mark(path: Path) -> str:
+    """A mark of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:HASH_DIGITS]
 
 
 def check_writable(folder: Path) -> None:

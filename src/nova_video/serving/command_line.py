@@ -1,0 +1,71 @@
+"""The `nova generate` or `nova edit` command that makes what a job made."""
+
+import math
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from nova_video.common.option_fields import facts_of, is_timed, key_of, option_fields
+from nova_video.pipeline.options import Options
+from nova_video.serving.jobs import Job
+
+BUNDLED = "emoji"
+GIVEN = {"image": "--image", "video": "--continue"}
+"""What a clip begins with -> its flag."""
+LENGTHS = ("num_frames", "seconds")
+
+
+def command_line(job: Job) -> str | None:
+    """A line for a shell, with the names of the job's uploads as files; None where no one command makes the same."""
+    request = {name: value for name, value in job.request.items() if value is not None}
+    prompt = request.get("prompt")
+    pairs = [(0.0, prompt)] if isinstance(prompt, str) else prompt
+    if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        return None
+    edits = "mask_image" in job.inputs or "strength" in request
+    if edits and len(pairs) > 1:
+        return None
+    given = next((name for name in GIVEN if name in job.inputs), None)
+    words = ["nova", "edit" if edits else "generate"]
+    if edits and given is not None:
+        words.append(job.inputs[given])
+    words.append(pairs[0][1])
+    for seconds, sentence in pairs[1:]:
+        words += ["--prompt-at", _number(seconds), sentence]
+    if "mask_image" in job.inputs:
+        words += ["--mask", job.inputs["mask_image"]]
+    if given is not None and not edits:
+        words += [GIVEN[given], job.inputs[given]]
+    if job.model != BUNDLED:
+        words += ["--model", job.model]
+    if (count := request.get("num_images_per_prompt", 1)) != 1:
+        words += ["-n", str(count)]
+    if negative := request.get("negative_prompt"):
+        words += ["--negative", negative]
+    if job.stopped:  # its frames are what it was stopped at
+        request = {name: value for name, value in request.items() if name not in LENGTHS} | {"num_frames": job.frames}
+    return shlex.join([*words, *option_words(request)])
+
+
+def option_words(request: Mapping[str, Any]) -> list[str]:
+    """The flags of a request's settings that are not as by default."""
+    words: list[str] = []
+    for name, each in option_fields(Options).items():
+        value = request.get(name, each.default)
+        if value is None or value == each.default or not facts_of(each).recorded and name not in LENGTHS:
+            continue
+        flag = f"--{key_of(each).replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif is_timed(each) and isinstance(value, list | tuple):
+            words += [flag, _number(value[0][1])]
+            for seconds, later in value[1:]:
+                words += [f"{flag}-at", _number(seconds), _number(later)]
+        else:
+            words += [flag, value if isinstance(value, str) else _number(value)]
+    return words
+
+
+def _number(value: float) -> str:
+    whole = isinstance(value, float) and math.isfinite(value) and value == int(value)
+    return str(int(value)) if whole else str(value)

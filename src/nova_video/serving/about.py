@@ -1,20 +1,18 @@
-"""What a page or a client may know about the loaded model: its words, defaults, bounds, settings, from its own files."""
+"""Facts about the loaded model for pages and clients: its words, defaults, bounds and settings, from its own files."""
 
 from dataclasses import asdict
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from nova_video import __version__
-from nova_video.common.errors import InputError
+from nova_video.common.option_fields import json_schema, option_fields, values_of
 from nova_video.pipeline.options import (
     ContextOptions,
     GuidanceOptions,
     LengthOptions,
-    Options,
     PresetOptions,
     StepOptions,
 )
-from nova_video.common.option_fields import json_schema, option_fields, values_of
 from nova_video.pipeline.own_parts import CHECKS
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.sampling.presets import PRESETS, SpeedOptions
@@ -67,13 +65,19 @@ def example_sentences(vocabulary: Vocabulary, count: int = EXAMPLES) -> list[str
         return []
     phrases = {kind: cycle(_spread(vocabulary, kind, count)) for kind in {each.kind for each in vocabulary.words}}
     template = vocabulary.clips[0].replace("[", "").replace("]", "")
-    return [TEMPLATE.sub(lambda match: next(phrases[match[1]]) if match[1] else match[0], template) for _ in range(count)]
+    return [
+        TEMPLATE.sub(lambda match: next(phrases[match[1]]) if match[1] else match[0], template) for _ in range(count)
+    ]
 
 
 def _spread(vocabulary: Vocabulary, kind: str, count: int) -> list[str]:
     """So many phrases of a kind, from all over its lists."""
     lists = [each.phrases for each in vocabulary.words if each.kind == kind]
-    found = [phrases[(2 * index + 1) * len(phrases) // (2 * count) % len(phrases)] for index in range(count) for phrases in lists]
+    found = [
+        phrases[(2 * index + 1) * len(phrases) // (2 * count) % len(phrases)]
+        for index in range(count)
+        for phrases in lists
+    ]
     return list(dict.fromkeys(found))
 
 

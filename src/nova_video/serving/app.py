@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 from fastapi import APIRouter, FastAPI, Request
 
-from nova_video.serving import routes_images, routes_videos
+from nova_video.serving import routes_images, routes_page, routes_videos
 from nova_video.serving.answers import ErrorAnswer, ModelList, ModelObject, add_error_handlers
 from nova_video.serving.routing import Service
 from nova_video.serving.service import JobService, NotFoundError
@@ -41,6 +41,6 @@ def create_app(service: JobService, settings: ServeSettings | None = None) -> Fa
     app.state.service = service
     app.state.started_at = time.time()
     add_error_handlers(app)
-    for each in (router, routes_images.router, routes_videos.router):
+    for each in (router, routes_images.router, routes_videos.router, routes_page.router):
         app.include_router(each)
     return app

@@ -52,7 +52,7 @@ def option_words(request: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     for name, each in option_fields(Options).items():
         value = request.get(name, each.default)
-        if value is None or value == each.default or not facts_of(each).recorded and name not in LENGTHS:
+        if value is None or value == each.default or (not facts_of(each).recorded and name not in LENGTHS):
             continue
         flag = f"--{key_of(each).replace('_', '-')}"
         if isinstance(value, bool):

@@ -198,6 +198,7 @@ def _event(job: Job, kind: str, data: bytes, **facts: Any) -> str:
     """One server-sent event with a picture."""
     told = {
         "type": kind,
+        "id": job.id,
         "b64_json": _as_text(data),
         "created_at": int(job.created_at),
         "size": size_of(job),

@@ -4,16 +4,18 @@ import hashlib
 import mimetypes
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from nova_video.serving.about import about_model, prompt_problems
+from nova_video.serving.answers import ErrorAnswer, file_answer
 from nova_video.serving.command_line import command_line
+from nova_video.serving.routing import Owner, Service
+from nova_video.serving.service import NotFoundError
 
-if TYPE_CHECKING:
-    from nova_video.serving.service import JobService
+router = APIRouter()
 
 PAGE = files("nova_video.serving") / "page"
 POLICY = (
@@ -24,6 +26,8 @@ POLICY = (
 TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".svg": "image/svg+xml"}
 LONGEST_PROMPT = 10_000
 MOST_PROMPTS = 100
+MediaName = Literal["image", "video", "mask_image"]
+LISTED: dict[str, Any] = {"tags": ["page"], "responses": {404: {"model": ErrorAnswer, "description": "No such job"}}}
 
 
 class Sentences(BaseModel):
@@ -52,47 +56,47 @@ def page_file(name: str) -> tuple[bytes, str] | None:
     return data, f'"{hashlib.sha256(data).hexdigest()[:20]}"'
 
 
-def page_router(service: "JobService") -> APIRouter:
-    """The routes of the page, over a service of jobs."""
-    router = APIRouter()
+@router.get("/", include_in_schema=False)
+def get_page(if_none_match: Annotated[str | None, Header()] = None) -> Response:
+    return _answer("index.html", if_none_match)
 
-    @router.get("/", include_in_schema=False)
-    def page(if_none_match: Annotated[str | None, Header()] = None) -> Response:
-        return _answer("index.html", if_none_match)
 
-    @router.get("/page/{name}", include_in_schema=False)
-    def file(name: str, if_none_match: Annotated[str | None, Header()] = None) -> Response:
-        return _answer(name, if_none_match)
+@router.get("/page/{name}", include_in_schema=False)
+def get_page_file(name: str, if_none_match: Annotated[str | None, Header()] = None) -> Response:
+    return _answer(name, if_none_match)
 
-    @router.get("/v1/about", summary="What the loaded model knows, its defaults, bounds and settings", tags=["page"])
-    def about() -> dict[str, Any]:
-        return about_model(service.pipe, service.settings, service.model)
 
-    @router.post("/v1/about/problems", summary="Words of sentences that the model does not know", tags=["page"])
-    def problems(sentences: Sentences) -> Problems:
-        vocabulary = service.pipe.settings.vocabulary
-        found = prompt_problems(vocabulary, sentences.prompts, sentences.negative_prompt, sentences.picture)
-        return Problems(problems=list(found))
+@router.get("/v1/about", summary="Tells what the loaded model knows, its defaults, bounds and settings", tags=["page"])
+def get_about(service: Service) -> dict[str, Any]:
+    return about_model(service.pipe, service.settings, service.model)
 
-    @router.get("/v1/jobs/{id}", summary="A job, its settings and the command that makes the same", tags=["page"])
-    def job(id: str, request: Request) -> dict[str, Any]:
-        found = service.get(id, getattr(request.state, "owner", ""))
-        return {
-            "id": found.id,
-            "kind": found.kind,
-            "status": found.status,
-            "paused": found.paused,
-            "stopped": found.stopped,
-            "progress": found.progress,
-            "frames": found.frames,
-            "created_at": int(found.created_at),
-            "error": found.error and {"code": found.error.code, "message": found.error.message},
-            "request": found.request,
-            "inputs": found.inputs,
-            "command": command_line(found),
-        }
 
-    return router
+@router.post("/v1/about/problems", summary="Finds words of sentences that the model does not know", tags=["page"])
+def find_problems(service: Service, sentences: Sentences) -> Problems:
+    vocabulary = service.pipe.settings.vocabulary
+    found = prompt_problems(vocabulary, sentences.prompts, sentences.negative_prompt, sentences.picture)
+    return Problems(problems=list(found))
+
+
+@router.get("/v1/jobs/{job_id}", summary="Tells how a result is made, and the command that makes the same", **LISTED)
+def get_job(service: Service, owner: Owner, job_id: str) -> dict[str, Any]:
+    job = service.get(job_id, owner)
+    return {**job.as_dict(), "request": job.request, "inputs": job.inputs, "command": command_line(job)}
+
+
+@router.get(
+    "/v1/jobs/{job_id}/inputs/{name}", summary="Fetches what a job was given", response_class=Response, **LISTED
+)
+def get_job_input(service: Service, owner: Owner, job_id: str, name: MediaName) -> Response:
+    job = service.get(job_id, owner)
+    if name not in job.inputs:
+        raise NotFoundError(f"{job_id} was given no {name}: expected one of {', '.join(job.inputs) or 'none'}")
+    return file_answer(service.results, job.id, job.inputs[name], _kind_of(job.inputs[name]), job.inputs[name])
+
+
+@router.delete("/v1/jobs/{job_id}", summary="Removes a job of any kind and its files", status_code=204, **LISTED)
+def delete_job(service: Service, owner: Owner, job_id: str) -> None:
+    service.delete(job_id, owner)
 
 
 def _answer(name: str, known_tag: str | None) -> Response:
@@ -105,6 +109,8 @@ def _answer(name: str, known_tag: str | None) -> Response:
     headers |= {"content-security-policy": POLICY, "referrer-policy": "no-referrer"}
     if known_tag is not None and tag in known_tag:
         return Response(status_code=304, headers=headers)
-    suffix = name[name.rfind(".") :]
-    kind = TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
-    return Response(data, media_type=kind, headers=headers)
+    return Response(data, media_type=_kind_of(name), headers=headers)
+
+
+def _kind_of(name: str) -> str:
+    return TYPES.get(name[name.rfind(".") :]) or mimetypes.guess_type(name)[0] or "application/octet-stream"

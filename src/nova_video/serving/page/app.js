@@ -212,7 +212,7 @@ async function throwAway() {
   const { id, entries } = shown;
   for (const entry of entries?.some((each) => each.id === id) ? entries.filter((each) => !each.done) : [{ id }]) {
     forget(entry.id);
-    await call(`v1/videos/${entry.id}`, { method: "DELETE" });
+    await call(`v1/jobs/${entry.id}`, { method: "DELETE" });
   }
   leave();
   stage.clear();
@@ -452,7 +452,7 @@ const actions = {
       stage.clear();
       stage.status("");
     }
-    await call(`v1/videos/${job.id}`, { method: "DELETE" }).catch((error) => {
+    await call(`v1/jobs/${job.id}`, { method: "DELETE" }).catch((error) => {
       if (error.status !== 404) throw error;
     });
     await drawHistory(actions);

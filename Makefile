@@ -1,5 +1,7 @@
 # Every target sets up what it needs in .venv and needs nothing but Python (data also npm).
 #   make demo           make a video from a sentence by the bundled model, in demo.mp4
+#   make serve          serve the bundled model and its page on http://127.0.0.1:8000
+#   make soak           let many clients, kills and disconnects try a server, and record what was seen
 #   make check          check style, types, plain English and the order of packages
 #   make test           run every quick test, two files at a time
 #   make test-plain     run the quick tests on a copy of the package without its fast parts
@@ -20,13 +22,19 @@ DEMO_PROMPT ?= a panda growing on a green background
 
 VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/nova_video/__init__.py)
 
-.PHONY: demo test test-plain test-slow check data docs drawing build check-wheel release-notes clean
+.PHONY: demo serve soak test test-plain test-slow check data docs drawing build check-wheel release-notes clean
 
 demo: .venv/.demo
 	@echo 'Making demo.mp4: "$(DEMO_PROMPT)", in less than a minute.'
 	@$(BIN)/nova generate "$(DEMO_PROMPT)" --output demo.mp4 --seed 0
 	@echo 'This small model knows 285 emoji in motion: $(BIN)/nova words. Free text takes a released checkpoint and a GPU:'
 	@echo '$(BIN)/nova generate "a red panda in the snow" --model BAAI/nova-d48w1024-osp480 --num-frames 33'
+
+serve: .venv/.serve
+	@$(BIN)/nova serve
+
+soak: .venv/.dev
+	$(BIN)/python benchmarks/soak.py
 
 test: .venv/.dev
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
@@ -80,9 +88,14 @@ clean:
 	$(PIP) --editable '.[demo]'
 	touch $@
 
+.venv/.serve: pyproject.toml constraints.txt | .venv/bin/python
+	@echo 'Installing PyTorch and what else the server needs into .venv: some minutes and 2 GB.'
+	$(PIP) --editable '.[demo,serve]'
+	touch $@ .venv/.demo
+
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) --quiet --editable '.[train,data,eval,demo,docs,lowmem,serve,ray,page,dev]'
-	touch $@ .venv/.demo
+	touch $@ .venv/.demo .venv/.serve
 
 .venv/.site: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) --quiet --editable '.[site]'

@@ -425,6 +425,35 @@ class BenchSample(StepFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchServe(SamplingFlags):
+    """Measure a server: clips a second, seconds of a job, until its first preview and frame, and of a cancel.
+
+    Without --url, a server of this machine is begun for it, at a free port.
+    """
+
+    url: Annotated[str | None, arg(metavar="URL", help_behavior_hint="(default: an own one)")] = None
+    """A server that runs, such as http://127.0.0.1:8000."""
+    api_key: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A file whose first line is an API key of that server."""
+    model: Annotated[str, arg(metavar="NAME")] = MODEL
+    """The model that the server has, or is to have."""
+    clients: Annotated[tuple[int, ...], arg(metavar="N ...")] = (1, 4)
+    """Clients that ask at the same time: a row for each number."""
+    requests: Annotated[int, arg(metavar="N")] = 16
+    """Requests of each row."""
+    cancels: Annotated[int, arg(metavar="N")] = 5
+    """Jobs that are cancelled, for each row."""
+    prompt: Annotated[str, arg(metavar="TEXT")] = "a panda growing on a green background"
+    """The sentence."""
+    frames: Annotated[int | None, arg(metavar="N", help_behavior_hint=OWN)] = None
+    """Pixel frames of a clip."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """The setting of `nova generate`, for a server that is begun here."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("benchmarks/results/serve.json")
+    """Rows that are there stay, but for those of the same clients and settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchPresets(GuidedFlags):
     """Compare the exact way with each part of a preset, on held-out sentences: time, scores and distance.
 
@@ -555,6 +584,7 @@ Timings = (
     Annotated[BenchSample, subcommand("sample")]
     | Annotated[BenchPresets, subcommand("presets")]
     | Annotated[BenchTrain, subcommand("train")]
+    | Annotated[BenchServe, subcommand("serve")]
 )
 Worlds = (
     Annotated[DataEmoji, subcommand("emoji")]
@@ -564,6 +594,7 @@ Worlds = (
 Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Edit, subcommand("edit")]
+    | Annotated[Serve, subcommand("serve")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Words, subcommand("words")]
     | Annotated[Convert, subcommand("convert")]
@@ -571,7 +602,8 @@ Command = (
     | Annotated[Train, subcommand("train")]
     | Annotated[Any, subcommand("evaluate", description="Measure a model.", constructor_factory=lambda: Benchmarks)]
     | Annotated[
-        Any, subcommand("bench", description="Time sampling and training.", constructor_factory=lambda: Timings)
+        Any,
+        subcommand("bench", description="Time sampling, training and serving.", constructor_factory=lambda: Timings),
     ]
     | Annotated[
         Any,

@@ -1,5 +1,6 @@
 """The commands `nova bench ...`: what was measured on stdout, and its rows in a JSON file."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -7,7 +8,7 @@ import sys
 from dataclasses import asdict, fields
 from typing import Any
 
-from nova_video.cli.arguments import BenchPresets, BenchSample, BenchTrain
+from nova_video.cli.arguments import SAMPLING, BenchPresets, BenchSample, BenchServe, BenchTrain
 from nova_video.cli.console import size_of
 from nova_video.cli.flags import given_options, typed_words
 from nova_video.common.errors import InputError
@@ -134,6 +135,42 @@ def _shared_values(args: BenchSample | BenchTrain, record: type[Any]) -> dict[st
     return values | {"size": None if height is None or width is None else (height, width)}
 
 
+def run_bench_serve(args: BenchServe) -> None:
+    """Each number of clients in turn, against the server that is named or one of its own."""
+    from nova_video.bench.rows import record_row
+    from nova_video.bench.sample import device_name, versions
+    from nova_video.bench.serve import AskedLoad, ServeRow, measure_load, read_serve_rows, serve_lines
+    from nova_video.bench.server_client import ServerClient, own_server
+    from nova_video.common.devices import choose_device
+    from nova_video.io.files import make_folder
+    from nova_video.io.text import read_text
+
+    changed = given_options(args, Options, SAMPLING) | ({} if args.frames is None else {"num_frames": args.frames})
+    fields = {"prompt": args.prompt, **changed}
+    loads = [AskedLoad(number, args.requests, args.cancels, fields) for number in args.clients]
+    make_folder(args.output.parent)
+    read_serve_rows(args.output)  # a file that cannot be added to is found before the work
+    failed = []
+    with contextlib.ExitStack() as stack:
+        if args.url is None:
+            place = device_name(choose_device(args.device))
+            client = stack.enter_context(own_server(["--model", args.model, "--device", args.device])).client
+        else:
+            key = None if args.api_key is None else read_text(args.api_key).split("\n")[0].strip()
+            place, client = f"that of {args.url}", ServerClient(args.url, key)
+        for load in loads:
+            typed = _command_line("serve", args, ("clients", "output"), "--clients", str(load.clients))
+            base = ServeRow(args.model, load.clients, load.requests, place, versions(), typed, changed)
+            row = measure_load(client, load, base)
+            record_row(args.output, row)
+            print("\n".join(serve_lines(row)), flush=True)
+            if row.error is not None:
+                failed.append(str(load.clients))
+    print(args.output)
+    if failed:
+        raise InputError(f"{len(failed)} of {len(loads)} failed: {', '.join(failed)} clients (see above)")
+
+
 def _check_profile(args: BenchSample | BenchTrain) -> None:
     from nova_video.io.files import make_folder
 
@@ -144,7 +181,7 @@ def _check_profile(args: BenchSample | BenchTrain) -> None:
 
 
 def _command_line(
-    what: str, args: BenchSample | BenchPresets | BenchTrain, without: tuple[str, ...], *given: str
+    what: str, args: BenchSample | BenchPresets | BenchTrain | BenchServe, without: tuple[str, ...], *given: str
 ) -> str:
     """The command that repeats a row: `given`, and what is not as by default."""
     return shlex.join(["nova", "bench", what, *given, *typed_words(args, Options, without)])

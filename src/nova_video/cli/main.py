@@ -22,6 +22,7 @@ from nova_video.cli.arguments import (
     MODEL,
     BenchPresets,
     BenchSample,
+    BenchServe,
     BenchTrain,
     Convert,
     DataEmoji,
@@ -36,15 +37,17 @@ from nova_video.cli.arguments import (
     Generate,
     Info,
     ModelFlags,
+    Serve,
     Train,
     Words,
     one_line_errors,
     parse,
 )
-from nova_video.cli.bench import run_bench_presets, run_bench_sample, run_bench_train
+from nova_video.cli.bench import run_bench_presets, run_bench_sample, run_bench_serve, run_bench_train
 from nova_video.cli.data import run_data_inspect, run_encode
 from nova_video.cli.evaluate import run_evaluate_drift, run_evaluate_editing, run_evaluate_emoji, run_evaluate_own
 from nova_video.cli.generate_command import run_edit, run_generate
+from nova_video.cli.serve_command import run_serve
 from nova_video.cli.words import run_words
 from nova_video.common.errors import InputError, Terminated, first_line
 from nova_video.common.extras import install_command
@@ -145,6 +148,7 @@ def run_data_shapes(args: DataShapes) -> None:
 COMMANDS: dict[type, Callable[[Any], None]] = {
     Generate: run_generate,
     Edit: run_edit,
+    Serve: run_serve,
     Info: run_info,
     Words: run_words,
     Convert: run_convert,
@@ -157,6 +161,7 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
     BenchSample: run_bench_sample,
     BenchPresets: run_bench_presets,
     BenchTrain: run_bench_train,
+    BenchServe: run_bench_serve,
     DataEmoji: run_data_emoji,
     DataShapes: run_data_shapes,
     DataInspect: run_data_inspect,

@@ -7,6 +7,7 @@ sets when it is full. Fragments are no part of the news but files, which readers
 import asyncio
 import threading
 from collections import defaultdict, deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,7 @@ class Feed:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._readers: defaultdict[str, list[NewsReader]] = defaultdict(list)
+        self._watchers: list[Callable[[str, JobEvent], None]] = []
 
     def open(self, id: str, previews: bool = False) -> NewsReader:
         """A new reader of a job's news from now on."""
@@ -83,8 +85,15 @@ class Feed:
             if not self._readers[id]:
                 del self._readers[id]
 
+    def watch(self, watcher: Callable[[str, JobEvent], None]) -> None:
+        """Tells a function of all news of all jobs, at once, in the thread that has them. It must be quick."""
+        with self._lock:
+            self._watchers.append(watcher)
+
     def post(self, id: str, event: JobEvent) -> None:
         """Tells all readers of a job."""
+        for watcher in self._watchers:
+            watcher(id, event)
         with self._lock:
             for reader in self._readers.get(id, ()):
                 reader.put(event)

@@ -13,16 +13,20 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
-from nova_video.serving.jobs import Job, Status
+from nova_video.serving.feed import JobEvent
+from nova_video.serving.jobs import Status
 
 REQUEST_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.5, 1, 5, 30, 120)
+MINUTE = 60
 STAGE_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 
 @dataclass(frozen=True)
-class _Moments:
+class JobMoments:
     """The times at which things of a running job were seen."""
 
+    kind: str
+    created_at: float
     first_set: float | None = None
     last_frame: float | None = None
 
@@ -51,9 +55,9 @@ class ServerMetrics:
         self.ended = Counter("nova_jobs_ended", "Jobs that ended.", ("kind", "status", "code"), registry=self.registry)
         self.frames = Counter("nova_frames", "Pixel frames that were made.", ("kind",), registry=self.registry)
         self.sets = Counter("nova_sets", "Sets of tokens that were sampled.", ("kind",), registry=self.registry)
-        self.registry.register(_Present(count_jobs, self._rates))
+        self.registry.register(PresentGauges(count_jobs, self._rate))
         self._lock = threading.Lock()
-        self._running: dict[str, _Moments] = {}
+        self._running: dict[str, JobMoments] = {}
         self._recent: list[tuple[float, int]] = []
 
     def see_request(self, scope: MutableMapping[str, Any], status: int, seconds: float) -> None:
@@ -61,63 +65,66 @@ class ServerMetrics:
         route = getattr(scope.get("route"), "path", "other")
         self.requests.labels(scope.get("method", "WEBSOCKET"), route, str(status)).observe(seconds)
 
-    def see_set(self, job: Job) -> None:
-        """Counts one set of tokens of a job."""
-        self.sets.labels(job.kind).inc()
-        with self._lock:
-            moments = self._running.get(job.id, _Moments())
-            is_first = moments.first_set is None
-            self._running[job.id] = replace(moments, first_set=moments.first_set or time.time())
-        if is_first:
-            self._stage("first_preview", job, time.time() - job.created_at)
-
-    def see_frames(self, job: Job, count: int) -> None:
-        """Counts pixel frames that are in the job's folder."""
+    def see_event(self, id: str, event: JobEvent) -> None:
+        """Counts one piece of news of a job."""
         now = time.time()
-        self.frames.labels(job.kind).inc(count)
-        with self._lock:
-            moments = self._running.get(job.id, _Moments())
-            is_first = moments.last_frame is None
-            self._running[job.id] = replace(moments, last_frame=now)
-            self._recent = [(at, number) for at, number in self._recent if at > now - 60] + [(now, count)]
-        if is_first:
-            self._stage("first_frame", job, now - job.created_at)
-
-    def see_status(self, job: Job) -> None:
-        """Counts a change of a job's status."""
-        if job.status is Status.IN_PROGRESS and job.started_at is not None:
-            with self._lock:
-                is_new = job.id not in self._running
-                self._running.setdefault(job.id, _Moments())
-            if is_new:
-                self._stage("queue", job, job.started_at - job.created_at)
-        if not job.status.ended:
+        if event.type == "status":
+            self._see_status(id, event.data, now)
             return
         with self._lock:
-            moments = self._running.pop(job.id, None)
-        self.ended.labels(job.kind, str(job.status), "" if job.error is None else job.error.code).inc()
-        end = job.ended_at or time.time()
-        self._stage("total", job, end - job.created_at)
-        if job.started_at is not None:
-            self._stage("run", job, end - job.started_at)
-        if moments is not None and moments.last_frame is not None:
-            self._stage("write", job, end - moments.last_frame)
+            before = self._running.get(id)
+            if before is None:
+                return
+            if event.type == "set":
+                self._running[id] = replace(before, first_set=before.first_set or now)
+            elif event.type == "fragment":
+                self._running[id] = replace(before, last_frame=now)
+                self._recent = [*self._latest(now), (now, event.data["frames"])]
+        if event.type == "set":
+            self.sets.labels(before.kind).inc()
+            if before.first_set is None:
+                self._stage("first_preview", before.kind, now - before.created_at)
+        elif event.type == "fragment":
+            self.frames.labels(before.kind).inc(event.data["frames"])
+            if before.last_frame is None:
+                self._stage("first_frame", before.kind, now - before.created_at)
+
+    def _see_status(self, id: str, job: Mapping[str, Any], now: float) -> None:
+        ended = Status(job["status"]).ended
+        with self._lock:
+            before = self._running.pop(id, None)
+            if not ended and job["started_at"] is not None:
+                self._running[id] = before or JobMoments(job["kind"], job["created_at"])
+        if before is None and job["started_at"] is not None:
+            self._stage("queue", job["kind"], job["started_at"] - job["created_at"])
+        if not ended:
+            return
+        code = "" if job["error"] is None else job["error"]["code"]
+        self.ended.labels(job["kind"], job["status"], code).inc()
+        self._stage("total", job["kind"], now - job["created_at"])
+        if job["started_at"] is not None:
+            self._stage("run", job["kind"], now - job["started_at"])
+        if before is not None and before.last_frame is not None:
+            self._stage("write", job["kind"], now - before.last_frame)
 
     def text(self) -> bytes:
         """Everything, in the text form of Prometheus."""
         return bytes(generate_latest(self.registry))
 
-    def _stage(self, stage: str, job: Job, seconds: float) -> None:
-        self.stages.labels(stage, job.kind).observe(max(seconds, 0.0))
+    def _stage(self, stage: str, kind: str, seconds: float) -> None:
+        self.stages.labels(stage, kind).observe(max(seconds, 0.0))
 
-    def _rates(self) -> float:
+    def _latest(self, now: float) -> list[tuple[float, int]]:
+        """Times and numbers of the frames of the last minute."""
+        return [(at, number) for at, number in self._recent if at > now - MINUTE]
+
+    def _rate(self) -> float:
         """Frames a second in the last minute."""
-        now = time.time()
         with self._lock:
-            return sum(number for at, number in self._recent if at > now - 60) / 60
+            return sum(number for _, number in self._latest(time.time())) / MINUTE
 
 
-class _Present:
+class PresentGauges:
     """Gauges that are read when somebody asks."""
 
     def __init__(self, count_jobs: Callable[[], Mapping[str, int]], rate: Callable[[], float]) -> None:

@@ -16,6 +16,7 @@ from nova_video.common.errors import InputError
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.serving.feed import Feed, JobEvent
 from nova_video.serving.jobs import Job, Kind, Wish, new_id
+from nova_video.serving.logs import log_event
 from nova_video.serving.results import VIDEO, ResultFolder, fragment_name, image_name
 from nova_video.serving.settings import ServeSettings, own_folder
 from nova_video.serving.store import JobStore
@@ -30,6 +31,7 @@ from nova_video.serving.submission import (
     settings_of,
     warnings_of,
 )
+from nova_video.serving.uploads import check_upload
 from nova_video.serving.worker import Worker
 
 DAY = 86400.0
@@ -100,6 +102,8 @@ class JobService:
         uploads = {name: self._upload_of(each) for name, each in (media or {}).items()}
         if foreign := [name for name in uploads if name not in MEDIA]:
             raise InputError(f"media has {foreign[0]}: expected {', '.join(MEDIA)}")
+        for name, each in uploads.items():
+            check_upload(name, each.data, self.settings, still=name == "image")
         files = {name: f"{name}{each.safe_suffix}" for name, each in uploads.items()}
         with tempfile.TemporaryDirectory() as folder:
             paths = {name: Path(folder) / file for name, file in files.items()}
@@ -107,7 +111,7 @@ class JobService:
                 path.write_bytes(uploads[name].data)
             try:
                 request = request_of(values, paths)
-                plan = check_request(self.pipe, kind, self.settings, request, paths)
+                plan = check_request(self.pipe, kind, self.settings, request)
             except InputError as error:
                 raise InputError(str(error).replace(f"{folder}/", "")) from None
         now = time.time()
@@ -133,6 +137,7 @@ class JobService:
             self.results.remove(job.id)
             raise self._full(bound)
         self.worker.poke()
+        log_event("job", id=job.id, status=job.status, kind=job.kind, prompt=job.prompt)
         return job
 
     def _upload_of(self, source: Upload | Job) -> Upload:

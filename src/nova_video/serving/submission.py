@@ -14,8 +14,7 @@ import torch
 
 from nova_video.common.errors import InputError, unknown
 from nova_video.common.option_fields import option_fields, values_of, without_aliases
-from nova_video.io.decode import PICTURES, VIDEOS, MediaFile
-from nova_video.io.inputs import InputClip
+from nova_video.io.decode import PICTURES, VIDEOS
 from nova_video.io.media import load_image
 from nova_video.pipeline.options import Options
 from nova_video.pipeline.own_parts import CHECKS
@@ -84,12 +83,8 @@ def generators_of(request: GenerateRequest, device: torch.device) -> list[torch.
     return [torch.Generator(device).manual_seed((request.seed or 0) + number) for number in range(count)]
 
 
-def check_request(
-    pipe: NovaPipeline, kind: Kind, settings: ServeSettings, request: GenerateRequest, paths: Mapping[str, Path]
-) -> Plan:
+def check_request(pipe: NovaPipeline, kind: Kind, settings: ServeSettings, request: GenerateRequest) -> Plan:
     """The plan of a request. InputError for what this model or this server does not do."""
-    for name, path in paths.items():
-        _check_upload(name, path, settings)
     plan = request.resolve(pipe.defaults, pipe.capabilities)
     if plan.height * plan.width > settings.max_pixels:
         raise InputError(
@@ -106,15 +101,6 @@ def check_request(
     if kind == "image":
         plan.check_pixels()
     return plan
-
-
-def _check_upload(name: str, path: Path, settings: ServeSettings) -> None:
-    clip = InputClip(MediaFile(path))
-    height, width = clip.size
-    if height * width > settings.max_pixels:
-        raise InputError(f"{name} has {width}x{height} pixels: expected at most {settings.max_pixels:,} on this server")
-    if len(clip) > settings.max_frames:
-        raise InputError(f"{name} has {len(clip)} frames: expected at most {settings.max_frames:,} on this server")
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("src", "tools", "examples")
+FOLDERS = ("src", "tools", "examples", "integrations")
 RECORD = Path(__file__).with_suffix(".json")
 MOST_WORDS = 20
 OPENING = re.compile(r"(Of|What|Whether|The same|As|That|Those)\b")

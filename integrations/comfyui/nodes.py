@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
-from nova_video import GenerateRequest, NovaPipeline
+from nova_video import GenerateRequest, InputError, NovaPipeline
 from nova_video.common.checks import LIMITS
 from nova_video.common.devices import DEVICES, DTYPES
 from nova_video.common.option_fields import is_timed
@@ -151,7 +151,7 @@ class MakingNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         changes = [ChangesType.Input("changes", optional=True, tooltip="From NOVA Change At.")] if cls.CLIP else []
-        made = io.Video.Output("video") if cls.CLIP else io.Image.Output("images")
+        made = io.Video.Output("clip") if cls.CLIP else io.Image.Output("pictures")
         return io.Schema(
             node_id=cls.__name__,
             display_name=cls.NAME,
@@ -270,7 +270,7 @@ class NovaEditImage(MakingNode):
         mask: torch.Tensor | None = None,
         **inputs: Any,
     ) -> dict[str, Any]:
-        return {"image": picture_of(image), "num_frames": 1, **_masks(mask)}
+        return {"image": picture_of(image), "num_frames": 1, **_masks(mask, settings)}
 
 
 class NovaEditVideo(MakingNode):
@@ -293,7 +293,7 @@ class NovaEditVideo(MakingNode):
         mask: torch.Tensor | None = None,
         **inputs: Any,
     ) -> dict[str, Any]:
-        return {"video": clip_of(video), **_masks(mask)}
+        return {"video": clip_of(video), **_masks(mask, settings)}
 
 
 def _mask_input() -> io.Input:
@@ -302,7 +302,9 @@ def _mask_input() -> io.Input:
     )
 
 
-def _masks(mask: torch.Tensor | None) -> dict[str, Any]:
+def _masks(mask: torch.Tensor | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    if mask is None and "strength" not in settings:
+        raise InputError("got neither mask nor strength: expected one of them, or both")
     return {} if mask is None else {"mask_image": masks_of(mask)}
 
 

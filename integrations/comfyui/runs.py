@@ -18,6 +18,7 @@ from PIL import Image
 
 from nova_video import FrameReady, GenerateRequest, Generation, InputError, NovaPipeline, PartialFrame
 from nova_video.io.decode import MediaFile
+from nova_video.io.fragments import join_fragments
 from nova_video.io.inputs import InputClip
 from nova_video.io.media import LiveWriter
 from nova_video.io.pixels import to_bytes
@@ -34,7 +35,7 @@ def make_pictures(model: LoadedModel, request: Callable[[NovaPipeline], Generate
     """The pictures of a request as ComfyUI's IMAGE, (B, H, W, 3) in [0, 1], and the record of their making."""
     with model.on_device() as pipe:
         generation = pipe.start(request(pipe))
-        frame = next(iter(list(_frames(generation, node))))
+        [frame] = _frames(generation, node)
     pictures = frame[None] if frame.ndim == 3 else frame
     return torch.from_numpy(np.ascontiguousarray(pictures, np.float32)), _record(generation)
 
@@ -44,24 +45,25 @@ def make_video(model: LoadedModel, request: Callable[[NovaPipeline], GenerateReq
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"nova_{uuid.uuid4().hex}.mp4"
+    part = path.with_suffix(".part.mp4")
     try:
         with model.on_device() as pipe:
             generation = pipe.start(request(pipe))
-            with LiveWriter(path, generation.plan.fps, generation.records[0]) as writer:
+            with LiveWriter(part, generation.plan.fps, {}) as writer:
                 for frame in _frames(generation, node):
                     writer.write(to_bytes(frame))
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+        path.write_bytes(join_fragments(part.read_bytes(), (), generation.records[0]))
+    finally:
+        part.unlink(missing_ok=True)
     return InputImpl.VideoFromFile(str(path)), _record(generation)
 
 
-def picture_of(image: torch.Tensor, name: str = "image") -> NDArray[np.uint8]:
-    """The one picture of ComfyUI's IMAGE, as bytes (H, W, 3)."""
+def picture_of(image: torch.Tensor) -> Image.Image:
+    """The one picture of ComfyUI's IMAGE."""
     if image.ndim != 4 or len(image) != 1:
         got = f"{len(image)} pictures" if image.ndim == 4 else f"a tensor {tuple(image.shape)}"
-        raise InputError(f"{name} holds {got}: expected 1")
-    return to_bytes(image[0, ..., :3].clamp(0, 1).float().cpu().numpy())
+        raise InputError(f"image holds {got}: expected 1")
+    return Image.fromarray(to_bytes(image[0].clamp(0, 1).float().cpu().numpy()))
 
 
 def masks_of(mask: torch.Tensor) -> NDArray[np.float32]:
@@ -99,7 +101,7 @@ def _frames(generation: Generation, node: str | None) -> Iterator[Frame]:
             if isinstance(event, FrameReady):
                 yield event.frame
                 continue
-            done = event.step if isinstance(event, PartialFrame) else done + 1
+            done = event.step + 1 if isinstance(event, PartialFrame) else done + 1
             due = time.monotonic() - shown >= PREVIEW_SECONDS
             shown = time.monotonic() if due else shown
             tell(event.frame if due else None)

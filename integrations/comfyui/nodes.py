@@ -1,4 +1,4 @@
-"""The nodes: load a model, make pictures and clips, go on from a picture or a clip, and edit under a mask."""
+"""The nodes load a model, make pictures and clips, carry clips on, and edit under a mask."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
+
 from nova_video import GenerateRequest, InputError, NovaPipeline
 from nova_video.common.checks import LIMITS
 from nova_video.common.devices import DEVICES, DTYPES
@@ -17,7 +18,7 @@ from .widgets import FIELDS, OF_CLIPS, STEP, problem_of, setting_input, setting_
 
 CATEGORY = "nova-video"
 NONE = "none"
-TIMED = [name for name in FIELDS if name != "prompt" and is_timed(FIELDS[name])]
+TIMELINES = [name for name in FIELDS if name != "prompt" and is_timed(FIELDS[name])]
 """Settings besides the prompt that may change within a clip."""
 
 ModelType = io.Custom("NOVA_MODEL")
@@ -117,7 +118,7 @@ class NovaChangeAt(io.ComfyNode):
                 io.String.Input(
                     "prompt", multiline=True, default="", optional=True, tooltip="Empty: the sentence stays."
                 ),
-                *(setting_input(name) for name in TIMED),
+                *(setting_input(name) for name in TIMELINES),
                 ChangesType.Input("earlier", optional=True, tooltip="Changes at other moments."),
             ],
             outputs=[ChangesType.Output("changes")],
@@ -188,7 +189,7 @@ class MakingNode(io.ComfyNode):
 def with_changes(fields: dict[str, Any], changes: Any, pipe: NovaPipeline) -> dict[str, Any]:
     """The fields of a request, each that changes in time as a timeline."""
     found = dict(fields)
-    for name in ("prompt", *TIMED):
+    for name in ("prompt", *TIMELINES):
         later = [(at, new[name]) for at, new in sorted(changes, key=lambda change: change[0]) if name in new]
         if later:
             first = found[name] if name in found else getattr(pipe.defaults, name)

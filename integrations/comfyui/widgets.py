@@ -7,6 +7,7 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from comfy_api.latest import io
+
 from nova_video import GenerateRequest, InputError
 from nova_video.common.option_fields import check_option, choices_of, facts_of, kind_of, option_fields
 from nova_video.pipeline.options import ContextOptions
@@ -24,8 +25,8 @@ NO_WIDGET = {*CHECKS, "output_type"}
 """Settings without a widget: a workflow from a stranger must not name code to run, and nodes fix the output."""
 OF_CLIPS = {"num_frames", "seconds", "fps", "motion_flow", "image_guidance_scale", *option_fields(ContextOptions)}
 """Settings that a single picture has no use for."""
-SHOWN = {"prompt", "negative_prompt", "width", "height", "num_frames", "fps", "seed", "sets", "guidance_scale"}
-SHOWN |= {"motion_flow", "strength", "preset", "num_images_per_prompt"}
+COMMON = {"prompt", "negative_prompt", "width", "height", "num_frames", "fps", "seed", "sets", "guidance_scale"}
+COMMON |= {"motion_flow", "strength", "preset", "num_images_per_prompt"}
 """Settings that every user meets; ComfyUI hides the others behind "show advanced inputs"."""
 
 
@@ -39,7 +40,7 @@ def setting_input(name: str) -> io.Input:
     """The widget of one setting."""
     each, facts, kind = FIELDS[name], facts_of(FIELDS[name]), kind_of(FIELDS[name])
     left = f" {{}}: {facts.unset or 'none'}."
-    common = {"optional": name != "prompt", "extra_dict": {} if name in SHOWN else {"advanced": True}}
+    common = {"optional": name != "prompt", "extra_dict": {} if name in COMMON else {"advanced": True}}
     if name == SEED:
         return io.Int.Input(
             name, tooltip=facts.help, default=0, min=0, max=EXACT, control_after_generate=True, **common
@@ -63,7 +64,7 @@ def setting_input(name: str) -> io.Input:
     }
     if kind is int:
         return io.Int.Input(name, **number, **common)
-    return io.Float.Input(name, **{key: value for key, value in number.items()}, step=STEP, **common)
+    return io.Float.Input(name, **number, step=STEP, **common)
 
 
 def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:

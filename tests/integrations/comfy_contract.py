@@ -256,7 +256,7 @@ class VideoFromFile:
         return Components(torch.from_numpy(np.stack(frames[first:last])).float() / 255, rate)
 
 
-class Interrupted(Exception):
+class CancelError(Exception):
     """Cancel was pressed."""
 
 
@@ -370,7 +370,7 @@ class Comfy:
     def _check(self) -> None:
         self.checks += 1
         if self.cancel_at is not None and self.checks >= self.cancel_at:
-            raise Interrupted
+            raise CancelError
 
     # Graphs -----------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfy_contract import NODES, Comfy, Interrupted, VideoFromFile, graph_of
+from comfy_contract import NODES, CancelError, Comfy, VideoFromFile, graph_of
 
 from nova_video import GenerateRequest, GenerateResult, InputError, NovaPipeline
 from nova_video.common.option_fields import option_fields
@@ -117,7 +117,7 @@ def test_progress_counts_every_set_and_shows_the_canvas(comfy: Comfy) -> None:
 
 def test_cancel_stops_within_a_set_and_leaves_no_file(comfy: Comfy) -> None:
     comfy.cancel_at = 3
-    with pytest.raises(Interrupted):
+    with pytest.raises(CancelError):
         comfy.run(graph("NovaTextToVideo", num_frames=33), "made")
     assert len(comfy.progress) == 2
     assert not list((comfy.folder / "temp").iterdir())

@@ -1,10 +1,11 @@
-"""What the server answers: objects of the OpenAI dialect, its errors, and files."""
+"""The answers of the server: objects of the OpenAI dialect, its errors, and files."""
 
 import logging
 import os
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any, Literal
 
@@ -333,9 +334,11 @@ async def _answer_defect(request: Request, error: Exception) -> Response:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def file_answer(results: ResultFolder, id: str, name: str, kind: str, download: str) -> Response:
-    """A result, of which clients may ask for a range of bytes."""
-    headers = {"content-disposition": f'inline; filename="{download}"', "x-content-type-options": "nosniff"}
+def file_answer(
+    results: ResultFolder, id: str, name: str, kind: str, download: str, facts: Mapping[str, str]
+) -> Response:
+    """A result, of which clients may ask for a range of bytes, with facts about it as headers."""
+    headers = {"content-disposition": f'inline; filename="{download}"', **facts}
     if results.local is not None:
         path = results.local / id / name
         if not path.is_file():

@@ -20,7 +20,7 @@ from nova_video.serving.answers import (
     warnings_of,
 )
 from nova_video.serving.bodies import read_body
-from nova_video.serving.dialect import Wish, edit_by_default, take_picture, wish_of
+from nova_video.serving.dialect import Wish
 from nova_video.serving.jobs import Job, JobError, Status
 from nova_video.serving.results import image_name, partial_name
 from nova_video.serving.routing import REFUSALS, Owner, Service, body_of, end_of, in_thread
@@ -31,13 +31,13 @@ router = APIRouter(prefix="/v1/images", tags=["images"], responses=REFUSALS)
 
 FORM, JSON = "multipart/form-data", "application/json"
 KINDS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-MADE: dict[int | str, dict[str, Any]] = {
+OUTCOMES: dict[int | str, dict[str, Any]] = {
     200: {"model": ImagesAnswer, "content": {"text/event-stream": {"schema": {"type": "string"}}}},
     500: {"model": ErrorAnswer, "description": "The work failed"},
     503: {"model": ErrorAnswer, "description": "The work took more memory than there is"},
     504: {"model": ErrorAnswer, "description": "The work took longer than the server allows"},
 }
-CANCELLED = JobError("cancelled", "the picture was cancelled")
+CANCELLATION = JobError("cancelled", "the picture was cancelled")
 
 
 class PictureQuery(BaseModel):
@@ -51,25 +51,25 @@ class PictureQuery(BaseModel):
 @router.post(
     "/generations",
     response_class=Response,
-    responses=MADE,
+    responses=OUTCOMES,
     openapi_extra=body_of(ImageCreate, JSON, FORM),
     summary="Makes pictures of a sentence",
 )
 async def create_images(request: Request, service: Service, owner: Owner) -> Response:
-    wish = await in_thread(_create_wish, service, await _body(request, service))
-    return await _answer(request, service, wish, owner, "image_generation")
+    job = await in_thread(_create, service, await _body(request, service), owner)
+    return await _answer(request, service, job, owner, "image_generation")
 
 
 @router.post(
     "/edits",
     response_class=Response,
-    responses=MADE,
+    responses=OUTCOMES,
     openapi_extra=body_of(ImageEdit, FORM, JSON),
     summary="Makes parts of a picture anew: those under a mask, or a share of all",
 )
 async def edit_images(request: Request, service: Service, owner: Owner) -> Response:
-    wish = await in_thread(_edit_wish, service, await _body(request, service), owner)
-    return await _answer(request, service, wish, owner, "image_edit")
+    job = await in_thread(_edit, service, await _body(request, service), owner)
+    return await _answer(request, service, job, owner, "image_edit")
 
 
 @router.get("/{image_id}/content", response_class=Response, summary="Fetches a picture that an answer links to")
@@ -91,18 +91,18 @@ async def _body(request: Request, service: JobService) -> dict[str, Any]:
     return await read_body(request, int(service.settings.body_mb * 1e6))
 
 
-def _create_wish(service: JobService, values: dict[str, Any]) -> Wish:
-    return _complete(wish_of(service, ImageCreate, values))
+def _create(service: JobService, values: dict[str, Any], owner: str) -> Job:
+    return _submit(Wish(service, ImageCreate, values, owner))
 
 
-def _edit_wish(service: JobService, values: dict[str, Any], owner: str) -> Wish:
-    wish = wish_of(service, ImageEdit, values)
-    take_picture(service, wish, owner)
-    edit_by_default(wish)
-    return _complete(wish)
+def _edit(service: JobService, values: dict[str, Any], owner: str) -> Job:
+    wish = Wish(service, ImageEdit, values, owner)
+    wish.take_picture()
+    wish.edit_by_default()
+    return _submit(wish)
 
 
-def _complete(wish: Wish) -> Wish:
+def _submit(wish: Wish) -> Job:
     """Checks the words of the dialect against each other, and asks for one frame."""
     form = wish.form
     if form.get("partial_images") and not form.get("stream"):
@@ -113,17 +113,15 @@ def _complete(wish: Wish) -> Wish:
         raise WordError(
             "got output_compression for png, which loses nothing: expected jpeg or webp", "output_compression"
         )
-    wish.options |= {"num_frames": 1, "num_images_per_prompt": form.get("n", 1)}
-    return wish
+    return wish.submit("image")
 
 
-async def _answer(request: Request, service: JobService, wish: Wish, owner: str, event: str) -> Response:
-    job = await in_thread(service.submit, "image", wish.options, wish.media, wish.form, owner)
-    if wish.form.get("stream"):
+async def _answer(request: Request, service: JobService, job: Job, owner: str, event: str) -> Response:
+    if job.form.get("stream"):
         return StreamingResponse(_stream(service, job, owner, event), media_type="text/event-stream")
     job = await end_of(request, service, job, owner)
     if job.status is not Status.COMPLETED:
-        return failure_answer(job.error or CANCELLED)
+        return failure_answer(job.error or CANCELLATION)
     answer = await in_thread(_images_answer, service, job, str(request.base_url))
     return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
@@ -181,9 +179,9 @@ async def _stream(service: JobService, job: Job, owner: str, event: str) -> Asyn
                     )
         job = await in_thread(service.get, job.id, owner)
         if job.status is not Status.COMPLETED:
-            error = job.error or CANCELLED
-            facts = ErrorFacts(message=error.message, type="server_error", code=error.code)
-            yield f"event: error\ndata: {json.dumps({'error': facts.model_dump()})}\n\n"
+            error = job.error or CANCELLATION
+            told = ErrorFacts(message=error.message, type="server_error", code=error.code)
+            yield f"event: error\ndata: {json.dumps({'error': told.model_dump()})}\n\n"
             return
         for index in range(job.form.get("n", 1)):
             data = await in_thread(_picture, service, job, image_name(index))

@@ -1,6 +1,5 @@
 """Videos in the OpenAI dialect: asked for by a form, looked at, fetched, and made into others."""
 
-import math
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -19,16 +18,7 @@ from nova_video.serving.answers import (
     video_object,
 )
 from nova_video.serving.bodies import read_body
-from nova_video.serving.dialect import (
-    Wish,
-    edit_by_default,
-    extend,
-    media_of,
-    round_length,
-    take_clip,
-    take_video_media,
-    wish_of,
-)
+from nova_video.serving.dialect import Wish
 from nova_video.serving.jobs import Job, JobError, Status
 from nova_video.serving.results import SPRITESHEET, THUMBNAIL, VIDEO
 from nova_video.serving.routing import REFUSALS, Owner, Service, body_of, end_of, in_thread
@@ -43,7 +33,7 @@ VARIANTS = {
     "thumbnail": (THUMBNAIL, "image/webp", ".webp"),
     "spritesheet": (SPRITESHEET, "image/webp", "-sheet.webp"),
 }
-"""What `content` may be of -> its file, media type, and the end of its name."""
+"""A variant of `content` -> its file, media type, and the end of its name."""
 BINARY: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("video/mp4", "image/webp")}
@@ -81,54 +71,47 @@ class ContentQuery(BaseModel):
 
 def video_wish(service: JobService, values: dict[str, Any], owner: str) -> Wish:
     """The request for a new video."""
-    wish = wish_of(service, VideoCreate, values)
+    wish = Wish(service, VideoCreate, values, owner)
     if "prompt" not in wish.options:
         raise WordError("prompt is missing: expected a sentence, or a timeline of them", "prompt", "missing_field")
-    take_video_media(service, wish, owner)
-    round_length(service, wish)
+    wish.take_references()
+    wish.round_length()
     if wish.options.get("num_frames") == 1:
         raise WordError("num_frames is 1: expected 2 or more, /v1/images/generations makes pictures", "num_frames")
     return wish
 
 
-def submit(service: JobService, wish: Wish, owner: str) -> Job:
-    """Queues a request; one without end is a live session, which is stopped to be kept."""
-    return service.submit("session" if is_endless(wish) else "video", wish.options, wish.media, wish.form, owner)
-
-
-def is_endless(wish: Wish) -> bool:
-    return math.inf in (wish.options.get("num_frames"), wish.options.get("seconds"))
-
-
 def _create(service: JobService, values: dict[str, Any], owner: str) -> Job:
-    return submit(service, video_wish(service, values, owner), owner)
+    return video_wish(service, values, owner).submit("video")
+
+
+def _create_with_end(service: JobService, values: dict[str, Any], owner: str) -> Job:
+    wish = video_wish(service, values, owner)
+    if wish.is_endless:
+        raise WordError("num_frames is inf: expected a number, a video without end is no file", "num_frames")
+    return wish.submit("video")
 
 
 def _edit(service: JobService, values: dict[str, Any], owner: str) -> Job:
-    wish = wish_of(service, VideoEdit, values)
-    take_clip(service, wish, owner)
-    edit_by_default(wish)
-    return submit(service, wish, owner)
+    wish = Wish(service, VideoEdit, values, owner)
+    wish.take_clip()
+    wish.edit_by_default()
+    wish.round_length()
+    return wish.submit("video")
 
 
 def _extend(service: JobService, values: dict[str, Any], owner: str) -> Job:
-    wish = wish_of(service, VideoExtend, values)
-    take_clip(service, wish, owner)
-    extend(service, wish)
-    return submit(service, wish, owner)
+    wish = Wish(service, VideoExtend, values, owner)
+    wish.take_clip()
+    wish.extend()
+    return wish.submit("video")
 
 
 def _remix(service: JobService, id: str, values: dict[str, Any], owner: str) -> Job:
-    """The request of another video, seed and media as well, with what is new."""
-    source = video_of(service, id, owner)
-    wish = wish_of(service, VideoRemix, values)
-    told = {"seconds", "num_frames"} & wish.options.keys()
-    kept = {name: value for name, value in source.request.items() if not (told and name in ("seconds", "num_frames"))}
-    wish.options = {name: math.inf if value == "inf" else value for name, value in kept.items()} | wish.options
-    wish.media = media_of(service, source)
-    wish.form |= {"remixed_from_video_id": source.id}
-    round_length(service, wish)
-    return submit(service, wish, owner)
+    wish = Wish(service, VideoRemix, values, owner)
+    wish.repeat(video_of(service, id, owner))
+    wish.round_length()
+    return wish.submit("video")
 
 
 async def _body(request: Request, service: JobService, form_alone: bool = False) -> dict[str, Any]:
@@ -156,16 +139,10 @@ async def create_video(request: Request, service: Service, owner: Owner) -> Resp
 )
 async def create_video_sync(request: Request, service: Service, owner: Owner) -> Response:
     values = await _body(request, service, form_alone=True)
-    wish = await in_thread(video_wish, service, values, owner)
-    if is_endless(wish):
-        raise WordError("num_frames is inf: expected a number, a video without end is no file", "num_frames")
-    job = await end_of(request, service, await in_thread(submit, service, wish, owner), owner)
+    job = await end_of(request, service, await in_thread(_create_with_end, service, values, owner), owner)
     if job.status is not Status.COMPLETED:
         return failure_answer(job.error or JobError("cancelled", "the video was cancelled before it had a frame"))
-    answer = await in_thread(content_answer, service, job, "video")
-    answer.headers["x-video-id"] = job.id
-    answer.headers["x-seed"] = str(job.request.get("seed"))
-    return answer
+    return await in_thread(content_answer, service, job, "video")
 
 
 @router.post(
@@ -215,8 +192,9 @@ def list_videos(service: Service, owner: Owner, page: Annotated[PageQuery, Query
         video_of(service, page.after, owner)
     jobs, more = service.list(owner, "video", page.after, page.limit, page.order)
     data = [video_object(job) for job in jobs]
-    ends = {"first_id": data[0].id, "last_id": data[-1].id} if data else {}
-    return VideoList(data=data, has_more=more, **ends)
+    if not data:
+        return VideoList(data=data)
+    return VideoList(data=data, has_more=more, first_id=data[0].id, last_id=data[-1].id)
 
 
 @router.get("/{video_id}", response_model=VideoObject, summary="Tells how far a video is")
@@ -243,4 +221,5 @@ def content_answer(service: JobService, job: Job, variant: str) -> Response:
         headers = {"x-should-retry": "false"}
         return error_answer(409, message, headers, param="video_id", code="video_not_completed")
     name, kind, end = VARIANTS[variant]
-    return file_answer(service.results, job.id, name, kind, f"{job.id}{end}")
+    facts = {"x-video-id": job.id, "x-seed": str(job.request["seed"])}
+    return file_answer(service.results, job.id, name, kind, f"{job.id}{end}", facts)

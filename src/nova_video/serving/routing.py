@@ -1,4 +1,4 @@
-"""What all routes share: the service, the owner of a request, bodies in OpenAPI, and waiting for a job."""
+"""All routes share these: the service, the owner of a request, bodies in OpenAPI, and waiting for a job."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 
 from nova_video.serving.answers import ErrorAnswer
 from nova_video.serving.jobs import Job
-from nova_video.serving.schemas import Words
+from nova_video.serving.schemas import RequestWords
 from nova_video.serving.service import JobService
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def body_of(model: type[Words], *kinds: str) -> dict[str, Any]:
+def body_of(model: type[RequestWords], *kinds: str) -> dict[str, Any]:
     """The part of OpenAPI that tells of a body, which the route reads itself."""
     schema = model.model_json_schema()
     return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}}

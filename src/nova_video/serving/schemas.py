@@ -51,7 +51,7 @@ HINTS = {
     "markup": "mask",
     "mask_image": "mask",
 }
-"""Words that others know -> what to say here."""
+"""RequestWords that others know -> what to say here."""
 PLACE = {"type": "string", "contentMediaType": "application/octet-stream"}
 """The schema of a file in a form."""
 SCHEMAS: dict[str, dict[str, Any]] = {
@@ -70,8 +70,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "extra_params": {"type": "object"},
     "seconds": {"anyOf": [{"type": "string"}, {"type": "number"}]},
 }
-"""Words that HTTP has in a form of their own."""
-EXPECTED = {
+"""RequestWords that HTTP has in a form of their own."""
+FORMS = {
     "timeline": "a list of [seconds, sentence] pairs",
     "extra_params": "a JSON object",
     "stream": "true or false",
@@ -92,7 +92,7 @@ class WordError(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class CommonWords:
-    """Words that every request may have besides the settings of `GenerateRequest`."""
+    """RequestWords that every request may have besides the settings of `GenerateRequest`."""
 
     model: str | None = option(None, "Name of the loaded model, which GET /v1/models tells.", unset="that model")
     size: str | None = option(None, "WIDTHxHEIGHT in pixels, such as 128x128, or auto.", unset="the model's own")
@@ -108,7 +108,7 @@ class CommonWords:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageWords(CommonWords):
-    """Words of the dialect about pictures."""
+    """RequestWords of the dialect about pictures."""
 
     n: int | None = option(None, "How many pictures; each takes the next seed.", low=1, high=10, unset="1")
     response_format: Literal["b64_json", "url"] | None = option(
@@ -129,7 +129,7 @@ class ImageWords(CommonWords):
 # Models of requests ---------------------------------------------------------------------------------------------------
 
 
-class Words(BaseModel):
+class RequestWords(BaseModel):
     """The words of one request."""
 
     model_config = ConfigDict(extra="forbid")
@@ -165,7 +165,7 @@ def words_model(
     required: Collection[str],
     example: Mapping[str, Any],
     without: Collection[str] = (),
-) -> type[Words]:
+) -> type[RequestWords]:
     """The model of one request: settings of `GenerateRequest`, the words of `own`, and media with their help."""
     found: dict[str, Any] = {}
     for record in (GenerateRequest, own):
@@ -175,10 +175,8 @@ def words_model(
     for word, text in media.items():
         schema = {"anyOf": [PLACE, {"type": "object"}], "description": text}
         found[word] = (Annotated[Any, WithJsonSchema(schema)], ... if word in required else None)
-    model: type[Words] = create_model(name, __base__=Words, **found)
-    model.model_config["json_schema_extra"] = {"examples": [dict(example)]}
-    model.model_rebuild(force=True)
-    return model
+    shown = {"json_schema_extra": {"examples": [dict(example)]}}
+    return create_model(name, __base__=RequestWords, __cls_kwargs__=shown, **found)
 
 
 def _fields(record: type[Any], word: str, each: "RecordField[Any]", required: Collection[str]) -> dict[str, Any]:
@@ -186,7 +184,7 @@ def _fields(record: type[Any], word: str, each: "RecordField[Any]", required: Co
     schema = {**json_schema(record)["properties"][word], **SCHEMAS.get(word, {})}
     if word in SCHEMAS and "anyOf" not in SCHEMAS[word]:
         schema.pop("anyOf", None)
-    check = BeforeValidator(lambda value: _checked(record, word, each, value))
+    check = BeforeValidator(lambda value: _check_word(record, word, each, value))
     found = {word: (Annotated[Any, check, WithJsonSchema(schema)], ... if word in required else None)}
     if record is GenerateRequest:
         same = WithJsonSchema({**schema, "description": f"The same as {word}."})
@@ -195,14 +193,14 @@ def _fields(record: type[Any], word: str, each: "RecordField[Any]", required: Co
     return found
 
 
-def _checked(record: type[Any], word: str, each: "RecordField[Any]", value: Any) -> Any:
+def _check_word(record: type[Any], word: str, each: "RecordField[Any]", value: Any) -> Any:
     """The value of one word, or an InputError."""
     if value is None:
         return None
     if word in ("timeline", "extra_params"):
         value = _from_text(value) if isinstance(value, str) else value
         if not isinstance(value, list if word == "timeline" else dict):
-            raise InputError(f"{word} is {quote(value)}: expected {EXPECTED[word]}")
+            raise InputError(f"{word} is {quote(value)}: expected {FORMS[word]}")
         return value
     kind = kind_of(each)
     if kind is str or (word in SCHEMAS and word != "seconds"):
@@ -230,7 +228,7 @@ def _from_text(text: str) -> Any:
         return text
 
 
-def read_words(model: type[Words], values: Mapping[str, Any]) -> dict[str, Any]:
+def read_words(model: type[RequestWords], values: Mapping[str, Any]) -> dict[str, Any]:
     """The words of a request by the names of their settings; InputError names the first one that is wrong."""
     try:
         return model.model_validate(dict(values)).given()

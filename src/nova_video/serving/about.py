@@ -1,5 +1,6 @@
 """Facts about the loaded model for pages and clients: its words, defaults, bounds and settings, from its own files."""
 
+import re
 from dataclasses import asdict
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ def example_sentences(vocabulary: Vocabulary, count: int = EXAMPLES) -> list[str
     if not vocabulary.clips:
         return []
     phrases = {kind: cycle(_spread(vocabulary, kind, count)) for kind in {each.kind for each in vocabulary.words}}
-    template = vocabulary.clips[0].replace("[", "").replace("]", "")
+    template = re.sub(r" ?\[[^\[\]]*\](?=\])|[\[\]]", "", vocabulary.clips[0])  # of nested parts, the outer one
     return [
         TEMPLATE.sub(lambda match: next(phrases[match[1]]) if match[1] else match[0], template) for _ in range(count)
     ]

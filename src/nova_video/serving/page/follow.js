@@ -12,6 +12,7 @@ const wait = (milliseconds) => new Promise((resolve) => setTimeout(resolve, mill
 /** Shows a job on the stage until it has ended, and returns what the server last said of it. */
 export async function follow(id, stage, { signal, onstatus, onevent, withVideo = true }) {
   const streaming = withVideo ? stream(id, stage, signal) : Promise.resolve();
+  streaming.catch(() => {}); // it is waited for below, where the events have ended well
   let job = null;
   await again(signal, async () => {
     for await (const { type, data } of events(`v1/videos/${id}/events?previews=true`, { signal })) {

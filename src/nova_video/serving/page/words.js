@@ -52,7 +52,8 @@ function insertWord(field, phrase) {
 export function offerExamples(words, field) {
   const box = $("examples");
   const examples = words?.examples ?? [];
-  const pick = examples.slice(0, 4).map((text) => button(text, () => {
+  if (examples.length) field.placeholder = `Such as: ${examples.at(-1)}`;
+  const pick = examples.slice(0, 3).map((text) => button(text, () => {
     field.value = text;
     field.dispatchEvent(new Event("input", { bubbles: true }));
     field.focus();

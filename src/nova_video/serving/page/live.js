@@ -4,6 +4,7 @@ import { askForKey, ApiError, socket } from "./api.js";
 import { $, el, show } from "./dom.js";
 
 const PING = 1000; // milliseconds between two words about how far it has played
+const REFUSED = 1008; // the code of a socket that the server closes for a reason of its own
 const PAUSES = [500, 1000, 2000, 4000, 8000];
 
 export class LiveSession {
@@ -11,7 +12,7 @@ export class LiveSession {
   constructor(stage, { fps, onid, onerror, onend }) {
     Object.assign(this, { stage, fps, onid, onerror, onend });
     this.id = null;
-    this.next = 0; // the fragment that is to come
+    this.next = 0; // the fragment that is to come, or "now"
     this.tries = 0;
     this.over = false;
     this.changes = new Map();
@@ -23,12 +24,15 @@ export class LiveSession {
     this.connect({ type: "session.start", format: "m4s", endless: true, ...words });
   }
 
-  resume(id) {
+  /** Takes up a session: after a reload from its newest frames on, after a lost connection where it was. */
+  resume(id, first = this.next) {
     this.id = id;
+    this.next = first;
     this.connect({ type: "session.resume", id, first: this.next });
   }
 
   connect(first) {
+    this.stage.player.restart();
     const link = (this.link = socket("v1/realtime/video"));
     let opened = false;
     link.onopen = () => {
@@ -43,8 +47,8 @@ export class LiveSession {
       if (typeof data === "string") this.take(JSON.parse(data));
       else this.stage.feed(data);
     };
-    link.onclose = () => {
-      if (link === this.link) this.lost(opened);
+    link.onclose = ({ code }) => {
+      if (link === this.link) this.lost(opened, code);
     };
   }
 
@@ -67,20 +71,25 @@ export class LiveSession {
     } else if (type === "video.chunk_metadata") {
       if (Number.isInteger(message.number)) this.next = message.number + 1;
     } else if (type.startsWith("session.interaction.")) {
-      this.tellChange(message.event_id ?? message.interaction?.event_id, type.endsWith("in_effect"), message);
+      this.tellChange(message, type.endsWith("in_effect"));
     } else if (type === "session.done") {
       this.close();
       this.onend(this.id);
     } else if (type === "error") {
-      this.onerror(new ApiError(message.message ?? message.error?.message ?? message.code ?? "the session failed", 400));
+      if (this.changes.has(message.event_id)) this.changes.get(message.event_id).lastChild.textContent = "refused";
+      this.onerror(new ApiError(message.message, 400));
       if (!this.id) this.close();
     }
   }
 
   /** A connection that was lost is taken up again at the fragment that is missing; the server paused the session. */
-  async lost(opened) {
+  async lost(opened, code) {
     clearInterval(this.pinging);
     if (this.over) return;
+    if (code === REFUSED) { // the server has said why
+      this.close();
+      return;
+    }
     if (!this.id) {
       if (!opened && this.tries === 0) { // a browser does not say whether that was for lack of a key
         this.tries += 1;
@@ -116,7 +125,7 @@ export class LiveSession {
     this.send({ type: "session.interaction", interaction: { event_id: id, event } });
   }
 
-  tellChange(id, inEffect, { frame }) {
+  tellChange({ event_id: id, frame }, inEffect) {
     const node = this.changes.get(id);
     if (!node) return;
     const when = Number.isInteger(frame) ? ` from ${(frame / this.fps).toFixed(1)} s on` : "";

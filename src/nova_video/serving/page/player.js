@@ -39,6 +39,11 @@ export class Player {
     if (loop) this.start();
   }
 
+  /** The stream begins again with its head, as after a lost connection. */
+  restart() {
+    this.rest = new Uint8Array(0);
+  }
+
   start() {
     this.video.play().catch(() => {}); // a browser that lets nothing play by itself shows its button
   }
@@ -77,6 +82,7 @@ export class Player {
   pump() {
     const buffer = this.buffer;
     if (!buffer || buffer.updating || this.source.readyState !== "open") return;
+    if (this.endless) this.catchUp();
     const time = this.video.currentTime;
     if (this.endless && buffer.buffered.length && time - buffer.buffered.start(0) > 2 * KEEP_BEHIND) {
       buffer.remove(0, time - KEEP_BEHIND);

@@ -52,7 +52,7 @@ class Pacemaker:
         """The viewer begins with frame `first`."""
         if self._pace is None:
             self._pace = Pace(self.fps, first, time.monotonic())
-            if self.job.kind == "session":
+            if self.job.allowed is not None:
                 self._task = asyncio.create_task(self._keep(self._pace))
 
     def send(self, stop: int) -> None:

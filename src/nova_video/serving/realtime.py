@@ -11,7 +11,8 @@ The client sends objects with a `type`:
 
 The server sends video.start, then video.chunk_metadata with one binary message right behind it for the head of the
 stream and for each fragment; session.interaction.queued and session.interaction.in_effect; session.status whenever
-
+something changes; video.preview, if `previews` asked for them; session.pong; error, in one line with a code; and
+session.done at the end.
 
 A client that leaves, or takes nothing for `STALL_SECONDS`, leaves its session paused and kept. A session without end
 is made no more than `lead` seconds ahead of what its client has played.
@@ -34,7 +35,7 @@ from nova_video.io.fragments import mime_type
 from nova_video.serving.answers import video_object
 from nova_video.serving.bodies import read_object
 from nova_video.serving.dialect import round_length, take_video_media, wish_of
-from nova_video.serving.jobs import Job, Status, Wanted
+from nova_video.serving.jobs import Job, Status, Wish
 from nova_video.serving.pace import Pacemaker
 from nova_video.serving.results import INIT
 from nova_video.serving.routes_live import facts_of_event, moving_job
@@ -57,7 +58,7 @@ EVENT_WORDS = {
 """What an interaction may change -> the name that `JobService.change` has for it."""
 CHUNKS = (None, 0, 1)
 """Lengths of a transition: a change holds at once, from its frame on."""
-WISHES: dict[str, Wanted] = {"session.pause": "pause", "session.resume": "run", "session.stop": "stop"}
+WISHES: dict[str, Wish] = {"session.pause": "pause", "session.resume": "run", "session.stop": "stop"}
 REFUSALS = (InputError, NotFoundError, QueueFullError)
 POLICY = 1008  # the code of a WebSocket that is closed since its client did not keep to the rules
 

@@ -55,7 +55,7 @@ EVENT_WORDS = {
     "motion_flow": "motion_flow",
     "guidance_scale": "guidance_scale",
 }
-"""What an interaction may change -> the name that `JobService.change` has for it."""
+"""Words of an interaction -> the name that `JobService.change` has for it."""
 CHUNKS = (None, 0, 1)
 """Lengths of a transition: a change holds at once, from its frame on."""
 WISHES: dict[str, Wish] = {"session.pause": "pause", "session.resume": "run", "session.stop": "stop"}

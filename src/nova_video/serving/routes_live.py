@@ -40,7 +40,7 @@ class LiveQuery(BaseModel):
 
 
 class EventsQuery(BaseModel):
-    """What a reader of events is told."""
+    """The news that a reader of events is told."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -10,7 +10,7 @@ the database. A process that is killed in between leaves at most a fragment that
 again with the same bytes.
 
 **Sessions without end** are made as far as their viewers allow (`Job.allowed`). One that nobody watches any longer has
-no turns, and is parked as paused after `HELD` seconds, or as soon as others need its place.
+no turns, and is parked as paused after `VIEWERLESS` seconds, or as soon as others need its place.
 
 **Obedience.** Whatever is wanted of a job (pause, stop, cancel) and its deadline are looked at after every set.
 """
@@ -61,7 +61,7 @@ from nova_video.serving.submission import generators_of, request_of
 
 MOST_ACTIVE = 4  # jobs that are in memory at once
 SHARE = 10.0  # seconds of computing after which a job makes room for others that wait
-HELD = 5.0  # seconds that a session without viewers keeps its place
+VIEWERLESS = 5.0  # seconds that a session without viewers keeps its place
 LOOK = 0.5  # seconds between two looks at the database, for what other processes want
 TELL = 0.2  # seconds between two notes of the sets that are done
 PREVIEW = 1 / 8  # seconds between two previews of a job
@@ -293,7 +293,7 @@ class Worker:
                 return active
             active.held_at = now if active.held_at is None else active.held_at
             in_the_way = len(self.active) == MOST_ACTIVE and self.store.counts()[Status.QUEUED]
-            if in_the_way or now - active.held_at > HELD:
+            if in_the_way or now - active.held_at > VIEWERLESS:
                 self._park(active, paused_at=time.time())
         return None
 

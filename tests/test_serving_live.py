@@ -4,7 +4,6 @@ import asyncio
 import io
 import json
 import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from websockets.exceptions import ConnectionClosed
 
 from nova_video import NovaPipeline
 from nova_video.io.fragments import boxes
-from nova_video.serving import live_response, realtime
+from nova_video.serving import live_response
 from nova_video.serving.launch import guarded_app
 from nova_video.serving.pace import Pace
 from nova_video.serving.server import make_server, open_socket, url_of

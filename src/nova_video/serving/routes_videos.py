@@ -190,7 +190,7 @@ def video_of(service: JobService, id: str, owner: str) -> Job:
 def list_videos(service: Service, owner: Owner, page: Annotated[PageQuery, Query()]) -> VideoList:
     if page.after is not None:
         video_of(service, page.after, owner)
-    jobs, more = service.list(owner, "video", page.after, page.limit, page.order)
+    jobs, more = service.list(owner, ("video", "session"), page.after, page.limit, page.order)
     data = [video_object(job) for job in jobs]
     if not data:
         return VideoList(data=data)

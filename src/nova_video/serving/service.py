@@ -7,7 +7,7 @@ event loops.
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -167,15 +167,15 @@ class JobService:
     def list(
         self,
         owner: str = "",
-        kind: Kind | None = None,
+        kinds: Collection[Kind] = (),
         after: str | None = None,
         limit: int = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> tuple[Sequence[Job], bool]:
-        """A page of an owner's jobs behind the one named `after`, and whether there are more."""
+        """A page of an owner's jobs behind the one named `after`, and whether there are more; no kinds are all."""
         if after is not None:
             self.get(after, owner)
-        return self.store.page(owner, () if kind is None else (kind,), after, limit, order == "desc")
+        return self.store.page(owner, kinds, after, limit, order == "desc")
 
     def want(self, id: str, wanted: Wish, owner: str = "") -> Job:
         """Says what is wanted of a job: it is done within one set. One that has ended can only be stopped in vain."""

@@ -20,27 +20,24 @@ is made no more than `lead` seconds ahead of what its client has played.
 
 import asyncio
 import json
-import math
 import time
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 
 from nova_video.common.checks import quote
 from nova_video.common.errors import InputError, unknown
-from nova_video.common.option_fields import option
 from nova_video.io.fragments import mime_type
 from nova_video.serving.answers import video_object
 from nova_video.serving.bodies import read_object
-from nova_video.serving.dialect import round_length, take_video_media, wish_of
 from nova_video.serving.jobs import Job, Status, Wish
 from nova_video.serving.pace import Pacemaker
 from nova_video.serving.results import INIT
 from nova_video.serving.routes_live import facts_of_event, moving_job
+from nova_video.serving.routes_videos import video_wish
 from nova_video.serving.routing import in_thread, owner_of, service_of
-from nova_video.serving.schemas import CommonWords, WordError, words_model
+from nova_video.serving.schemas import SessionStart, WordError
 from nova_video.serving.service import JobService, NotFoundError, QueueFullError
 
 router = APIRouter()
@@ -61,24 +58,6 @@ CHUNKS = (None, 0, 1)
 WISHES: dict[str, Wish] = {"session.pause": "pause", "session.resume": "run", "session.stop": "stop"}
 REFUSALS = (InputError, NotFoundError, QueueFullError)
 POLICY = 1008  # the code of a WebSocket that is closed since its client did not keep to the rules
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionWords(CommonWords):
-    """Words that start a live session besides those of every video."""
-
-    format: Literal["m4s"] | None = option(None, "Form of the frames: fragments of mp4.", unset="m4s")
-    endless: bool | None = option(None, "No end, until it is stopped.", unset="false")
-    previews: bool | None = option(None, "Send small pictures of the canvas as it fills.", unset="false")
-
-
-SessionStart = words_model(
-    "SessionStart",
-    SessionWords,
-    media={"image_reference": "The first frame: a data: URL.", "video_reference": "A clip to go on from: a data: URL."},
-    required=("prompt",),
-    example={"prompt": "a red apple moving left", "size": "128x128", "endless": True, "seed": 7},
-)
 
 
 class LeaveError(Exception):
@@ -163,18 +142,13 @@ class Connection:
                 await self._tell_error(code_of_refusal(error), str(error))
 
     def _submit(self, message: dict[str, Any]) -> Job:
-        wish = wish_of(self.service, SessionStart, {word: value for word, value in message.items() if word != "type"})
-        wish.options.pop("format", None)
-        if wish.options.pop("endless", False):
-            if told := {"num_frames", "seconds"} & wish.options.keys():
+        words = {word: value for word, value in message.items() if word != "type"}
+        if words.get("endless") is True:
+            if told := {"num_frames", "seconds"} & words.keys():
                 raise WordError(f"got endless and {min(told)}: expected one of them", "endless")
-            wish.options["num_frames"] = math.inf
-        previews = wish.options.pop("previews", False)
-        take_video_media(self.service, wish, self.owner)
-        round_length(self.service, wish)
-        job = self.service.submit("session", wish.options, wish.media, wish.form, self.owner)
-        self._previews = previews
-        return job
+            words["num_frames"] = "inf"
+        self._previews = words.get("previews") is True
+        return video_wish(self.service, words, self.owner, SessionStart).submit("session")
 
     def _take_up(self, message: dict[str, Any]) -> tuple[Job, int | Literal["now"]]:
         if others := message.keys() - {"type", "id", "first", "previews"}:

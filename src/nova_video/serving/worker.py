@@ -122,6 +122,14 @@ class ActiveJob:
         total = self.generation.total_steps
         return {"step": self.sets_done, "total": total, "frame": frame, "set": self.place[1], "sets": sets}
 
+    def hold(self, now: float) -> float:
+        """Lets it wait for its viewers, and tells for how many seconds it has."""
+        self.held_at = now if self.held_at is None else self.held_at
+        return now - self.held_at
+
+    def go_on(self) -> None:
+        self.held_at = None
+
     def close(self) -> None:
         self.events.close()  # type: ignore[attr-defined]  # a generator, which stops sampling
         self.inputs.close()
@@ -289,11 +297,10 @@ class Worker:
         now = time.monotonic()
         for active in list(self.active):
             if not self._waits_for_viewers(active):
-                active.held_at = None
+                active.go_on()
                 return active
-            active.held_at = now if active.held_at is None else active.held_at
             in_the_way = len(self.active) == MOST_ACTIVE and self.store.counts()[Status.QUEUED]
-            if in_the_way or now - active.held_at > VIEWERLESS:
+            if active.hold(now) > VIEWERLESS or in_the_way:
                 self._park(active, paused_at=time.time())
         return None
 

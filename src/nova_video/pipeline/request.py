@@ -68,7 +68,7 @@ class GenerateRequest(Options):
     __hash__ = object.__hash__
 
     def __post_init__(self) -> None:
-        check_prompt(self.prompt)
+        _check_prompt(self.prompt)
         if (self.prompt is None) == (self.prompt_embeds is None):
             got = "neither" if self.prompt is None else "both"
             raise InputError(f"got {got} of prompt and prompt_embeds: expected one of them")
@@ -211,8 +211,7 @@ class GenerateRequest(Options):
         return make_plan(self, defaults, model)
 
 
-def check_prompt(prompt: object) -> None:
-    """Raises InputError for what is no sentence, no list of them and no timeline."""
+def _check_prompt(prompt: object) -> None:
     if prompt is None:
         return
     several = [prompt] if isinstance(prompt, str) or is_timeline(prompt) else prompt

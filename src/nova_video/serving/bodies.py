@@ -77,18 +77,45 @@ def read_object(text: str | bytes, word: str | None = None) -> dict[str, Any]:
 
 
 async def _read_form(request: Request, largest: int) -> dict[str, Any]:
-    """The fields of a form: name[key] is a part of an object, name[] the same as name."""
+    """The fields of a form: name[key] are parts of an object, name[] and repeated names those of a list."""
     found: dict[str, Any] = {}
     try:
-        async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=largest) as form:
-            for name, value in form.multi_items():
-                _put(found, name, await _content(name, value) if isinstance(value, UploadFile) else value)
+        multipart = request.headers["content-type"].strip().lower().startswith(FORM[0])
+        taken = _with_bytes(request) if multipart else request
+        async with taken.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=largest) as form:
+            for sent, value in form.multi_items():
+                name = _text(sent, "a name", multipart)
+                if isinstance(value, UploadFile):
+                    _put(found, name, await _content(name, value))
+                else:
+                    _put(found, name, _text(value, name, multipart))
+    except WordError:
+        raise
     except (MultiPartException, FormParserError, HTTPException, UnicodeError) as error:
         reason = error.detail if isinstance(error, HTTPException) else getattr(error, "message", "") or str(error)
         raise InputError(
             f"the form cannot be read ({shorten(str(reason), 100)}): expected multipart/form-data"
         ) from None
     return found
+
+
+def _with_bytes(request: Request) -> Request:
+    """The request of a form, whose texts are then read as Latin 1. That keeps every byte for `_text` to see."""
+    kind = re.sub(r";\s*charset=[^;]*", "", request.headers["content-type"], flags=re.IGNORECASE)
+    headers = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
+    headers.append((b"content-type", f"{kind}; charset=latin-1".encode("latin-1")))
+    return Request({**request.scope, "headers": headers}, request.receive)
+
+
+def _text(sent: str, word: str, as_bytes: bool) -> str:
+    """A text of a form, whose bytes are to be UTF-8."""
+    try:
+        text = sent.encode("latin-1").decode("utf-8") if as_bytes else sent
+    except UnicodeDecodeError:
+        raise WordError(f"{shorten(word, 60)} is no text in UTF-8: expected that", shorten(word, 60)) from None
+    if "\0" in text or "\ufffd" in text:
+        raise WordError(f"{shorten(word, 60)} has letters that are none: expected a text in UTF-8", shorten(word, 60))
+    return text
 
 
 async def _content(name: str, sent: UploadFile) -> SentFile:
@@ -98,9 +125,6 @@ async def _content(name: str, sent: UploadFile) -> SentFile:
 def _put(found: dict[str, Any], name: str, value: Any) -> None:
     """Add one field of a form to those before it."""
     inner = BRACKETS.fullmatch(name)
-    if inner is None and "[" in name[1:]:
-        word = shorten(name.partition("[")[0], 60)
-        raise WordError(f"{word} came as {shorten(name, 60)}: expected JSON in the one field {word}", word)
     if inner is None or not inner[2]:
         word = name if inner is None else inner[1]
         if word in found:

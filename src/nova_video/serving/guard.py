@@ -195,7 +195,7 @@ class BodyReader:
             message = await asyncio.wait_for(self.receive(), min(self.patience, max(allowed, 0.001)))
         except TimeoutError:
             text = f"the body came too slowly: {self._bytes:,} bytes so far"
-            raise self._refuse(Refusal(408, text, "request_timeout", {"connection": "close"})) from None
+            raise self._refuse(Refusal(408, text, "request_timeout")) from None
         self._bytes += len(message.get("body", b""))
         self._whole = not message.get("more_body", False)
         if self._bytes > self.limit:
@@ -209,7 +209,7 @@ class BodyReader:
 
 def too_large(limit: int) -> Refusal:
     text = f"the body has more than {limit:,} bytes: expected at most that (nova serve --body-mb)"
-    return Refusal(413, text, "body_too_large", {"connection": "close"})
+    return Refusal(413, text, "body_too_large")
 
 
 def read_json(data: bytes) -> Any:
@@ -220,7 +220,9 @@ def read_json(data: bytes) -> Any:
         raise InputError(f"the body has the byte 0x{data[error.start]:02x} at {error.start}: expected UTF-8") from None
     _check_depth(text)
     try:
-        return json.loads(text, parse_constant=_no_constant, parse_int=_whole_number, parse_float=_finite_number)
+        value = json.loads(text, parse_constant=_no_constant, parse_int=_whole_number, parse_float=_finite_number)
+        _check_letters(value)
+        return value
     except json.JSONDecodeError as error:
         raise InputError(f"the body is no JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
 
@@ -232,6 +234,18 @@ def _check_depth(text: str) -> None:
         depth += (mark in "[{") - (mark in "]}") if len(mark) == 1 else 0
         if depth > JSON_DEPTH:
             raise InputError(f"the body nests more than {JSON_DEPTH} lists and objects: expected at most that")
+
+
+def _check_letters(value: Any) -> None:
+    """Refuses texts with half a letter of UTF-16 or with the letter 0, which no database and no file keeps."""
+    if isinstance(value, str) and ("\0" in value or re.search("[\ud800-\udfff]", value)):
+        raise InputError("the body has a text with letters that are none: expected Unicode without NUL")
+    if isinstance(value, dict):
+        _check_letters(list(value))
+        _check_letters(list(value.values()))
+    elif isinstance(value, list):
+        for each in value:
+            _check_letters(each)
 
 
 def _no_constant(word: str) -> Any:

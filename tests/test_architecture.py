@@ -105,7 +105,7 @@ def test_a_package_tells_what_it_may_import() -> None:
 CHANGING = {
     "are of one request, which runs or streams in one place at a time": """
         Generation SamplingState OpenFrame TemporalCache Modulations FastEngine Stopwatch FrameDecoder StreamDecoder
-        Interrupts Sampler TileParts Window""",
+        Conditions Interrupts Sampler TileParts Window""",
     "are of the generations that join them": "Together",
     "are of one job or queue of a server, which one thread works off or a lock guards": """
         ActiveJob Feed Worker""",
@@ -115,7 +115,8 @@ CHANGING = {
         StopSignal Stream Throughput""",
     "are of one run of nova encode": "DecodeLatents EncodeLatents EncodeText Marks OneByOne GroupRecord _Comparer",
     "are of one benchmark": "Maker",
-    "are of one request or connection of a server": "Answer BodyReader PatientProtocol Wish",
+    "are of one request or connection of a server": """
+        Answer BodyReader Connection Pace Pacemaker PatientProtocol Seats Wish""",
     "are of one server, and hold what it is at under a lock": "Readiness ServerMetrics",
     "hold captured graphs, made under a lock": "Buffer GraphRunner",
     "are switched as diffusers' own are, by their users": "VideoAutoencoder",
@@ -161,8 +162,10 @@ WRITES = {
         "whole_records: record",
         "with_entries: record",
     ],
-    "requests are advanced, each by its own sampler": [
+    "a request is advanced or changed, under its lock": [
         "Together._company: each",
+        "change_request: progress",
+        "change_request: setattr",
         "Together.make_next: each",
         "fix_set: frame",
         "fix_set: state",

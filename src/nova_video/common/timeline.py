@@ -68,6 +68,14 @@ class Timeline(Generic[T]):
     def at(self, seconds: float) -> T:
         return self.values[self.index_at(seconds)]
 
+    def changed(self, seconds: float, value: T) -> "Timeline[T]":
+        """The timeline with another value from a time on, up to the next change that it has."""
+        kept = [
+            (time, own) for time, own in zip(self.times, self.values, strict=True) if abs(time - seconds) > ROUNDING
+        ]
+        entries = sorted([*kept, (seconds, value)], key=lambda entry: entry[0])
+        return Timeline(tuple(time for time, _ in entries), tuple(own for _, own in entries))
+
     def check_end(self, name: str, seconds: float) -> None:
         """Raises where a change would come at the clip's end or later."""
         if self.times[-1] > 0 and self.times[-1] >= seconds - ROUNDING:

@@ -1,4 +1,4 @@
-"""Encodes a clip as fragments of mp4, each playable as soon as it is there, and joins them to one file.
+"""Encodes a clip as fragments of mp4, each playable as soon as it is there, and joins them.
 
 `FragmentEncoder.init` is the head of the stream: a player reads it once, and then fragments from any one on. Each
 fragment is encoded by itself: it begins with a keyframe, needs no other, and has the same bytes whenever it is made.

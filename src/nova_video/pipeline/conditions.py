@@ -3,6 +3,8 @@
 Legend: B pictures or clips of the call, N guidance passes, T text tokens, D width.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,13 +18,14 @@ from nova_video.pipeline.loading import is_own_part
 from nova_video.pipeline.offload import bring
 from nova_video.pipeline.plan import Plan
 from nova_video.pipeline.request import GenerateRequest
+from nova_video.pipeline.sentences import Sentences
 from nova_video.sampling.state import Segment
 from nova_video.text.features import PretrainedTextEncoder, TextEncoder, encode_texts
 from nova_video.text.load import check_own_encoder
 
 
-def prompt_features(parts: Parts, request: GenerateRequest, plan: Plan) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Features (tokens, width) of every prompt for each of its moments, and of a negative for each, if guided."""
+def sentences_of(parts: Parts, request: GenerateRequest, plan: Plan) -> Sentences:
+    """The features of every prompt for each of its moments, and of a negative for each, if guided."""
     count, guided = request.num_prompts, plan.passes > 1
     prompts = [timeline.values for timeline in request.prompts or []]
     negatives = request.negative_prompts
@@ -32,28 +35,32 @@ def prompt_features(parts: Parts, request: GenerateRequest, plan: Plan) -> tuple
     sentences = [text for moment in moments for text in moment]
     encoded = encode_prompts(parts, list(dict.fromkeys([*sentences, *((negatives or []) if guided else [])])))
     if request.prompt_embeds is not None:
-        texts = [list(request.prompt_embeds)]
+        texts = Timeline((0.0,), (tuple(request.prompt_embeds),))
     else:
-        texts = [[encoded[text] for text in moment] for moment in moments]
-    if not guided:
-        return texts, []
-    if negatives is not None:
+        assert request.timeline is not None
+        said = tuple(tuple(encoded[text] for text in moment) for moment in moments)
+        texts = Timeline(request.timeline.times, said)
+    null = list(request.negative_prompt_embeds or [])
+    if guided and negatives is not None:
         null = [encoded[text] for text in negatives]
-    else:  # features of one's own, without negatives: the padding table alone
-        null = list(request.negative_prompt_embeds or [texts[0][0][:0]])
-    return texts, null * count if len(null) == 1 else null
+    elif guided and not null:  # features of one's own, without negatives: the padding table alone
+        null = [texts.values[0][0][:0]]
+    return Sentences(texts, tuple(null * count if len(null) == 1 else null), request.num_images_per_prompt)
 
 
 def encode_prompts(parts: Parts, texts: list[str]) -> dict[str, Tensor]:
-    """Features (tokens, width) by sentence."""
+    """Features (tokens, width) by sentence. On a processor each is encoded alone, the same beside any others."""
     if not texts:
         return {}
     encoder, config = _text_encoder_of(parts), parts.transformer.config
     if encoder.width != config.text_token_dim:
         raise InputError(f"the text encoder's features are {encoder.width} wide: expected {config.text_token_dim}")
-    features, lengths = encode_texts(encoder, texts, config.text_token_len)
-    rows = zip(texts, features, lengths.tolist(), strict=True)
-    return {text: row[:length] for text, row, length in rows}
+    encoded: dict[str, Tensor] = {}
+    for part in [[text] for text in texts] if parts.device.type == "cpu" else [texts]:
+        features, lengths = encode_texts(encoder, part, config.text_token_len)
+        rows = zip(part, features, lengths.tolist(), strict=True)
+        encoded |= {text: row[:length] for text, row, length in rows}
+    return encoded
 
 
 def _text_encoder_of(parts: Parts) -> TextEncoder:
@@ -83,49 +90,63 @@ def _text_encoder_of(parts: Parts) -> TextEncoder:
 
 
 def segments_of(
-    parts: Parts, request: GenerateRequest, plan: Plan, texts: list[list[Tensor]], negatives: list[Tensor]
+    parts: Parts, plan: Plan, sentences: Sentences, before: Sequence[Segment] = (), start: int = 0
 ) -> list[Segment]:
-    """The segments of a clip, from one change of prompt, motion score or guidance to the next."""
-    moments = Timeline((0.0,), (0,))  # of the prompts
-    if request.timeline is not None:
-        moments = Timeline(request.timeline.times, tuple(range(len(texts))))
-    timelines: tuple[Timeline[Any], ...] = (moments, plan.motion, plan.guidance)
-    starts = sorted({plan.latent_at(time) for timeline in timelines for time in timeline.times})
-    conditions: dict[tuple[int, float], Tensor] = {}
-    segments: list[Segment] = []
-    before, begin = 0, 0
-    for start in starts:
-        moment, motion, guidance = (_from_frame(timeline, plan, start) for timeline in timelines)
-        if any(text is not last for text, last in zip(texts[moment], texts[before], strict=True)):
-            begin = max(0, start - plan.context.carry)
-        before = moment
-        if (moment, motion) not in conditions:
-            conditions[moment, motion] = _condition(parts, request, plan, texts[moment], negatives, motion)
-        segments.append(Segment(start, conditions[moment, motion], guidance, begin))
+    """The segments of a clip, from one change of prompt, motion score or guidance to the next.
+
+    Those of `before` stay, with as many passes as the plan has, and the others begin at the latent frame `start`.
+    """
+    conditions = Conditions(parts, plan, sentences)
+    if before and len(before[0].text) == plan.passes * plan.batch:
+        conditions.made.update({conditions.key(segment.start): segment.text for segment in before})
+    segments = [replace(segment, text=conditions.at(segment.start)) for segment in before]
+    timelines: tuple[Timeline[Any], ...] = (sentences.moments, plan.motion, plan.guidance)
+    changes = {plan.latent_at(time) for timeline in timelines for time in timeline.times}
+    for frame in sorted({start, *(change for change in changes if change > start)}):
+        begin = 0
+        if segments:
+            texts, others = (value_at(sentences.moments, plan, each) for each in (frame, segments[-1].start))
+            changed = any(text is not other for text, other in zip(texts, others, strict=True))
+            begin = max(0, frame - plan.context.carry) if changed else segments[-1].begin
+        segments.append(Segment(frame, conditions.at(frame), value_at(plan.guidance, plan, frame), begin))
     return segments
 
 
-def _condition(
-    parts: Parts,
-    request: GenerateRequest,
-    plan: Plan,
-    texts: list[Tensor],
-    negatives: list[Tensor],
-    motion: float,
-) -> Tensor:
-    """Condition tokens (N * B, T, D) of every pass, in the order of `guidance.py`."""
-    model, device = parts.transformer, parts.device
-    features = texts + negatives * (plan.passes - 1)
-    lengths = torch.tensor([len(row) for row in features], device=device)
-    padded = torch.nn.utils.rnn.pad_sequence(
-        [row.to(device, model.dtype) for row in features], batch_first=True
-    )  # (N * prompts, T', text_token_dim)
-    score, fps = (torch.full((len(features),), float(value), device=device) for value in (motion, plan.fps))
-    text = model.embed_condition(padded, lengths, score, fps)  # (N * prompts, T, D)
-    return text.repeat_interleave(request.num_images_per_prompt, dim=0)
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """The condition tokens of a clip's frames: frames of one sentence and motion score have the same tensor."""
+
+    parts: Parts
+    plan: Plan
+    sentences: Sentences
+    made: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+
+    def key(self, frame: int) -> tuple[object, ...]:
+        """The sentences and the motion score of a latent frame."""
+        texts = value_at(self.sentences.moments, self.plan, frame)
+        return (*map(id, texts), value_at(self.plan.motion, self.plan, frame))
+
+    def at(self, frame: int) -> Tensor:
+        """Condition tokens (N * B, T, D) of every pass, in the order of `guidance.py`."""
+        key = self.key(frame)
+        if key not in self.made:
+            self.made[key] = self._embed(frame)
+        return self.made[key]
+
+    def _embed(self, frame: int) -> Tensor:
+        model, device, plan = self.parts.transformer, self.parts.device, self.plan
+        motion = value_at(plan.motion, plan, frame)
+        features = [*value_at(self.sentences.moments, plan, frame), *self.sentences.negatives * (plan.passes - 1)]
+        lengths = torch.tensor([len(row) for row in features], device=device)
+        padded = torch.nn.utils.rnn.pad_sequence(
+            [row.to(device, model.dtype) for row in features], batch_first=True
+        )  # (N * prompts, T', text_token_dim)
+        score, fps = (torch.full((len(features),), float(value), device=device) for value in (motion, plan.fps))
+        text = model.embed_condition(padded, lengths, score, fps)  # (N * prompts, T, D)
+        return text.repeat_interleave(self.sentences.pictures, dim=0)
 
 
-def _from_frame(timeline: Timeline[Any], plan: Plan, frame: int) -> Any:
+def value_at(timeline: Timeline[Any], plan: Plan, frame: int) -> Any:
     """The value at a latent frame. A value takes over with the first frame that begins at its time or later."""
     return [
         value for time, value in zip(timeline.times, timeline.values, strict=True) if plan.latent_at(time) <= frame

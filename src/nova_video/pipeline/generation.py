@@ -24,6 +24,7 @@ from nova_video.io.pixels import output_form
 from nova_video.io.prefetch import prefetch
 from nova_video.model import unpatchify
 from nova_video.pipeline.call_parts import Parts
+from nova_video.pipeline.change import change_request, next_frame
 from nova_video.pipeline.decoding import FrameDecoder, picture_of, unit_pixels, untouched_pixels
 from nova_video.pipeline.events import Event, FrameReady, LatentPreview, PartialFrame
 from nova_video.pipeline.offload import bring
@@ -31,6 +32,7 @@ from nova_video.pipeline.progress import RequestProgress
 from nova_video.pipeline.result import GenerateResult
 from nova_video.pipeline.saving import save_progress
 from nova_video.sampling.generate import Sampler, SetDone, fix_set, make_sets, open_set
+from nova_video.text.vocabulary import warn_of_words
 
 T = TypeVar("T")
 
@@ -109,6 +111,38 @@ class Generation(RequestProgress):
             if self.state.random.device.type == "cuda":  # streams sample on a CUDA stream of their own
                 torch.cuda.synchronize(self.state.random.device)
             save_progress(self, self.parts.transformer, Path(path))
+
+    @property
+    def next_change(self) -> int:
+        """The first pixel frame that a change could be of now, if the clip has one left."""
+        return self.plan.first_pixel(next_frame(self.state))
+
+    @torch.no_grad()
+    def change(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        motion_flow: float | None = None,
+        guidance_scale: float | None = None,
+        at: int | None = None,
+    ) -> int:
+        """Change the sentence, the motion or the guidance of a clip from its next latent frame on; from any thread.
+
+        `prompt` is one sentence for all prompts, or one each. With `at` the change holds from that pixel frame on. The
+        answer is the first pixel frame that it is of. It holds up to the next change that the request has on its
+        timelines, and the clip is the one whose timelines had said so from the start; its records say so too.
+        """
+        numbers = {"motion_flow": motion_flow, "guidance_scale": guidance_scale}
+        device = self.state.random.device
+        with self.lock:
+            if device.type == "cuda":  # streams sample on a CUDA stream of their own
+                torch.cuda.synchronize(device)
+            first, unknown = change_request(self, self.parts, self.sampler.engine.model, prompt, numbers, at)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        if unknown := tuple(line for line in unknown if line not in self.warnings):
+            warn_of_words(unknown)
+            self.warnings = (*self.warnings, *unknown)
+        return first
 
     # To the end -------------------------------------------------------------------------------------------------------
 
@@ -295,7 +329,7 @@ class Generation(RequestProgress):
 
     @property
     def sampler(self) -> Sampler:
-        """What makes the sets of the present run or stream."""
+        """The maker of the sets of the present run or stream."""
         if self._sampler is None:
             engine = self.parts.engine(self.plan.compile, bool(self.plan.fp8))
             self._sampler = Sampler(engine, self.scheduler, self.state, self.parts.stopwatch)

@@ -26,7 +26,7 @@ from nova_video.common.option_fields import Number
 from nova_video.model import NOVATransformer3DModel
 from nova_video.pipeline.adapters import AdapterMixin
 from nova_video.pipeline.call_parts import Parts
-from nova_video.pipeline.conditions import encode_prompts, prompt_features, segments_of
+from nova_video.pipeline.conditions import encode_prompts, segments_of, sentences_of
 from nova_video.pipeline.engines import Engines
 from nova_video.pipeline.generation import CURRENT, Generation, Interrupts, StepCallback, Surroundings, with_tensors
 from nova_video.pipeline.given import given_frames
@@ -56,7 +56,7 @@ from nova_video.sampling.schedulers import TrainedNoise
 from nova_video.sampling.state import SamplingState
 from nova_video.sampling.stopwatch import Stopwatch, span
 from nova_video.text.load import NamedTextEncoder
-from nova_video.text.vocabulary import HINT
+from nova_video.text.vocabulary import warn_of_words
 
 log = logging.getLogger(__name__)
 
@@ -250,18 +250,16 @@ class NovaPipeline(AdapterMixin, MemoryMixin, StorageMixin):
                 )
         generators = make_generators(generator, request.seed, plan.batch, parts.device)
         unknown = parts.unknown_words(request.prompts or [], request.negative_prompts or [], plan)
-        if unknown:
-            lines = (line if line.endswith("?") else f"{line}." for line in unknown)
-            log.warning("%s %s", " ".join(lines), HINT)
+        warn_of_words(unknown)
         try:
             random = RandomState(generators, parts.device, parts.dtype)
             with span(stopwatch, "text"):
-                texts, negatives = prompt_features(parts, request, plan)
+                sentences = sentences_of(parts, request, plan)
             given, pixels = given_frames(parts, request, plan, random)
             bring(self.transformer)
             state = SamplingState.create(
                 self.transformer,
-                segments_of(parts, request, plan, texts, negatives),
+                segments_of(parts, plan, sentences),
                 **plan.sampling,
                 random=random,
                 passes=plan.passes,
@@ -283,6 +281,7 @@ class NovaPipeline(AdapterMixin, MemoryMixin, StorageMixin):
             output_type=request.output_type,
             unbatched=plan.batch == 1 and request.is_single,
             seeds=tuple(g.initial_seed() for g in generators),
+            sentences=sentences,
             given=pixels,
         )
         generation = Generation(progress, parts, self._surroundings(), unknown)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nova_video.pipeline.plan import Plan
+from nova_video.pipeline.sentences import Sentences
 from nova_video.sampling.state import SamplingState
 
 
@@ -47,6 +48,7 @@ class RequestProgress:
     unbatched: bool
     """One clip of one prompt: streams yield its frames by themselves, not in a list of one."""
     seeds: tuple[int, ...]
+    sentences: Sentences
     given: GivenPixels | None = None
     emitted: int = 0
     """Frames handed out by streams: pixel frames or, with output_type "latent", latent frames."""

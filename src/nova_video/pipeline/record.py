@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nova_video import __version__
 from nova_video.common.option_fields import facts_of, key_of, option_fields
+from nova_video.common.timeline import is_timeline
 from nova_video.model.lora import active_adapters
 from nova_video.pipeline.options import Options
 from nova_video.pipeline.own_parts import part_names
@@ -52,7 +53,7 @@ def make_records(request: "GenerateRequest", generation: "Generation") -> list[d
     if adapters := active_adapters(parts.transformer):
         origin["adapters"] = adapters
     whole = make_record(request, generation, given, origin)
-    several = isinstance(request.prompt, list | tuple) and request.prompts is not None
+    several = isinstance(request.prompt, list | tuple) and not is_timeline(request.prompt)
     several = several and len(request.prompts or []) == len(request.prompt or "")
     records = []
     for index in range(plan.batch):

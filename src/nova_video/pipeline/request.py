@@ -68,7 +68,7 @@ class GenerateRequest(Options):
     __hash__ = object.__hash__
 
     def __post_init__(self) -> None:
-        _check_prompt(self.prompt)
+        check_prompt(self.prompt)
         if (self.prompt is None) == (self.prompt_embeds is None):
             got = "neither" if self.prompt is None else "both"
             raise InputError(f"got {got} of prompt and prompt_embeds: expected one of them")
@@ -211,7 +211,8 @@ class GenerateRequest(Options):
         return make_plan(self, defaults, model)
 
 
-def _check_prompt(prompt: object) -> None:
+def check_prompt(prompt: object) -> None:
+    """Raises InputError for what is no sentence, no list of them and no timeline."""
     if prompt is None:
         return
     several = [prompt] if isinstance(prompt, str) or is_timeline(prompt) else prompt

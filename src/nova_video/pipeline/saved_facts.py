@@ -30,6 +30,16 @@ class SegmentFacts:
 
 
 @dataclass(frozen=True)
+class SentenceFacts:
+    """The moments of the sentences, with the numbers of their features."""
+
+    times: tuple[float, ...]
+    texts: tuple[tuple[int, ...], ...]
+    negatives: tuple[int, ...]
+    pictures: int
+
+
+@dataclass(frozen=True)
 class OpenFacts:
     known: int
     sizes: tuple[int, ...]
@@ -57,6 +67,7 @@ class SavedFacts:
     notes: dict[str, Any]
     passes: int
     segments: tuple[SegmentFacts, ...]
+    sentences: SentenceFacts
     given: dict[str, int]
     cached: tuple[int, ...] | None
     built: int
@@ -73,6 +84,7 @@ def check_facts(facts: SavedFacts, tensors: dict[str, Tensor], parts: Parts) -> 
     """Raises InputError for the first entry that does not fit the model, the plan or another entry."""
     check_plan(facts.plan, parts.capabilities)
     _check_numbers(facts)
+    _check_sentences(facts)
     _check_places(facts)
     expected = _TensorCheck(facts, tensors, parts)
     for name in tensors:
@@ -113,11 +125,29 @@ def _check_numbers(facts: SavedFacts) -> None:
         check_number("its seed", seed, 0, integer=True, high=2**64, below=True)
 
 
+def _check_sentences(facts: SavedFacts) -> None:
+    words, plan = facts.sentences, facts.plan
+    check_number("its sentences' pictures", words.pictures, 1, integer=True, high=plan.batch)
+    prompts = plan.batch // words.pictures
+    if prompts * words.pictures != plan.batch or any(len(row) != prompts for row in words.texts):
+        raise InputError(f"its sentences are not of {plan.batch} clips: expected {prompts} texts at every moment")
+    if not words.times or len(words.times) != len(words.texts) or list(words.times) != sorted(set(words.times)):
+        raise InputError(f"its sentences' times are {quote(list(words.times))}: expected one a moment, in order")
+    check_number("its sentences' first time", words.times[0], 0)
+    if len(words.negatives) not in ((prompts,) if plan.passes > 1 else (0, prompts)):
+        raise InputError(f"its sentences' negatives are {len(words.negatives)}: expected {prompts}, one a prompt")
+    for index in (index for row in (*words.texts, words.negatives) for index in row):
+        check_number(
+            "a feature of its sentences", index, 0, integer=True, high=prompts * (len(words.times) + 1), below=True
+        )
+
+
 def _check_places(facts: SavedFacts) -> None:
     """Numbers of frames, sets and texts, which point into the rest."""
     plan, frames = facts.plan, facts.plan.latent_frames
-    if not facts.segments or facts.segments[0].start != 0:
-        raise InputError("its segments do not begin at frame 0: expected one that does")
+    first = min(plan.latent_at(facts.sentences.times[0]), facts.done)
+    if not facts.segments or facts.segments[0].start != first:
+        raise InputError(f"its segments do not begin at frame {first}: expected one that does")
     before = -1
     for segment in facts.segments:
         if segment.start <= before:
@@ -166,6 +196,11 @@ class _TensorCheck:
                 self.optional |= set() if kind == "frames" and int(number) in needed else {name}
         for segment in facts.segments:
             self.shapes[f"text.{segment.text}"] = ((rows, text, model.width), floats)
+        most = int(model.config.text_token_len)
+        for index in (index for row in (*facts.sentences.texts, facts.sentences.negatives) for index in row):
+            name = f"feature.{index}"
+            length = min(len(tensors[name]), most) if name in tensors and tensors[name].dim() else None
+            self.shapes[name] = ((length, int(model.config.text_token_dim)), FLOATS)
         for given, redraw in facts.given.items():
             check_number(f"its given frame {given}", redraw, 0, integer=True, high=self.tokens)
             self.shapes[f"given.{given}.latents"] = (latents, floats)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nova_video.common.checks import quote
 from nova_video.common.errors import InputError, first_line
+from nova_video.common.timeline import Timeline
 from nova_video.io.files import atomic_path
 from nova_video.io.text import parse_json
 from nova_video.model import NOVATransformer3DModel
@@ -30,6 +31,7 @@ from nova_video.pipeline.plan import plan_as_json
 from nova_video.pipeline.progress import GivenPixels, RequestProgress
 from nova_video.pipeline.records import read_record
 from nova_video.pipeline.saved_facts import SavedFacts, check_facts
+from nova_video.pipeline.sentences import Sentences
 from nova_video.sampling.context import Statistics
 from nova_video.sampling.guidance import CONDITIONAL, Guidance
 from nova_video.sampling.history import restore_context
@@ -68,6 +70,13 @@ def save_progress(progress: RequestProgress, model: NOVATransformer3DModel, path
         guidance = segment.guidance if isinstance(segment.guidance, Guidance) else CONDITIONAL  # the plan names a rule
         segments.append({"start": segment.start, "begin": segment.begin, "text": text, "guidance": asdict(guidance)})
     tensors |= {f"text.{index}": text for index, text in enumerate(texts)}
+    features: list[Tensor] = []
+    words = progress.sentences
+    for row in (row for rows in (*words.moments.values, words.negatives) for row in rows):
+        if not any(row is feature for feature in features):
+            features.append(row)
+    numbers = {id(feature): index for index, feature in enumerate(features)}
+    tensors |= {f"feature.{index}": feature for index, feature in enumerate(features)}
     given = {}
     for frame, part in state.given.items():
         if frame >= state.done:  # earlier ones are among the frames
@@ -88,6 +97,12 @@ def save_progress(progress: RequestProgress, model: NOVATransformer3DModel, path
         "records": progress.records,
         "passes": state.passes,
         "segments": segments,
+        "sentences": {
+            "times": words.moments.times,
+            "texts": [[numbers[id(row)] for row in rows] for rows in words.moments.values],
+            "negatives": [numbers[id(row)] for row in words.negatives],
+            "pictures": words.pictures,
+        },
         "given": given,
         "cached": state.cached,
         "built": state.built,
@@ -187,6 +202,7 @@ def _restore(
         output_type=facts.output_type,
         unbatched=facts.bare,
         seeds=facts.seeds,
+        sentences=_sentences(facts, moved),
         given=GivenPixels(tensors["pixels"], tensors.get("filled")) if "pixels" in tensors else None,
         emitted=facts.emitted,
         notes=facts.notes,
@@ -194,6 +210,14 @@ def _restore(
     )
     check_frames(parts, progress)
     return progress
+
+
+def _sentences(facts: SavedFacts, tensors: dict[str, Tensor]) -> Sentences:
+    """The features of the sentences; those that were one tensor are one again."""
+    words = facts.sentences
+    texts = tuple(tuple(tensors[f"feature.{index}"] for index in row) for row in words.texts)
+    negatives = tuple(tensors[f"feature.{index}"] for index in words.negatives)
+    return Sentences(Timeline(words.times, texts), negatives, words.pictures)
 
 
 def _generator(place: str, state: Tensor, device: torch.device) -> torch.Generator:

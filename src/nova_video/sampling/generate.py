@@ -100,7 +100,7 @@ class SetValues(NamedTuple):
     values: Tensor
     """(B, S, P) float32."""
     differences: Tensor | None
-    """What `OpenFrame.differences` is from now on."""
+    """The `OpenFrame.differences` from now on."""
 
 
 def generate_sets(

@@ -335,10 +335,10 @@ async def _answer_defect(request: Request, error: Exception) -> Response:
 
 
 def file_answer(
-    results: ResultFolder, id: str, name: str, kind: str, download: str, facts: Mapping[str, str]
+    results: ResultFolder, id: str, name: str, kind: str, download: str, facts: Mapping[str, str] | None = None
 ) -> Response:
     """A result, of which clients may ask for a range of bytes, with facts about it as headers."""
-    headers = {"content-disposition": f'inline; filename="{download}"', **facts}
+    headers = {"content-disposition": f'inline; filename="{download}"', **(facts or {})}
     if results.local is not None:
         path = results.local / id / name
         if not path.is_file():

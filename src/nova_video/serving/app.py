@@ -5,8 +5,9 @@ from importlib.metadata import version
 
 from fastapi import APIRouter, FastAPI, Request
 
-from nova_video.serving import routes_images, routes_page, routes_videos
+from nova_video.serving import realtime, routes_images, routes_live, routes_page, routes_videos
 from nova_video.serving.answers import ErrorAnswer, ModelList, ModelObject, add_error_handlers
+from nova_video.serving.realtime import Seats
 from nova_video.serving.routing import Service
 from nova_video.serving.service import JobService, NotFoundError
 from nova_video.serving.settings import ServeSettings
@@ -40,7 +41,9 @@ def create_app(service: JobService, settings: ServeSettings | None = None) -> Fa
     app = FastAPI(title="nova-video", version=version("nova-video"), description=ABOUT, redoc_url=None)
     app.state.service = service
     app.state.started_at = time.time()
+    app.state.seats = Seats()
     add_error_handlers(app)
-    for each in (router, routes_images.router, routes_videos.router, routes_page.router):
-        app.include_router(each)
+    app.include_router(router)
+    for pages in (routes_images, routes_videos, routes_live, realtime, routes_page):
+        app.include_router(pages.router)
     return app

@@ -77,7 +77,7 @@ def read_object(text: str | bytes, word: str | None = None) -> dict[str, Any]:
 
 
 async def _read_form(request: Request, largest: int) -> dict[str, Any]:
-    """The fields of a form: name[key] are parts of an object, name[] and repeated names those of a list."""
+    """The fields of a form: name[key] is a part of an object, name[] the same as name."""
     found: dict[str, Any] = {}
     try:
         multipart = request.headers["content-type"].strip().lower().startswith(FORM[0])
@@ -125,6 +125,9 @@ async def _content(name: str, sent: UploadFile) -> SentFile:
 def _put(found: dict[str, Any], name: str, value: Any) -> None:
     """Add one field of a form to those before it."""
     inner = BRACKETS.fullmatch(name)
+    if inner is None and "[" in name[1:]:
+        word = shorten(name.partition("[")[0], 60)
+        raise WordError(f"{word} came as {shorten(name, 60)}: expected JSON in the one field {word}", word)
     if inner is None or not inner[2]:
         word = name if inner is None else inner[1]
         if word in found:

@@ -21,7 +21,7 @@ from nova_video.io.inputs import InputClip, frames_at
 from nova_video.model.lora import active_adapters
 from nova_video.serving.bodies import SentFile, file_of_url, read_object
 from nova_video.serving.jobs import Job, Kind, Status
-from nova_video.serving.schemas import CommonWords, ImageWords, RequestWords, WordError, read_words
+from nova_video.serving.schemas import CommonWords, ImageWords, RequestWords, SessionWords, WordError, read_words
 from nova_video.serving.service import JobService
 from nova_video.serving.submission import Upload
 from nova_video.serving.uploads import check_upload
@@ -30,7 +30,7 @@ SIZE = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
 STRENGTH = 0.5
 """The share that an edit makes anew if neither mask nor strength tells it."""
 REFERENCES = ("input_reference", "image_reference", "video_reference")
-OWN_WORDS = (*option_fields(CommonWords), *option_fields(ImageWords))
+OWN_WORDS = {*option_fields(CommonWords), *option_fields(ImageWords), *option_fields(SessionWords)}
 """Words that are no settings of `GenerateRequest`."""
 IN_FORM = ("n", "response_format", "output_format", "output_compression", "stream", "partial_images")
 """Words that decide the answer."""

@@ -69,6 +69,8 @@ class Job:
     stride: int = 4
     computed: float = 0.0
     """Seconds of computing so far."""
+    allowed: int | None = None
+    """Pixel frames of a session without end that may be made by now; None: all. Its viewers allow more."""
     changes: list[dict[str, Any]] = field(default_factory=list)
     """Changes on the way, in order: id, frame (None: the next possible one), the new values."""
     error: JobError | None = None
@@ -97,7 +99,7 @@ class Job:
     @property
     def without_claim(self) -> "Job":
         """The job as its caller sees it, to be compared."""
-        return replace(self, worker=None, lease=0.0)
+        return replace(self, worker=None, lease=0.0, allowed=None)
 
     def fragment_frames(self, number: int) -> tuple[int, int]:
         """The first pixel frame of a finished fragment, and the one behind its last."""
@@ -111,7 +113,15 @@ class Job:
         return facts | {"status": str(self.status), "paused": self.paused, "progress": self.progress, "error": error}
 
 
-PRIVATE_FIELDS = ("owner", "worker", "lease", "wanted", "inputs", "request")  # fields that are the server's own
+PRIVATE_FIELDS = (
+    "allowed",
+    "owner",
+    "worker",
+    "lease",
+    "wanted",
+    "inputs",
+    "request",
+)  # fields that are the server's own
 
 
 def new_id(kind: Kind) -> str:

@@ -22,7 +22,7 @@ from nova_video.serving.dialect import Wish
 from nova_video.serving.jobs import Job, JobError, Status
 from nova_video.serving.results import SPRITESHEET, THUMBNAIL, VIDEO
 from nova_video.serving.routing import REFUSALS, Owner, Service, body_of, end_of, in_thread
-from nova_video.serving.schemas import VideoCreate, VideoEdit, VideoExtend, VideoRemix, WordError
+from nova_video.serving.schemas import RequestWords, VideoCreate, VideoEdit, VideoExtend, VideoRemix, WordError
 from nova_video.serving.service import JobService, NotFoundError
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=REFUSALS)
@@ -69,9 +69,11 @@ class ContentQuery(BaseModel):
 # Asking ---------------------------------------------------------------------------------------------------------------
 
 
-def video_wish(service: JobService, values: dict[str, Any], owner: str) -> Wish:
+def video_wish(
+    service: JobService, values: dict[str, Any], owner: str, model: type[RequestWords] = VideoCreate
+) -> Wish:
     """The request for a new video."""
-    wish = Wish(service, VideoCreate, values, owner)
+    wish = Wish(service, model, values, owner)
     if "prompt" not in wish.options:
         raise WordError("prompt is missing: expected a sentence, or a timeline of them", "prompt", "missing_field")
     wish.take_references()
@@ -190,7 +192,7 @@ def video_of(service: JobService, id: str, owner: str) -> Job:
 def list_videos(service: Service, owner: Owner, page: Annotated[PageQuery, Query()]) -> VideoList:
     if page.after is not None:
         video_of(service, page.after, owner)
-    jobs, more = service.list(owner, "video", page.after, page.limit, page.order)
+    jobs, more = service.list(owner, ("video", "session"), page.after, page.limit, page.order)
     data = [video_object(job) for job in jobs]
     if not data:
         return VideoList(data=data)

@@ -126,6 +126,15 @@ class ImageWords(CommonWords):
     background: Literal["auto", "opaque"] | None = option(None, "Pictures have no transparent parts.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SessionWords(CommonWords):
+    """Words that start a live session besides those of every video."""
+
+    format: Literal["m4s"] | None = option(None, "Form of the frames: fragments of mp4.", unset="m4s")
+    endless: bool | None = option(None, "No end, until it is stopped.", unset="false")
+    previews: bool | None = option(None, "Send small pictures of the canvas as it fills.", unset="false")
+
+
 # Models of requests ---------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +272,13 @@ VideoCreate = words_model(
     },
     required=(),
     example=VIDEO,
+)
+SessionStart = words_model(
+    "SessionStart",
+    SessionWords,
+    media={"image_reference": IMAGE_PLACE, "video_reference": VIDEO_PLACE},
+    required=(),
+    example={"prompt": "a red apple moving left", "size": "128x128", "endless": True, "seed": 7},
 )
 VideoEdit = words_model(
     "VideoEdit",

@@ -7,7 +7,7 @@ event loops.
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,6 +128,7 @@ class JobService:
             owner=owner,
             first_frames=plan.first_pixel(1),
             stride=plan.temporal_stride,
+            allowed=max(1, round(self.settings.lead * plan.fps)) if plan.num_frames is None else None,
             created_at=now,
             deadline_at=None if kind == "session" else now + self.settings.deadline,
         )
@@ -166,15 +167,15 @@ class JobService:
     def list(
         self,
         owner: str = "",
-        kind: Kind | None = None,
+        kinds: Collection[Kind] = (),
         after: str | None = None,
         limit: int = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> tuple[Sequence[Job], bool]:
-        """A page of an owner's jobs behind the one named `after`, and whether there are more."""
+        """A page of an owner's jobs behind the one named `after`, and whether there are more; no kinds are all."""
         if after is not None:
             self.get(after, owner)
-        return self.store.page(owner, () if kind is None else (kind,), after, limit, order == "desc")
+        return self.store.page(owner, kinds, after, limit, order == "desc")
 
     def want(self, id: str, wanted: Wish, owner: str = "") -> Job:
         """Says what is wanted of a job: it is done within one set. One that has ended can only be stopped in vain."""
@@ -192,6 +193,11 @@ class JobService:
         self.feed.post(id, JobEvent("status", changed.as_dict()))
         return changed
 
+    def allow(self, id: str, frames: int) -> None:
+        """Lets a session without end be made up to a frame, since somebody will have watched those before it."""
+        if (job := self.store.allow(id, frames)) is not None:
+            self.worker.poke(job)
+
     def delete(self, id: str, owner: str = "") -> Job:
         """Removes a job and its files; one under way is cancelled first. For threads: waits a set at most."""
         job = self.want(id, "cancel", owner)
@@ -207,7 +213,7 @@ class JobService:
 
     # Watching ---------------------------------------------------------------------------------------------------------
 
-    async def events(self, id: str, previews: bool = False, owner: str = "") -> AsyncIterator[JobEvent]:
+    async def events(self, id: str, previews: bool = False, owner: str = "") -> AsyncGenerator[JobEvent, None]:
         """The present state of a job, then its news, until it has ended. Closing the iterator ends it as well."""
         reader = self.feed.open(id, previews)
         try:
@@ -235,7 +241,9 @@ class JobService:
         finally:
             self.feed.close(id, reader)
 
-    async def fragments(self, id: str, first: int | Literal["now"] = 0, owner: str = "") -> AsyncIterator[Fragment]:
+    async def fragments(
+        self, id: str, first: int | Literal["now"] = 0, owner: str = ""
+    ) -> AsyncGenerator[Fragment, None]:
         """The fragments of a job from one on, then those that come, until it has ended.
 
         Each reader takes them from the folder at its own speed, and holds one at a time.

@@ -65,6 +65,13 @@ class ServeSettings:
         high=864_000,
         metavar="SECONDS",
     )
+    lead: float = option(
+        2.0,
+        "A live session without end is made at most so many seconds ahead of what its viewers have played.",
+        low=0.1,
+        high=3600,
+        metavar="SECONDS",
+    )
     patience: float = option(
         20.0,
         "A client that sends nothing for so many seconds in the middle of a request is answered 408.",

@@ -181,6 +181,13 @@ class JobStore:
                 job = None if row is None else _job_of(row)
             return job
 
+    def allow(self, id: str, frames: int) -> Job | None:
+        """Allows so many frames of a session. None: so many were allowed already, or there is none that has a bound."""
+        table = self.table
+        chosen = and_(table.c.id == id, table.c.allowed < frames, table.c.status.not_in(END_STATES))
+        with self.engine.begin() as connection:
+            return self._change(connection, chosen, {"allowed": frames})
+
     def remove(self, id: str) -> None:
         with self.engine.begin() as connection:
             connection.execute(self.table.delete().where(self.table.c.id == id))
@@ -194,7 +201,8 @@ class JobStore:
             now = time.time()
             free = or_(table.c.worker.is_(None), table.c.lease < now)
             runs = or_(table.c.paused_at.is_(None), table.c.wanted != "pause")
-            chosen = and_(table.c.status.not_in(END_STATES), free, runs)
+            watched = or_(table.c.allowed.is_(None), table.c.frames < table.c.allowed, table.c.wanted.in_(LAST_WISHES))
+            chosen = and_(table.c.status.not_in(END_STATES), free, runs, watched)
             with self.engine.begin() as connection:
                 query = select(table.c.id).where(chosen).order_by(table.c.lease, table.c.number).limit(1)
                 id = connection.execute(query).scalar()

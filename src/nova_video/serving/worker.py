@@ -9,6 +9,9 @@ its memory given back, and it waits behind the others for its next share.
 the database. A process that is killed in between leaves at most a fragment that the state knows nothing of; it is made
 again with the same bytes.
 
+**Sessions without end** are made as far as their viewers allow (`Job.allowed`). One that nobody watches any longer has
+no turns, and is parked as paused after `VIEWERLESS` seconds, or as soon as others need its place.
+
 **Obedience.** Whatever is wanted of a job (pause, stop, cancel) and its deadline are looked at after every set.
 """
 
@@ -58,6 +61,7 @@ from nova_video.serving.submission import generators_of, request_of
 
 MOST_ACTIVE = 4  # jobs that are in memory at once
 SHARE = 10.0  # seconds of computing after which a job makes room for others that wait
+VIEWERLESS = 5.0  # seconds that a session without viewers keeps its place
 LOOK = 0.5  # seconds between two looks at the database, for what other processes want
 TELL = 0.2  # seconds between two notes of the sets that are done
 PREVIEW = 1 / 8  # seconds between two previews of a job
@@ -86,6 +90,8 @@ class ActiveJob:
     fragments: int = 0
     frames: list[NDArray[np.uint8]] = field(default_factory=list)
     """Pixel frames of the next fragment, or the pictures."""
+    held_at: float | None = None
+    """Since when it waits for its viewers."""
     seconds: float = 0.0
     """Computed since it came in."""
     told_at: float = 0.0
@@ -115,6 +121,14 @@ class ActiveJob:
         sets = len(self.generation.state.sizes(frame))
         total = self.generation.total_steps
         return {"step": self.sets_done, "total": total, "frame": frame, "set": self.place[1], "sets": sets}
+
+    def hold(self, now: float) -> float:
+        """Lets it wait for its viewers, and tells for how many seconds it has."""
+        self.held_at = now if self.held_at is None else self.held_at
+        return now - self.held_at
+
+    def go_on(self) -> None:
+        self.held_at = None
 
     def close(self) -> None:
         self.events.close()  # type: ignore[attr-defined]  # a generator, which stops sampling
@@ -149,6 +163,7 @@ class Worker:
         self.times: deque[float] = deque(maxlen=RECENT)
         """Seconds that the latest finished jobs took to compute, begin to end."""
         self._wants: dict[str, Wish] = {}
+        self._allowed: dict[str, int | None] = {}
         self._held: frozenset[str] = frozenset()
         """The jobs whose claims the keeper holds."""
         self._closing = threading.Event()
@@ -187,8 +202,11 @@ class Worker:
     def poke(self, job: Job | None = None) -> None:
         """Tells of a new job, or of what is wanted of one under way."""
         if job is not None:
-            self._wants[job.id] = job.wanted
+            self._hear(job)
         self._news.set()
+
+    def _hear(self, job: Job) -> None:
+        self._wants[job.id], self._allowed[job.id] = job.wanted, job.allowed
 
     # The threads ------------------------------------------------------------------------------------------------------
 
@@ -197,8 +215,8 @@ class Worker:
             try:
                 self._news.clear()
                 self._admit()
-                if self.active:
-                    self._take_turn(self.active[0])
+                if (active := self._next_turn()) is not None:
+                    self._take_turn(active)
                 else:
                     self._news.wait(LOOK)
             except Exception:  # such as a database that is away for a while
@@ -216,7 +234,7 @@ class Worker:
                 return
             try:
                 for job in self.store.renew(self.name, self._held):
-                    self._wants[job.id] = job.wanted
+                    self._hear(job)
             except Exception:
                 log.exception("the claims of the jobs under way could not be held")
 
@@ -229,7 +247,7 @@ class Worker:
             if job is None:
                 return
             self._hold(job.id)
-            self._wants[job.id] = job.wanted
+            self._hear(job)
             self._begin(job)
 
     def _hold(self, *ids: str) -> None:
@@ -274,6 +292,24 @@ class Worker:
         active.partials = sum(self.results.has(job.id, partial_name(number, 0)) for number in range(MOST_PARTIALS))
         return active
 
+    def _next_turn(self) -> ActiveJob | None:
+        """Finds the job whose turn it is, and parks sessions that have waited long enough for their viewers."""
+        now = time.monotonic()
+        for active in list(self.active):
+            if not self._waits_for_viewers(active):
+                active.go_on()
+                return active
+            in_the_way = len(self.active) == MOST_ACTIVE and self.store.counts()[Status.QUEUED]
+            if active.hold(now) > VIEWERLESS or in_the_way:
+                self._park(active, paused_at=time.time())
+        return None
+
+    def _waits_for_viewers(self, active: ActiveJob) -> bool:
+        """Tells whether a session is as far as its viewers allow, and nothing else is wanted of it."""
+        allowed = self._allowed.get(active.id)
+        ahead = allowed is not None and not active.frames and active.frames_done >= allowed
+        return ahead and self._wants.get(active.id, "run") == "run"
+
     def _take_turn(self, active: ActiveJob) -> None:
         """One latent frame of a job, or less if something else is wanted of it."""
         began = time.monotonic()
@@ -291,7 +327,8 @@ class Worker:
         active.seconds += time.monotonic() - began
         if not going_on:
             return
-        self.active.rotate(-1)
+        self.active.remove(active)
+        self.active.append(active)
         if active.seconds > SHARE and len(self.active) == MOST_ACTIVE and self.store.counts()[Status.QUEUED]:
             self._park(active)
 
@@ -450,6 +487,7 @@ class Worker:
         expires_at = now + self.settings.keep_days * DAY
         found = self.store.update(job.id, self.name, **changes, expires_at=expires_at, worker=None)
         self._wants.pop(job.id, None)
+        self._allowed.pop(job.id, None)
         if found is not None:
             self.results.remove(job.id)
             self.feed.post(job.id, JobEvent("status", found.as_dict()))
@@ -460,6 +498,7 @@ class Worker:
             self.active.remove(active)
         self._hold()
         self._wants.pop(active.id, None)
+        self._allowed.pop(active.id, None)
         with suppress(Exception):  # what sampling had left behind when it failed
             active.close()
 

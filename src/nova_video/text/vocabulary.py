@@ -6,6 +6,7 @@ that reads any text has no such file, and its prompts are not checked. docs/trai
 
 import difflib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 
 from nova_video.common.errors import InputError
+
+log = logging.getLogger(__name__)
 
 VOCABULARY_FILE = "vocabulary.json"
 FORMAT = 1
@@ -224,6 +227,12 @@ def _kinds(template: str) -> list[str]:
 def _without_brackets(template: str) -> str:
     shorter = re.sub(r"\[[^\[\]]*\]", "", template)
     return shorter if shorter == template else _without_brackets(shorter)
+
+
+def warn_of_words(lines: Sequence[str]) -> None:
+    """Logs the lines about unknown words, if there are any, with the way to the known ones."""
+    if lines:
+        log.warning("%s %s", " ".join(line if line.endswith("?") else f"{line}." for line in lines), HINT)
 
 
 def _compile(template: str) -> re.Pattern[str]:

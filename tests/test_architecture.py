@@ -194,10 +194,10 @@ WRITES = {
         "load_extension: sys.path.insert",
         "sleep_while_waiting: os.environ.setdefault",
         "use_fitting_threads: torch.set_num_threads",
-        "_ray: os",
-        "_ray: os.environ.pop",
-        "_ray: os.environ.update",
         "_ray: ray",
+        "ray_session: os",
+        "ray_session: os.environ.pop",
+        "ray_session: os.environ.update",
     ],
     "old names of modules are found by Python's own way in": [
         "MovedModules.exec_module: module",

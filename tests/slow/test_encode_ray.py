@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from nova_video.autoencoders import AutoencoderKLCausalTiny
+from nova_video.common import ray_session
 from nova_video.common.errors import InputError
 from nova_video.data import dataset, encode_ray
 from nova_video.data.dataset import EncodedSample
@@ -165,7 +166,7 @@ def test_ray_gives_the_same_dataset_and_leaves_nothing(
     assert doors == set()
     assert ray_folders() == before[1]
     assert list((tmp_path / "home").iterdir()) == []
-    assert not set(encode_ray.ENVIRONMENT) & set(os.environ)
+    assert not set(ray_session.ENVIRONMENT) & set(os.environ)
     import ray
 
     assert not ray.is_initialized()

@@ -8,24 +8,13 @@ import contextlib
 import json
 import logging
 import math
-import os
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nova_video.cli.arguments import CommonFlags, Edit, Format, Generate, model_of
-from nova_video.cli.console import (
-    SMALL,
-    checkpoint_defaults,
-    load_pipeline,
-    low_memory_of,
-    outline_pipeline,
-    pipeline_of,
-    size_of,
-)
-from nova_video.cli.flags import given_options
+from nova_video.cli.arguments import Edit, Format, Generate, model_of
+from nova_video.cli.console import SMALL, load_pipeline, low_memory_of, pipeline_of
 from nova_video.cli.jobs import (
     NOTES,
     Job,
@@ -37,15 +26,21 @@ from nova_video.cli.jobs import (
     make_record,
     output_place,
     progress,
+    start_together,
     suffix_of,
 )
 from nova_video.cli.remake import describe_inputs, warn_of_changes, with_record
-from nova_video.cli.script import OPTIONS, TIMELINE_KEYS, with_script
+from nova_video.cli.script import TIMELINE_KEYS, with_script
+from nova_video.cli.typed_request import (
+    check_requests,
+    flag_of,
+    request_of,
+    seed_of,
+    text_of,
+)
 from nova_video.common.checks import LIMITS, check_number
 from nova_video.common.errors import InputError
-from nova_video.common.option_fields import key_of
 from nova_video.io.text import read_text
-from nova_video.pipeline.options import Options
 
 if TYPE_CHECKING:
     from nova_video.pipeline.generation import Generation, StepCallback
@@ -118,7 +113,7 @@ def run_generate(args: Generate) -> None:
     sheet = None if args.sheet is None else _sheet(args, args.sheet, prompts)
     requests = _requests(args, prompts)
     with all_held(args.state, _file_of_live(args)):
-        for plan in _check_requests(args, requests):
+        for plan in check_requests(args, requests):
             _check_length(args, plan)
             if not args.live:
                 plan.check_pixels()
@@ -152,16 +147,7 @@ def _make(
     like: "tuple[dict[str, Any], Path] | None" = None,
 ) -> None:
     """The results of these numbers, in one pass of the model; each has random numbers of its own seed."""
-    import torch
-
-    request = requests[numbers[0]]
-    if len(numbers) == 1:
-        generation = pipe.start(request)
-    else:
-        seeds = [requests[number].seed or 0 for number in numbers]
-        generators = [torch.Generator(pipe.device).manual_seed(seed) for seed in seeds]
-        together = replace(request, prompt=[prompts[number] for number in numbers], seed=None)
-        generation = pipe.start(together, generators)
+    generation = start_together(pipe, [requests[number] for number in numbers])
     given = {
         "image": _name(args.image),
         "continue": _name(args.video),
@@ -182,18 +168,6 @@ def _make(
             generation.notes[NOTES] = notes | {"device": args.device, "dtype": args.dtype}
         job = Job(generation, paths, records, args.live, args.state, args.json, args.format == "frames", sheet)
         carry_out(job, watch(generation))
-
-
-def _check_requests(args: CommonFlags, requests: "Sequence[GenerateRequest]") -> "list[Plan]":
-    """Say what is wrong with any request before the model's weights are read."""
-    outline = outline_pipeline(model_of(args), args.head)
-    can = outline.capabilities
-    plans = [request.resolve(outline.defaults, can) for request in requests]
-    height, width = plans[0].height, plans[0].width
-    if (height, width) != can.image_size:
-        own = f"{can.image_size[1]}x{can.image_size[0]}"
-        log.warning("size is %dx%d: the model was trained at %s, others may look worse", width, height, own)
-    return plans
 
 
 def _own_batch(args: Generate, pipe: "NovaPipeline") -> int:
@@ -231,7 +205,8 @@ def _resume(args: Generate, path: Path) -> None:
 
     for field in fields(args):
         if getattr(args, field.name) != field.default and field.name not in WITH_RESUME:
-            raise InputError(f"got {_flag(field.name)} with --resume: expected none, the settings are those in {path}")
+            flag = flag_of(field.name)
+            raise InputError(f"got {flag} with --resume: expected none, the settings are those in {path}")
     found = read_notes(path).get(NOTES)
     if found is None:
         raise InputError(f"{path} was not kept by nova generate --state: expected a file that was")
@@ -291,7 +266,7 @@ def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> N
 
     if args.mask is None and args.strength is None and args.outpaint is None:
         raise InputError(f"nothing of {args.file} would be kept: expected --mask, --strength or --outpaint")
-    prompt = _text("the sentence", args.prompt)
+    prompt = text_of("the sentence", args.prompt)
     check_output(args.output, wanted=args.format)
     clip = InputClip(MediaFile(args.file))
     masks = None if args.mask is None else read_masks(args.mask)
@@ -299,8 +274,8 @@ def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> N
         masks_of(masks, clip)  # fits it, or is an error
     if args.outpaint is not None:
         clip, masks = enlarge(clip, masks, args.outpaint)
-    request = replace(_request(args, prompt, video=clip, mask_image=masks), seed=_seed(args))
-    _check_requests(args, [request])
+    request = replace(request_of(args, prompt, video=clip, mask_image=masks), seed=seed_of(args))
+    check_requests(args, [request])
     pipe = pipeline_of(args)
     generation = pipe.start(request)
     given = {
@@ -322,7 +297,7 @@ def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> N
 
 def _prompts(args: Generate) -> list[str]:
     """The sentences of the command line and then of the file; without any, that of the given clip."""
-    prompts = [_text("the sentence", prompt) for prompt in args.prompt]
+    prompts = [text_of("the sentence", prompt) for prompt in args.prompt]
     _warn_of_lacking_quotes(prompts)
     if args.prompts is not None:
         lines = read_text(args.prompts).split("\n")
@@ -336,16 +311,6 @@ def _prompts(args: Generate) -> list[str]:
     if blank := [prompt for prompt in prompts if not prompt.strip()]:  # a variable of the shell that is not set
         raise InputError(f"prompt is {blank[0]!r}: expected a sentence that is not empty")
     return prompts
-
-
-def _text(name: str, typed: str) -> str:
-    """The typed text. Bytes that the terminal's encoding does not have are read as UTF-8."""
-    if not any("\ud800" <= letter <= "\udfff" for letter in typed):
-        return typed
-    try:
-        return os.fsencode(typed).decode()
-    except UnicodeError:
-        raise InputError(f"{name} is {typed!r}: expected text in UTF-8 or in the terminal's encoding") from None
 
 
 def _warn_of_lacking_quotes(prompts: Sequence[str]) -> None:
@@ -374,7 +339,7 @@ def _check_flags(args: Generate, prompts: Sequence[str]) -> None:
         for name in FOR_ONE_CLIP:
             if getattr(args, name):
                 what = "sentences" if args.num_images == 1 else "results"
-                raise InputError(f"got {_flag(name)} with {len(prompts)} {what}: expected one, it is for one clip")
+                raise InputError(f"got {flag_of(name)} with {len(prompts)} {what}: expected one, it is for one clip")
     elif args.batch is not None and args.batch > 1:
         raise InputError(f"batch is {args.batch} with one result: expected several sentences, or --num-images")
     if args.batch is not None:
@@ -389,21 +354,8 @@ def _check_flags(args: Generate, prompts: Sequence[str]) -> None:
         raise InputError("--seconds inf has no end: expected --live with it, to write the clip while it is made")
 
 
-def _flag(name: str) -> str:
-    """How a field of a command is typed."""
-    if name == "prompt":
-        return "a sentence"
-    each = OPTIONS.get(name)
-    key = {"video": "continue"}.get(name, name) if each is None else key_of(each)
-    return f"--{'no-' if each is not None and each.default is True else ''}{key.replace('_', '-')}"
-
-
 def _name(path: Path | None) -> str | None:
     return None if path is None else str(path)
-
-
-def _seed(args: CommonFlags) -> int:
-    return secrets.randbelow(2**32) if args.seed is None else args.seed
 
 
 def _requests(args: Generate, prompts: Sequence[str]) -> "list[GenerateRequest]":
@@ -411,32 +363,15 @@ def _requests(args: Generate, prompts: Sequence[str]) -> "list[GenerateRequest]"
     from nova_video.io.inputs import read_clips
     from nova_video.io.media import load_image
 
-    seed = _seed(args)
-    common = _request(
+    seed = seed_of(args)
+    common = request_of(
         args,
         prompts[0],
         image=load_image(args.image) if args.image is not None else None,
         video=read_clips(args.video) if args.video is not None else None,
     )
-    later = [(at, _text("--prompt-at", prompt)) for at, prompt in args.prompt_at]
+    later = [(at, text_of("--prompt-at", prompt)) for at, prompt in args.prompt_at]
     return [
         replace(common, prompt=[(0.0, prompt), *later] if later else prompt, seed=seed + index)
         for index, prompt in enumerate(prompts)
     ]
-
-
-def _request(args: CommonFlags, prompt: str, **media: Any) -> "GenerateRequest":
-    """The request of a command, without a seed."""
-    from nova_video.pipeline.request import GenerateRequest
-
-    if args.size is not None and (args.width is not None or args.height is not None):
-        raise InputError("got --size with --width or --height: expected one way to say the size")
-    options = given_options(args, Options)
-    if args.size is not None:
-        options["height"], options["width"] = size_of(args.size)
-    for key, name in TIMELINE_KEYS.items():
-        if later := getattr(args, f"{key}_at"):
-            first = options[name] if name in options else getattr(checkpoint_defaults(model_of(args)), name)
-            options[name] = [(0.0, first), *later]
-    negative = None if args.negative is None else _text("--negative", args.negative)
-    return GenerateRequest(prompt=prompt, negative_prompt=negative, output_type="np", **media, **options)

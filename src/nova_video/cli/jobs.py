@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,21 +221,43 @@ def carry_out(job: Job, on_step: "StepCallback") -> None:
         job.state.unlink(missing_ok=True)
 
 
-def _write(job: Job, on_step: "StepCallback") -> None:
-    from nova_video.io import media
-    from nova_video.io.pixels import to_bytes
+def start_together(pipe: "NovaPipeline", requests: "Sequence[GenerateRequest]") -> "Generation":
+    """One generation of requests that differ in sentence and seed alone; each has random numbers of its own seed."""
+    import torch
 
-    result = job.generation.run(_save_states(job.generation, job.state, on_step))
-    pixels = result.images[:, None] if result.frames is None else result.frames  # (B, F, H, W, 3) in [0, 1]
-    for made, path, record in zip(pixels, job.paths, job.records, strict=True):
-        frames = to_bytes(made)
-        if job.as_frames:
-            media.write_frames(frames, path, record)
-        else:
-            media.write_media(frames, path, job.generation.plan.fps, record)
+    if len(requests) == 1:
+        return pipe.start(requests[0])
+    generators = [torch.Generator(pipe.device).manual_seed(request.seed or 0) for request in requests]
+    prompts: Any = [request.prompt for request in requests]
+    return pipe.start(replace(requests[0], prompt=prompts, seed=None), generators)
+
+
+def _write(job: Job, on_step: "StepCallback") -> None:
+    results = results_of(job.generation, _save_states(job.generation, job.state, on_step))
+    for frames, path, record in zip(results, job.paths, job.records, strict=True):
+        write_result(frames, path, job.generation.plan.fps, record, job.as_frames)
         if job.sheet is not None:
             job.sheet.add(frames, record, path)
-        _say(job, path, record)
+        say(path, record, job.as_json)
+
+
+def results_of(generation: "Generation", on_step: "StepCallback | None" = None) -> "Iterator[Frames]":
+    """Runs a generation and yields the frames of each picture or clip."""
+    from nova_video.io.pixels import to_bytes
+
+    result = generation.run(on_step)
+    pixels = result.images[:, None] if result.frames is None else result.frames  # (B, F, H, W, 3) in [0, 1]
+    return map(to_bytes, pixels)
+
+
+def write_result(frames: "Frames", path: Path, fps: float, record: dict[str, Any], as_frames: bool) -> None:
+    """Writes a file, or a folder of frames, with its record."""
+    from nova_video.io import media
+
+    if as_frames:
+        media.write_frames(frames, path, record)
+    else:
+        media.write_media(frames, path, fps, record)
 
 
 def _write_live(job: Job, on_step: "StepCallback") -> None:
@@ -266,7 +288,7 @@ def _write_live(job: Job, on_step: "StepCallback") -> None:
             for frame in frames:  # (H, W, 3) in [0, 1]
                 writer.write(to_bytes(frame))
                 if generation.emitted == before + 1:
-                    _say(job, path, record)  # so that it can be watched
+                    say(path, record, job.as_json)  # so that it can be watched
                 settle(writer.frames - 1)
     finally:
         settle(writer.frames)
@@ -288,8 +310,9 @@ def _save_states(
     return on_step_saving
 
 
-def _say(job: Job, path: Path, record: dict[str, Any]) -> None:
-    print(json.dumps({"file": str(path), **record}) if job.as_json else path, flush=True)
+def say(path: Path, record: dict[str, Any], as_json: bool) -> None:
+    """Prints where a result is, and as JSON how it was made."""
+    print(json.dumps({"file": str(path), **record}) if as_json else path, flush=True)
 
 
 @contextlib.contextmanager

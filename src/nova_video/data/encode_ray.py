@@ -7,15 +7,8 @@ sends a mark after its clips, which says how many they were: with it an item is 
 were batched. A Ray that is started here listens on this machine alone, and is gone when the work is done or given up.
 """
 
-import functools
 import logging
-import os
 import pickle
-import re
-import secrets
-import shutil
-import socket
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nova_video.common.errors import InputError
 from nova_video.common.extras import install_command
+from nova_video.common.ray_session import LEAST_CORES, LOCAL, RayNeed, ray_session
 from nova_video.data.dataset import EncodedSample
 from nova_video.data.encode_settings import EncodeSettings
 from nova_video.data.failures import OneByOne, name_error
@@ -41,7 +35,6 @@ from nova_video.data.stages import (
 if TYPE_CHECKING:
     from nova_video.data.encoders import TextFeatures
 
-LOCAL = "local"  # the address of a Ray that is started for the work
 WINDOW_ITEMS, WINDOW_BYTES = 100_000, 4 << 30  # items given to Ray together, and of those that bring their bytes
 TASK_ITEMS, TASKS_A_CORE = 16, 8  # items of a task at most; fewer where cores would have nothing to do
 TOGETHER, MOST_TOGETHER = 16 << 20, 256  # pixels, and clips, that come to an actor together
@@ -50,17 +43,6 @@ TOGETHER, MOST_TOGETHER = 16 << 20, 256  # pixels, and clips, that come to an ac
 # of a core differs from the whole one of a task, since Ray makes one step of two that ask for the same.
 AUTOENCODER_GPU, TEXT_GPU = 0.75, 0.25
 AUTOENCODER_CORE, TEXT_CORE = 0.9, 0.1
-LEAST_CORES = 2
-
-ENVIRONMENT = {  # of a Ray that is started here
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its word for: this machine alone, so listen on the loopback device
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_worker_niceness": "0",  # else its workers give way to everything else on the machine
-}
-QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-PATIENCE = 10.0  # seconds until a cluster answers
-LONGEST_FOLDER = 40  # letters: Ray's sockets lie deep in its folder, and their paths may not be long
 
 Batch = dict[str, Any]
 """Column -> values, as Ray Data hands them on: one column, `record`, of pickles."""
@@ -307,84 +289,15 @@ def _windows(items: Iterable[Item]) -> Iterator[list[bytes]]:
 
 @contextmanager
 def _ray(address: str) -> Iterator[None]:
-    """Connected to a Ray: the one at the address, or one of our own. One that this process uses already is taken."""
-    environment = {name: value for name, value in ENVIRONMENT.items() if address == LOCAL and name not in os.environ}
-    os.environ.update(environment)
-    if address == LOCAL and not any(name.startswith("RAY_AUTH_") for name in os.environ):
-        os.environ["RAY_AUTH_TOKEN"] = _token()
-    folder = tempfile.mkdtemp(prefix="nova-ray-")
-    started = False
-    try:
+    """Connected to a Ray, with Ray Data as quiet as encoding needs it."""
+    with ray_session(address, RayNeed("encoding", "data", "--no-ray")):
         try:
-            import ray
             import ray.data
         except ImportError as error:
             raise InputError(f"encoding on Ray needs ray: {install_command('data')}, or --no-ray") from error
-        if not ray.is_initialized():
-            started = True
-            if address == LOCAL:
-                _start_ray(folder)
-            else:
-                _join_ray(address)
         ray.data.DataContext.get_current().enable_progress_bars = False  # encoding has its own
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         yield
-    finally:
-        if started:
-            ray.shutdown()
-        for name in environment:
-            os.environ.pop(name, None)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@functools.cache
-def _token() -> str:
-    """The token of the Ray instance that this process starts.
-
-    Without one, Ray would write a token to the user's home. Ray reads it once, so the process keeps one token.
-    """
-    return secrets.token_hex(32)
-
-
-def _start_ray(folder: str) -> None:
-    """A Ray of our own, with its files in the folder."""
-    import ray
-
-    options: dict[str, Any] = {"include_dashboard": False, **QUIET}
-    if len(folder) <= LONGEST_FOLDER:
-        options["_temp_dir"] = folder
-    try:
-        ray.init("local", **options)
-        if ray.cluster_resources().get("CPU", 0) < LEAST_CORES:
-            ray.shutdown()
-            ray.init("local", num_cpus=LEAST_CORES, **options)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise InputError(
-            f"no Ray could be started here: {name_error(error)}: expected --no-ray, or --ray ADDRESS"
-        ) from error
-
-
-def _join_ray(address: str) -> None:
-    import ray
-
-    _knock(address)
-    try:
-        ray.init(address, **QUIET)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise InputError(f"there is no Ray at {address}: {name_error(error)}") from error
-
-
-def _knock(address: str) -> None:
-    """Raises where nobody answers, which Ray takes minutes to say."""
-    match = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
-    if match is None:
-        if address == "auto":
-            return
-        raise InputError(f"the address of Ray is {address!r}: expected HOST:PORT")
-    try:
-        socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=PATIENCE).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(f"there is no Ray at {address}: {name_error(error)}") from None
 
 
 @contextmanager

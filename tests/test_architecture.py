@@ -194,6 +194,7 @@ WRITES = {
         "load_extension: sys.path.insert",
         "sleep_while_waiting: os.environ.setdefault",
         "use_fitting_threads: torch.set_num_threads",
+        "BatchMaker.pipe: torch.set_num_threads",
         "_ray: ray",
         "ray_session: os",
         "ray_session: os.environ.pop",

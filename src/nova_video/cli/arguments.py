@@ -39,6 +39,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp8"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 Format = Literal["mp4", "mov", "webm", "webp", "gif", "png", "jpg", "jpeg", "frames"]
 FORMATS = get_args(Format)
+EngineName = Literal["local", "ray"]
 PRESET_NAMES = get_args(PresetName)
 PartName = Literal[
     "continue", "continue-long", "steer", "steer-anywhere", "steer-alone", "inpaint", "inpaint-empty", "inpaint-pair"
@@ -153,7 +154,24 @@ class Generate(CommonFlags):
     prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...", help_behavior_hint="")] = ()
     """One or several sentences, each in quotes; every one gives a file."""
     prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """A text file with one sentence a line."""
+    """A text file with one sentence a line; or a .jsonl or .parquet file with settings in each line, whose results go
+    into the folder of --output with an index. A batch that was stopped goes on by the same command."""
+    index: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Of a batch: write its index here too, as .parquet or .jsonl: prompts, settings, files, errors."""
+    engine: Annotated[EngineName | None, one_of(get_args(EngineName)), arg(help_behavior_hint="(default: local)")] = (
+        None
+    )
+    """Makes the batch of --prompts in this process, or in several processes and on several machines by Ray."""
+    workers: Annotated[
+        int | None, arg(metavar="N", help_behavior_hint="(default: one a GPU, or one a core, 8 at most)")
+    ] = None
+    """With --engine ray: processes that each hold the model."""
+    threads: Annotated[
+        int | None, arg(metavar="N", help_behavior_hint="(default: the cores, shared out to the workers)")
+    ] = None
+    """Of a batch: threads of each worker on a processor. Results are the same bit for bit if they are as many."""
+    ray: Annotated[str | None, arg(metavar="ADDRESS", help_behavior_hint="(default: a Ray of this machine)")] = None
+    """With --engine ray: address of a Ray cluster to run on."""
     num_images: Annotated[int, arg(metavar="N", aliases=["-n", "--num-images-per-prompt"])] = 1
     """Pictures or clips of each sentence, each with the next seed."""
     batch: Annotated[

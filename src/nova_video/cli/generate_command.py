@@ -29,8 +29,9 @@ from nova_video.cli.jobs import (
     start_together,
     suffix_of,
 )
+from nova_video.cli.prompt_file import is_prompt_table
 from nova_video.cli.remake import describe_inputs, warn_of_changes, with_record
-from nova_video.cli.script import TIMELINE_KEYS, with_script
+from nova_video.cli.script import BATCH_FLAGS, TIMELINE_KEYS, with_script
 from nova_video.cli.typed_request import (
     check_requests,
     flag_of,
@@ -104,6 +105,11 @@ def run_generate(args: Generate) -> None:
             run_edit(settings, like)
             return
         args = settings
+    if is_batch(args):
+        from nova_video.cli.batch import run_batch
+
+        run_batch(args)
+        return
     check_number("num_images", args.num_images, 1, integer=True, high=MOST_RESULTS)
     prompts = [prompt for prompt in _prompts(args) for _ in range(args.num_images)]
     _check_flags(args, prompts)
@@ -134,6 +140,14 @@ def run_generate(args: Generate) -> None:
     if sheet is not None:
         sheet.write()
         print(json.dumps({"sheet": str(sheet.path)}) if args.json else sheet.path)
+
+
+def is_batch(args: Generate) -> bool:
+    """True if results go into one folder with an index; raises for flags of a batch without its prompts."""
+    given = next((name for name in BATCH_FLAGS if getattr(args, name) is not None), None)
+    if args.prompts is None and given is not None:
+        raise InputError(f"got {flag_of(given)} without --prompts: expected a file of prompts, for a batch")
+    return args.prompts is not None and (given is not None or is_prompt_table(args.prompts))
 
 
 def _make(

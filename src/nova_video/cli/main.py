@@ -49,12 +49,12 @@ from nova_video.cli.evaluate import run_evaluate_drift, run_evaluate_editing, ru
 from nova_video.cli.generate_command import run_edit, run_generate
 from nova_video.cli.serve_command import run_serve
 from nova_video.cli.words import run_words
-from nova_video.common.errors import InputError, Terminated, first_line
+from nova_video.common.errors import InputError, PartError, Terminated, first_line
 from nova_video.common.extras import install_command
 from nova_video.common.startup import hide, sleep_while_waiting
 from nova_video.io.text import printable
 
-LEFT_ALONE, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+LEFT_ALONE, SOME_FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 1, 2, 130, 143
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EIO)
 EXTRAS = {  # package -> the extra that brings it
     "tensorboard": "train",
@@ -204,6 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(stop) or word, code) if _speaks() else code
     except InputError as error:
         return _complain(str(error))
+    except PartError as error:
+        return _complain(str(error), SOME_FAILED)
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise

@@ -4,8 +4,8 @@
     {"prompt": [[0, "a red apple"], [1.0, "a green apple"]], "num_frames": 33, "motion": 4}
     {"prompt": "a whale spinning clockwise", "image": "whale.png"}
 
-A key is a setting of `GenerateRequest`, by its name, its key on the command line or another name of it. What a line does
-not say, or says by null, is as the flags say. Paths start from the current folder, as those of flags do.
+A key is a setting of `GenerateRequest`: its name, its key on the command line, or an alias. What a line does not say,
+or says by null, is as the flags say. Paths start from the current folder, as those of flags do.
 """
 
 from collections.abc import Iterator, Mapping
@@ -46,7 +46,7 @@ def read_prompt_file(path: Path) -> list[PromptLine]:
     suffix = path.suffix.lower()
     rows = {".jsonl": _read_json_lines, ".parquet": _read_parquet}.get(suffix, _read_sentences)(path)
     names = known_keys()
-    lines = []
+    lines: list[PromptLine] = []
     for number, row in rows:
         if len(lines) == MOST_LINES:
             raise InputError(f"{path} has more than {MOST_LINES:,} lines: expected several files")
@@ -80,7 +80,9 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         except ValueError as error:
             raise InputError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise InputError(f'{path}, line {number} is {quote(row)}: expected an object such as {{"prompt": "a whale"}}')
+            raise InputError(
+                f'{path}, line {number} is {quote(row)}: expected an object such as {{"prompt": "a whale"}}'
+            )
         yield number, row
 
 

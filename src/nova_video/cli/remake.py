@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from nova_video.cli.arguments import CommonFlags, Edit, Format, Generate
-from nova_video.cli.script import OPTIONS, TIMELINE_KEYS, check_value, field_of, is_off
+from nova_video.cli.script import BATCH_FLAGS, OPTIONS, TIMELINE_KEYS, check_value, field_of, is_off
 from nova_video.common.checks import quote
 from nova_video.common.errors import InputError
 from nova_video.common.option_fields import facts_of, option_fields
@@ -27,6 +27,7 @@ RESULTS = ("given_frames", "sets_made")  # settings that follow from others
 NOT_RECORDED = (  # of a run and not of a result, or another way to say a setting
     *("output", "format", "sheet", "json", "live", "state", "resume", "like", "script", "prompts", "batch"),
     *("num_images", "size", "head", "prompt_at", *(f"{key}_at" for key in TIMELINE_KEYS)),
+    *BATCH_FLAGS,
     *(name for name, each in OPTIONS.items() if not facts_of(each).recorded),
 )
 FLAGS = ("low_memory", "tiled", "int8_text")

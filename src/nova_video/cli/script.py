@@ -33,7 +33,13 @@ from nova_video.pipeline.options import Options
 OPTIONS = option_fields(Options)
 TIMELINE_KEYS = {key_of(each): name for name, each in OPTIONS.items() if is_timed(each)}
 """Options that may change in time: as written -> the field."""
-NOT_IN_SCRIPTS = ("prompts", "prompt_at", "script", "resume", "like", *(f"{key}_at" for key in TIMELINE_KEYS))
+BATCH_FLAGS = ("index", "engine", "workers", "threads", "ray")
+"""Fields of `Generate` for batches alone."""
+NOT_IN_SCRIPTS = (
+    *("prompts", "prompt_at", "script", "resume", "like"),
+    *(f"{key}_at" for key in TIMELINE_KEYS),
+    *BATCH_FLAGS,
+)
 """Fields of `Generate` that scenes stand for, or that are of one run."""
 KEY_NAMES = {"video": "continue", **{name: key_of(each) for name, each in OPTIONS.items()}}
 KEYS = {

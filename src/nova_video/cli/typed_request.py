@@ -1,4 +1,4 @@
-"""What was typed becomes requests and a pipeline, for single runs and batches. No heavy import before it is used."""
+"""Makes requests and a pipeline of typed flags, for single runs and batches. No heavy import before it is used."""
 
 import logging
 import os
@@ -48,6 +48,11 @@ def request_of(args: CommonFlags, prompt: str, **media: Any) -> "GenerateRequest
     """The request of a command, without a seed."""
     from nova_video.pipeline.request import GenerateRequest
 
+    return GenerateRequest(prompt=prompt, output_type="np", **media, **settings_of(args))
+
+
+def settings_of(args: CommonFlags) -> dict[str, Any]:
+    """The settings of a request that a command's flags give, by their names."""
     if args.size is not None and (args.width is not None or args.height is not None):
         raise InputError("got --size with --width or --height: expected one way to say the size")
     options = given_options(args, Options)
@@ -57,8 +62,9 @@ def request_of(args: CommonFlags, prompt: str, **media: Any) -> "GenerateRequest
         if later := getattr(args, f"{key}_at"):
             first = options[name] if name in options else getattr(checkpoint_defaults(model_of(args)), name)
             options[name] = [(0.0, first), *later]
-    negative = None if args.negative is None else text_of("--negative", args.negative)
-    return GenerateRequest(prompt=prompt, negative_prompt=negative, output_type="np", **media, **options)
+    if args.negative is not None:
+        options["negative_prompt"] = text_of("--negative", args.negative)
+    return options
 
 
 def check_requests(args: CommonFlags, requests: "Sequence[GenerateRequest]") -> "list[Plan]":

@@ -15,6 +15,10 @@ class InputError(ValueError):
     """Wrong input, said in one line: what was given and what is expected."""
 
 
+class PartError(Exception):
+    """Some of several results could not be made; the others are there."""
+
+
 class MediaError(InputError):
     """A picture or clip that is not taken, and why; the caller adds the name of its file."""
 

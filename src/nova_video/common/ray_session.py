@@ -1,4 +1,4 @@
-"""A Ray to work on: the one at an address, or one that is started here and is gone when the work is done.
+"""Connects to the Ray at an address, or starts one for the time of the work.
 
 A Ray that is started here listens on this machine alone, and leaves nothing behind.
 """
@@ -34,7 +34,7 @@ LONGEST_FOLDER = 40  # letters: Ray's sockets lie deep in its folder, and their 
 
 @dataclass(frozen=True)
 class RayNeed:
-    """What needs a Ray, for messages: the work, the extra that brings it, and what can be done instead."""
+    """The work that needs a Ray, its extra, and what can be done instead: all for messages."""
 
     work: str
     extra: str

@@ -154,10 +154,10 @@ class Generate(CommonFlags):
     prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT ...", help_behavior_hint="")] = ()
     """One or several sentences, each in quotes; every one gives a file."""
     prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """A text file with one sentence a line; or a .jsonl or .parquet file with settings in each line, whose results go
-    into the folder of --output with an index. A batch that was stopped goes on by the same command."""
+    """A text file with one sentence a line; .jsonl or .parquet with settings in each line is a batch. A batch
+    writes into the folder of --output, with an index, and goes on after a stop by the same command."""
     index: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """Of a batch: write its index here too, as .parquet or .jsonl: prompts, settings, files, errors."""
+    """Write the index of a batch here too, as .parquet or .jsonl: prompts, settings, files, errors."""
     engine: Annotated[EngineName | None, one_of(get_args(EngineName)), arg(help_behavior_hint="(default: local)")] = (
         None
     )
@@ -169,7 +169,7 @@ class Generate(CommonFlags):
     threads: Annotated[
         int | None, arg(metavar="N", help_behavior_hint="(default: the cores, shared out to the workers)")
     ] = None
-    """Of a batch: threads of each worker on a processor. Results are the same bit for bit if they are as many."""
+    """Threads of each worker of a batch on a processor. Results are the same bit for bit if they are as many."""
     ray: Annotated[str | None, arg(metavar="ADDRESS", help_behavior_hint="(default: a Ray of this machine)")] = None
     """With --engine ray: address of a Ray cluster to run on."""
     num_images: Annotated[int, arg(metavar="N", aliases=["-n", "--num-images-per-prompt"])] = 1

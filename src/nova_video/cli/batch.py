@@ -46,7 +46,7 @@ TEXT_COLUMNS = ("prompt", "settings", "inputs")  # of the Parquet index: what is
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNotes:
-    """What a batch was begun with, besides its lines: all that decides its bits."""
+    """The flags that a batch was begun with: besides its lines, they decide its bits."""
 
     model: str
     head: str | None
@@ -60,7 +60,7 @@ class BatchNotes:
     device: str
     """cpu, cuda or mps."""
     threads: int
-    """Of each worker on a processor; the bits depend on it."""
+    """Threads of each worker on a processor; the bits depend on them."""
     batch: int
     """Results that were made together, whose bits depend on it on a GPU."""
     seed: int
@@ -200,7 +200,7 @@ def _check_flags(args: Generate) -> Path:
 
 
 def entries_of(args: Generate, lines: Iterable[PromptLine], seed: int) -> list[BatchEntry]:
-    """The results of all lines: a line without a seed takes the next one, and so do further results of a line."""
+    """The results of all lines. Each takes the next seed; a line with a seed counts from its own."""
     flags, entries = settings_of(args), list[BatchEntry]()
     flags.pop("seed", None)
     given = {name: path for name, path in (("image", args.image), ("video", args.video)) if path is not None}

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nova_video.cli.arguments import Generate
+from nova_video.cli.console import pipeline_of
 from nova_video.cli.jobs import make_record, name_of, results_of, start_together, suffix_of, write_result
 from nova_video.cli.remake import describe_inputs
-from nova_video.cli.typed_request import pipeline_of
 from nova_video.common.errors import first_line
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class BatchEntry:
 
 @dataclass(frozen=True)
 class EntryResult:
-    """What came of an entry: a file, or an error."""
+    """The file that was made of an entry, or an error."""
 
     number: int
     file: str | None = None
@@ -173,6 +173,6 @@ def _give_back_memory() -> None:
 
 
 def _say(error: Exception) -> str:
-    """What an error says, with its class where it is not about the input."""
+    """The text of an error, with its class where it is not about the input."""
     text = first_line(error)
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""Batches on Ray: actors that each hold the model, one a GPU or some on the processor, with its cores shared out."""
+"""Makes batches on Ray: in actors that each hold the model, one a GPU or several on a processor."""
 
 import logging
 import os
@@ -28,7 +28,7 @@ class WorkerPlan:
     device: str
     workers: int
     threads: int
-    """Of each worker; on GPUs also the cores that it takes."""
+    """Threads of each worker; on GPUs also the cores that it takes."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 // Wires the page: what is asked for goes to the server, and what comes back to the stage and the list below.
 
 import { askForKey, call, events, getJson } from "./api.js";
-import { $, button, el, isCalm, plural, show, showError } from "./dom.js";
+import { $, el, isCalm, plural, show, showError } from "./dom.js";
 import { follow, hasEnded } from "./follow.js";
 import { Form, randomSeed } from "./form.js";
 import { drawHistory, forget, ids, jobOf, remember } from "./history.js";
@@ -229,9 +229,7 @@ function drawVariations(entries, choose = (entry) => {
   const box = $("variations");
   show(box, entries.length > 1);
   box.replaceChildren(...entries.map((entry) => {
-    entry.node = button("", () => choose(entry));
-    entry.node.append(el("span", { className: "blank" }), `Seed ${entry.seed}`);
-    entry.node.setAttribute("aria-pressed", "false");
+    entry.node = el("button", { type: "button", "aria-pressed": "false", onclick: () => choose(entry) }, el("span", { className: "blank" }), `Seed ${entry.seed}`);
     return entry.node;
   }));
 }

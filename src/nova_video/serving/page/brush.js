@@ -2,7 +2,7 @@
 
 import { button, el } from "./dom.js";
 
-const COLOUR = "#ff5a36";
+const COLOUR = "#fff"; // the style sheet shows it as the picture's opposite
 const UNDO = 20;
 
 export class Brush {

@@ -1,7 +1,7 @@
 // What this browser has made: it keeps the ids, and the server has the rest.
 
 import { getJson } from "./api.js";
-import { $, button, el, plural, show } from "./dom.js";
+import { $, el, plural, show } from "./dom.js";
 import { hasEnded } from "./follow.js";
 import { sentenceOf, thumbnailOf } from "./result.js";
 
@@ -60,7 +60,7 @@ function cardOf(job, act) {
   return el("li", { "data-id": job.id }, picture,
     el("p", {}, sentence || "(no sentence)", el("small", {}, `Seed ${job.request.seed} · ${length}`)),
     el("div", { className: "row" },
-      button("Use settings", () => act.use(job), "quiet"),
+      el("button", { type: "button", className: "quiet", "aria-label": `Use the settings of: ${sentence}`, onclick: () => act.use(job) }, "Reuse"),
       el("button", { type: "button", className: "quiet", "aria-label": `Delete: ${sentence}`, onclick: () => act.remove(job) }, "Delete"),
     ));
 }

@@ -10,7 +10,6 @@ export class Stage {
   constructor(about) {
     this.player = new Player($("video"));
     this.strip = new Strip();
-    $("video").controls = true;
     const tokens = EMPTY.map((kind) => el("i", { className: ["", "lit", "warm"][kind] }));
     $("empty").append(el("div", { className: "tokens", "aria-hidden": "true" }, ...tokens), el("p", {}, "What you make is shown here, while it is made."));
     this.shape(about.sizes.width, about.sizes.height);
@@ -30,9 +29,9 @@ export class Stage {
     $("result").replaceChildren();
     show($("result"), false);
     this.strip.clear(isClip ? frames : 0);
-    show($("bar"), true);
-    if (endless) $("bar").removeAttribute("value");
-    else $("bar").value = 0;
+    show($("bar"), !endless);
+    $("bar").value = 0;
+    $("video").controls = isCalm();
     this.endless = endless;
     this.player.close();
     if (isClip) this.player.open({ endless, loop: !isCalm() });
@@ -83,6 +82,7 @@ export class Stage {
     show($("bar"), false);
     show($("next"), false);
     this.badge("");
+    $("video").controls = true;
     this.strip.finish();
     if (this.isClip && this.player.source) this.player.end();
   }

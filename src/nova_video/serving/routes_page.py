@@ -2,7 +2,6 @@
 
 import hashlib
 import mimetypes
-from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
@@ -46,7 +45,6 @@ class Problems(BaseModel):
     problems: list[str]
 
 
-@cache
 def page_file(name: str) -> tuple[bytes, str] | None:
     """The bytes of a file of the page and their tag, or None where there is no such file."""
     known = {entry.name: entry for entry in PAGE.iterdir() if entry.is_file()}

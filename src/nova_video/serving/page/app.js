@@ -161,9 +161,6 @@ function afterEnd(job, entry) {
     stage.status("");
     showError(new Error(`It failed: ${job.error?.message ?? "the server's log tells more"}`));
     showResult(job, actions);
-  } else {
-    stage.clear();
-    stage.status("Thrown away.");
   }
 }
 
@@ -210,12 +207,13 @@ async function stop() {
 
 async function throwAway() {
   const { id, entries } = shown;
-  for (const entry of entries?.some((each) => each.id === id) ? entries.filter((each) => !each.done) : [{ id }]) {
+  const left = entries?.some((each) => each.id === id) ? entries.filter((each) => !each.done) : [{ id }];
+  leave();
+  stage.clear();
+  for (const entry of left) {
     forget(entry.id);
     await call(`v1/jobs/${entry.id}`, { method: "DELETE" });
   }
-  leave();
-  stage.clear();
   stage.status("Thrown away.");
   await drawHistory(actions);
 }

@@ -71,8 +71,12 @@ function commandOf(job) {
   });
   copy.setAttribute("aria-label", "Copy the command");
   const code = el("code", {}, job.command);
-  const needs = Object.values(job.inputs).length ? ` It needs ${Object.values(job.inputs).join(" and ")} in the same folder.` : "";
-  return el("div", {}, el("p", { className: "hint" }, `The same from the shell.${needs}`), el("div", { className: "command" }, code, copy));
+  const files = Object.keys(job.inputs).map((name) => button(job.inputs[name], async () => {
+    const { blob, name: file } = await inputOf(job, name);
+    download(blob, file);
+  }, "link"));
+  const needs = files.length ? [" It needs ", ...files.flatMap((each, index) => (index ? [" and ", each] : [each])), " in the same folder."] : [];
+  return el("div", {}, el("p", { className: "hint" }, "The same from the shell.", ...needs), el("div", { className: "command" }, code, copy));
 }
 
 function asText(value) {

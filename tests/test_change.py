@@ -1,5 +1,6 @@
 """Changes of a clip while it is made: the clip is the one whose timelines had said so from the start, bit for bit."""
 
+import copy
 import json
 import math
 import threading
@@ -13,6 +14,7 @@ import torch
 
 from nova_video import GenerateRequest, InputError, NovaPipeline
 from nova_video.pipeline.generation import Generation
+from nova_video.pipeline.offload import take_turns
 from nova_video.pipeline.together import Together
 from test_generation import APPLE, WHALE, clip, close
 
@@ -200,6 +202,26 @@ def test_from_another_thread(causal: NovaPipeline, ahead: bool) -> None:
     assert np.array_equal(
         np.stack(frames), whole(causal, list(dict([(0.0, WHALE), *changed]).items()), num_frames=33)[0]
     )
+
+
+def test_where_parts_take_turns(causal: NovaPipeline) -> None:
+    """A new sentence brings the text encoder, which no other part's work may meet."""
+    parts = {name: copy.deepcopy(part) for name, part in causal.components.items() if name != "settings"}
+    pipe = NovaPipeline(**parts)
+    take_turns([pipe.transformer, pipe.vae, pipe.text_encoder], torch.device("cpu"))
+    assert pipe.is_offloaded
+    generation, other = (begin(pipe, num_frames=33) for _ in range(2))
+    assert generation.lock is other.lock
+    group = Together()
+    for each in (generation, other):
+        group.join(each)
+    firsts: list[int] = []
+    thread = threading.Thread(target=lambda: firsts.append(generation.change(APPLE)))
+    thread.start()
+    frames = list(generation.stream())
+    thread.join()
+    timeline = [(0, WHALE), (firsts[0] / FPS, APPLE)] if firsts[0] else APPLE
+    close(torch.from_numpy(np.stack(frames)), torch.from_numpy(whole(causal, timeline, num_frames=33)[0]))
 
 
 def test_a_run_lets_changes_in(causal: NovaPipeline) -> None:

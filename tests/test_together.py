@@ -84,8 +84,9 @@ def pull(
 @pytest.mark.parametrize("compile", [True, False])
 def test_each_is_what_it_is_alone(pipe: NovaPipeline, sizes: list[int], compile: bool) -> None:
     prompts = [WHALE, APPLE, [(0, WHALE), (0.3, APPLE)]]  # 9 frames at 12 a second
-    expected = [alone(begin(pipe, seed, prompt, compile=compile)) for seed, prompt in enumerate(prompts)]
-    members = [begin(pipe, seed, prompt, compile=compile) for seed, prompt in enumerate(prompts)]
+    options = {"compile": compile, "output_type": "latent"}
+    expected = [alone(begin(pipe, seed, prompt, **options)) for seed, prompt in enumerate(prompts)]
+    members = [begin(pipe, seed, prompt, **options) for seed, prompt in enumerate(prompts)]
     frames = pull(Together(), members[:2], late=members[2:])
     for each, whole in zip(members, expected, strict=True):
         close(torch.stack(frames[each]), whole)

@@ -1,9 +1,10 @@
 """A lock for a loop that holds it nearly all the time: others get it in between."""
 
 import threading
+from contextlib import AbstractContextManager
 
 
-class FairLock:
+class FairLock(AbstractContextManager[None]):
     """A lock that goes to whoever waits for it, before the thread that gave it back can take it again.
 
     With a plain lock, a loop that takes it anew at once may keep a waiting thread out for as long as it runs.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -66,6 +67,8 @@ class Surroundings:
     free_parts: Callable[[], None]
     """Called at the end of a run or stream: under CPU offload parts go back."""
     interrupts: Interrupts
+    turns: FairLock
+    """Held by whoever uses a part, where parts take turns on the device."""
 
 
 class SetMaker(Protocol):
@@ -92,7 +95,7 @@ class Generation(RequestProgress):
         self.scheduler = parts.request_scheduler(self.plan.flow_shift)
         self.warnings = warnings
         """Words of the prompts that the model does not know, one line each."""
-        self.lock = FairLock()
+        self.lock = surroundings.turns if parts.is_offloaded else FairLock()
         """Held while a set is made: between two of them the state is whole."""
         self.group: SetMaker | None = None
         """What makes the sets, with those of others (`together.py`); None: they are made here."""
@@ -167,9 +170,11 @@ class Generation(RequestProgress):
             partial = None
             if not self.state.frames and last is not None:  # none is finished: the first frame so far
                 partial = self._shown(last)["latents"]
-            made = self._latents(partial) if self.output_type == "latent" else self._pixels(partial)
+            with self._turn():
+                made = self._latents(partial) if self.output_type == "latent" else self._pixels(partial)
         finally:
-            self.surroundings.free_parts()
+            with self._turn():
+                self.surroundings.free_parts()
         images, frames = None, made
         if self.plan.num_frames == 1:
             images, frames = made, None
@@ -237,7 +242,8 @@ class Generation(RequestProgress):
             self.runs_ahead = self.hands_out = False
             if own is not None:  # its last kernels may still read memory that is reused from here on
                 torch.cuda.current_stream(device).wait_stream(own)
-            self.surroundings.free_parts()
+            with self._turn():
+                self.surroundings.free_parts()
 
     def _events(self, sets: Iterator["_StreamedSet"], preview: bool) -> Iterator[Event]:
         latent = self.output_type == "latent"
@@ -261,7 +267,7 @@ class Generation(RequestProgress):
         if decoder is None and not latent:
             decoder = FrameDecoder(self.parts, self)
         yield from self._final(decoder, self.state.done)
-        for piece in [] if decoder is None else decoder.finish():
+        for piece in self._in_turns(iter(()) if decoder is None else decoder.finish()):
             yield from self._hand_out(piece)
 
     def _final(self, decoder: FrameDecoder | None, stop: int) -> Iterator[FrameReady]:
@@ -274,7 +280,7 @@ class Generation(RequestProgress):
                 yield FrameReady(self.emitted - 1, latents[0] if self.unbatched else latents)
                 self._forget(self.emitted)
             return
-        for piece, more in with_more(decoder.push(stop)):
+        for piece, more in with_more(self._in_turns(decoder.push(stop))):
             yield from self._hand_out(piece, more)
             if not more:  # else the decoder is a piece further than what was handed out
                 self._forget(decoder.first_needed)
@@ -296,8 +302,22 @@ class Generation(RequestProgress):
 
     def _picture(self, latents: Tensor) -> Any:
         """Latents (B, C, h, w) decoded by themselves, in the form of `output_type`."""
-        pictures = picture_of(self.parts, latents, self.output_type)
+        with self._turn():
+            pictures = picture_of(self.parts, latents, self.output_type)
         return pictures[0] if self.unbatched else pictures
+
+    def _turn(self) -> AbstractContextManager[None]:
+        """To use a part besides the transformer: where parts take turns, nobody else uses one meanwhile."""
+        return self.lock if self.parts.is_offloaded else nullcontext()
+
+    def _in_turns(self, items: Iterator[T]) -> Iterator[T]:
+        """The items, each of them made in a turn of its own."""
+        while True:
+            with self._turn():
+                found = [*islice(items, 1)]
+            if not found:
+                return
+            yield found[0]
 
     # Sampling ---------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ Legend: B pictures or clips of the call, F latent frames, h w latent grid, H W p
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nova_video.autoencoders import adapt
 from nova_video.common.checks import quote
 from nova_video.common.errors import InputError
+from nova_video.common.fair_lock import FairLock
 from nova_video.common.fast_parts import require_fast
 from nova_video.common.option_fields import Number
 from nova_video.model import NOVATransformer3DModel
@@ -94,6 +96,7 @@ class NovaPipeline(AdapterMixin, MemoryMixin, StorageMixin):
         self._named_encoder = NamedTextEncoder()
         self.engines = Engines()
         self._interrupts = Interrupts()
+        self._turns = FairLock()
 
     # Settings -----------------------------------------------------------------------------------------------------
 
@@ -251,23 +254,24 @@ class NovaPipeline(AdapterMixin, MemoryMixin, StorageMixin):
         generators = make_generators(generator, request.seed, plan.batch, parts.device)
         unknown = parts.unknown_words(request.prompts or [], request.negative_prompts or [], plan)
         warn_of_words(unknown)
-        try:
-            random = RandomState(generators, parts.device, parts.dtype)
-            with span(stopwatch, "text"):
-                sentences = sentences_of(parts, request, plan)
-            given, pixels = given_frames(parts, request, plan, random)
-            bring(self.transformer)
-            state = SamplingState.create(
-                self.transformer,
-                segments_of(parts, plan, sentences),
-                **plan.sampling,
-                random=random,
-                passes=plan.passes,
-                given=given,
-            )
-        except BaseException:
-            self.maybe_free_model_hooks()
-            raise
+        random = RandomState(generators, parts.device, parts.dtype)
+        with self._turns if parts.is_offloaded else nullcontext():
+            try:
+                with span(stopwatch, "text"):
+                    sentences = sentences_of(parts, request, plan)
+                given, pixels = given_frames(parts, request, plan, random)
+                bring(self.transformer)
+                state = SamplingState.create(
+                    self.transformer,
+                    segments_of(parts, plan, sentences),
+                    **plan.sampling,
+                    random=random,
+                    passes=plan.passes,
+                    given=given,
+                )
+            except BaseException:
+                self.maybe_free_model_hooks()
+                raise
         if request.sets is not None and request.sets > state.num_tokens:
             log.warning(
                 "sets is %d, and a frame has %d tokens: each is made in %d sets",
@@ -298,7 +302,7 @@ class NovaPipeline(AdapterMixin, MemoryMixin, StorageMixin):
         return Generation(load_progress(parts, Path(path), own_parts), parts, self._surroundings())
 
     def _surroundings(self) -> Surroundings:
-        return Surroundings(self, self.progress_bar, self.maybe_free_model_hooks, self._interrupts)
+        return Surroundings(self, self.progress_bar, self.maybe_free_model_hooks, self._interrupts, self._turns)
 
     # For callbacks: about the call of this thread -------------------------------------------------------------------
 

@@ -83,8 +83,8 @@ class Together:
         """Make the next set of a member, and with it those of the members that stand at the same place."""
         with self._lock, ExitStack() as held:
             idle = [each for each in self._members if each.waiting is None and each is not generation]
-            for each in (generation, *idle):
-                held.enter_context(each.lock)
+            for lock in dict.fromkeys(each.lock for each in (generation, *idle)):
+                held.enter_context(lock)
             bring(generation.parts.transformer)
             first = open_set(generation.sampler)
             if first is None:

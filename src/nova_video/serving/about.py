@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nova_video.pipeline.pipeline import NovaPipeline
 
 GROUPS = (LengthOptions, StepOptions, PresetOptions, GuidanceOptions, SpeedOptions, ContextOptions)
-"""Records of settings that a request may have, each a group of a form; those of the machine are the server's own."""
+"""Records of settings that a request may have. Each is a group of a form. Those of the machine are the server's own."""
 LIMITS_SHOWN = ("body_mb", "max_pixels", "max_frames", "max_session", "keep_days")
 EXAMPLES = 8
 
@@ -83,7 +83,7 @@ def _spread(vocabulary: Vocabulary, kind: str, count: int) -> list[str]:
 
 
 def prompt_problems(vocabulary: Vocabulary | None, prompts: list[str], negative: str, picture: bool) -> tuple[str, ...]:
-    """The parts of sentences that a model does not know, one line each; a model of any text knows them all."""
+    """The parts of sentences that a model does not know, one line each. A model of any text knows them all."""
     return () if vocabulary is None else vocabulary.check(prompts, [negative] if negative else [], picture)
 
 

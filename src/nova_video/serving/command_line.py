@@ -9,14 +9,14 @@ from nova_video.common.option_fields import facts_of, is_timed, key_of, option_f
 from nova_video.pipeline.options import Options
 from nova_video.serving.jobs import Job
 
-BUNDLED = "emoji"
-GIVEN = {"image": "--image", "video": "--continue"}
-"""What a clip begins with -> its flag."""
+OWN_MODEL = "emoji"
+START_FLAGS = {"image": "--image", "video": "--continue"}
+"""Inputs that a clip begins with -> their flags."""
 LENGTHS = ("num_frames", "seconds")
 
 
 def command_line(job: Job) -> str | None:
-    """A line for a shell, with the names of the job's uploads as files; None where no one command makes the same."""
+    """A line for a shell, in which uploads are files of their names. None: no one command makes the same."""
     request = {name: value for name, value in job.request.items() if value is not None}
     prompt = request.get("prompt")
     pairs = [(0.0, prompt)] if isinstance(prompt, str) else prompt
@@ -25,7 +25,7 @@ def command_line(job: Job) -> str | None:
     edits = "mask_image" in job.inputs or "strength" in request
     if edits and len(pairs) > 1:
         return None
-    given = next((name for name in GIVEN if name in job.inputs), None)
+    given = next((name for name in START_FLAGS if name in job.inputs), None)
     words = ["nova", "edit" if edits else "generate"]
     if edits and given is not None:
         words.append(job.inputs[given])
@@ -35,16 +35,23 @@ def command_line(job: Job) -> str | None:
     if "mask_image" in job.inputs:
         words += ["--mask", job.inputs["mask_image"]]
     if given is not None and not edits:
-        words += [GIVEN[given], job.inputs[given]]
-    if job.model != BUNDLED:
+        words += [START_FLAGS[given], job.inputs[given]]
+    if job.model != OWN_MODEL:
         words += ["--model", job.model]
     if (count := request.get("num_images_per_prompt", 1)) != 1:
         words += ["-n", str(count)]
     if negative := request.get("negative_prompt"):
         words += ["--negative", negative]
-    if job.stopped:  # its frames are what it was stopped at
-        request = {name: value for name, value in request.items() if name not in LENGTHS} | {"num_frames": job.frames}
+    if job.stopped:
+        request = _stopped_request(job, request)
     return shlex.join([*words, *option_words(request)])
+
+
+def _stopped_request(job: Job, request: Mapping[str, Any]) -> dict[str, Any]:
+    """The request for as many frames as a job was stopped at. Without end, it has a context of its own."""
+    context = {"context_frames": job.settings["context_frames"]} if "inf" in request.values() else {}
+    kept = {name: value for name, value in request.items() if name not in LENGTHS}
+    return context | kept | {"num_frames": job.frames}
 
 
 def option_words(request: Mapping[str, Any]) -> list[str]:

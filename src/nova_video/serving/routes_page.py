@@ -1,4 +1,4 @@
-"""The page at `/`, and the routes that it needs besides the API: what the model knows, and how a result was made."""
+"""The page at `/`, and its routes besides the API: what the model knows, and how a result was made."""
 
 import hashlib
 import mimetypes
@@ -26,10 +26,10 @@ TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".s
 LONGEST_PROMPT = 10_000
 MOST_PROMPTS = 100
 MediaName = Literal["image", "video", "mask_image"]
-LISTED: dict[str, Any] = {"tags": ["page"], "responses": {404: {"model": ErrorAnswer, "description": "No such job"}}}
+JOB_ROUTE: dict[str, Any] = {"tags": ["page"], "responses": {404: {"model": ErrorAnswer, "description": "No such job"}}}
 
 
-class Sentences(BaseModel):
+class TypedSentences(BaseModel):
     """Sentences that somebody types, to be checked against the words of the model."""
 
     model_config = ConfigDict(extra="forbid")
@@ -40,7 +40,7 @@ class Sentences(BaseModel):
 
 
 class Problems(BaseModel):
-    """What the model does not know of sentences, one line each."""
+    """The parts of sentences that the model does not know, one line each."""
 
     problems: list[str]
 
@@ -70,20 +70,20 @@ def get_about(service: Service) -> dict[str, Any]:
 
 
 @router.post("/v1/about/problems", summary="Finds words of sentences that the model does not know", tags=["page"])
-def find_problems(service: Service, sentences: Sentences) -> Problems:
+def find_problems(service: Service, sentences: TypedSentences) -> Problems:
     vocabulary = service.pipe.settings.vocabulary
     found = prompt_problems(vocabulary, sentences.prompts, sentences.negative_prompt, sentences.picture)
     return Problems(problems=list(found))
 
 
-@router.get("/v1/jobs/{job_id}", summary="Tells how a result is made, and the command that makes the same", **LISTED)
+@router.get("/v1/jobs/{job_id}", summary="Tells how a result is made, and the command that makes the same", **JOB_ROUTE)
 def get_job(service: Service, owner: Owner, job_id: str) -> dict[str, Any]:
     job = service.get(job_id, owner)
     return {**job.as_dict(), "request": job.request, "inputs": job.inputs, "command": command_line(job)}
 
 
 @router.get(
-    "/v1/jobs/{job_id}/inputs/{name}", summary="Fetches what a job was given", response_class=Response, **LISTED
+    "/v1/jobs/{job_id}/inputs/{name}", summary="Fetches what a job was given", response_class=Response, **JOB_ROUTE
 )
 def get_job_input(service: Service, owner: Owner, job_id: str, name: MediaName) -> Response:
     job = service.get(job_id, owner)
@@ -92,7 +92,7 @@ def get_job_input(service: Service, owner: Owner, job_id: str, name: MediaName) 
     return file_answer(service.results, job.id, job.inputs[name], _kind_of(job.inputs[name]), job.inputs[name])
 
 
-@router.delete("/v1/jobs/{job_id}", summary="Removes a job of any kind and its files", status_code=204, **LISTED)
+@router.delete("/v1/jobs/{job_id}", summary="Removes a job of any kind and its files", status_code=204, **JOB_ROUTE)
 def delete_job(service: Service, owner: Owner, job_id: str) -> None:
     service.delete(job_id, owner)
 

@@ -13,12 +13,13 @@ from typing import Any
 import av
 import httpx
 import pytest
+from starlette.websockets import WebSocket
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from nova_video import NovaPipeline
 from nova_video.io.fragments import boxes
-from nova_video.serving import live_response
+from nova_video.serving import live_response, realtime
 from nova_video.serving.launch import guarded_app
 from nova_video.serving.pace import Pace
 from nova_video.serving.server import make_server, open_socket, url_of
@@ -26,7 +27,14 @@ from nova_video.serving.service import JobService
 from nova_video.serving.settings import ServeSettings
 
 CLIP = {"prompt": "a whale moving left", "seed": 1, "num_frames": 9, "sets": 4, "diffusion_steps": 2}
-ENDLESS = {"type": "session.start", "prompt": "a whale moving left", "seed": 1, "endless": True, "sets": 4}
+ENDLESS = {
+    "type": "session.start",
+    "prompt": "a whale moving left",
+    "seed": 1,
+    "endless": True,
+    "sets": 4,
+    "diffusion_steps": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -372,3 +380,150 @@ def test_pace() -> None:
     assert pace.played(105.0) == pytest.approx(15), "it cannot have played less than before"
     pace.tell(90, 105.0)
     assert pace.played(109.0) == 25, "no more than it has"
+
+
+def test_a_sentence_changes_on_the_way(server: LiveServer) -> None:
+    """The clip is the one whose timeline had said so from the start, and receipts tell from which frame on."""
+
+    async def play() -> None:
+        async with server.socket() as socket:
+            await send(socket, "session.start", **CLIP | {"num_frames": 21})
+            event = {"prompt": "a whale moving right", "guidance_scale": 3.0}
+            await send(socket, "session.interaction", interaction={"event_id": "e1", "event": event, "frame": 9})
+            queued = await receive_until(socket, "session.interaction.queued")
+            effect = await receive_until(socket, "session.interaction.in_effect")
+            done = await receive_until(socket, "session.done")
+        assert queued[-1] == {"type": "session.interaction.queued", "event_id": "e1", "frame": 9}
+        assert effect[-1] == {"type": "session.interaction.in_effect", "event_id": "e1", "frame": 9}
+        video = done[-1]["video"]
+        words = [[0, "a whale moving left"], [9 / video["fps"], "a whale moving right"]]
+        scale = [[0, video["settings"]["guidance_scale"]], [9 / video["fps"], 3.0]]
+        same = server.make(num_frames=21, prompt=words, guidance_scale=scale)
+        await server.service.wait(same)
+        read = server.service.results.read
+        assert decode(read(video["id"], "video.mp4")) == decode(read(same, "video.mp4"))
+
+    run(play)
+
+
+def test_interactions_that_cannot_be(server: LiveServer) -> None:
+    wrong: list[tuple[object, str]] = [
+        (None, "interaction is None: expected an object with an event"),
+        ({"event": {}}, "interaction is {'event': {}}: expected an object with an event"),
+        ({"event": {"prompt": 3}}, "prompt is 3: expected a sentence"),
+        ({"event": {"motion": [1]}}, "motion_flow is [1]: expected a number"),
+        ({"event": {"guidance_scale": -1}}, "guidance_scale is -1: expected a number"),
+        ({"event": {"multi_modal_data": {}}}, "unknown field multi_modal_data: expected one of prompt, motion"),
+        ({"event": {"motion": 1, "motion_flow": 2}}, "got both of motion and motion_flow: expected one of them"),
+        ({"event": {"prompt": "a whale"}, "frame": 2}, "frame is 2: expected"),
+        ({"event": {"prompt": "a whale"}, "frame": True}, "frame is True: expected a frame of the video"),
+        ({"event": {"prompt": "a whale"}, "transition_chunks": 3}, "transition_chunks is 3: expected 0"),
+        ({"event": {"prompt": "a whale"}, "at": 3}, "unknown field at: expected"),
+        ({"event": {"prompt": "a whale"}, "event_id": 3}, "event_id is 3: expected a text"),
+    ]
+
+    async def ask() -> None:
+        async with server.socket() as socket:
+            await socket.send(json.dumps(ENDLESS))
+            await receive_until(socket, "video.chunk_metadata", number=1)
+            for interaction, message in wrong:
+                await send(socket, "session.interaction", interaction=interaction)
+                error = (await receive_until(socket, "error"))[-1]
+                assert (error["code"], error["message"][: len(message)]) == ("interaction_failed", message)
+            await send(socket, "session.stop")
+            await receive_until(socket, "session.done")
+
+    run(ask)
+
+
+def test_starts_that_cannot_be(server: LiveServer) -> None:
+    """Each is answered in one line, and the next one is taken nonetheless."""
+    wrong: list[tuple[str | bytes, str]] = [
+        (b"\x00", "got a binary message: expected a JSON object"),
+        ("{", "the message is no JSON"),
+        ("[1]", "the message is [1]: expected a JSON object"),
+        ("{}", "type is None: expected one, such as session.ping"),
+        ('{"type": "session.stop"}', "type is 'session.stop': expected session.start or session.resume"),
+        ('{"type": "session.start"}', "prompt is missing: expected a sentence"),
+        ('{"type": "session.start", "prompt": "a whale", "format": "webm"}', "format is 'webm': expected one"),
+        ('{"type": "session.start", "prompt": "a whale", "model": "x"}', "model is 'x': expected"),
+        ('{"type": "session.start", "prompt": "a whale", "sice": "8x8"}', "unknown field sice: expected size"),
+        ('{"type": "session.start", "prompt": "a whale", "endless": 2}', "endless is 2: expected"),
+        (
+            '{"type": "session.start", "prompt": "a whale", "endless": true, "seconds": 2}',
+            "got endless and seconds: expected one of them",
+        ),
+        ('{"type": "session.resume"}', "id is None: expected the id of a session"),
+        ('{"type": "session.resume", "id": "session_0"}', "there is no job session_0"),
+        ('{"type": "session.resume", "id": "session_0", "from": 1}', "unknown field from: expected"),
+    ]
+
+    async def ask() -> None:
+        async with server.socket() as socket:
+            for text, message in wrong:
+                await socket.send(text)
+                error = await receive(socket)
+                assert (error["type"], error["message"][: len(message)]) == ("error", message)
+            await send(socket, "session.ping")
+            assert await receive(socket) == {"type": "session.pong"}
+            await send(socket, "session.start", **CLIP | {"num_frames": 5})
+            await receive_until(socket, "session.done")
+
+    run(ask)
+
+
+def test_who_starts_nothing_is_sent_away(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(realtime, "START_SECONDS", 0.1)
+
+    async def wait() -> None:
+        async with server.socket() as socket:
+            error = await receive(socket)
+            assert (error["code"], error["message"]) == ("start_timeout", "no session was started in 0.1 seconds")
+            with pytest.raises(ConnectionClosed):
+                await socket.recv()
+            assert socket.close_code == 1008
+
+    run(wait)
+
+
+def test_a_second_connection_takes_a_session_over(server: LiveServer) -> None:
+    async def play() -> None:
+        async with server.socket() as first, server.socket() as second:
+            await first.send(json.dumps(ENDLESS))
+            id = (await receive(first))["id"]
+            await receive_until(first, "video.chunk_metadata", number=0)
+            await send(second, "session.resume", id=id, first="now")
+            assert (await receive_until(first, "error"))[-1]["code"] == "taken_over"
+            await receive_until(second, "video.chunk_metadata", number=2)
+            assert not server.service.get(id).paused
+            await send(second, "session.pause")
+            await receive_until(second, "session.status", paused=True)
+            await send(second, "session.resume")
+            await receive_until(second, "session.status", paused=False)
+            await send(second, "session.stop")
+            await receive_until(second, "session.done")
+
+    run(play)
+
+
+def test_a_client_that_takes_nothing_leaves_its_session_paused(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server keeps one message for it."""
+    monkeypatch.setattr(realtime, "STALL_SECONDS", 0.2)
+    held: list[int] = []
+
+    async def stall_now(socket: WebSocket, data: bytes) -> None:
+        held.append(len(data))
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(WebSocket, "send_bytes", stall_now)
+
+    async def stall() -> None:
+        async with server.socket() as socket:
+            await socket.send(json.dumps(ENDLESS))
+            id = (await receive_until(socket, "video.start"))[-1]["id"]
+            await asyncio.wait_for(paused(server, id), 50)
+            assert len(held) == 1
+
+    run(stall)

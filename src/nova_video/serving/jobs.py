@@ -31,6 +31,27 @@ class JobError:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Change:
+    """Other words or numbers for a job from one of its frames on."""
+
+    id: str
+    frame: int | None
+    """The pixel frame from which it holds; while it is queued, the one asked for. None: the next possible one."""
+    values: dict[str, Any]
+    """prompt, motion_flow, guidance_scale: those that are new."""
+    state: Literal["queued", "accepted", "in_effect", "refused"] = "queued"
+    """Accepted: the generation knows of it. In effect: frames with it are there."""
+    message: str | None = None
+    """Why it was refused."""
+
+    @property
+    def news(self) -> dict[str, Any]:
+        """The facts that its caller is told."""
+        told = {} if self.message is None else {"message": self.message}
+        return {"id": self.id, "frame": self.frame, "state": self.state} | told
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One row of the database. It is never changed: `JobStore.update` gives the next one."""
 
@@ -72,7 +93,7 @@ class Job:
     allowed: int | None = None
     """Pixel frames of a session without end that may be made by now; None: all. Its viewers allow more."""
     changes: list[dict[str, Any]] = field(default_factory=list)
-    """Changes on the way, in order: id, frame (None: the next possible one), the new values."""
+    """Changes on the way, in order: the fields of `Change`."""
     error: JobError | None = None
     created_at: float = field(default_factory=time.time)
     started_at: float | None = None
@@ -100,6 +121,11 @@ class Job:
     def without_claim(self) -> "Job":
         """The job as its caller sees it, to be compared."""
         return replace(self, worker=None, lease=0.0, allowed=None)
+
+    @property
+    def steps(self) -> list[Change]:
+        """Its changes as records."""
+        return [Change(**each) for each in self.changes]
 
     def fragment_frames(self, number: int) -> tuple[int, int]:
         """The first pixel frame of a finished fragment, and the one behind its last."""

@@ -191,6 +191,8 @@ class Connection:
             tasks = {sending, listening, leaving}
             try:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                if sending in done and sending.exception() is None:  # the last news of it may still be on the way
+                    await asyncio.wait({telling}, timeout=STALL_SECONDS)
             finally:
                 for task in (*tasks, telling):
                     task.cancel()
@@ -235,12 +237,18 @@ class Connection:
                 facts = facts_of_event(event)
                 if event.type == "status" and told != (told := (facts["status"], facts["paused"])):
                     await self._send({"type": "session.status", "status": told[0], "paused": told[1]})
-                elif event.type == "change" and facts["state"] == "in_effect":
-                    event_id = self._events.get(facts["id"], facts["id"])
-                    receipt = {"event_id": event_id, "frame": facts["frame"]}
-                    await self._send({"type": "session.interaction.in_effect", **receipt})
+                elif event.type == "change":
+                    await self._tell_change(facts)
                 elif event.type == "set" and "preview" in facts:
                     await self._send({"type": "video.preview", **facts})
+
+    async def _tell_change(self, facts: dict[str, Any]) -> None:
+        """Tells that a change is in effect, or is not possible."""
+        event_id = self._events.get(facts["id"], facts["id"])
+        if facts["state"] == "refused":
+            await self._tell_error("interaction_failed", facts["message"], event_id)
+        elif facts["state"] == "in_effect":
+            await self._send({"type": "session.interaction.in_effect", "event_id": event_id, "frame": facts["frame"]})
 
     # What the client says ---------------------------------------------------------------------------------------------
 

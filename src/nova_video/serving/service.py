@@ -5,6 +5,7 @@ event loops.
 """
 
 import asyncio
+import secrets
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from nova_video.common.errors import InputError
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.serving.feed import Feed, JobEvent
-from nova_video.serving.jobs import Job, Kind, Wish, new_id
+from nova_video.serving.jobs import Change, Job, Kind, Wish, new_id
 from nova_video.serving.logs import log_event
 from nova_video.serving.results import VIDEO, ResultFolder, fragment_name, image_name
 from nova_video.serving.settings import ServeSettings, own_folder
@@ -24,6 +25,7 @@ from nova_video.serving.submission import (
     MEDIA,
     Upload,
     as_json,
+    check_change,
     check_request,
     checked_options,
     request_of,
@@ -193,6 +195,29 @@ class JobService:
         self.feed.post(id, JobEvent("status", changed.as_dict()))
         return changed
 
+    def change(
+        self,
+        id: str,
+        *,
+        prompt: str | None = None,
+        motion_flow: float | None = None,
+        guidance_scale: float | None = None,
+        frame: int | None = None,
+        owner: str = "",
+    ) -> Change:
+        """Changes a job's sentence or numbers from a pixel frame on, or as soon as possible. Its events tell when."""
+        job = self.get(id, owner)
+        given = {"prompt": prompt, "motion_flow": motion_flow, "guidance_scale": guidance_scale}
+        values = {name: value for name, value in given.items() if value is not None}
+        check_change(job, values, frame)
+        change = Change(id=f"change_{secrets.token_hex(8)}", frame=frame, values=values)
+        changed = self.store.set_change(id, change)
+        if changed is None:
+            raise InputError(f"{id} has ended: expected a job that has not")
+        self.worker.poke(changed)
+        self.feed.post(id, JobEvent("status", changed.as_dict()))
+        return change
+
     def allow(self, id: str, frames: int) -> None:
         """Lets a session without end be made up to a frame, since somebody will have watched those before it."""
         if (job := self.store.allow(id, frames)) is not None:
@@ -235,6 +260,10 @@ class JobService:
                     first, end = now.fragment_frames(number)
                     yield JobEvent("fragment", {"number": number, "first_frame": first, "frames": end - first})
                 known = max(known, now.fragments)
+                before = {each.id: each.state for each in told.steps}
+                for change in now.steps:
+                    if before.get(change.id) != change.state:
+                        yield JobEvent("change", change.news)
                 if now.without_claim != told.without_claim:
                     told = now
                     yield JobEvent("status", now.as_dict())

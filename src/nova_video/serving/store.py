@@ -37,7 +37,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from nova_video.common.errors import InputError, first_line
-from nova_video.serving.jobs import Job, JobError, Kind, Status, Wish
+from nova_video.serving.jobs import Change, Job, JobError, Kind, Status, Wish
 
 LEASE = 10.0  # seconds that a claim holds
 TYPES = {str: String, bool: Boolean, int: Integer, float: Float, Status: String}
@@ -180,6 +180,16 @@ class JobStore:
                 row = connection.execute(select(table).where(alive)).first()
                 job = None if row is None else _job_of(row)
             return job
+
+    def set_change(self, id: str, change: Change) -> Job | None:
+        """Adds a change to a job that has not ended, or writes anew the one with its id. None: there is no such job."""
+        chosen = and_(self.table.c.id == id, self.table.c.status.not_in(END_STATES))
+        with self.engine.begin() as connection:
+            row = connection.execute(select(self.table.c.changes).where(chosen)).first()
+            if row is None:
+                return None
+            changes = {each["id"]: each for each in row[0]} | {change.id: vars(change)}
+            return self._change(connection, chosen, {"changes": list(changes.values())})
 
     def allow(self, id: str, frames: int) -> Job | None:
         """Allows so many frames of a session. None: so many were allowed already, or there is none that has a bound."""

@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 
+from nova_video.common.checks import check_number, quote
 from nova_video.common.errors import InputError, unknown
-from nova_video.common.option_fields import option_fields, values_of, without_aliases
+from nova_video.common.option_fields import check_option, option_fields, values_of, without_aliases
 from nova_video.io.decode import PICTURES, VIDEOS
 from nova_video.io.media import load_image
 from nova_video.pipeline.options import Options
 from nova_video.pipeline.own_parts import CHECKS
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.plan import Plan
-from nova_video.pipeline.request import GenerateRequest
-from nova_video.serving.jobs import Kind
+from nova_video.pipeline.request import GenerateRequest, check_prompt
+from nova_video.serving.jobs import Job, Kind
 from nova_video.serving.settings import ServeSettings
 
 MEDIA = ("image", "video", "mask_image")
@@ -101,6 +102,30 @@ def check_request(pipe: NovaPipeline, kind: Kind, settings: ServeSettings, reque
     if kind == "image":
         plan.check_pixels()
     return plan
+
+
+def check_change(job: Job, values: Mapping[str, Any], frame: int | None) -> None:
+    """Raises InputError for a change that this job cannot have."""
+    if job.status.ended or job.kind == "image":
+        state = "a picture" if job.kind == "image" else str(job.status)
+        raise InputError(f"{job.id} is {state}: expected a video that is being made")
+    if not values:
+        raise InputError("got none of prompt, motion_flow and guidance_scale: expected at least one of them to change")
+    for name, value in values.items():
+        if name == "prompt":
+            if not isinstance(value, str):
+                raise InputError(f"prompt is {quote(value)}: expected a sentence")
+            check_prompt(value)
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{name} is {quote(value)}: expected a number")
+        else:
+            check_option(Options, name, value)
+    if frame is None:
+        return
+    check_number("frame", frame, job.frames, integer=True)
+    end = job.settings["num_frames"]
+    if end != "inf" and end is not None and frame >= end:
+        raise InputError(f"frame is {frame}: expected less than {end}, the frames of the video")
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:

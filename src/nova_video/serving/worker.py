@@ -25,7 +25,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from nova_video.pipeline.generation import Generation
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.plan import Plan
 from nova_video.serving.feed import Feed, JobEvent
-from nova_video.serving.jobs import Job, JobError, Status, Wish
+from nova_video.serving.jobs import Change, Job, JobError, Status, Wish
 from nova_video.serving.overview import as_png, draw_spritesheet, draw_thumbnail, read_fragment, small_webp
 from nova_video.serving.provenance import complete_records, with_length
 from nova_video.serving.results import (
@@ -90,6 +90,8 @@ class ActiveJob:
     fragments: int = 0
     frames: list[NDArray[np.uint8]] = field(default_factory=list)
     """Pixel frames of the next fragment, or the pictures."""
+    changes: dict[str, Change] = field(default_factory=dict)
+    """Changes that the generation was told of, by id."""
     held_at: float | None = None
     """Since when it waits for its viewers."""
     seconds: float = 0.0
@@ -164,6 +166,7 @@ class Worker:
         """Seconds that the latest finished jobs took to compute, begin to end."""
         self._wants: dict[str, Wish] = {}
         self._allowed: dict[str, int | None] = {}
+        self._changes: dict[str, list[Change]] = {}
         self._held: frozenset[str] = frozenset()
         """The jobs whose claims the keeper holds."""
         self._closing = threading.Event()
@@ -206,7 +209,7 @@ class Worker:
         self._news.set()
 
     def _hear(self, job: Job) -> None:
-        self._wants[job.id], self._allowed[job.id] = job.wanted, job.allowed
+        self._wants[job.id], self._allowed[job.id], self._changes[job.id] = job.wanted, job.allowed, job.steps
 
     # The threads ------------------------------------------------------------------------------------------------------
 
@@ -361,8 +364,29 @@ class Worker:
         elif self._closing.is_set():
             self._park(active)
         else:
+            self._change(active)
             return True
         return False
+
+    def _change(self, active: ActiveJob) -> None:
+        """Tells the generation of changes that it does not know. Those of an earlier process may be in its state."""
+        for change in self._changes.get(active.id, ()):
+            if change.id in active.changes or change.state == "refused":
+                continue
+            try:
+                first = active.generation.change(**change.values, at=change.frame)
+                after = replace(change, frame=first, state="accepted" if change.state == "queued" else change.state)
+            except InputError as error:
+                known = change.state != "queued"
+                after = change if known else replace(change, state="refused", message=in_callers_words(error))
+            active.changes[change.id] = after
+            if after != change:
+                self._tell_change(active, after)
+
+    def _tell_change(self, active: ActiveJob, change: Change) -> None:
+        active.changes[change.id] = change
+        if (job := self.store.set_change(active.id, change)) is not None:
+            self.feed.post(active.id, JobEvent("status", job.as_dict()))
 
     # Frames and sets --------------------------------------------------------------------------------------------------
 
@@ -384,6 +408,9 @@ class Worker:
         active.frames.clear()
         active.fragments += 1
         self._save(active)
+        for change in list(active.changes.values()):
+            if change.state == "accepted" and change.frame is not None and change.frame < active.frames_done:
+                self._tell_change(active, replace(change, state="in_effect"))
         self._update(active)
         self.feed.post(active.id, JobEvent("frame", {"index": event.index}))
         facts = {"number": number, "first_frame": first, "frames": count}
@@ -488,6 +515,7 @@ class Worker:
         found = self.store.update(job.id, self.name, **changes, expires_at=expires_at, worker=None)
         self._wants.pop(job.id, None)
         self._allowed.pop(job.id, None)
+        self._changes.pop(job.id, None)
         if found is not None:
             self.results.remove(job.id)
             self.feed.post(job.id, JobEvent("status", found.as_dict()))
@@ -499,6 +527,7 @@ class Worker:
         self._hold()
         self._wants.pop(active.id, None)
         self._allowed.pop(active.id, None)
+        self._changes.pop(active.id, None)
         with suppress(Exception):  # what sampling had left behind when it failed
             active.close()
 
@@ -529,6 +558,11 @@ class Worker:
 def fragments_of(plan: Plan, frames: int) -> int:
     """The number of fragments that hold so many frames: the first ends with latent frame 0, and so on."""
     return 0 if frames == 0 else max(0, -(-(frames - plan.offset - 1) // plan.temporal_stride)) + 1
+
+
+def in_callers_words(error: InputError) -> str:
+    """One line about a change that is not possible: `at` of the generation is `frame` of its caller."""
+    return first_line(error).replace("at is ", "frame is ", 1)
 
 
 def code_of(error: Exception) -> str:

@@ -116,7 +116,7 @@ CHANGING = {
     "are of one run of nova encode": "DecodeLatents EncodeLatents EncodeText Marks OneByOne GroupRecord _Comparer",
     "are of one benchmark": "Maker",
     "are of one request or connection of a server": """
-        Answer BodyReader Connection Pace Pacemaker PatientProtocol Seats Wish""",
+        Answer BodyReader Connection Pace Pacemaker PatientProtocol Seats WordedRequest""",
     "are of one server, and hold what it is at under a lock": "Readiness ServerMetrics",
     "hold captured graphs, made under a lock": "Buffer GraphRunner",
     "are switched as diffusers' own are, by their users": "VideoAutoencoder",

@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect
 from nova_video.common.checks import quote, shorten
 from nova_video.common.errors import InputError
 from nova_video.io.media import EXIF_DESCRIPTION, JPEG_EXIF_LIMIT, PNG_KEY
+from nova_video.io.text import printable
 from nova_video.serving.jobs import Job, JobError, Status
 from nova_video.serving.results import ResultFolder
 from nova_video.serving.schemas import WordError
@@ -256,8 +257,8 @@ def _whole(moment: float | None) -> int | None:
 
 
 def error_answer(status: int, message: str, headers: dict[str, str] | None = None, **facts: Any) -> JSONResponse:
-    """An error as OpenAI's clients read it."""
-    return JSONResponse({"error": ErrorFacts(message=message, **facts).model_dump()}, status, headers)
+    """An error as OpenAI's clients read it, in one line."""
+    return JSONResponse({"error": ErrorFacts(message=printable(message), **facts).model_dump()}, status, headers)
 
 
 def failure_answer(error: JobError) -> JSONResponse:

@@ -39,7 +39,7 @@ STILL = ("image", "image_reference")
 HALF = 128  # of alpha: below it a mask is transparent
 
 
-class Wish:
+class WordedRequest:
     """One request, as `JobService.submit` takes it: read from words, then completed by what its route is for."""
 
     def __init__(self, service: JobService, model: type[RequestWords], values: Mapping[str, Any], owner: str) -> None:
@@ -65,6 +65,10 @@ class Wish:
         wanted: Kind = "session" if self.is_endless else kind
         several = {"num_images_per_prompt": self.form["n"]} if "n" in self.form else {}
         return self.service.submit(wanted, self.options | several, self.media, self.form, self.owner)
+
+    def require_prompt(self) -> None:
+        if "prompt" not in self.options:
+            raise WordError("prompt is missing: expected a sentence, or a timeline of them", "prompt", "missing_field")
 
     # Media ------------------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ from nova_video.serving.jobs import Job, Status, Wish
 from nova_video.serving.pace import Pacemaker
 from nova_video.serving.results import INIT
 from nova_video.serving.routes_live import facts_of_event, moving_job
-from nova_video.serving.routes_videos import video_wish
+from nova_video.serving.routes_videos import video_request
 from nova_video.serving.routing import in_thread, owner_of, service_of
 from nova_video.serving.schemas import SessionStart, WordError
 from nova_video.serving.service import JobService, NotFoundError, QueueFullError
@@ -148,7 +148,7 @@ class Connection:
                 raise WordError(f"got endless and {min(told)}: expected one of them", "endless")
             words["num_frames"] = "inf"
         self._previews = words.get("previews") is True
-        return video_wish(self.service, words, self.owner, SessionStart).submit("session")
+        return video_request(self.service, words, self.owner, SessionStart).submit("session")
 
     def _take_up(self, message: dict[str, Any]) -> tuple[Job, int | Literal["now"]]:
         if others := message.keys() - {"type", "id", "first", "previews"}:

@@ -2,11 +2,11 @@
 
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from nova_video.serving.answers import (
@@ -20,8 +20,9 @@ from nova_video.serving.answers import (
     warnings_of,
 )
 from nova_video.serving.bodies import read_body
-from nova_video.serving.dialect import Wish
+from nova_video.serving.dialect import WordedRequest
 from nova_video.serving.jobs import Job, JobError, Status
+from nova_video.serving.live_response import LiveResponse
 from nova_video.serving.results import image_name, partial_name
 from nova_video.serving.routing import REFUSALS, Owner, Service, body_of, end_of, in_thread
 from nova_video.serving.schemas import ImageCreate, ImageEdit, WordError
@@ -37,6 +38,7 @@ OUTCOMES: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorAnswer, "description": "The work took more memory than there is"},
     504: {"model": ErrorAnswer, "description": "The work took longer than the server allows"},
 }
+HEARTBEAT = b": still here\n\n"
 CANCELLATION = JobError("cancelled", "the picture was cancelled")
 
 
@@ -92,19 +94,19 @@ async def _body(request: Request, service: JobService) -> dict[str, Any]:
 
 
 def _create(service: JobService, values: dict[str, Any], owner: str) -> Job:
-    return _submit(Wish(service, ImageCreate, values, owner))
+    return _submit(WordedRequest(service, ImageCreate, values, owner))
 
 
 def _edit(service: JobService, values: dict[str, Any], owner: str) -> Job:
-    wish = Wish(service, ImageEdit, values, owner)
-    wish.take_picture()
-    wish.edit_by_default()
-    return _submit(wish)
+    asked = WordedRequest(service, ImageEdit, values, owner)
+    asked.take_picture()
+    asked.edit_by_default()
+    return _submit(asked)
 
 
-def _submit(wish: Wish) -> Job:
+def _submit(asked: WordedRequest) -> Job:
     """Checks the words of the dialect against each other, and asks for one frame."""
-    form = wish.form
+    form = asked.form
     if form.get("partial_images") and not form.get("stream"):
         raise WordError(f"partial_images is {form['partial_images']} without stream: expected stream true", "stream")
     if form.get("stream") and form.get("response_format") == "url":
@@ -113,12 +115,12 @@ def _submit(wish: Wish) -> Job:
         raise WordError(
             "got output_compression for png, which loses nothing: expected jpeg or webp", "output_compression"
         )
-    return wish.submit("image")
+    return asked.submit("image")
 
 
 async def _answer(request: Request, service: JobService, job: Job, owner: str, event: str) -> Response:
     if job.form.get("stream"):
-        return StreamingResponse(_stream(service, job, owner, event), media_type="text/event-stream")
+        return LiveResponse(_stream(service, job, owner, event), "text/event-stream", HEARTBEAT)
     job = await end_of(request, service, job, owner)
     if job.status is not Status.COMPLETED:
         return failure_answer(job.error or CANCELLATION)
@@ -167,11 +169,13 @@ def _images_answer(service: JobService, job: Job, base: str) -> ImagesAnswer:
     )
 
 
-async def _stream(service: JobService, job: Job, owner: str, event: str) -> AsyncIterator[str]:
+async def _stream(service: JobService, job: Job, owner: str, event: str) -> AsyncGenerator[bytes, None]:
     """The canvas on the way and at the end, as server-sent events. A client that leaves cancels the job."""
     try:
-        async for news in service.events(job.id):
-            if news.type == "partial":
+        async with aclosing(service.events(job.id, owner=owner)) as events:
+            async for news in events:
+                if news.type != "partial":
+                    continue
                 for index in range(job.form.get("n", 1)):
                     data = await in_thread(_picture, service, job, partial_name(news.data["number"], index))
                     yield _event(
@@ -181,7 +185,7 @@ async def _stream(service: JobService, job: Job, owner: str, event: str) -> Asyn
         if job.status is not Status.COMPLETED:
             error = job.error or CANCELLATION
             told = ErrorFacts(message=error.message, type="server_error", code=error.code)
-            yield f"event: error\ndata: {json.dumps({'error': told.model_dump()})}\n\n"
+            yield f"event: error\ndata: {json.dumps({'error': told.model_dump()})}\n\n".encode()
             return
         for index in range(job.form.get("n", 1)):
             data = await in_thread(_picture, service, job, image_name(index))
@@ -192,7 +196,7 @@ async def _stream(service: JobService, job: Job, owner: str, event: str) -> Asyn
             service.want(job.id, "cancel", owner)
 
 
-def _event(job: Job, kind: str, data: bytes, **facts: Any) -> str:
+def _event(job: Job, kind: str, data: bytes, **facts: Any) -> bytes:
     """One server-sent event with a picture."""
     told = {
         "type": kind,
@@ -205,4 +209,4 @@ def _event(job: Job, kind: str, data: bytes, **facts: Any) -> str:
         "output_format": _format(job),
         **facts,
     }
-    return f"event: {kind}\ndata: {json.dumps(told)}\n\n"
+    return f"event: {kind}\ndata: {json.dumps(told)}\n\n".encode()

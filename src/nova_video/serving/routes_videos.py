@@ -18,7 +18,7 @@ from nova_video.serving.answers import (
     video_object,
 )
 from nova_video.serving.bodies import read_body
-from nova_video.serving.dialect import Wish
+from nova_video.serving.dialect import WordedRequest
 from nova_video.serving.jobs import Job, JobError, Status
 from nova_video.serving.results import SPRITESHEET, THUMBNAIL, VIDEO
 from nova_video.serving.routing import REFUSALS, Owner, Service, body_of, end_of, in_thread
@@ -69,51 +69,52 @@ class ContentQuery(BaseModel):
 # Asking ---------------------------------------------------------------------------------------------------------------
 
 
-def video_wish(
+def video_request(
     service: JobService, values: dict[str, Any], owner: str, model: type[RequestWords] = VideoCreate
-) -> Wish:
+) -> WordedRequest:
     """The request for a new video."""
-    wish = Wish(service, model, values, owner)
-    if "prompt" not in wish.options:
-        raise WordError("prompt is missing: expected a sentence, or a timeline of them", "prompt", "missing_field")
-    wish.take_references()
-    wish.round_length()
-    if wish.options.get("num_frames") == 1:
+    asked = WordedRequest(service, model, values, owner)
+    asked.require_prompt()
+    asked.take_references()
+    asked.round_length()
+    if asked.options.get("num_frames") == 1:
         raise WordError("num_frames is 1: expected 2 or more, /v1/images/generations makes pictures", "num_frames")
-    return wish
+    return asked
 
 
 def _create(service: JobService, values: dict[str, Any], owner: str) -> Job:
-    return video_wish(service, values, owner).submit("video")
+    return video_request(service, values, owner).submit("video")
 
 
 def _create_with_end(service: JobService, values: dict[str, Any], owner: str) -> Job:
-    wish = video_wish(service, values, owner)
-    if wish.is_endless:
+    asked = video_request(service, values, owner)
+    if asked.is_endless:
         raise WordError("num_frames is inf: expected a number, a video without end is no file", "num_frames")
-    return wish.submit("video")
+    return asked.submit("video")
 
 
 def _edit(service: JobService, values: dict[str, Any], owner: str) -> Job:
-    wish = Wish(service, VideoEdit, values, owner)
-    wish.take_clip()
-    wish.edit_by_default()
-    wish.round_length()
-    return wish.submit("video")
+    asked = WordedRequest(service, VideoEdit, values, owner)
+    asked.require_prompt()
+    asked.take_clip()
+    asked.edit_by_default()
+    asked.round_length()
+    return asked.submit("video")
 
 
 def _extend(service: JobService, values: dict[str, Any], owner: str) -> Job:
-    wish = Wish(service, VideoExtend, values, owner)
-    wish.take_clip()
-    wish.extend()
-    return wish.submit("video")
+    asked = WordedRequest(service, VideoExtend, values, owner)
+    asked.require_prompt()
+    asked.take_clip()
+    asked.extend()
+    return asked.submit("video")
 
 
 def _remix(service: JobService, id: str, values: dict[str, Any], owner: str) -> Job:
-    wish = Wish(service, VideoRemix, values, owner)
-    wish.repeat(video_of(service, id, owner))
-    wish.round_length()
-    return wish.submit("video")
+    asked = WordedRequest(service, VideoRemix, values, owner)
+    asked.repeat(video_of(service, id, owner))
+    asked.round_length()
+    return asked.submit("video")
 
 
 async def _body(request: Request, service: JobService, form_alone: bool = False) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from nova_video.common.errors import InputError, unknown
 from nova_video.common.version import commit
 from nova_video.pipeline.options import Options
 from nova_video.sampling.presets import PresetName
+from nova_video.serving.replica_settings import ReplicaSettings
 from nova_video.serving.settings import ServeSettings
 
 PARSE_ERROR = 2  # tyro's exit code
@@ -82,12 +83,14 @@ if TYPE_CHECKING:
     GuidedFlags = Options
     StepFlags = Options
     ServeFlags = ServeSettings
+    ReplicaFlags = ReplicaSettings
 else:
     OptionFlags = make_dataclass("OptionFlags", flag_fields(Options), frozen=True, kw_only=True)
     SamplingFlags = make_dataclass("SamplingFlags", flag_fields(Options, SAMPLING), frozen=True, kw_only=True)
     GuidedFlags = make_dataclass("GuidedFlags", flag_fields(Options, GUIDED_OPTIONS), frozen=True, kw_only=True)
     StepFlags = make_dataclass("StepFlags", flag_fields(Options, STEPS), frozen=True, kw_only=True)
     ServeFlags = make_dataclass("ServeFlags", flag_fields(ServeSettings), frozen=True, kw_only=True)
+    ReplicaFlags = make_dataclass("ReplicaFlags", flag_fields(ReplicaSettings), frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +216,7 @@ class Edit(CommonFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve(ServeFlags, ModelFlags):
+class Serve(ReplicaFlags, ServeFlags, ModelFlags):
     """Serve a model: a page, an API that OpenAI's client speaks, and live video. Ctrl-C or SIGTERM ends it.
 
     Jobs that run are saved then, and go on at the next start.

@@ -23,12 +23,11 @@ from nova_video.cli.batch_maker import BatchEntry, BatchMaker, BatchPlace, Entry
 from nova_video.cli.console import outline_pipeline, progress_bar
 from nova_video.cli.jobs import say
 from nova_video.cli.prompt_file import SUFFIXES, PromptLine, read_prompt_file
-from nova_video.cli.remake import file_mark
 from nova_video.cli.script import TIMELINE_KEYS
 from nova_video.cli.typed_request import flag_of, seed_of, settings_of
 from nova_video.common.checks import check_number
 from nova_video.common.errors import InputError, PartError, Terminated
-from nova_video.io.files import atomic_path, check_writable, lock_folder
+from nova_video.io.files import atomic_path, check_writable, file_mark, lock_folder
 from nova_video.io.text import parse_json
 
 if TYPE_CHECKING:

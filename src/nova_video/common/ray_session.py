@@ -41,6 +41,8 @@ class RayNeed:
     instead: str
     least_cores: int = LEAST_CORES
     """Cores that a Ray started here has at least."""
+    tells: bool = False
+    """The lines that its processes write are shown."""
 
 
 @contextmanager
@@ -87,7 +89,7 @@ def _start_ray(folder: str, need: RayNeed) -> None:
     """A Ray of our own, with its files in the folder."""
     import ray
 
-    options: dict[str, Any] = {"include_dashboard": False, **QUIET}
+    options: dict[str, Any] = {"include_dashboard": False, **QUIET, "log_to_driver": need.tells}
     if len(folder) <= LONGEST_FOLDER:
         options["_temp_dir"] = folder
     try:

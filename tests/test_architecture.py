@@ -195,6 +195,7 @@ WRITES = {
         "sleep_while_waiting: os.environ.setdefault",
         "use_fitting_threads: torch.set_num_threads",
         "BatchMaker.pipe: torch.set_num_threads",
+        "Replica.__init__: torch.set_num_threads",
         "_ray: ray",
         "ray_session: os",
         "ray_session: os.environ.pop",

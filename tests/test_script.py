@@ -105,7 +105,7 @@ SCENE = "[[scene]]\nat = 0\nprompt = 'a whale'\n"
 WRONG = {
     "not TOML": ("prompt = a whale", "is not TOML: Invalid value (at line 1"),
     "not text": (b"\xff\x80", "is not a text file in UTF-8"),
-    "unknown key": ("prompts = 'x.txt'\n" + SCENE, "unknown key prompts: expected one of output, format, model, "),
+    "unknown key": ("prompts = 'x.txt'\n" + SCENE, "unknown key prompts: expected one of output, format, size, "),
     "key with a dash": ("num-frames = 5\n" + SCENE, "unknown key num-frames: expected one of "),
     "unknown table": ("[settings]\nseed = 3", "unknown key settings"),
     "unknown key of a scene": (

@@ -108,7 +108,7 @@ CHANGING = {
         Conditions Interrupts Sampler TileParts Window""",
     "are of the generations that join them": "Together",
     "are of one job or queue of a server, which one thread works off or a lock guards": """
-        ActiveJob Feed Worker""",
+        ActiveJob Feed Sweeper Worker""",
     "are of one file that is read or written": "LiveWriter Media Video _Deinterlacer _TensorCheck",
     "are of one run of training": """
         Average CudaRecorder DatasetTask Log Pool Reader ReplicatedModule Rows Run SharedClock StepGraphs Stepper

@@ -1,11 +1,13 @@
 """The queue of a server without HTTP: jobs are taken, checked, worked off, steered and removed."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nova_video import NovaPipeline
 from nova_video.common.errors import InputError
@@ -15,6 +17,7 @@ from nova_video.serving.jobs import Job, Status
 from nova_video.serving.results import VIDEO
 from nova_video.serving.service import JobService, NotFoundError, QueueFullError
 from nova_video.serving.settings import ServeSettings
+from nova_video.serving.worker import ActiveJob, Worker
 
 CLIP = {"prompt": "a whale moving left", "seed": 1, "num_frames": 9, "sets": 4, "diffusion_steps": 2}
 
@@ -108,3 +111,159 @@ def test_wrong_requests_leave_nothing(make: Make, options: dict[str, Any], messa
         service.submit("video", CLIP | options)
     assert service.list() == ([], False)
     assert service.results.ids() == []
+
+
+def video_of(service: JobService, job: Job) -> bytes:
+    return service.results.read(job.id, VIDEO)
+
+
+def until(service: JobService, job: Job, done: Callable[[Job], bool]) -> Job:
+    """Looks at a job until something holds of it."""
+    for _ in range(6000):
+        if done(found := service.get(job.id)):
+            return found
+        time.sleep(0.005)
+    raise AssertionError(found)
+
+
+LONG = CLIP | {"num_frames": 25, "sets": 6}
+
+
+def test_a_paused_job_keeps_its_place_and_its_result(make: Make) -> None:
+    service = make()
+    alone = wait(service, service.submit("video", CLIP | {"num_frames": 17}))
+    job = service.submit("video", CLIP | {"num_frames": 17})
+    until(service, job, lambda found: found.frames > 0)
+    service.want(job.id, "pause")
+    paused = until(service, job, lambda found: found.paused)
+    assert paused.status == Status.IN_PROGRESS
+    other = wait(service, service.submit("video", CLIP))
+    assert other.status == Status.COMPLETED
+    assert service.get(job.id).frames == paused.frames
+    service.want(job.id, "run")
+    assert wait(service, job).status == Status.COMPLETED
+    assert video_of(service, job) == video_of(service, alone)
+
+
+def test_a_stopped_job_keeps_its_finished_frames(make: Make) -> None:
+    service = make()
+    job = service.submit("video", LONG)
+    until(service, job, lambda found: found.frames >= 5)
+    service.want(job.id, "stop")
+    stopped = wait(service, job)
+    assert (stopped.status, stopped.stopped) == (Status.COMPLETED, True)
+    path = service.results.local / job.id / VIDEO
+    assert len(MediaFile(path).read()) == stopped.frames < 25
+    assert read_metadata(path)["settings"]["num_frames"] == stopped.frames
+
+
+def test_a_job_that_has_not_begun_is_stopped_as_cancelled(make: Make) -> None:
+    service = make(start=False)
+    job = service.submit("video", CLIP)
+    assert service.want(job.id, "stop").status == Status.CANCELLED
+
+
+def test_a_deleted_job_is_gone_within_a_set(make: Make) -> None:
+    service = make()
+    job = service.submit("video", LONG)
+    until(service, job, lambda found: found.sets_done > 0)
+    service.delete(job.id)
+    assert not service.worker.active
+    assert service.results.ids() == []
+    with pytest.raises(NotFoundError):
+        service.get(job.id)
+
+
+def test_a_short_job_does_not_wait_for_a_long_one(make: Make) -> None:
+    service = make()
+    long = service.submit("video", LONG)
+    until(service, long, lambda found: found.frames > 0)
+    wait(service, service.submit("image", {"prompt": "an apple", "seed": 3, "sets": 4}))
+    assert service.get(long.id).status == Status.IN_PROGRESS
+
+
+def test_an_error_in_one_job_harms_no_other(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = make()
+    alone = wait(service, service.submit("video", CLIP))
+    encode = Worker._take_frame
+
+    def run_out_of_memory(self: Worker, active: ActiveJob, event: Any) -> bool:
+        if active.job.settings["seed"] == 13 and event.index == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        return encode(self, active, event)
+
+    monkeypatch.setattr(Worker, "_take_frame", run_out_of_memory)
+    failing, other = service.submit("video", CLIP | {"seed": 13}), service.submit("video", CLIP)
+    failed = wait(service, failing)
+    assert failed.status == Status.FAILED
+    assert failed.error is not None
+    assert failed.error.code == "out_of_memory"
+    assert wait(service, other).status == Status.COMPLETED
+    assert video_of(service, other) == video_of(service, alone)
+    assert service.worker.is_alive
+
+
+def test_a_change_holds_from_its_frame_on(make: Make) -> None:
+    service = make()
+    job = service.submit("video", LONG)
+    until(service, job, lambda found: found.frames > 0)
+    change = service.change(job.id, prompt="an apple moving right", frame=21)
+    told = [event for event in asyncio.run(collect(service, job)) if event.type == "change"]
+    assert change.frame == 21
+    assert (told[-1].data["frame"], told[-1].data["state"]) == (21, "in_effect")
+    assert service.get(job.id).prompt == "a whale moving left, then an apple moving right"
+    with pytest.raises(InputError, match="completed: expected"):
+        service.change(job.id, prompt="an apple")
+
+
+def test_a_change_of_a_paused_job_is_made_when_it_goes_on(make: Make) -> None:
+    service = make()
+    job = service.submit("video", LONG)
+    service.want(job.id, "pause")
+    until(service, job, lambda found: found.paused)
+    assert service.change(job.id, motion_flow=2.0).frame is None
+    service.want(job.id, "run")
+    assert wait(service, job).changes[0]["state"] == "in_effect"
+
+
+async def collect(service: JobService, job: Job) -> list[Any]:
+    return [event async for event in service.events(job.id)]
+
+
+def test_jobs_of_one_shape_are_made_together(make: Make) -> None:
+    service = make(batch=4)
+    jobs = [service.submit("video", CLIP | {"seed": seed}) for seed in (1, 2, 3)]
+    assert {wait(service, job).status for job in jobs} == {Status.COMPLETED}
+    assert {service.get(job.id).sets_done for job in jobs} == {12}
+
+
+def test_results_may_be_in_any_file_system(make: Make, tmp_path: Path) -> None:
+    service = make(folder="memory://jobs", database=f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+    job = wait(service, service.submit("video", CLIP))
+    assert video_of(service, job)[4:8] == b"ftyp"
+    service.delete(job.id)
+    assert service.results.ids() == []
+    with pytest.raises(InputError, match="expected database as well"):
+        make(folder="memory://jobs")
+
+
+def test_jobs_are_swept_when_their_time_is_over(make: Make) -> None:
+    service = make(keep_days=1e-9)
+    job = wait(service, service.submit("video", CLIP))
+    service.worker.sweeper.sweep()
+    with pytest.raises(NotFoundError):
+        service.get(job.id)
+    service.results.write("video_stray", VIDEO, b"")
+    service.worker.sweeper.sweep()
+    service.worker.sweeper.sweep()
+    assert service.results.ids() == []
+
+
+def test_a_job_that_is_late_fails(make: Make) -> None:
+    service = make(start=False, deadline=1)
+    job = service.submit("video", CLIP)
+    service.store.update(job.id, deadline_at=1.0)
+    service.worker.sweeper.sweep()
+    late = service.get(job.id)
+    assert late.error is not None
+    assert (late.status, late.error.code) == (Status.FAILED, "deadline")

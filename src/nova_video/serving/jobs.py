@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 Kind = Literal["video", "image", "session"]
-Wish = Literal["run", "pause", "stop", "cancel"]
+JobCommand = Literal["run", "pause", "stop", "cancel"]
 
 
 class Status(StrEnum):
@@ -73,7 +73,7 @@ class Job:
     owner: str = ""
     """A hash of the API key that asked for it; empty where the server has none."""
     status: Status = Status.QUEUED
-    wanted: Wish = "run"
+    wanted: JobCommand = "run"
     """The wish of its caller, which the worker obeys at the next set."""
     paused_at: float | None = None
     stopped: bool = False

@@ -26,6 +26,12 @@ def complete_records(generation: Generation, job: Job, paths: Mapping[str, Path]
     return [{**record, **facts, "settings": {**record["settings"], **own}} for record in generation.records]
 
 
+def sentence_of_record(record: Mapping[str, Any]) -> str:
+    """The sentence of a record, or those of its timeline, for lists."""
+    prompt = record["prompt"]
+    return prompt if isinstance(prompt, str) else ", then ".join(str(sentence) for _, sentence in prompt)
+
+
 def with_length(record: dict[str, Any], frames: int) -> dict[str, Any]:
     """The record of a clip with the length that it has: it may have been stopped."""
     settings = record["settings"]

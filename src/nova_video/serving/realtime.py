@@ -31,7 +31,7 @@ from nova_video.common.errors import InputError, unknown
 from nova_video.io.fragments import mime_type
 from nova_video.serving.answers import video_object
 from nova_video.serving.bodies import read_object
-from nova_video.serving.jobs import Job, Status, Wish
+from nova_video.serving.jobs import Job, JobCommand, Status
 from nova_video.serving.pace import Pacemaker
 from nova_video.serving.results import INIT
 from nova_video.serving.routes_live import facts_of_event, moving_job
@@ -55,7 +55,7 @@ EVENT_WORDS = {
 """Words of an interaction -> the name that `JobService.change` has for it."""
 CHUNKS = (None, 0, 1)
 """Lengths of a transition: a change holds at once, from its frame on."""
-WISHES: dict[str, Wish] = {"session.pause": "pause", "session.resume": "run", "session.stop": "stop"}
+WISHES: dict[str, JobCommand] = {"session.pause": "pause", "session.resume": "run", "session.stop": "stop"}
 REFUSALS = (InputError, NotFoundError, QueueFullError)
 POLICY = 1008  # the code of a WebSocket that is closed since its client did not keep to the rules
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from nova_video.common.errors import InputError
 from nova_video.serving.answers import VideoObject, video_object
 from nova_video.serving.feed import JobEvent
-from nova_video.serving.jobs import Job, Wish
+from nova_video.serving.jobs import Job, JobCommand
 from nova_video.serving.live_response import LiveResponse
 from nova_video.serving.pace import Pacemaker
 from nova_video.serving.results import INIT
@@ -123,7 +123,7 @@ def stop_video(service: Service, owner: Owner, video_id: str) -> VideoObject:
     return _want(service, video_id, "stop", owner)
 
 
-def _want(service: JobService, id: str, wanted: Wish, owner: str) -> VideoObject:
+def _want(service: JobService, id: str, wanted: JobCommand, owner: str) -> VideoObject:
     return video_object(service.want(moving_job(service, id, owner).id, wanted, owner))
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from nova_video.common.errors import InputError
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.serving.feed import Feed, JobEvent
-from nova_video.serving.jobs import Change, Job, Kind, Wish, new_id
+from nova_video.serving.jobs import Change, Job, JobCommand, Kind, new_id
 from nova_video.serving.logs import log_event
 from nova_video.serving.results import VIDEO, ResultFolder, fragment_name, image_name
 from nova_video.serving.settings import ServeSettings, own_folder
@@ -179,7 +179,7 @@ class JobService:
             self.get(after, owner)
         return self.store.page(owner, kinds, after, limit, order == "desc")
 
-    def want(self, id: str, wanted: Wish, owner: str = "") -> Job:
+    def want(self, id: str, wanted: JobCommand, owner: str = "") -> Job:
         """Says what is wanted of a job: it is done within one set. One that has ended can only be stopped in vain."""
         job = self.get(id, owner)
         if job.status.ended:

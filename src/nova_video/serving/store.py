@@ -37,7 +37,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from nova_video.common.errors import InputError, first_line
-from nova_video.serving.jobs import Change, Job, JobError, Kind, Status, Wish
+from nova_video.serving.jobs import Change, Job, JobCommand, JobError, Kind, Status
 
 LEASE = 10.0  # seconds that a claim holds
 TYPES = {str: String, bool: Boolean, int: Integer, float: Float, Status: String}
@@ -142,7 +142,7 @@ class JobStore:
         with self.engine.begin() as connection:
             return self._change(connection, chosen, changes)
 
-    def want(self, id: str, wanted: Wish, expires_at: float | None = None) -> Job | None:
+    def want(self, id: str, wanted: JobCommand, expires_at: float | None = None) -> Job | None:
         """Writes down what is wanted of a job that has not ended. None: there is no such job, or it has ended.
 
         One that no process has is cancelled at once, until `expires_at`, and one that has not begun is stopped so. A

@@ -40,10 +40,11 @@ from nova_video.pipeline.events import FrameReady, LatentPreview, PartialFrame
 from nova_video.pipeline.generation import Generation
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.plan import Plan
+from nova_video.pipeline.together import Together
 from nova_video.serving.feed import Feed, JobEvent
-from nova_video.serving.jobs import Change, Job, JobError, Status, Wish
+from nova_video.serving.jobs import Change, Job, JobCommand, JobError, Status
 from nova_video.serving.overview import as_png, draw_spritesheet, draw_thumbnail, read_fragment, small_webp
-from nova_video.serving.provenance import complete_records, with_length
+from nova_video.serving.provenance import complete_records, sentence_of_record, with_length
 from nova_video.serving.results import (
     INIT,
     SPRITESHEET,
@@ -57,7 +58,8 @@ from nova_video.serving.results import (
 )
 from nova_video.serving.settings import ServeSettings
 from nova_video.serving.store import JobStore
-from nova_video.serving.submission import generators_of, request_of
+from nova_video.serving.submission import generators_of, request_of, settings_of
+from nova_video.serving.sweeper import Sweeper
 
 MOST_ACTIVE = 4  # jobs that are in memory at once
 SHARE = 10.0  # seconds of computing after which a job makes room for others that wait
@@ -132,9 +134,34 @@ class ActiveJob:
     def go_on(self) -> None:
         self.held_at = None
 
+    def arrange(self, group: Together | None) -> None:
+        """Lets its sets be made in a group or by themselves, from its next set on."""
+        generation = self.generation
+        if generation.group is group or self.frames or generation.hands_out:
+            return
+        self.leave()
+        if group is not None:
+            group.join(generation)
+        self.events = generation.stream(preview=True)
+        self.look()
+
+    def look(self) -> None:
+        """Sees where its generation stands: a stream that was closed may have been ahead."""
+        at = self.generation.state
+        self.sets_done = at.step
+        self.place = at.done, 0 if at.open is None else at.open.sets
+
+    def leave(self) -> None:
+        """Stops sampling, and leaves its group."""
+        self.events.close()  # type: ignore[attr-defined]  # a generator
+        if isinstance(group := self.generation.group, Together):
+            group.leave(self.generation)
+
     def close(self) -> None:
-        self.events.close()  # type: ignore[attr-defined]  # a generator, which stops sampling
-        self.inputs.close()
+        try:
+            self.leave()
+        finally:
+            self.inputs.close()
 
 
 class DeadlineError(Exception):
@@ -164,9 +191,14 @@ class Worker:
         """In the order of their turns."""
         self.times: deque[float] = deque(maxlen=RECENT)
         """Seconds that the latest finished jobs took to compute, begin to end."""
-        self._wants: dict[str, Wish] = {}
+        self._wants: dict[str, JobCommand] = {}
         self._allowed: dict[str, int | None] = {}
         self._changes: dict[str, list[Change]] = {}
+        self.batch = settings.batch or (4 if pipe.device.type == "cuda" else 1)
+        self.group = Together(self.batch)
+        self.sweeper = Sweeper(store, results, settings)
+        self._alone: str | None = None
+        """A job that had no memory beside others."""
         self._held: frozenset[str] = frozenset()
         """The jobs whose claims the keeper holds."""
         self._closing = threading.Event()
@@ -238,6 +270,7 @@ class Worker:
             try:
                 for job in self.store.renew(self.name, self._held):
                     self._hear(job)
+                self.sweeper.sweep_if_due()
             except Exception:
                 log.exception("the claims of the jobs under way could not be held")
 
@@ -245,7 +278,10 @@ class Worker:
 
     def _admit(self) -> None:
         """Takes jobs that wait while there is room."""
-        while len(self.active) < MOST_ACTIVE and not self._closing.is_set():
+        if self._alone is not None and self._alone not in {active.id for active in self.active}:
+            self._alone = None
+            self._hold()
+        while self._alone is None and len(self.active) < MOST_ACTIVE and not self._closing.is_set():
             job = self.store.claim(self.name)
             if job is None:
                 return
@@ -254,7 +290,8 @@ class Worker:
             self._begin(job)
 
     def _hold(self, *ids: str) -> None:
-        self._held = frozenset((*ids, *(active.id for active in self.active)))
+        alone = () if self._alone is None else (self._alone,)
+        self._held = frozenset((*ids, *alone, *(active.id for active in self.active)))
 
     def _begin(self, job: Job) -> None:
         """Starts a job or goes on with it from its saved state."""
@@ -289,23 +326,28 @@ class Worker:
             events = generation.stream(preview=True)
             active = ActiveJob(job, generation, events, stack.pop_all(), encoder)
         active.fragments = fragments_of(generation.plan, generation.emitted)
-        at = generation.state
-        active.sets_done = at.step
-        active.place = at.done, 0 if at.open is None else at.open.sets
+        active.look()
         active.partials = sum(self.results.has(job.id, partial_name(number, 0)) for number in range(MOST_PARTIALS))
         return active
 
     def _next_turn(self) -> ActiveJob | None:
         """Finds the job whose turn it is, and parks sessions that have waited long enough for their viewers."""
-        now = time.monotonic()
+        now, wanted = time.monotonic(), []
         for active in list(self.active):
             if not self._waits_for_viewers(active):
                 active.go_on()
-                return active
+                wanted.append(active)
+                continue
             in_the_way = len(self.active) == MOST_ACTIVE and self.store.counts()[Status.QUEUED]
             if active.hold(now) > VIEWERLESS or in_the_way:
                 self._park(active, paused_at=time.time())
-        return None
+        together = self.batch > 1 and len(self.active) > 1
+        for active in self.active:
+            active.arrange(self.group if together else None)
+        members = {active.generation: active for active in wanted if active.generation.group is not None}
+        if members and wanted[0].generation in members:
+            return members[self.group.turn(list(members))]
+        return wanted[0] if wanted else None
 
     def _waits_for_viewers(self, active: ActiveJob) -> bool:
         """Tells whether a session is as far as its viewers allow, and nothing else is wanted of it."""
@@ -315,7 +357,7 @@ class Worker:
 
     def _take_turn(self, active: ActiveJob) -> None:
         """One latent frame of a job, or less if something else is wanted of it."""
-        began = time.monotonic()
+        began, fragments = time.monotonic(), active.fragments
         try:
             going_on = (bool(active.frames) or self._obey(active)) and self._advance(active)
         except LostClaimError as error:
@@ -324,19 +366,38 @@ class Worker:
             return
         except Exception as error:
             self._drop(active)
-            self._fail(active.job, error)
+            if code_of(error) == "out_of_memory" and self.active:
+                self._alone = active.id
+            else:
+                self._fail(active.job, error)
             self._tidy()
+            if self._alone == active.id:
+                self._retry_alone(active.job)
             return
         active.seconds += time.monotonic() - began
-        if not going_on:
+        if not going_on or (active.generation.group is not None and active.fragments == fragments):
             return
         self.active.remove(active)
         self.active.append(active)
         if active.seconds > SHARE and len(self.active) == MOST_ACTIVE and self.store.counts()[Status.QUEUED]:
             self._park(active)
 
+    def _retry_alone(self, job: Job) -> None:
+        """Goes on with a job that had no memory beside others: they are parked, and wait until it has ended."""
+        log.warning("no memory for the job %s beside %d others: it is made by itself", job.id, len(self.active))
+        for other in list(self.active):
+            self._park(other)
+        self._tidy()
+        found = self.store.get(job.id)
+        if found is not None:
+            self._hear(found)
+            self._begin(found)
+
     def _advance(self, active: ActiveJob) -> bool:
-        """Pulls events until a latent frame is in the folder. False: the job is no longer under way."""
+        """Pulls events until a latent frame is in the folder, or of a group's member the next one.
+
+        False: the job is no longer under way.
+        """
         for event in active.events:
             if isinstance(event, FrameReady):
                 if self._take_frame(active, event):
@@ -345,6 +406,8 @@ class Worker:
             self._tell_set(active, event)
             if isinstance(event, PartialFrame) and not self._obey(active):
                 return False
+            if active.generation.group is not None:
+                return True  # it may be another's turn
         self._finish(active, stopped=False)
         return False
 
@@ -381,6 +444,8 @@ class Worker:
                 after = change if known else replace(change, state="refused", message=in_callers_words(error))
             active.changes[change.id] = after
             if after != change:
+                sentence = sentence_of_record(active.generation.records[0])
+                self._update(active, prompt=sentence, settings=settings_of(active.generation.plan))
                 self._tell_change(active, after)
 
     def _tell_change(self, active: ActiveJob, change: Change) -> None:

@@ -13,6 +13,7 @@ import tyro
 
 from nova_video.bench.configs import SIZES
 from nova_video.bench.rows import PARTS, Row, read_rows, short
+from nova_video.bench.serve import ServeRow, read_serve_rows
 from nova_video.bench.train_rows import TrainRow, how, percent, read_train_rows
 from nova_video.common.errors import InputError
 from nova_video.io.files import atomic_path
@@ -305,8 +306,30 @@ class Tables:
     """What `nova bench presets` wrote."""
     training: Path = FOLDER / "results" / "train.json"
     """What `nova bench train` wrote."""
+    serving: Path = FOLDER / "results" / "serve.json"
+    """What `nova bench serve` wrote."""
     page: Path = FOLDER / "README.md"
     plots: Path = FOLDER / "plots"
+
+
+def serve_table(rows: Sequence[ServeRow]) -> str:
+    """Servers, by device, with the commands that repeat their rows."""
+    parts = []
+    for device, found in by_device([row for row in rows if row.error is None]).items():
+        lines = [
+            "| model | settings | clients | requests | frames | clips/s | frames/s | half done in, s | 95 % | 99 % "
+            "| first preview, s | first frame, s | a set, s | cancel, s | at most |",
+            "| --- | --- |" + " ---: |" * 13,
+        ]
+        for row in sorted(found, key=lambda row: (row.config, str(row.changed), row.clients)):
+            numbers = (row.requests_per_second, row.frames_per_second, row.p50_seconds, row.p95_seconds)
+            numbers += (row.p99_seconds, row.first_preview_seconds, row.first_frame_seconds, row.set_seconds)
+            numbers += (row.cancel_seconds, row.cancel_seconds_most)
+            changed = " ".join(f"{name}={value}" for name, value in row.changed.items()) or "its own"
+            cells = [row.config, changed, str(row.clients), str(row.requests), str(row.frames), *map(short, numbers)]
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join([f"{device}:", "", *lines, "", *(f"    {row.command}" for row in found)]))
+    return "\n\n".join(parts) or EMPTY
 
 
 def main(args: Tables) -> int:
@@ -319,6 +342,7 @@ def main(args: Tables) -> int:
         "presets": presets_table(read_preset_rows(args.presets)),
         "training": train_table(trained),
         "training-commands": train_commands(trained),
+        "serving": serve_table(read_serve_rows(args.serving)),
     }
     made = filled(page, tables(rows) | own)
     if args.check:

@@ -1,4 +1,4 @@
-"""`nova serve` as a process: it ends in order, its jobs go on at the next start, and what it needs is said in one line."""
+"""`nova serve` as a process: it ends in order, its jobs go on at the next start, and faults are said in one line."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from nova_video.bench.server_client import own_server
 
-FIELDS = {"prompt": "a whale moving left", "seed": 1, "num_frames": 33, "sets": 6, "diffusion_steps": 4}
+FIELDS = {"prompt": "a whale moving left", "seed": 1, "num_frames": 21, "sets": 6, "diffusion_steps": 4}
 
 pytestmark = pytest.mark.slow
 

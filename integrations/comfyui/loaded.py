@@ -1,4 +1,4 @@
-"""A model of nova-video as ComfyUI passes it from node to node: opened once, and on the device while it runs."""
+"""A model of nova-video as ComfyUI passes it from node to node: on its device while it runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -48,7 +48,7 @@ FOLDER = Path(tempfile.mkdtemp(prefix="nova-space-"))
 SECONDS = 0.2
 """The least time between two looks at the canvas: each is decoded for the page alone."""
 
-Shown = tuple[Any, Any, Any, Any, str]
+PageState = tuple[Any, Any, Any, Any, str]
 """The canvas, the final frames, the files of a clip and of a picture, and a line of text."""
 
 
@@ -83,7 +83,7 @@ PIPE = open_pipe()
 # Making it ------------------------------------------------------------------------------------------------------------
 
 
-def make(kind: str, prompt: str, *values: Any, request: gr.Request | None = None) -> Iterator[Shown]:
+def make(kind: str, prompt: str, *values: Any, request: gr.Request | None = None) -> Iterator[PageState]:
     """Makes a picture or a clip; yields what the page shows after each set and each frame."""
     session = str(request.session_hash) if request is not None else ""
     stop = VISITS.begin(session)
@@ -95,7 +95,7 @@ def make(kind: str, prompt: str, *values: Any, request: gr.Request | None = None
         VISITS.stops.pop(session, None)
 
 
-def _make(kind: str, prompt: str, values: dict[str, Any], stop: threading.Event) -> Iterator[Shown]:
+def _make(kind: str, prompt: str, values: dict[str, Any], stop: threading.Event) -> Iterator[PageState]:
     wanted = {name: value for name, value in values.items() if value not in (None, "")}
     wanted = {name: _number(name, value) for name, value in wanted.items()}
     if kind == PICTURE:
@@ -107,31 +107,32 @@ def _make(kind: str, prompt: str, values: dict[str, Any], stop: threading.Event)
     place = FOLDER / uuid.uuid4().hex
     shown_frames, shown_at = 0, 0.0
     yield None, [], None, None, "The sentence is read."
-    with LiveWriter(place.with_suffix(".part.mp4"), generation.plan.fps, {}) as writer:
-        with closing(generation.stream(preview=True)) as events:
-            for event in events:
-                if isinstance(event, FrameReady):
-                    frames.append(event.frame)
-                    writer.write(np.asarray(event.frame))
-                if time.monotonic() - shown_at >= SECONDS:
-                    gallery = frames if len(frames) > shown_frames else gr.skip()
-                    shown_frames, shown_at = len(frames), time.monotonic()
-                    yield event.frame, gallery, gr.skip(), gr.skip(), _progress(generation, event, len(frames))
-                if stop.is_set():
-                    break
+    events: Any = generation.stream(preview=True)
+    with LiveWriter(place.with_suffix(".part.mp4"), generation.plan.fps, {}) as writer, closing(events):
+        for event in events:
+            if isinstance(event, FrameReady):
+                frames.append(event.frame)
+                writer.write(np.asarray(event.frame))
+            if time.monotonic() - shown_at >= SECONDS:
+                gallery = frames if len(frames) > shown_frames else gr.skip()
+                shown_frames, shown_at = len(frames), time.monotonic()
+                yield event.frame, gallery, gr.skip(), gr.skip(), _progress(generation, event, len(frames))
+            if stop.is_set():
+                break
     if not frames:
         yield None, [], None, None, "It was stopped before a frame was final."
         return
-    record, stopped = generation.records[0], stop.is_set()
-    clip = picture = None
+    record, text = generation.records[0], _summary(generation, len(frames), stop.is_set())
+    path = place.with_suffix(".mp4" if kind == CLIP else ".png")
     if kind == CLIP:
-        clip = str(place.with_suffix(".mp4"))
-        Path(clip).write_bytes(join_fragments(writer.path.read_bytes(), (), record))
+        path.write_bytes(join_fragments(writer.path.read_bytes(), (), record))
     else:
-        picture = str(place.with_suffix(".png"))
-        write_media(np.asarray(frames[0])[None], picture, 1, record)
+        write_media(np.asarray(frames[0])[None], path, 1, record)
     writer.path.unlink()
-    yield frames[-1], frames, clip, picture, _told(generation, len(frames), stopped)
+    try:  # gradio keeps a copy of its own before it asks for more
+        yield frames[-1], frames, *((str(path), None) if kind == CLIP else (None, str(path))), text
+    finally:
+        path.unlink()
 
 
 def _number(name: str, value: Any) -> Any:
@@ -145,7 +146,7 @@ def _progress(generation: Generation, event: Any, frames: int) -> str:
     return f"{sets}{frames} frames are final"
 
 
-def _told(generation: Generation, frames: int, stopped: bool) -> str:
+def _summary(generation: Generation, frames: int, stopped: bool) -> str:
     """How it was made, as Markdown, with the words that the model does not know."""
     record = generation.records[0]
     warnings = "".join(f"\n- {line}" for line in record.get("warnings", ()))
@@ -179,7 +180,7 @@ def words() -> str:
 
 
 def build() -> gr.Blocks:
-    with gr.Blocks(title="NOVA") as page:
+    with gr.Blocks(title="NOVA", delete_cache=(3600, 86400)) as page:
         gr.Markdown(
             f"# NOVA\nType a sentence, watch a video. The model is `{MODEL}`. Clips are made frame by frame, and each"
             " frame set by set of tokens in random order: you see it happen."

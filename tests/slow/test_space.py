@@ -33,7 +33,7 @@ try:
     wrong = client.submit("clip", sentence, *settings(num_frames=100000), api_name="/make").result()
 except Exception as error:
     wrong = str(error)
-running = client.submit("clip", sentence, *settings(num_frames=65), api_name="/make")
+running = client.submit("clip", sentence, *settings(65, preset="", sets=64), api_name="/make")
 while not running.done() and not any("frames are final" in str(out) and " 0 frames" not in str(out)
                                      for out in running.outputs()):
     time.sleep(0.1)
@@ -51,7 +51,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip("gradio is not installed: NOVA_GRADIO_PYTHON names an environment that has it")
     folder = tmp_path_factory.mktemp("space")
     own = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "GRADIO_NUM_PORTS": "1000"}
-    own |= {"PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(folder / "gradio"), "TMPDIR": str(folder)}
+    own |= {"PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(folder)}
     log = folder / "log.txt"
     with (
         log.open("w") as file,

@@ -83,9 +83,9 @@ PIPE = open_pipe()
 # Making it ------------------------------------------------------------------------------------------------------------
 
 
-def make(kind: str, prompt: str, *values: Any, request: gr.Request | None = None) -> Iterator[PageState]:
+def make(request: gr.Request, kind: str, prompt: str, *values: Any) -> Iterator[PageState]:
     """Makes a picture or a clip; yields what the page shows after each set and each frame."""
-    session = str(request.session_hash) if request is not None else ""
+    session = str(request.session_hash)
     stop = VISITS.begin(session)
     try:
         yield from _make(kind, prompt, dict(zip(SETTINGS, values, strict=True)), stop)

@@ -33,7 +33,7 @@ try:
     wrong = client.submit("clip", sentence, *settings(num_frames=100000), api_name="/make").result()
 except Exception as error:
     wrong = str(error)
-running = client.submit("clip", sentence, *settings(65, preset="", sets=64), api_name="/make")
+running = client.submit("clip", sentence, *settings(65, preset="", sets=16), api_name="/make")
 while not running.done() and not any("frames are final" in str(out) and " 0 frames" not in str(out)
                                      for out in running.outputs()):
     time.sleep(0.1)

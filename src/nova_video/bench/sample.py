@@ -270,6 +270,7 @@ class Runs:
         with closing(stream) as events:  # what is sampled ahead ends here
             for event in events:
                 if isinstance(event, LatentPreview) and preview is None:
+                    _ = event.frame  # which decodes it
                     preview = time.perf_counter() - start
                 if isinstance(event, FrameReady):
                     break

@@ -18,10 +18,17 @@ class FrameReady:
 
 @dataclass(frozen=True, eq=False)
 class LatentPreview:
-    """The newest latent frame, decoded by itself before its pixels are final."""
+    """The newest latent frame, before its pixels are final."""
 
     latent_frame: int
-    frame: Any
+    latents: Tensor
+    """(B, C, h, w)"""
+    decode: Callable[[Tensor], Any] = field(repr=False)
+
+    @property
+    def frame(self) -> Any:
+        """The latent frame as a picture by itself. Reading it decodes it."""
+        return self.decode(self.latents)
 
 
 @dataclass(frozen=True, eq=False)

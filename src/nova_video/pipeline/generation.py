@@ -262,7 +262,7 @@ class Generation(RequestProgress):
             if decoder is None and not latent:
                 decoder = FrameDecoder(self.parts, self)
             if preview and not latent:
-                yield LatentPreview(frame, self._picture(self.state.frames[frame]))
+                yield LatentPreview(frame, self.state.frames[frame], decode=self._picture)
             yield from self._final(decoder, frame + 1)
         if decoder is None and not latent:
             decoder = FrameDecoder(self.parts, self)

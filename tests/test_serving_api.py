@@ -194,6 +194,7 @@ def test_the_content_is_a_clip_of_which_ranges_may_be_fetched(
     part = web.get(f"/v1/videos/{video.id}/content", headers={"range": "bytes=10-19"})
     assert (part.status_code, part.content) == (206, data[10:20])
     assert web.get(f"/v1/videos/{video.id}/content", headers={"range": "bytes=99999999-"}).status_code == 416
+    assert int(web.head(f"/v1/videos/{video.id}/content").headers["content-length"]) == len(data)
     for variant in ("thumbnail", "spritesheet"):
         shown = client.videos.download_content(video.id, variant=variant).read()
         assert Image.open(io.BytesIO(shown)).format == "WEBP"
@@ -290,6 +291,13 @@ def test_who_leaves_a_waiting_request_cancels_it(web: httpx.Client, client: open
     while (found := client.videos.retrieve(job.id)).status != "cancelled":
         assert time.monotonic() < ends, found
         time.sleep(0.05)
+
+
+def test_who_leaves_a_stream_cancels_it(client: openai.OpenAI, service: JobService) -> None:
+    stream = client.images.generate(prompt="a whale", stream=True, extra_body={**QUICK, "diffusion_steps": 300, "n": 10})
+    (job,) = service.list(kinds=("image",), limit=1)[0]
+    stream.close()
+    assert asyncio.run(asyncio.wait_for(service.wait(job.id), 10)).status is Status.CANCELLED
 
 
 def test_the_asynchronous_client_is_served_as_well(url: str) -> None:

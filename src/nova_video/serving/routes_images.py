@@ -24,7 +24,7 @@ from nova_video.serving.dialect import WordedRequest
 from nova_video.serving.jobs import Job, JobError, Status
 from nova_video.serving.live_response import LiveResponse
 from nova_video.serving.results import image_name, partial_name
-from nova_video.serving.routing import REFUSALS, Owner, Service, body_of, end_of, in_thread
+from nova_video.serving.routing import REFUSALS, Owner, Service, body_of, cancel, end_of, in_thread
 from nova_video.serving.schemas import ImageCreate, ImageEdit, WordError
 from nova_video.serving.service import JobService, NotFoundError
 
@@ -74,6 +74,7 @@ async def edit_images(request: Request, service: Service, owner: Owner) -> Respo
     return await _answer(request, service, job, owner, "image_edit")
 
 
+@router.head("/{image_id}/content", include_in_schema=False)
 @router.get("/{image_id}/content", response_class=Response, summary="Fetches a picture that an answer links to")
 def get_image(service: Service, owner: Owner, image_id: str, query: Annotated[PictureQuery, Query()]) -> Response:
     job = service.get(image_id, owner)
@@ -131,6 +132,11 @@ async def _answer(request: Request, service: JobService, job: Job, owner: str, e
 # Answering ------------------------------------------------------------------------------------------------------------
 
 
+def _count(job: Job) -> int:
+    found: int = job.form.get("n", 1)
+    return found
+
+
 def _format(job: Job) -> str:
     found: str = job.form.get("output_format", "png")
     return found
@@ -147,7 +153,7 @@ def _as_text(data: bytes) -> str:
 
 def _images_answer(service: JobService, job: Job, base: str) -> ImagesAnswer:
     pictures = []
-    for index in range(job.form.get("n", 1)):
+    for index in range(_count(job)):
         facts: dict[str, Any] = {"seed": job.request["seed"] + index}
         if job.form.get("response_format") == "url":
             facts["url"] = f"{base}v1/images/{job.id}/content?index={index}"
@@ -169,31 +175,35 @@ def _images_answer(service: JobService, job: Job, base: str) -> ImagesAnswer:
     )
 
 
-async def _stream(service: JobService, job: Job, owner: str, event: str) -> AsyncGenerator[bytes, None]:
+async def _stream(service: JobService, job: Job, owner: str, kind: str) -> AsyncGenerator[bytes, None]:
     """The canvas on the way and at the end, as server-sent events. A client that leaves cancels the job."""
     try:
         async with aclosing(service.events(job.id, owner=owner)) as events:
             async for news in events:
-                if news.type != "partial":
-                    continue
-                for index in range(job.form.get("n", 1)):
-                    data = await in_thread(_picture, service, job, partial_name(news.data["number"], index))
-                    yield _event(
-                        job, f"{event}.partial_image", data, partial_image_index=news.data["number"], image=index
-                    )
+                if news.type == "partial":
+                    number = news.data["number"]
+                    for index in range(_count(job)):
+                        data = await in_thread(_picture, service, job, partial_name(number, index))
+                        yield _event(job, f"{kind}.partial_image", data, partial_image_index=number, image=index)
         job = await in_thread(service.get, job.id, owner)
         if job.status is not Status.COMPLETED:
-            error = job.error or CANCELLATION
-            told = ErrorFacts(message=error.message, type="server_error", code=error.code)
-            yield f"event: error\ndata: {json.dumps({'error': told.model_dump()})}\n\n".encode()
+            yield _failure(job.error or CANCELLATION)
             return
-        for index in range(job.form.get("n", 1)):
+        for index in range(_count(job)):
             data = await in_thread(_picture, service, job, image_name(index))
             facts = {"image": index, "seed": job.request["seed"] + index, "warnings": warnings_of(job)}
-            yield _event(job, f"{event}.completed", data, **facts)
+            yield _event(job, f"{kind}.completed", data, **facts)
+    except (NotFoundError, FileNotFoundError):
+        yield _failure(JobError("not_found", f"{job.id} was removed while it was made"))
     finally:
         if not job.status.ended:
-            service.want(job.id, "cancel", owner)
+            await cancel(service, job, owner)
+
+
+def _failure(error: JobError) -> bytes:
+    """The server-sent event that ends a stream without its picture."""
+    told = ErrorFacts(message=error.message, type="server_error", code=error.code)
+    return f"event: error\ndata: {json.dumps({'error': told.model_dump()})}\n\n".encode()
 
 
 def _event(job: Job, kind: str, data: bytes, **facts: Any) -> bytes:

@@ -212,6 +212,7 @@ async def delete_video(service: Service, owner: Owner, video_id: str) -> VideoDe
     return VideoDeleted(id=job.id)
 
 
+@router.head("/{video_id}/content", include_in_schema=False)
 @router.get("/{video_id}/content", response_class=Response, responses=BINARY, summary="Fetches a video or its pictures")
 def get_content(service: Service, owner: Owner, video_id: str, query: Annotated[ContentQuery, Query()]) -> Response:
     return content_answer(service, video_of(service, video_id, owner), query.variant)

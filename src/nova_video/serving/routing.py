@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -11,7 +12,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 from nova_video.serving.answers import ErrorAnswer
 from nova_video.serving.jobs import Job
 from nova_video.serving.schemas import RequestWords
-from nova_video.serving.service import JobService
+from nova_video.serving.service import JobService, NotFoundError
 
 T = TypeVar("T")
 
@@ -61,5 +62,11 @@ async def end_of(request: Request, service: JobService, job: Job, owner: str) ->
         return waiting.result()
     except (ClientDisconnect, asyncio.CancelledError):
         waiting.cancel()
-        service.want(job.id, "cancel", owner)
+        await cancel(service, job, owner)
         raise
+
+
+async def cancel(service: JobService, job: Job, owner: str) -> None:
+    """Cancels a job that nobody waits for any more, if it is still there."""
+    with suppress(NotFoundError):
+        await asyncio.to_thread(service.want, job.id, "cancel", owner)

@@ -294,7 +294,8 @@ def test_who_leaves_a_waiting_request_cancels_it(web: httpx.Client, client: open
 
 
 def test_who_leaves_a_stream_cancels_it(client: openai.OpenAI, service: JobService) -> None:
-    stream = client.images.generate(prompt="a whale", stream=True, extra_body={**QUICK, "diffusion_steps": 300, "n": 10})
+    slow = {**QUICK, "diffusion_steps": 300, "n": 10}
+    stream = client.images.generate(prompt="a whale", stream=True, extra_body=slow)
     (job,) = service.list(kinds=("image",), limit=1)[0]
     stream.close()
     assert asyncio.run(asyncio.wait_for(service.wait(job.id), 10)).status is Status.CANCELLED

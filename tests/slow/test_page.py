@@ -149,11 +149,12 @@ def test_a_clip_is_made_and_plays(visit: Callable[..., Visit]) -> None:
     found.page.click("#make")
     found.wait("!document.querySelector('#canvas').hidden && document.querySelector('#canvas').src.startsWith('data:')")
     found.wait("document.querySelector('#video').currentTime > 0")
+    found.wait("document.querySelectorAll('#strip .whole').length >= 3 && !document.querySelector('#next').hidden")
+    found.draw("growing")
     assert found.finish() == f"nova generate '{WHALE}' --num-frames 17 --seed 7"
     assert found.text("#status") == "Done: 17 frames, 2.1 s."
     assert found.page.locator("#strip span").count() == 5
     assert found.page.locator("#past li").count() == 1
-    found.draw("clip")
     with found.page.expect_download() as got:
         found.page.click("text=Download")
     assert got.value.suggested_filename == "a-whale-moving-left-on-a-blue-background-7.mp4"
@@ -176,6 +177,27 @@ def test_variations_take_the_next_seeds(visit: Callable[..., Visit]) -> None:
     assert found.page.input_value("#set-count") == "3"
     found.page.get_by_label(re.compile("^Delete: ")).click()
     found.page.wait_for_selector("#past-empty:visible")
+
+
+def test_a_clip_begins_with_a_picture_and_goes_on(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    Image.new("RGB", (128, 128), (40, 90, 220)).save(tmp_path / "blue.png")
+    found = visit()
+    found.page.set_input_files("#file", tmp_path / "blue.png")
+    found.page.evaluate("document.querySelector('#set-frames').value = 9")
+    found.page.click("#timeline-part summary")
+    found.page.click("text=Add a sentence")
+    found.page.get_by_label("From second").fill("0.5")
+    found.page.get_by_label("Sentence from then on").fill("a whale spinning clockwise on a blue background")
+    found.make(WHALE, seed="1")
+    assert found.finish() == (
+        f"nova generate '{WHALE}' --prompt-at 0.5 'a whale spinning clockwise on a blue background'"
+        " --image image.png --num-frames 9 --seed 1 --preset fast"
+    )
+    found.page.click("#result >> text=Go on from it")
+    found.page.evaluate("document.querySelector('#set-frames').value = 9")
+    found.page.click("#make")
+    found.wait("!!document.querySelector('#result code')?.textContent.includes('--continue')")
+    assert found.text("#status") == "Done: 17 frames, 2.1 s."
 
 
 def test_words_that_the_model_does_not_know_are_told_while_typing(visit: Callable[..., Visit]) -> None:

@@ -70,7 +70,8 @@ function commandOf(job) {
     setTimeout(() => (copy.textContent = "Copy"), 2000);
   });
   copy.setAttribute("aria-label", "Copy the command");
-  const code = el("code", {}, job.command);
+  const words = job.command.split(" ").map((word) => el("span", {}, word)); // a line breaks between words alone
+  const code = el("code", {}, ...words.flatMap((word, index) => (index ? [" ", word] : [word])));
   const files = Object.keys(job.inputs).map((name) => button(job.inputs[name], async () => {
     const { blob, name: file } = await inputOf(job, name);
     download(blob, file);

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from nova_video.pipeline.options import Options
 from nova_video.serving.about import example_sentences
 from nova_video.serving.app import create_app
 from nova_video.serving.command_line import command_line
-from nova_video.serving.jobs import Job
+from nova_video.serving.jobs import Change, Job
 from nova_video.serving.routes_page import PAGE
 from nova_video.serving.service import JobService
 from nova_video.serving.settings import ServeSettings
@@ -140,6 +141,19 @@ def test_the_command_of_a_clip_that_was_stopped_says_how_long_it_is() -> None:
     request = {"prompt": "a whale", "num_frames": "inf", "seed": 1}
     job = job_of(request, settings={"context_frames": 33}, stopped=True, frames=21)
     assert command_line(job) == "nova generate 'a whale' --num-frames 21 --seed 1 --context-frames 33"
+
+
+def test_the_command_says_what_was_changed_on_the_way() -> None:
+    changes = [
+        Change(id="1", frame=13, values={"prompt": "a red apple"}, state="in_effect"),
+        Change(id="2", frame=21, values={"motion_flow": 8.0}, state="in_effect"),
+        Change(id="3", frame=None, values={"prompt": "a taco"}, state="refused"),
+    ]
+    settings = {"fps": 8.0, "motion_flow": 5.0}
+    job = job_of({"prompt": "a whale", "num_frames": 33}, settings=settings, changes=list(map(asdict, changes)))
+    assert command_line(job) == (
+        "nova generate 'a whale' --prompt-at 1.625 'a red apple' --num-frames 33 --motion 5 --motion-at 2.625 8"
+    )
 
 
 def test_no_command_makes_an_edit_whose_sentence_changes() -> None:

@@ -149,7 +149,7 @@ def test_a_clip_is_made_and_plays(visit: Callable[..., Visit]) -> None:
     found.page.click("#make")
     found.wait("!document.querySelector('#canvas').hidden && document.querySelector('#canvas').src.startsWith('data:')")
     found.wait("document.querySelector('#video').currentTime > 0")
-    found.wait("document.querySelectorAll('#strip .whole').length >= 3 && !document.querySelector('#next').hidden")
+    found.wait("!document.querySelector('#next').hidden && !!document.querySelector('#strip span:nth-child(4) img')")
     found.draw("growing")
     assert found.finish() == f"nova generate '{WHALE}' --num-frames 17 --seed 7"
     assert found.text("#status") == "Done: 17 frames, 2.1 s."
@@ -194,6 +194,7 @@ def test_a_clip_begins_with_a_picture_and_goes_on(visit: Callable[..., Visit], t
         " --image image.png --num-frames 9 --seed 1 --preset fast"
     )
     found.page.click("#result >> text=Go on from it")
+    found.wait("document.querySelector('[name=mode]:checked').value === 'continue'")
     found.page.evaluate("document.querySelector('#set-frames').value = 9")
     found.page.click("#make")
     found.wait("!!document.querySelector('#result code')?.textContent.includes('--continue')")

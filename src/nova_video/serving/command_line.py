@@ -12,15 +12,20 @@ from nova_video.serving.jobs import Job
 OWN_MODEL = "emoji"
 START_FLAGS = {"image": "--image", "video": "--continue"}
 """Inputs that a clip begins with -> their flags."""
+CHANGEABLE = ("prompt", "motion_flow", "guidance_scale")
+"""Settings that may change while a job runs."""
 LENGTHS = ("num_frames", "seconds")
 
 
 def command_line(job: Job) -> str | None:
     """A line for a shell, in which uploads are files of their names. None: no one command makes the same."""
     request = {name: value for name, value in job.request.items() if value is not None}
-    prompt = request.get("prompt")
-    pairs = [(0.0, prompt)] if isinstance(prompt, str) else prompt
-    if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+    if "prompt" not in request:
+        return None
+    for name in CHANGEABLE:
+        request[name] = _with_changes(job, name, request.get(name))
+    pairs = request["prompt"]
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         return None
     edits = "mask_image" in job.inputs or "strength" in request
     if edits and len(pairs) > 1:
@@ -45,6 +50,22 @@ def command_line(job: Job) -> str | None:
     if job.stopped:
         request = _stopped_request(job, request)
     return shlex.join([*words, *option_words(request)])
+
+
+def _with_changes(job: Job, name: str, value: Any) -> Any:
+    """A setting with what was changed on the way, as (seconds, value) pairs. None: it was never set."""
+    held = [each for each in job.steps if each.state == "in_effect" and each.frame is not None]
+    changes = [(each.frame, each.values[name]) for each in held if name in each.values]
+    if value is None and changes:
+        value = job.settings[name]
+    if value is None or (isinstance(value, list) and not changes) or (name != "prompt" and not changes):
+        return value
+    pairs = [(0.0, value)] if not isinstance(value, list | tuple) else [(each[0], each[1]) for each in value]
+    for frame, new in changes:
+        assert frame is not None
+        seconds = frame / job.settings["fps"]
+        pairs = [pair for pair in pairs if pair[0] < seconds] + [(seconds, new)]
+    return pairs
 
 
 def _stopped_request(job: Job, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -393,7 +393,7 @@ function resumeLive(job) {
   leave();
   const session = openLive({ ...job.settings, ...job.request });
   const prompt = Array.isArray(job.request.prompt) ? job.request.prompt.at(-1)[1] : job.request.prompt;
-  $("live-prompt").value = (job.changes ?? []).filter((change) => change.prompt).at(-1)?.prompt ?? prompt ?? "";
+  $("live-prompt").value = (job.changes ?? []).filter((change) => change.values.prompt).at(-1)?.values.prompt ?? prompt ?? "";
   session.resume(job.id, "now");
   watchLive(job.id, session);
 }

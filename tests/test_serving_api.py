@@ -445,3 +445,13 @@ def test_the_schema_has_every_setting_with_its_bounds(service: JobService) -> No
     assert {"timeline", "mask", "strength", "preset", "context", "motion", "lora"} <= form["properties"].keys()
     assert not {"order", "guidance_rule", "memory_gb", "output_type"} & form["properties"].keys()
     assert Status.COMPLETED in schema["components"]["schemas"]["Status"]["enum"]
+
+
+def test_the_reference_has_every_route_and_loads_nothing(web: httpx.Client) -> None:
+    page = web.get("/docs")
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    for path in web.get("/openapi.json").json()["paths"]:
+        assert f" {path}</code>" in page.text
+    assert "<td><code>sets</code></td><td>integer from 1 to 65,536</td>" in page.text
+    assert not [mark for mark in ("src=", "<script", "@import", "url(") if mark in page.text]
+    assert page.text.count("href=") == 1

@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 from fastapi import APIRouter, FastAPI, Request
 
-from nova_video.serving import realtime, routes_images, routes_live, routes_page, routes_videos
+from nova_video.serving import realtime, routes_docs, routes_images, routes_live, routes_page, routes_videos
 from nova_video.serving.answers import ErrorAnswer, ModelList, ModelObject, add_error_handlers
 from nova_video.serving.realtime import Seats
 from nova_video.serving.routing import Service
@@ -38,12 +38,12 @@ def _model(request: Request) -> ModelObject:
 
 def create_app(service: JobService, settings: ServeSettings | None = None) -> FastAPI:
     """The application of one service. Whoever runs it starts and closes the service, and puts the guard before it."""
-    app = FastAPI(title="nova-video", version=version("nova-video"), description=ABOUT, redoc_url=None)
+    app = FastAPI(title="nova-video", version=version("nova-video"), description=ABOUT, docs_url=None, redoc_url=None)
     app.state.service = service
     app.state.started_at = time.time()
     app.state.seats = Seats()
     add_error_handlers(app)
     app.include_router(router)
-    for pages in (routes_images, routes_videos, routes_live, realtime, routes_page):
+    for pages in (routes_images, routes_videos, routes_live, realtime, routes_page, routes_docs):
         app.include_router(pages.router)
     return app

@@ -36,8 +36,8 @@ Observer = Callable[[Scope, int, float], None]
 """Is told of each request that ended, with its status and seconds."""
 
 OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
-OPEN_PATHS = re.compile(r"/|/healthz|/readyz|/favicon\.(ico|svg)|/page/.*")
-"""Paths that need no API key: the page, which asks for one, and probes."""
+OPEN_PATHS = re.compile(r"/|/docs|/openapi\.json|/healthz|/readyz|/favicon\.(ico|svg)|/page/.*")
+"""Paths that need no API key: the page, which asks for one, the description of the API, and probes."""
 SAFE = ("GET", "HEAD", "OPTIONS")
 KEY_PROTOCOL = "openai-insecure-api-key."
 """A browser's WebSocket cannot send headers: its key comes as a subprotocol, as OpenAI's realtime API has it."""

@@ -56,6 +56,8 @@ class Soak:
     requests: int = 200
     """Requests of all clients together, in the part mixed."""
     viewers: int = 8
+    watched_frames: int = 81
+    """Frames of the clip that they watch."""
     kills: int = 10
     disconnects: int = 50
     small: int = 1000
@@ -86,6 +88,7 @@ class Wish:
 
 
 def main(args: Soak) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers that were begun are ended
     unknown = [name for name in args.parts if name not in PARTS]
     if unknown:
         raise InputError(f"parts has {unknown[0]}: expected some of {', '.join(PARTS)}")
@@ -245,7 +248,7 @@ def compare_with_library(args: Soak, wishes: list[Wish], crowd: list[tuple[str |
 
 def run_viewers(args: Soak) -> dict[str, Any]:
     """Many viewers of one stream, who come at different times: each sees the same bytes, and they cost little."""
-    fields = {"prompt": SENTENCES[0], "seed": 1, "num_frames": 81, "sets": args.sets}
+    fields = {"prompt": SENTENCES[0], "seed": 1, "num_frames": args.watched_frames, "sets": args.sets}
     fields |= {"diffusion_steps": args.diffusion_steps}
     with own_server(flags(args)) as server:
         client = server.client

@@ -8,6 +8,7 @@
 #   make test-slow      run training, several processes, real art and the commands of the docs
 #   make data           fetch the real art, and make the emoji world from it, in data/
 #   make docs           build the documentation site in site/, and check the links in it
+#   make page-images    draw the pictures of the page again, in docs/images, by its tests
 #   make drawing        draw the packages and their imports again, in docs/images
 #   make build          build the wheel and the source archive in dist/
 #   make check-wheel    install that wheel into a fresh environment and make a picture with it
@@ -22,7 +23,7 @@ DEMO_PROMPT ?= a panda growing on a green background
 
 VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/nova_video/__init__.py)
 
-.PHONY: demo serve soak test test-plain test-slow check data docs drawing build check-wheel release-notes clean
+.PHONY: demo serve soak test test-plain test-slow check data docs drawing page-images build check-wheel release-notes clean
 
 demo: .venv/.demo
 	@echo 'Making demo.mp4: "$(DEMO_PROMPT)", in less than a minute.'
@@ -62,6 +63,9 @@ docs: .venv/.site
 
 drawing: .venv/.dev
 	cd docs && ../$(BIN)/python -m drawing.packages images/packages.svg
+
+page-images: .venv/.dev
+	NOVA_PAGE_IMAGES=1 $(BIN)/python -m pytest tests/slow/test_page.py -m slow
 
 build: .venv/.release
 	rm -f dist/*.whl dist/*.tar.gz

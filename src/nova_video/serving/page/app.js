@@ -6,6 +6,7 @@ import { follow, hasEnded } from "./follow.js";
 import { Form, randomSeed } from "./form.js";
 import { drawHistory, forget, ids, jobOf, remember } from "./history.js";
 import { LiveSession } from "./live.js";
+import { canStream } from "./player.js";
 import { contentOf, fileName, inputOf, modeOf, showResult } from "./result.js";
 import { Stage } from "./stage.js";
 import { listWords, offerExamples, watchWords } from "./words.js";
@@ -141,13 +142,14 @@ async function watchOne(entry) {
   stage.shape(settings.width, settings.height);
   stage.begin({ frames: latentFrames(settings.num_frames), endless: settings.num_frames === null, isClip: known.kind !== "image" });
   showControls(known);
-  const job = await follow(entry.id, stage, { signal, onstatus: showControls, withVideo: known.kind !== "image" });
+  await follow(entry.id, stage, { signal, onstatus: showControls, withVideo: canStream && known.kind !== "image" });
   if (signal.aborted) return;
   entry.done = true;
   stage.end();
   show($("controls"), false);
   const full = await jobOf(entry.id).catch(() => null);
-  if (full) afterEnd(full, entry, job);
+  if (full && !canStream && full.status === "completed") await showEnded(full, entry);
+  else if (full) afterEnd(full, entry);
   await drawHistory(actions);
 }
 
@@ -305,6 +307,7 @@ function takePicture(run, data, choose) {
 const liveFps = (request) => request?.fps ?? about.defaults.fps;
 
 function startLive(words) {
+  if (!canStream) throw new Error("This browser cannot play a clip while it grows: expected one with Media Source Extensions");
   if (form.seed.value === "") words.seed = randomSeed();
   else words.seed = form.firstSeed;
   const session = openLive(words);

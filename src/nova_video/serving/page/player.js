@@ -2,6 +2,11 @@
 
 const KEEP_BEHIND = 30; // seconds of what was played that a clip without end holds
 
+const Source = globalThis.MediaSource ?? globalThis.ManagedMediaSource; // the second is that of iPhones
+
+/** This browser can play a clip while it grows. */
+export const canStream = Boolean(Source);
+
 export class Player {
   constructor(video) {
     this.video = video;
@@ -19,7 +24,8 @@ export class Player {
     this.endless = endless;
     this.ended = false;
     this.rest = new Uint8Array(0);
-    this.source = new MediaSource();
+    this.source = new Source();
+    this.video.disableRemotePlayback = true; // iPhones ask for it
     this.url = URL.createObjectURL(this.source);
     this.opened = new Promise((resolve) => this.source.addEventListener("sourceopen", resolve, { once: true }));
     this.video.loop = false;

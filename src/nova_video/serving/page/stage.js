@@ -1,7 +1,7 @@
 // The screen: the frame that is being made, the clip that plays while it grows, and how far it is.
 
 import { $, el, isCalm, plural, show } from "./dom.js";
-import { Player } from "./player.js";
+import { canStream, Player } from "./player.js";
 import { Strip } from "./strip.js";
 
 const EMPTY = [0, 0, 0, 1, 2, 0, 0, 0, 0, 1, 1, 0, 1, 0, 2, 0, 2, 1, 0, 1, 1, 2, 0, 0, 0, 2, 1, 0, 2, 1, 1, 0, 0, 0, 2, 1, 1, 0, 2, 1, 0, 1, 0, 2, 0, 1, 0, 0, 0, 0, 1, 0, 1, 2, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0];
@@ -34,7 +34,7 @@ export class Stage {
     $("video").controls = isCalm();
     this.endless = endless;
     this.player.close();
-    if (isClip) this.player.open({ endless, loop: !isCalm() });
+    if (isClip && canStream) this.player.open({ endless, loop: !isCalm() });
   }
 
   /** One more set of a frame is there. */
@@ -50,6 +50,7 @@ export class Stage {
 
   /** A piece of the growing clip. */
   feed(data) {
+    if (!canStream) return;
     this.player.feed(data);
     if (this.hasVideo) return;
     this.hasVideo = true;

@@ -279,6 +279,7 @@ class Generation(RequestProgress):
                 latents = self.state.frames[self.emitted - 1]
                 yield FrameReady(self.emitted - 1, latents[0] if self.unbatched else latents)
                 self._forget(self.emitted)
+            self.hands_out = False
             return
         for piece, more in with_more(self._in_turns(decoder.push(stop))):
             yield from self._hand_out(piece, more)

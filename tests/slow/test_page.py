@@ -225,7 +225,7 @@ def test_the_sentence_of_a_live_session_changes_while_it_plays(visit: Callable[.
     found.wait("document.querySelector('#changes .in') !== null")
     at = float(re.findall(r"in effect from ([\d.]+) s on", found.text("#changes"))[0])
     found.wait(f"document.querySelector('#video').currentTime > {at + 0.4}")
-    found.draw("live")
+    found.draw("live", full_page=True)
     found.page.click("#pause")
     found.wait("document.querySelector('#status').textContent.startsWith('Paused')")
     found.page.click("#pause")

@@ -54,6 +54,7 @@ def test_a_video_is_made_with_its_record_and_its_fragments(make: Make) -> None:
     job = wait(service, service.submit("video", CLIP))
     assert (job.status, job.progress, job.frames, job.fragments, job.error) == (Status.COMPLETED, 100, 5, 2, None)
     assert job.sets_done == job.sets
+    assert service.worker.mean_seconds == pytest.approx(job.computed, rel=0.1)
     video = service.results.local / job.id / VIDEO
     assert len(MediaFile(video).read()) == 5
     record = read_metadata(video)

@@ -97,7 +97,9 @@ class ActiveJob:
     held_at: float | None = None
     """Since when it waits for its viewers."""
     seconds: float = 0.0
-    """Computed since it came in."""
+    """Computed in the turns before this one, since it came in."""
+    turn_at: float | None = None
+    """Since when it has its turn."""
     told_at: float = 0.0
     shown_at: float = 0.0
     partials: int = 0
@@ -112,6 +114,12 @@ class ActiveJob:
     @property
     def id(self) -> str:
         return self.job.id
+
+    @property
+    def computed(self) -> float:
+        """Seconds of computing so far, this turn's included."""
+        turn = 0.0 if self.turn_at is None else time.monotonic() - self.turn_at
+        return self.job.computed + self.seconds + turn
 
     @property
     def frames_done(self) -> int:
@@ -357,7 +365,7 @@ class Worker:
 
     def _take_turn(self, active: ActiveJob) -> None:
         """One latent frame of a job, or less if something else is wanted of it."""
-        began, fragments = time.monotonic(), active.fragments
+        active.turn_at, fragments = time.monotonic(), active.fragments
         try:
             going_on = (bool(active.frames) or self._obey(active)) and self._advance(active)
         except LostClaimError as error:
@@ -374,7 +382,7 @@ class Worker:
             if self._alone == active.id:
                 self._retry_alone(active.job)
             return
-        active.seconds += time.monotonic() - began
+        active.seconds, active.turn_at = active.computed - active.job.computed, None
         if not going_on or (active.generation.group is not None and active.fragments == fragments):
             return
         self.active.remove(active)
@@ -528,7 +536,7 @@ class Worker:
         else:
             self._join(active, records[0])
         self.results.remove(active.id, STATE)
-        self.times.append(active.job.computed + active.seconds)
+        self.times.append(active.computed)
         self._end(active, Status.COMPLETED, stopped=stopped, frames=active.generation.emitted)
 
     def _join(self, active: ActiveJob, record: dict[str, Any]) -> None:
@@ -609,7 +617,7 @@ class Worker:
             "sets_done": active.sets_done,
             "frames": active.frames_done,
             "fragments": active.fragments,
-            "computed": active.job.computed + active.seconds,
+            "computed": active.computed,
         }
         job = self.store.update(active.id, self.name, **stands | changes)
         if job is None:

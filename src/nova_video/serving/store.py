@@ -107,6 +107,12 @@ class JobStore:
             found = {**dict.fromkeys(map(str, Status), 0), **{row[0]: row[1] for row in rows}}
             return {**found, "paused": connection.execute(paused).scalar_one()}
 
+    def has_waiting(self) -> bool:
+        """True if a job waits that has not begun and is not paused."""
+        waits = and_(self.table.c.status == Status.QUEUED, self.table.c.paused_at.is_(None))
+        with self._reader.connect() as connection:
+            return connection.execute(select(self.table.c.id).where(waits).limit(1)).first() is not None
+
     def expired(self, now: float, paused_before: float) -> list[Job]:
         """Jobs to sweep: those whose time is over, and those that nobody has taken up again since."""
         table = self.table

@@ -346,7 +346,7 @@ class Worker:
                 active.go_on()
                 wanted.append(active)
                 continue
-            in_the_way = len(self.active) == MOST_ACTIVE and self.store.counts()[Status.QUEUED]
+            in_the_way = len(self.active) == MOST_ACTIVE and self.store.has_waiting()
             if active.hold(now) > VIEWERLESS or in_the_way:
                 self._park(active, paused_at=time.time())
         together = self.batch > 1 and len(self.active) > 1
@@ -387,7 +387,7 @@ class Worker:
             return
         self.active.remove(active)
         self.active.append(active)
-        if active.seconds > SHARE and len(self.active) == MOST_ACTIVE and self.store.counts()[Status.QUEUED]:
+        if active.seconds > SHARE and len(self.active) == MOST_ACTIVE and self.store.has_waiting():
             self._park(active)
 
     def _retry_alone(self, job: Job) -> None:

@@ -6,13 +6,14 @@ the folder. A replica that goes saves its jobs at the next set, and the others g
 killed loses its claims after some seconds, with the same end.
 """
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from nova_video.common.errors import InputError, first_line
+from nova_video.common.errors import InputError, Terminated, first_line
 from nova_video.common.ray_session import LEAST_CORES, LOCAL, RayNeed, ray_session
 from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.serving.guard import ApiKeys
@@ -149,5 +150,10 @@ def deploy(source: ReplicaSource, jobs_each: float) -> None:
 
 def wait_for_end() -> None:
     """Waits until Ctrl-C or SIGTERM."""
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)  # in place of Ray's handler, which aborts
     while True:
         time.sleep(3600)

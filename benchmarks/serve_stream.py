@@ -27,9 +27,9 @@ from nova_video.bench.server_client import ServerClient
 from nova_video.common.devices import choose_device, choose_dtype
 from nova_video.io.pixels import to_bytes
 from nova_video.serving.launch import guarded_app
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.server import make_server, open_socket, url_of
 from nova_video.serving.service import JobService
-from nova_video.serving.settings import ServeSettings
 
 
 @dataclass(frozen=True)

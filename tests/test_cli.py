@@ -21,7 +21,7 @@ import nova_video
 from conftest import Run
 from nova_video.cli import main as cli
 from nova_video.cli.arguments import parse
-from nova_video.cli.jobs import name_of
+from nova_video.cli.file_jobs import name_of
 from nova_video.common.errors import InputError
 from nova_video.common.extras import install_command
 from nova_video.io import media

@@ -23,9 +23,9 @@ from nova_video.io.media import read_metadata
 from nova_video.serving.app import create_app
 from nova_video.serving.jobs import Status
 from nova_video.serving.launch import guarded_app
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.server import make_server, open_socket, url_of
 from nova_video.serving.service import JobService
-from nova_video.serving.settings import ServeSettings
 
 warnings.filterwarnings("ignore", "The Sora API")
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API")

@@ -23,8 +23,8 @@ from websockets.sync.client import connect
 from nova_video.common.errors import InputError
 from nova_video.serving.guard import ApiKeys, Guard, known_origins, read_json
 from nova_video.serving.logs import LineFormatter, log_event
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.server import make_server, open_socket, url_of
-from nova_video.serving.settings import ServeSettings
 
 KEY = "sk-0123456789abcdef"
 

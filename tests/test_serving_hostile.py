@@ -19,9 +19,9 @@ from PIL import Image
 
 from nova_video import NovaPipeline
 from nova_video.serving.launch import guarded_app
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.server import make_server, open_socket, url_of
 from nova_video.serving.service import JobService
-from nova_video.serving.settings import ServeSettings
 
 FORM = {"prompt": "a whale moving left", "num_frames": "5", "sets": "2", "diffusion_steps": "1", "seed": "1"}
 JSON = {"content-type": "application/json"}

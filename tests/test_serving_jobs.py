@@ -15,8 +15,8 @@ from nova_video.io.decode import MediaFile
 from nova_video.io.media import read_metadata
 from nova_video.serving.jobs import Job, Status
 from nova_video.serving.results import VIDEO
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.service import JobService, NotFoundError, QueueFullError
-from nova_video.serving.settings import ServeSettings
 from nova_video.serving.worker import ActiveJob, Worker
 
 CLIP = {"prompt": "a whale moving left", "seed": 1, "num_frames": 5, "sets": 4, "diffusion_steps": 2}

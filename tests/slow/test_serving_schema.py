@@ -13,9 +13,9 @@ import schemathesis
 
 from nova_video import NovaPipeline
 from nova_video.serving.launch import guarded_app
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.server import make_server, open_socket, url_of
 from nova_video.serving.service import JobService
-from nova_video.serving.settings import ServeSettings
 
 pytestmark = pytest.mark.slow
 

@@ -27,7 +27,7 @@ from nova_video.common.version import commit
 from nova_video.pipeline.options import Options
 from nova_video.sampling.presets import PresetName
 from nova_video.serving.replica_settings import ReplicaSettings
-from nova_video.serving.settings import ServeSettings
+from nova_video.serving.serve_settings import ServeSettings
 
 PARSE_ERROR = 2  # tyro's exit code
 RECORD = re.compile(r"^Error parsing \w\S*: ")  # before what a record says of itself, which names the field

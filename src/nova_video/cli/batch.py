@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from nova_video.cli.arguments import Generate, model_of
 from nova_video.cli.batch_maker import BatchEntry, BatchMaker, BatchPlace, EntryResult, ResultEngine
 from nova_video.cli.console import outline_pipeline, progress_bar
-from nova_video.cli.jobs import say
+from nova_video.cli.file_jobs import say
 from nova_video.cli.prompt_file import SUFFIXES, PromptLine, read_prompt_file
 from nova_video.cli.script import TIMELINE_KEYS
 from nova_video.cli.typed_request import flag_of, seed_of, settings_of

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nova_video.cli.arguments import Generate
 from nova_video.cli.console import pipeline_of
-from nova_video.cli.jobs import make_record, name_of, results_of, start_together, suffix_of, write_result
+from nova_video.cli.file_jobs import make_record, name_of, results_of, start_together, suffix_of, write_result
 from nova_video.cli.remake import describe_inputs
 from nova_video.common.errors import first_line
 

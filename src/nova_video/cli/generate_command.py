@@ -1,4 +1,4 @@
-"""`nova generate` and `nova edit`: what was typed becomes requests, whose generations `jobs.py` makes files of.
+"""`nova generate` and `nova edit`: what was typed becomes requests, whose generations `file_jobs.py` makes files of.
 
 No tensor work, and no heavy import before a command runs. All that can be checked is checked before the model is
 loaded.
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nova_video.cli.arguments import Edit, Format, Generate, model_of
 from nova_video.cli.console import SMALL, load_pipeline, low_memory_of, pipeline_of
-from nova_video.cli.jobs import (
+from nova_video.cli.file_jobs import (
     NOTES,
-    Job,
+    FileJob,
     Sheet,
     all_held,
     carry_out,
@@ -180,7 +180,7 @@ def _make(
         if len(numbers) == 1:
             notes = {"record": records[0], "output": str(paths[0]), "live": args.live, "format": args.format}
             generation.notes[NOTES] = notes | {"device": args.device, "dtype": args.dtype}
-        job = Job(generation, paths, records, args.live, args.state, args.json, args.format == "frames", sheet)
+        job = FileJob(generation, paths, records, args.live, args.state, args.json, args.format == "frames", sheet)
         carry_out(job, watch(generation))
 
 
@@ -250,7 +250,7 @@ def _resume(args: Generate, path: Path) -> None:
         )
         generation = pipe.resume(path, **{name: getattr(args, name) for name in CHECKS})
         with progress(1) as watch:
-            job = Job(generation, [output], [record], notes.live, args.state or path, args.json, wanted == "frames")
+            job = FileJob(generation, [output], [record], notes.live, args.state or path, args.json, wanted == "frames")
             carry_out(job, watch(generation))
 
 
@@ -302,7 +302,7 @@ def run_edit(args: Edit, like: "tuple[dict[str, Any], Path] | None" = None) -> N
     if like is not None:
         warn_of_changes(like[0], record, like[1])
     with progress(1) as watch, output_place(args.output, args.format, 0, [prompt], len(clip) == 1) as path:
-        job = Job(generation, [path], [record], as_json=args.json, as_frames=args.format == "frames")
+        job = FileJob(generation, [path], [record], as_json=args.json, as_frames=args.format == "frames")
         carry_out(job, watch(generation))
 
 

@@ -13,7 +13,7 @@ from nova_video.cli.arguments import Serve, model_of
 from nova_video.cli.console import pipeline_of
 from nova_video.cli.flags import given_options
 from nova_video.serving.replica_settings import ReplicaSettings
-from nova_video.serving.settings import ServeSettings
+from nova_video.serving.serve_settings import ServeSettings
 
 if TYPE_CHECKING:
     from nova_video.pipeline.pipeline import NovaPipeline

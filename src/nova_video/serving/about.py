@@ -17,7 +17,7 @@ from nova_video.pipeline.options import (
 from nova_video.pipeline.own_parts import CHECKS
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.sampling.presets import PRESETS, SpeedOptions
-from nova_video.serving.settings import ServeSettings
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.text.vocabulary import TEMPLATE, Vocabulary
 
 if TYPE_CHECKING:

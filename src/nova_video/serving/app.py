@@ -9,8 +9,8 @@ from nova_video.serving import realtime, routes_docs, routes_images, routes_live
 from nova_video.serving.answers import ErrorAnswer, ModelList, ModelObject, add_error_handlers
 from nova_video.serving.realtime import Seats
 from nova_video.serving.routing import Service
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.service import JobService, NotFoundError
-from nova_video.serving.settings import ServeSettings
 
 ABOUT = """Text, pictures and clips to pictures and videos, made frame by frame by an autoregressive model.
 

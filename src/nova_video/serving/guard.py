@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from nova_video.common.errors import InputError
 from nova_video.io.text import read_text
 from nova_video.serving.logs import REQUEST_ID, log_event
-from nova_video.serving.settings import ServeSettings
+from nova_video.serving.serve_settings import ServeSettings
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

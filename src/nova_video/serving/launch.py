@@ -15,9 +15,9 @@ from nova_video.serving.logs import log_event
 from nova_video.serving.metrics import ServerMetrics
 from nova_video.serving.readiness import Readiness
 from nova_video.serving.routes_operation import operation_router
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.server import make_server
 from nova_video.serving.service import JobService
-from nova_video.serving.settings import ServeSettings
 
 
 @dataclass(frozen=True)

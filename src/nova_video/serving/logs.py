@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from nova_video.io.text import printable
-from nova_video.serving.settings import ServeSettings
+from nova_video.serving.serve_settings import ServeSettings
 
 REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 """The id of the request that is worked on."""

@@ -19,7 +19,7 @@ from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.serving.guard import ApiKeys
 from nova_video.serving.jobs import Status
 from nova_video.serving.replica_settings import JOBS, ReplicaPlan, ReplicaSettings, plan_replicas
-from nova_video.serving.settings import ServeSettings
+from nova_video.serving.serve_settings import ServeSettings
 
 NAME = "nova"  # of the application and its deployment
 LOOK = 2.0  # seconds between two reports of the queue

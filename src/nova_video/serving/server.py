@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from nova_video.common.errors import InputError, first_line
 from nova_video.serving.guard import Refusal
 from nova_video.serving.logs import log_event
-from nova_video.serving.settings import ServeSettings
+from nova_video.serving.serve_settings import ServeSettings
 
 LONGEST_HEAD = 32 * 1024
 CLOSING_SECONDS = 5

@@ -19,7 +19,7 @@ from nova_video.serving.feed import Feed, JobEvent
 from nova_video.serving.jobs import Change, Job, JobCommand, Kind, new_id
 from nova_video.serving.logs import log_event
 from nova_video.serving.results import VIDEO, ResultFolder, fragment_name, image_name
-from nova_video.serving.settings import ServeSettings, own_folder
+from nova_video.serving.serve_settings import ServeSettings, own_folder
 from nova_video.serving.store import JobStore
 from nova_video.serving.submission import (
     MEDIA,

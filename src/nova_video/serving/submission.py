@@ -23,7 +23,7 @@ from nova_video.pipeline.pipeline import NovaPipeline
 from nova_video.pipeline.plan import Plan
 from nova_video.pipeline.request import GenerateRequest, check_prompt
 from nova_video.serving.jobs import Job, Kind
-from nova_video.serving.settings import ServeSettings
+from nova_video.serving.serve_settings import ServeSettings
 
 MEDIA = ("image", "video", "mask_image")
 SERVERS_OWN = ("output_type", "memory_gb", "negative_prompt_embeds", "prompt_embeds")

@@ -4,7 +4,7 @@ import time
 
 from nova_video.serving.jobs import JobError
 from nova_video.serving.results import ResultFolder
-from nova_video.serving.settings import ServeSettings
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.store import JobStore
 
 EVERY = 30.0  # seconds between two sweeps

@@ -7,7 +7,7 @@ import av
 from nova_video.common.checks import max_pixels
 from nova_video.common.errors import InputError, MediaError, first_line
 from nova_video.io.decode import open_media
-from nova_video.serving.settings import ServeSettings
+from nova_video.serving.serve_settings import ServeSettings
 
 
 def check_upload(name: str, data: bytes, settings: ServeSettings, still: bool = False) -> None:

@@ -56,7 +56,7 @@ from nova_video.serving.results import (
     image_name,
     partial_name,
 )
-from nova_video.serving.settings import ServeSettings
+from nova_video.serving.serve_settings import ServeSettings
 from nova_video.serving.store import JobStore
 from nova_video.serving.submission import generators_of, request_of, settings_of
 from nova_video.serving.sweeper import Sweeper

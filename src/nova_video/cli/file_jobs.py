@@ -155,7 +155,7 @@ def make_record(
 
 
 @dataclass(frozen=True)
-class Job:
+class FileJob:
     """A generation and what is to become of it."""
 
     generation: "Generation"
@@ -204,7 +204,7 @@ def sentence_of(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else ", then ".join(str(sentence) for _, sentence in prompt)
 
 
-def carry_out(job: Job, on_step: "StepCallback") -> None:
+def carry_out(job: FileJob, on_step: "StepCallback") -> None:
     """Make it, write it, and say where it is."""
     try:
         if job.live:
@@ -232,7 +232,7 @@ def start_together(pipe: "NovaPipeline", requests: "Sequence[GenerateRequest]") 
     return pipe.start(replace(requests[0], prompt=prompts, seed=None), generators)
 
 
-def _write(job: Job, on_step: "StepCallback") -> None:
+def _write(job: FileJob, on_step: "StepCallback") -> None:
     results = results_of(job.generation, _save_states(job.generation, job.state, on_step))
     for frames, path, record in zip(results, job.paths, job.records, strict=True):
         write_result(frames, path, job.generation.plan.fps, record, job.as_frames)
@@ -260,7 +260,7 @@ def write_result(frames: "Frames", path: Path, fps: float, record: dict[str, Any
         media.write_media(frames, path, fps, record)
 
 
-def _write_live(job: Job, on_step: "StepCallback") -> None:
+def _write_live(job: FileJob, on_step: "StepCallback") -> None:
     """Writes a live file with its state. The state counts only frames that are in the file.
 
     The file is one frame behind until it is closed.

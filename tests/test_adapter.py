@@ -175,6 +175,7 @@ def test_an_own_object_is_an_autoencoder() -> None:
         adapt(adapter.vae)
 
 
+@pytest.mark.slow
 def test_every_image_and_video_autoencoder_is_adapted_or_refused() -> None:
     """A new class of the library is either known by its shapes or an InputError; nothing else escapes."""
     adapted = set()

@@ -319,6 +319,7 @@ def test_exports_open_by_diffusers_and_tell_what_they_are(
         NovaPipeline.from_pretrained(adapters)
 
 
+@pytest.mark.slow
 def test_the_card_tells_of_its_own_run(recipe: DatasetTransformerRecipe, dataset: Path) -> None:
     """Also when the command is given once more, and beside sheets of a run that had come further."""
     recipe = replace(recipe, log=LogRecipe(every=2, validate_every=6, sample_every=6, checkpoint_every=6))
@@ -965,6 +966,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(recipe: DatasetTransformerRecipe
 
 
 @pytest.mark.parametrize("sample_every", [0, 3])
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_model(recipe: DatasetTransformerRecipe, sample_every: int) -> None:
     """At the end of a run, and where its samples are made; then the run goes on."""
     folder = train(replace(recipe, steps=2))

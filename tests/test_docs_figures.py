@@ -258,12 +258,14 @@ def test_curves_are_the_logs(tmp_path: Path) -> None:
 def test_the_script_draws_what_the_pages_show(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Every picture of the README and the docs; those of trained weights are drawn by the functions tested above.
 
-    Those of benchmarks are the sheets that the benchmarks write.
+    Those of benchmarks are the sheets that the benchmarks write, and those of the page are taken in a browser.
     """
     figures.main(figures.Figures(str(tiny_checkpoint), tmp_path, structure_only=True))
     trained = {"filling.webp", "denoising.png", "guidance.png", "emoji.webp", "training-curve.png", *beyond.TRAINED}
     measured = {
-        path.name for path in (ROOT / "docs" / "images").iterdir() if path.name.startswith(("beyond-", "drift"))
+        path.name
+        for path in (ROOT / "docs" / "images").iterdir()
+        if path.name.startswith(("beyond-", "drift", "page-"))
     }
     drawn = {path.name for path in tmp_path.iterdir()} | trained | measured
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]

@@ -88,6 +88,7 @@ DRIFTS: dict[str, tuple[Callable[[Tensor], Tensor], str, float]] = {
 
 
 @pytest.mark.parametrize("kind", DRIFTS)
+@pytest.mark.slow
 def test_what_fades_is_measured(world: EmojiWorld, judge: Judge, spec: ClipSpec, kind: str) -> None:
     change, name, most = DRIFTS[kind]
     clips = world.render(spec)
@@ -157,6 +158,7 @@ class Blurring:
         return SimpleNamespace(frames=list(to_uint8(clips).numpy() / 255))
 
 
+@pytest.mark.slow
 def test_remedies_are_compared(world: EmojiWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nova_worlds.evaluation.drift.JUDGE_CLIPS", 12)
     settings = DriftSettings(num_clips=3, num_frames=FRAMES, batch_size=2, context_frames=17)
@@ -199,6 +201,7 @@ def test_remedies_are_compared(world: EmojiWorld, tmp_path: Path, monkeypatch: p
     assert "100.0" in text
 
 
+@pytest.mark.slow
 def test_the_command(
     world: EmojiWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -316,6 +316,7 @@ def test_two_runs_do_not_write_to_one_place(source: Path, tmp_path: Path, encode
     assert encode(source, output, "--frames", 9)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_source_is_the_same_however_it_is_typed(
     source: Path, tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +336,7 @@ def test_a_source_is_the_same_however_it_is_typed(
 
 
 @pytest.mark.usefixtures("no_card")
+@pytest.mark.slow
 def test_names_hold_in_every_directory(
     source: Path, tmp_path: Path, encode: Encode, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def one_line(error: InputError) -> None:
 
 @DRAWS
 @given(data=st.data())
+@pytest.mark.slow
 def test_settings_of_a_checkpoint(data: st.DataObject) -> None:
     whole = CheckpointSettings.load(CONFORMANCE.parents[1] / "src/nova_video/models/emoji").as_json()
     values = changed(data, whole)
@@ -131,6 +132,7 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 
 @DRAWS
 @given(data=st.data())
+@pytest.mark.slow
 def test_recipes(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A line of a recipe is replaced, doubled or left out."""
     lines = data.draw(st.sampled_from(TEXTS)).splitlines()
@@ -175,6 +177,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
 
 @DRAWS
 @given(data=st.data())
+@pytest.mark.slow
 def test_saved_states(data: st.DataObject, state: tuple[dict[str, Any], dict[str, torch.Tensor]]) -> None:
     """What passes is as it was saved, but for what says nothing of the result."""
     facts, tensors = state

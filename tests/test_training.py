@@ -307,6 +307,7 @@ def test_a_stretch_is_the_first_frame_and_what_lies_together() -> None:
     assert torch.equal(whole, latents[:, :, :9])
 
 
+@pytest.mark.slow
 def test_long_clips_are_learned_in_stretches(transformer_recipe: WorldTransformerRecipe) -> None:
     """Of the frames shown only the second half counts: the first ones' error moves nothing."""
     data = replace(transformer_recipe.data, frames=(17,), probability=(1.0,), batch=(2,), pool=(4,), window=9)
@@ -419,6 +420,7 @@ def test_means_are_of_the_same_steps_wherever_a_run_goes_on_from(transformer_rec
     assert lines_of(recipe) == before
 
 
+@pytest.mark.slow
 def test_a_look_that_fails_costs_no_step(
     transformer_recipe: WorldTransformerRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -477,6 +479,7 @@ def test_a_run_that_is_asked_to_stop_looks_later(
     assert [line["step"] for line in lines_of(recipe) if "held_out_loss" in line] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_rates_are_those_of_steps(transformer_recipe: WorldTransformerRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WorldTask, "sheet", lambda *_: time.sleep(3) or Image.new("RGB", (8, 8)))
     recipe = replace(transformer_recipe, log=replace(LOG, every=2, sample_every=2))
@@ -614,6 +617,7 @@ def test_stage_two_starts_from_stage_one(transformer_recipe: WorldTransformerRec
         train(other)
 
 
+@pytest.mark.slow
 def test_autoencoder_learns(shapes: Path, tmp_path: Path) -> None:
     recipe = AutoencoderRecipe(
         steps=30,

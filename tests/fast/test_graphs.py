@@ -172,6 +172,7 @@ def test_clips_of_one_runner(folder: str, guidance: Guidance, compiled: bool) ->
     assert len(runner) > 10
 
 
+@pytest.mark.slow
 def test_scales_of_guidance_share_graphs() -> None:
     model, scheduler, runner = (
         open_model("text-to-video"),

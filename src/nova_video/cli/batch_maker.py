@@ -69,7 +69,8 @@ class BatchEntry:
                 given[name] = load_image(path) if name == "image" else path
         elif {"image", "video"} & set(self.inputs):
             settings.pop("strength", None)
-        return GenerateRequest(prompt=self.prompt, seed=self.seed, output_type="np", **settings, **given)
+        own = {name: getattr(self, name) for name in ("prompt", "seed")}
+        return GenerateRequest(**own, output_type="np", **settings, **given)
 
 
 @dataclass(frozen=True)

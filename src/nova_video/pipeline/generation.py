@@ -336,6 +336,8 @@ class Generation(RequestProgress):
 
     def _next_set(self) -> SetDone | None:
         """The next set; None at the end."""
+        if self.waiting is None and self.state.finished:  # no part has to come to the device for it
+            return None
         if self.waiting is None and self.group is not None:
             self.group.make_next(self)
         elif self.waiting is None:

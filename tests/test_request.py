@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from nova_video.common.errors import InputError
-from nova_video.pipeline.plan import Capabilities
+from nova_video.pipeline.plan import Capabilities, size_problem
 from nova_video.pipeline.request import GenerateRequest
 from nova_video.pipeline.settings import CheckpointSettings, Defaults
 from nova_video.sampling.guidance import Guidance
@@ -60,11 +60,15 @@ def test_batch_of_prompts() -> None:
 
 def test_other_sizes_with_rotary_positions_only() -> None:
     request = GenerateRequest("a", height=96, width=128)
-    assert request.resolve(Defaults(), replace(VIDEO, any_size=True)).grid == (12, 16)
+    any_size = replace(VIDEO, any_size=True)
+    plan = request.resolve(Defaults(), any_size)
+    assert plan.grid == (12, 16)
+    assert size_problem(plan, any_size) == "size is 128x96: the model was trained at 96x64, others may look worse"
+    assert size_problem(GenerateRequest("a").resolve(Defaults(), any_size), any_size) is None
     with pytest.raises(InputError, match=r"128x96.*96x64"):
         request.resolve(Defaults(), VIDEO)
     with pytest.raises(InputError, match=r"100x64.*multiples of 32"):
-        GenerateRequest("a", width=100).resolve(Defaults(), replace(VIDEO, any_size=True))
+        GenerateRequest("a", width=100).resolve(Defaults(), any_size)
 
 
 FEATURES = torch.zeros(3, 32)

@@ -326,6 +326,7 @@ def test_the_asynchronous_client_is_served_as_well(url: str) -> None:
     ("words", "param", "message"),
     [
         ({}, "prompt", "prompt is missing: expected a sentence, or a timeline of them"),
+        ({"prompt": " "}, "prompt", "prompt is ' ': expected a sentence that is not empty"),
         ({"promt": "a whale"}, "promt", "unknown field promt: expected prompt"),
         ({"true_cfg_scale": "2"}, "true_cfg_scale", "unknown field true_cfg_scale: expected guidance_scale"),
         ({"order": "os:system"}, "order", "unknown field order: expected none: a request names no code"),
@@ -357,6 +358,12 @@ def test_a_wrong_word_is_named_in_one_line(web: httpx.Client, words: dict[str, s
     assert message in said
     assert "\n" not in said
     assert named == param
+
+
+def test_json_under_the_name_of_a_form_is_told(web: httpx.Client) -> None:
+    kind = {"content-type": "application/x-www-form-urlencoded"}  # what curl --data says
+    said, _ = refusal(web.post("/v1/images/generations", content='{"prompt": "a whale"}', headers=kind))
+    assert said.endswith("x-www-form-urlencoded, and the body is JSON: expected content-type application/json")
 
 
 def test_two_references_are_refused(web: httpx.Client) -> None:

@@ -69,11 +69,11 @@ def settings_of(args: CommonFlags) -> dict[str, Any]:
 
 def check_requests(args: CommonFlags, requests: "Sequence[GenerateRequest]") -> "list[Plan]":
     """Say what is wrong with any request before the model's weights are read."""
+    from nova_video.pipeline.plan import size_problem
+
     outline = outline_pipeline(model_of(args), args.head)
     can = outline.capabilities
     plans = [request.resolve(outline.defaults, can) for request in requests]
-    height, width = plans[0].height, plans[0].width
-    if (height, width) != can.image_size:
-        own = f"{can.image_size[1]}x{can.image_size[0]}"
-        log.warning("size is %dx%d: the model was trained at %s, others may look worse", width, height, own)
+    if (problem := size_problem(plans[0], can)) is not None:
+        log.warning("%s", problem)
     return plans

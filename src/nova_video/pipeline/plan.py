@@ -400,6 +400,14 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     return asdict(replace(plan, **no_parts)) | part_names(plan) | {"memory_gb": None}
 
 
+def size_problem(plan: Plan, model: Capabilities) -> str | None:
+    """A line about a size that the model was not trained at."""
+    if (plan.height, plan.width) == model.image_size:
+        return None
+    own = f"{model.image_size[1]}x{model.image_size[0]}"
+    return f"size is {plan.width}x{plan.height}: the model was trained at {own}, others may look worse"
+
+
 def check_plan(plan: Plan, model: Capabilities) -> None:
     """Raise InputError for a plan that no request to this model would have made."""
     check_number("batch", plan.batch, 1, integer=True, high=LIMITS.pictures)

@@ -54,7 +54,10 @@ async def read_body(request: Request, largest: int, form_alone: bool = False) ->
     """The words of a body; `largest` bounds a field of a form, in bytes. With `form_alone`, JSON is refused."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in FORM:
-        return await _read_form(request, largest)
+        found = await _read_form(request, largest)
+        if len(found) == 1 and next(iter(found)).lstrip().startswith("{"):
+            raise InputError(f"content-type is {kind}, and the body is JSON: expected content-type application/json")
+        return found
     if form_alone:
         raise InputError(
             f"content-type is {quote(kind)}: expected multipart/form-data, a form with a field for each word"

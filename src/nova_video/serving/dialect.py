@@ -47,6 +47,8 @@ class WordedRequest:
         words = read_words(model, _with_extra(values))
         _check_model(service, words.get("model"))
         _check_lora(service, words.get("lora"))
+        if isinstance(prompt := words.get("prompt"), str) and not prompt.strip():
+            raise WordError(f"prompt is {prompt!r}: expected a sentence that is not empty", "prompt")
         words |= _sides(words) | _sentences(words)
         self.service = service
         self.owner = owner

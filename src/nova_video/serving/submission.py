@@ -20,7 +20,7 @@ from nova_video.io.media import load_image
 from nova_video.pipeline.options import Options
 from nova_video.pipeline.own_parts import CHECKS
 from nova_video.pipeline.pipeline import NovaPipeline
-from nova_video.pipeline.plan import Plan
+from nova_video.pipeline.plan import Plan, size_problem
 from nova_video.pipeline.request import GenerateRequest, check_prompt
 from nova_video.serving.jobs import Job, Kind
 from nova_video.serving.serve_settings import ServeSettings
@@ -141,9 +141,10 @@ def sentence_of(request: GenerateRequest) -> str:
 
 
 def warnings_of(pipe: NovaPipeline, request: GenerateRequest, plan: Plan) -> list[str]:
-    """Words of the prompts that the model does not know, one line each."""
-    vocabulary = pipe.settings.vocabulary
+    """One line for a size that is not the model's own, and for each word of the prompts that it does not know."""
+    size, vocabulary = size_problem(plan, pipe.capabilities), pipe.settings.vocabulary
+    found = [] if size is None else [size]
     if vocabulary is None:
-        return []
+        return found
     texts: Sequence[str] = [text for timeline in request.prompts or [] for text in timeline.values]
-    return list(vocabulary.check(texts, request.negative_prompts or [], picture=plan.num_frames == 1))
+    return [*found, *vocabulary.check(texts, request.negative_prompts or [], picture=plan.num_frames == 1)]

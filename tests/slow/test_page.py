@@ -71,6 +71,15 @@ class Visit:
         self.wait("!document.querySelector('#result').hidden && !!document.querySelector('#result code')")
         return self.text("#result code")
 
+    def place_of(self, name: str) -> dict[str, float]:
+        """The place of an element on the screen, once it stands still."""
+        element, before = self.page.locator(name), None
+        element.scroll_into_view_if_needed()
+        while (place := element.bounding_box()) != before or place is None:
+            before = place
+            self.page.wait_for_timeout(300)
+        return dict(place)
+
     def draw(self, name: str, **options: Any) -> None:
         """Takes a picture for the docs."""
         data = self.page.screenshot(**options)
@@ -242,7 +251,7 @@ def test_a_part_is_painted_and_made_anew(visit: Callable[..., Visit], url: str) 
     found.make("red apple on white background", seed="5")
     found.finish()
     found.page.click("#result >> text=Edit it")
-    box = found.page.locator("#brush canvas").bounding_box()
+    box = found.place_of("#brush canvas")
     x, y, side = box["x"], box["y"], box["width"]
     found.page.mouse.move(x + 0.3 * side, y + 0.25 * side)
     found.page.mouse.down()

@@ -98,7 +98,7 @@ class Generation(RequestProgress):
         self.lock = surroundings.turns if parts.is_offloaded else FairLock()
         """Held while a set is made: between two of them the state is whole."""
         self.group: SetMaker | None = None
-        """What makes the sets, with those of others (`together.py`); None: they are made here."""
+        """The maker of the sets, with those of others (`together.py`); None: they are made here."""
         self.waiting: SetDone | Exception | None = None
         """A set that the group has made, or why it could not, until it is asked for here."""
         self.hands_out = False

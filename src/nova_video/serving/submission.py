@@ -141,7 +141,7 @@ def sentence_of(request: GenerateRequest) -> str:
 
 
 def warnings_of(pipe: NovaPipeline, request: GenerateRequest, plan: Plan) -> list[str]:
-    """One line for a size that is not the model's own, and for each word of the prompts that it does not know."""
+    """One line for a size that is not the model's own, and one for each unknown word of the prompts."""
     size, vocabulary = size_problem(plan, pipe.capabilities), pipe.settings.vocabulary
     found = [] if size is None else [size]
     if vocabulary is None:
